@@ -1,0 +1,141 @@
+"""Every error gockpt raises, in one tree, grouped by what the caller can do.
+
+::
+
+    GockptError
+    ├── UsageError (ValueError)        change the call
+    │   ├── OptionsError               an option's value, or two options together
+    │   └── UnsupportedState           a value that has no exact, pickle-free form
+    ├── NotFoundError (LookupError)    look elsewhere
+    │   ├── CheckpointNotFound         no complete checkpoint (of that step) there
+    │   ├── NotACheckpoint             a directory or file that gockpt did not write
+    │   ├── TensorNotFound (KeyError)  no tensor of that name in the checkpoint
+    │   └── CheckpointPruned           it was removed while being read: open a newer one
+    ├── StateMismatch                  load into another model, or with ``strict=False``
+    ├── CheckpointCorrupt              fall back to an older checkpoint
+    │   ├── ManifestCorrupt
+    │   └── ChunkCorrupt
+    ├── PathBusy                       another process saves into this path
+    └── SaveError                      the run goes on; this save is lost, older ones are intact
+        ├── StorageError               the disk refused: full, read-only, gone
+        ├── SaveAborted                the window was given up (exception, Ctrl-C, unclosed step)
+        └── WorkerError                a defect in the background; please report it
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointCorrupt",
+    "CheckpointNotFound",
+    "CheckpointPruned",
+    "ChunkCorrupt",
+    "GockptError",
+    "ManifestCorrupt",
+    "NotACheckpoint",
+    "NotFoundError",
+    "OptionsError",
+    "PathBusy",
+    "SaveAborted",
+    "SaveError",
+    "StateMismatch",
+    "StorageError",
+    "TensorNotFound",
+    "UnsupportedState",
+    "UsageError",
+    "WorkerError",
+]
+
+
+class GockptError(Exception):
+    """Base of every error that gockpt raises on purpose."""
+
+
+class UsageError(GockptError, ValueError):
+    """The call can't be carried out as written; nothing was started or lost."""
+
+
+class OptionsError(UsageError):
+    """An option has a value that can't work, alone or together with another."""
+
+
+class UnsupportedState(UsageError):
+    """A value has no exact form without pickle. Names the value and where it is."""
+
+
+class NotFoundError(GockptError, LookupError):
+    """What was asked for is not there."""
+
+
+class CheckpointNotFound(NotFoundError):
+    """No complete checkpoint (of the wanted step) in the path. Lists the steps that are there."""
+
+
+class NotACheckpoint(NotFoundError):
+    """The directory or file exists, but gockpt did not write it as a checkpoint."""
+
+
+class TensorNotFound(NotFoundError, KeyError):
+    """The checkpoint holds no tensor of that name."""
+
+    def __str__(self) -> str:
+        """Return the message itself; ``KeyError`` would show its repr."""
+        return Exception.__str__(self)
+
+
+class CheckpointPruned(NotFoundError):
+    """The checkpoint was removed while it was being read. Open a newer one."""
+
+
+class StateMismatch(GockptError):
+    """Checkpoint and live objects differ in names, shapes or dtypes; nothing was changed.
+
+    Attributes:
+        missing: Names the live objects have and the checkpoint lacks.
+        unexpected: Names the checkpoint has and the live objects lack.
+        mismatched: ``name: saved vs. live`` descriptions of shapes or dtypes.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        mismatched: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unexpected = unexpected
+        self.mismatched = mismatched
+
+
+class CheckpointCorrupt(GockptError):
+    """The stored bytes are not what was written. Older checkpoints are untouched."""
+
+
+class ManifestCorrupt(CheckpointCorrupt):
+    """``gockpt.json`` (or a document it vouches for) is damaged or not valid."""
+
+
+class ChunkCorrupt(CheckpointCorrupt):
+    """A chunk's bytes are missing, truncated or differ from their checksum."""
+
+
+class PathBusy(GockptError):
+    """Another living writer holds this path. Use another path, or wait for it."""
+
+
+class SaveError(GockptError):
+    """A save failed in the background. Training and older checkpoints are not affected."""
+
+
+class StorageError(SaveError):
+    """The file system refused. The partial checkpoint is given up; free space or fix the path."""
+
+
+class SaveAborted(SaveError):
+    """The open window was given up and nothing of it was published."""
+
+
+class WorkerError(SaveError):
+    """An unexpected error in the background worker."""
