@@ -1,0 +1,115 @@
+"""gockpt saves a training run while it keeps training.
+
+A checkpoint published for step *t* holds, bit for bit, what a blocking save at that point of the loop
+would have written. Where that can't be promised it says so in its metadata, and never silently.
+
+::
+
+    import gockpt
+
+    save = gockpt.save_overlapped(model, opt, "ckpts", step=step, every=100)   # in the loop, after opt.step()
+    restored = gockpt.load("ckpts", model, opt)                                # newest complete, in place
+    ckpt = gockpt.open("ckpts", step=1200)                                     # lazy: nothing read yet
+
+Importing this package is free: it starts nothing, and each public name loads its module when it is
+first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gockpt.checkpointer import Checkpointer, save_overlapped, wait
+    from gockpt.engine.handle import SaveHandle
+    from gockpt.errors import (
+        CheckpointCorrupt,
+        CheckpointNotFound,
+        CheckpointPruned,
+        ChunkCorrupt,
+        GockptError,
+        ManifestCorrupt,
+        NotACheckpoint,
+        NotFoundError,
+        OptionsError,
+        PathBusy,
+        SaveAborted,
+        SaveError,
+        StateMismatch,
+        StorageError,
+        TensorNotFound,
+        UnsupportedState,
+        UsageError,
+        WorkerError,
+    )
+    from gockpt.options import Options
+    from gockpt.restore import Checkpoint, Restored, latest, load, open, steps, verify
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointCorrupt",
+    "CheckpointNotFound",
+    "CheckpointPruned",
+    "Checkpointer",
+    "ChunkCorrupt",
+    "GockptError",
+    "ManifestCorrupt",
+    "NotACheckpoint",
+    "NotFoundError",
+    "Options",
+    "OptionsError",
+    "PathBusy",
+    "Restored",
+    "SaveAborted",
+    "SaveError",
+    "SaveHandle",
+    "StateMismatch",
+    "StorageError",
+    "TensorNotFound",
+    "UnsupportedState",
+    "UsageError",
+    "WorkerError",
+    "latest",
+    "load",
+    "open",
+    "save_overlapped",
+    "steps",
+    "verify",
+    "wait",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Checkpoint": "gockpt.restore",
+    "Checkpointer": "gockpt.checkpointer",
+    "Options": "gockpt.options",
+    "Restored": "gockpt.restore",
+    "SaveHandle": "gockpt.engine.handle",
+    "latest": "gockpt.restore",
+    "load": "gockpt.restore",
+    "open": "gockpt.restore",
+    "save_overlapped": "gockpt.checkpointer",
+    "steps": "gockpt.restore",
+    "verify": "gockpt.restore",
+    "wait": "gockpt.checkpointer",
+}
+"""Where the public names live; every other one is an error and lives in gockpt.errors."""
+
+
+if not TYPE_CHECKING:  # a type checker sees the imports above, and a misspelt name as an error
+
+    def __getattr__(name: str) -> object:
+        """Load a public name's module at its first use, and keep the name for the next."""
+        if name not in __all__:
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        value = getattr(import_module(_HOME.get(name, "gockpt.errors")), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "__version__"]

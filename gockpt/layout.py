@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from gockpt.schema import ArraySpec
 
-__all__ = ["ALIGNMENT", "CHECKSUM_BYTES", "ArenaLayout", "ArrayLayout", "Slot", "chunk_rows", "lay_out", "slot_bytes"]
+__all__ = [
+    "ALIGNMENT",
+    "CHECKSUM_BYTES",
+    "ArenaLayout",
+    "ArrayLayout",
+    "Slot",
+    "chunk_rows",
+    "lay_out",
+    "slot_bytes",
+]
 
 ALIGNMENT = 4096
 CHECKSUM_BYTES = 4

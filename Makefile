@@ -1,0 +1,118 @@
+# One verb per task. Each works in a fresh clone with nothing but Python >= 3.11 and make.
+#
+#   make demo     train a small GPT, kill it in the middle of a save, resume, compare
+#   make test     lint, types and every test
+#   make check    lint and types only
+#   make bench    the measurements
+#   make docs     the documentation, into site/
+#   make soak     the long tests
+#   make clean    remove what was built; `make distclean` also removes the environments
+#
+# PYTHON=python3.12 picks another interpreter, ARGS="..." is handed to what the verb runs.
+
+SHELL      := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := test
+.NOTPARALLEL:
+
+PYTHON ?= python3
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+# A second environment proves that storage and the pure modules need no torch, with a newer zarr.
+VENV_STORAGE := .venv-storage
+STORAGE_TESTS = tests/storage $(wildcard tests/pure)
+STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes tensorstore hypothesis pytest pytest-cov pytest-randomly pytest-timeout
+
+# What is plain arithmetic and tables has every branch tested.
+PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,gockpt/schedule.py,gockpt/schema.py
+
+export HYPOTHESIS_PROFILE ?= ci
+
+.PHONY: demo test check lint types unit test-storage-newest coverage bench docs soak format clean distclean
+
+demo: $(VENV)/.installed
+	$(BIN)/python bench/demo.py $(ARGS)
+
+test: check test-storage-newest unit
+
+check: lint types
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+soak: export HYPOTHESIS_PROFILE := soak
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+coverage: $(VENV)/.installed
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/coverage report --fail-under=100 --include='$(PURE)'
+
+bench: $(VENV)/.installed
+	for bench in bench/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage .coverage.* htmlcov demo-run
+	find gockpt kernels storage tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(VENV_STORAGE) *.egg-info
+
+# setuptools is installed first and the build uses it, so that its version is pinned as well.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "gockpt needs Python 3.11 or newer, and '$(PYTHON)' is not: $$($(PYTHON) --version 2>&1)." \
+	       "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' can't create virtual environments: install its venv module" \
+	       "(Debian: python3-venv), or name another interpreter: make PYTHON=..." >&2; exit 1; }
+	@echo "== $(VENV): installing what constraints.txt pins, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) setuptools
+	$(BIN)/python $(PIP) --no-build-isolation --editable '.[test,check,bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python $(PIP) --no-build-isolation --editable '.[docs]'
+	touch $@
+
+# The first interpreter that is 3.12 or newer and can create environments; empty when there is none.
+define find_newer
+for python in python3.12 python3.13 python3.14 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
+  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info < (3, 15))' 2>/dev/null; \
+  then echo "$$python"; break; fi; done
+endef
+
+test-storage-newest: $(VENV)/.installed
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then \
+	  echo "== $@: left out, $(VENV) is Python 3.12 or newer itself and has the newer zarr"; exit 0; fi; \
+	newer="$$($(find_newer))"; \
+	if [ -z "$$newer" ]; then \
+	  echo "== $@: left out, no Python 3.12 or newer was found beside $$($(BIN)/python --version)"; exit 0; fi; \
+	$(MAKE) --no-print-directory $(VENV_STORAGE)/.installed NEWER="$$newer"; \
+	echo "== $@: $$($(VENV_STORAGE)/bin/python --version), without torch"; \
+	$(VENV_STORAGE)/bin/python -m pytest $(STORAGE_TESTS)
+
+$(VENV_STORAGE)/.installed: pyproject.toml constraints.txt
+	@echo "== $(VENV_STORAGE): installing with $(NEWER), once"
+	$(NEWER) -m venv $(VENV_STORAGE)
+	$(VENV_STORAGE)/bin/python $(PIP) setuptools $(STORAGE_NEEDS)
+	$(VENV_STORAGE)/bin/python $(PIP) --no-build-isolation --no-deps --editable .
+	touch $@

@@ -1,0 +1,347 @@
+"""The public face of saving: one function to call in the loop, and the same as an object."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from gockpt.engine.engine import Engine
+from gockpt.errors import GockptError, OptionsError, PathBusy, UsageError
+from gockpt.options import Options
+from gockpt.restore import last_loaded_step
+from gockpt.state import resolve_optimizers
+from gockpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from gockpt.engine.handle import SaveHandle
+
+    Model = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.Tensor]
+    Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+__all__ = ["Checkpointer", "save_overlapped", "wait"]
+
+_log = logging.getLogger("gockpt")
+_lock = threading.RLock()
+_live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+_by_call: dict[tuple[int, str], Checkpointer] = {}
+"""The checkpointers that ``save_overlapped`` made, by model and path."""
+
+
+class Checkpointer:
+    """Saves one model and its optimizers into one directory, while training goes on.
+
+    A checkpoint published for step t holds, bit for bit, what a blocking save at that point of the
+    loop would have written. Use it as a context manager: leaving it normally finishes what is in
+    flight; leaving it by an exception gives an open window up and finishes what was captured.
+
+    Examples:
+        >>> import torch, tempfile, gockpt
+        >>> model = torch.nn.Linear(4, 2)
+        >>> opt = torch.optim.AdamW(model.parameters())
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     with gockpt.Checkpointer(model, opt, path, every=5) as saver:
+        ...         for step in range(1, 11):
+        ...             model(torch.ones(1, 4)).sum().backward()
+        ...             opt.step(); opt.zero_grad()
+        ...             handle = saver.after_step(step)
+        ...     gockpt.steps(path)
+        [5, 10]
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Optimizers,
+        path: str | os.PathLike[str] = "checkpoints",
+        *,
+        every: int | Literal["auto"] = 1,
+        extra: Mapping[str, Any] | None = None,
+        options: Options | None = None,
+    ) -> None:
+        """Attach to a model and its optimizers, and take the path for writing.
+
+        Args:
+            model: A module, a list of modules, or a mapping of names to tensors.
+            optimizer: One optimizer, several, or ``None`` for a model alone.
+            path: Directory of the checkpoints; made if missing.
+            every: A save is due whenever ``step // every`` grows; ``"auto"`` chooses the interval.
+            extra: Saved with every checkpoint: objects with ``state_dict()``, callables, plain values.
+            options: See :class:`gockpt.Options`.
+
+        Raises:
+            UsageError: If an argument can't work; names it and the way out.
+            PathBusy: If another living writer saves into ``path``.
+            StorageError: If ``path`` can't be made or written.
+        """
+        self.options = options if options is not None else Options()
+        self.every = _checked_every(every, self.options)
+        self._extra = dict(extra) if extra is not None else None
+        self.path = os.path.realpath(os.fspath(path))
+        self._optimizers = resolve_optimizers(optimizer)
+        self._model_ids = _ids(model)
+        with _lock:
+            _take_over(self.path)
+            store = Store(self.path)
+            try:
+                self._engine = Engine(
+                    _reference(model),
+                    self._optimizers,
+                    store,
+                    every=self.every,
+                    options=self.options,
+                    last_step=last_loaded_step(model),
+                )
+            except BaseException:
+                store.close()
+                raise
+            _live.add(self)
+
+    def after_step(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> SaveHandle | None:
+        """Tell that a training step is complete: the one call in the loop.
+
+        Call it after ``optimizer.step()`` and ``scheduler.step()``. Whatever the state is at this call
+        is what a save of this step holds. Never waits for storage.
+
+        Args:
+            step: The step just completed; ``None`` counts calls.
+            extra: Replaces the extras given at construction, from this call on.
+
+        Returns:
+            The newest save, or ``None`` before the first.
+
+        Raises:
+            SaveError: If a save failed in the background since the last call. Training may go on.
+        """
+        if self._engine.closed:
+            msg = f"the checkpointer of {self.path} is closed; make a new one"
+            raise UsageError(msg)
+        if extra is not None:
+            self._extra = dict(extra)
+        return self._engine.tick(_checked_step(step), self._extra)
+
+    def wait(self) -> None:
+        """Finish what is in flight; an open window closes at the last step told."""
+        self._engine.wait()
+
+    def close(self) -> None:
+        """Finish what is in flight, then let go of threads, memory and the path."""
+        try:
+            self._engine.close()
+        finally:
+            _live.discard(self)
+
+    def abort(self, why: str = "abort() was called") -> None:
+        """Give an open window up; what was captured already goes on to disk."""
+        self._engine.abort_window(why)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._engine.busy
+
+    @property
+    def window_open(self) -> bool:
+        """Whether a window of several steps is open, or a save waits for the next step."""
+        return self._engine.window_open
+
+    @property
+    def of_this_process(self) -> bool:
+        """Whether it was made in this process, not in the one that forked it."""
+        return self._engine.of_this_process
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._engine.closed
+
+    @property
+    def handle(self) -> SaveHandle | None:
+        """The newest save."""
+        return self._engine.handle
+
+    def serves(self, model: Model, optimizer: Optimizers, every: int | str, options: Options) -> bool:
+        """Whether this checkpointer was made for exactly these arguments."""
+        return (
+            not self.closed
+            and self._model_ids == _ids(model)
+            and self._optimizers == resolve_optimizers(optimizer)
+            and self.every == every
+            and self.options == options
+        )
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        self.abort(f"{type(error).__name__} left the with block")
+        try:
+            self.close()
+        except Exception as failure:  # noqa: BLE001 - the error under way is the one that matters
+            error.add_note(f"gockpt: the save in flight failed as well: {failure}")
+
+
+def save_overlapped(  # noqa: PLR0913 - the public call
+    model: Model,
+    optimizer: Optimizers,
+    path: str | os.PathLike[str] = "checkpoints",
+    *,
+    step: int | None = None,
+    every: int | Literal["auto"] = 1,
+    extra: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> SaveHandle | None:
+    """Save the training state without stopping training.
+
+    Call it after ``optimizer.step()`` and ``scheduler.step()``: in each iteration with ``every=n``, or
+    only when a save is wanted (``every=1``): then *this* state is saved. With ``every=n`` the checkpoint
+    holds the due step itself (n, 2n, …); its window starts some steps earlier. Never waits for storage.
+
+    Args:
+        model: A module, a list of modules, or a mapping of names to tensors.
+        optimizer: One optimizer, several, or ``None``.
+        path: Directory of the checkpoints.
+        step: The step just completed; ``None`` counts calls.
+        every: A save is due whenever ``step // every`` grows; ``"auto"`` chooses the interval.
+        extra: Objects with ``state_dict()``, callables or plain values to save along.
+        options: See :class:`gockpt.Options`.
+
+    Returns:
+        The newest save, or ``None`` before the first.
+
+    Raises:
+        UsageError: If an argument can't work.
+        PathBusy: If another living writer saves into ``path``.
+        SaveError: If a save failed in the background since the last call.
+    """
+    wanted = options if options is not None else Options()
+    saver = _saver_for(model, optimizer, path, every, wanted)
+    return saver.after_step(step, extra if extra is not None else {})
+
+
+def wait() -> None:
+    """Finish every save in flight in this process.
+
+    An open window closes at the last step told. Call it before leaving a loop's last checkpoint to
+    anyone else; normal exit of the interpreter does the same.
+
+    Raises:
+        SaveError: If a save failed.
+    """
+    for saver in list(_live):
+        if not saver.closed:
+            saver.wait()
+
+
+def _saver_for(
+    model: Model,
+    optimizer: Optimizers,
+    path: str | os.PathLike[str],
+    every: int | Literal["auto"],
+    options: Options,
+) -> Checkpointer:
+    key = (id(model), os.path.realpath(os.fspath(path)))
+    with _lock:
+        saver = _by_call.get(key)
+        if saver is not None and saver.serves(model, optimizer, every, options):
+            return saver
+        if saver is not None:
+            saver.close()
+        saver = Checkpointer(model, optimizer, path, every=every, options=options)
+        _by_call[key] = saver
+        if isinstance(model, torch.nn.Module):
+            weakref.finalize(model, _by_call.pop, key, None)
+        return saver
+
+
+def _take_over(path: str) -> None:
+    """Let a finished or idle checkpointer of this process hand its path to the next one."""
+    for saver in list(_live):
+        if saver.path != path or saver.closed:
+            continue
+        if saver.window_open:
+            msg = (
+                f"{path} is being saved into by another checkpointer of this process, whose window is open; "
+                "close() it first, or use another path"
+            )
+            raise PathBusy(msg)
+        saver.close()
+
+
+def _reference(model: Model) -> Callable[[], Any]:
+    """Return a function that gives the model while it is alive; modules are not kept alive."""
+    if isinstance(model, torch.nn.Module):
+        return weakref.ref(model)
+    if isinstance(model, Mapping):
+        return lambda: model
+    modules = [weakref.ref(m) for m in model]
+
+    def get() -> list[torch.nn.Module] | None:
+        alive = [m for ref in modules if (m := ref()) is not None]
+        return alive if len(alive) == len(modules) else None
+
+    return get
+
+
+def _ids(model: Model) -> tuple[int, ...]:
+    """Identify a model, and refuse what is none."""
+    if isinstance(model, (torch.nn.Module, Mapping)):
+        return (id(model),)
+    if isinstance(model, Sequence) and model and all(isinstance(m, torch.nn.Module) for m in model):
+        return tuple(id(m) for m in model)
+    msg = (
+        f"model is a {type(model).__name__}; pass a torch.nn.Module, a non-empty list of modules, "
+        "or a mapping of names to tensors"
+    )
+    raise UsageError(msg)
+
+
+def _checked_step(step: int | None) -> int | None:
+    if step is None or (type(step) is int and 0 <= step < 1 << 62):
+        return step
+    msg = f"step={step!r}: expected a whole number from 0 up, or None to count calls"
+    raise UsageError(msg)
+
+
+def _checked_every(every: int | str, options: Options) -> int | Literal["auto"]:
+    if every == "auto":
+        return "auto"
+    if type(every) is not int or every < 1:
+        msg = f'every={every!r}: expected a whole number from 1 up, or "auto"'
+        raise OptionsError(msg)
+    if options.window != "auto" and options.window > 1 and every < options.window:
+        msg = (
+            f"a window of {options.window} steps needs every >= {options.window}, got every={every}; "
+            "call save_overlapped in each iteration with a larger every, or use window=1"
+        )
+        raise OptionsError(msg)
+    return every
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Finish what is in flight; after an uncaught exception an open window is given up instead."""
+    failed = getattr(sys, "last_value", None) is not None
+    for saver in list(_live):
+        if saver.closed or not saver.of_this_process:
+            continue
+        try:
+            if failed:
+                saver.abort("the program ended by an exception")
+            saver.close()
+        except GockptError as error:
+            _log.error("at exit: %s", error)  # noqa: TRY400 - the message says it all

@@ -1,0 +1,400 @@
+"""One attempt to save: what left, what must follow, what must leave again.
+
+The attempt watches the pieces that left before the closing tick. Around every update their live bytes
+are fingerprinted; a piece that changed where no update explains it is *late*: it leaves again at the
+closing tick. At the close the fingerprints of all replayed pieces are taken from the live state:
+the worker publishes only if its replay arrives at exactly these.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gockpt import replay
+from gockpt.engine.messages import ArrayPlace, Gradient
+from gockpt.kernels.fingerprint import fingerprint
+from gockpt.schedule import part_ranges
+from gockpt.transfer import Batch, Copy, dense_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from gockpt.arena import Arena
+    from gockpt.engine.cut import Cut, Piece, Unit
+    from gockpt.engine.job import Job
+    from gockpt.engine.messages import Stretch
+    from gockpt.engine.ring import Ring
+    from gockpt.engine.sizing import Shape
+    from gockpt.engine.trace import Trace
+    from gockpt.layout import ArrayLayout
+    from gockpt.options import Options
+    from gockpt.schedule import Plan
+    from gockpt.state import LiveState
+    from gockpt.transfer import Transfer
+
+    Name = tuple[str, ...]
+
+__all__ = ["Attempt", "copy_at_once"]
+
+RING_PATIENCE = 30.0
+"""Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
+
+
+class Attempt:
+    """The training side of one attempt.
+
+    Attributes:
+        updates: Updates seen since the window opened.
+        broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts of a save, each its own object
+        self,
+        *,
+        live: LiveState,
+        shape: Shape,
+        cut: Cut,
+        plan: Plan,
+        arena: Arena,
+        ring: Ring,
+        ring_arena: Arena,
+        transfer: Transfer,
+        options: Options,
+        job: Job,
+        trace: Trace,
+    ) -> None:
+        self.live = live
+        self.layout = shape.layout
+        self.shape_key = shape.key
+        self.cut = cut
+        self.plan = plan
+        self.ring = ring
+        self.job = job
+        self._trace = trace
+        self.updates = 0
+        self.broken: str | None = None
+        self.copied_bytes = 0
+        self.copy_seconds = 0.0
+        self._arena = arena
+        self._ring_arena = ring_arena
+        self._transfer = transfer
+        self._full = options.verify == "full"
+        self._parts = part_ranges([p.nbytes for p in cut.pieces], plan.shares)
+        self._next_part = 0
+        self._copies: list[Copy] = []
+        self._batch: Batch | None = None
+        self._grad_at_pre: dict[int, list[Gradient]] = {}
+
+    # -- ticks -------------------------------------------------------------------------------
+
+    def send_part(self) -> None:
+        """Start copying the next part; its live bytes of this moment are what must arrive."""
+        self.settle()
+        if self._next_part >= len(self._parts) - 1:
+            return
+        pieces = [self.cut.pieces[i] for i in self._parts[self._next_part]]
+        self._next_part += 1
+        self._copies = [copy for piece in pieces for copy in self._copy_of(piece)]
+        self._transfer.run(copy.stamp for copy in self._copies)
+        for piece in pieces:
+            piece.sent = True
+            piece.known = tuple(c.expected for c in self._copies if c.owner[0] is piece)
+        self._start()
+
+    def check(self) -> None:
+        """Compare what left with the live state; pieces that changed unexplained become late."""
+        sent = [p for p in self.cut.pieces if p.sent and p.late is None]
+        for piece, now in self._fingerprints(sent):
+            if now is None:
+                self._make_late(piece, "its tensors were replaced")
+            elif piece.known is not None and now != piece.known:
+                self._make_late(piece, "changed outside optimizer.step()")
+            else:
+                piece.known = now
+
+    def close(self, live: LiveState) -> dict[int, tuple[int, ...]]:
+        """Take the closing boundary and start copying the rest behind the next step.
+
+        Returns:
+            The fingerprints that each replayed piece must arrive at.
+        """
+        self.settle()
+        self.check()
+        self.live = live
+        proofs = {p.index: p.known for p in self.cut.pieces if p.sent and p.late is None and p.known is not None}
+        late = [p for p in self.cut.pieces if p.index not in proofs]
+        self.job.discard(p.index for p in late)
+        copies = [copy for piece in late for copy in self._copy_of(piece)]
+        copies += [copy for piece in self.cut.loose for copy in self._copy_loose(piece)]
+        self._copies = copies
+        self._transfer.run(copy.stamp for copy in copies)
+        for name in self.cut.at_once:
+            copy_at_once(live.entries[name], self._layout_of(name), self._arena)
+        return proofs
+
+    def start_rest(self, on_done: Callable[[], None]) -> None:
+        """Start the copies that :meth:`close` took the boundary of."""
+        self._start(on_done)
+
+    @property
+    def all_proven(self) -> bool:
+        """Whether every copy under way ended and is proven, without touching the live state."""
+        done = self._batch is None or (self._batch.done.is_set() and not self._batch.errors)
+        return done and all(c.proven for c in self._copies)
+
+    # -- copies under way --------------------------------------------------------------------
+
+    def _start(self, on_done: Callable[[], None] | None = None) -> None:
+        nbytes = sum(c.source.nbytes for c in self._copies)
+        self._batch = self._transfer.submit([c.run for c in self._copies], nbytes=nbytes, on_done=on_done)
+
+    def settle(self) -> list[Name]:
+        """Finish the copies under way, helping; prove them; retry what was overtaken and came back.
+
+        Returns:
+            Names of arrays whose bytes of the boundary are lost. Inside a window their pieces are late
+            already; at the close the attempt is void.
+        """
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return []
+        batch.finish()
+        self.copied_bytes += batch.nbytes
+        self.copy_seconds += batch.ended - batch.started
+        self._trace.span("copy", batch.started, batch.ended)
+        copies, self._copies = self._copies, []
+        lost: list[Name] = []
+        for copy in copies:
+            if copy.retry():
+                continue
+            piece, name = copy.owner
+            lost.append(name)
+            if piece.sent and piece.late is None:
+                self._make_late(piece, "overtaken by a change while it was copied")
+        return lost
+
+    # -- updates -----------------------------------------------------------------------------
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the update go ahead: nothing it overwrites is still needed afterwards."""
+        self.settle()
+        if self._full:
+            self.check()
+        self._collect(optimizer, at="pre")
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take what the update consumed, for the pieces that already left."""
+        self.updates += 1
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0.0:
+            self._drop_pre()
+            return
+        collected = self._collect(optimizer, at="post")
+        sent = [p for p in self.cut.pieces if p.sent and p.late is None]
+        moved = [p for p in sent if p.unit is not None and p.unit.optimizer is optimizer]
+        if not self._full:
+            for piece in moved:
+                piece.known = None
+            return
+        for piece, now in self._fingerprints(moved):
+            if piece.index not in collected and now != piece.known:
+                self._make_late(piece, "updated without a gradient that was seen")
+            piece.known = now
+
+    def _collect(self, optimizer: torch.optim.Optimizer, *, at: str) -> set[int]:
+        gradients: list[Gradient] = []
+        for unit in self.cut.units:
+            if unit.optimizer is not optimizer:
+                continue
+            pieces = [p for p in unit.pieces if p.sent and p.late is None]
+            if not pieces:
+                continue
+            if unit.rule.gradient_at == at:
+                got = self._take_gradient(unit, pieces)
+                if at == "pre":
+                    self._grad_at_pre.update({id(unit): got} if got else {})
+                    continue
+            elif at == "pre":
+                continue
+            else:
+                got = self._grad_at_pre.pop(id(unit), [])
+            gradients += self._with_scalars(unit, got)
+        if gradients:
+            self.job.gradients(gradients)
+        return {g.piece for g in gradients}
+
+    def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
+        if not gradients:
+            return []
+        state = unit.optimizer.state[unit.param]
+        try:
+            scalars = replay.scalars(unit.rule, unit.group, state)
+        except (KeyError, TypeError, ValueError) as error:
+            self._bar(unit, f"its update can't be described: {error}")
+            for gradient in gradients:
+                self.ring.free(gradient.offset)
+            return []
+        return [Gradient(g.piece, g.offset, g.nbytes, scalars) for g in gradients if self._wanted(g)]
+
+    def _wanted(self, gradient: Gradient) -> bool:
+        if self.cut.pieces[gradient.piece].late is None:
+            return True
+        self.ring.free(gradient.offset)
+        return False
+
+    def _take_gradient(self, unit: Unit, pieces: list[Piece]) -> list[Gradient]:
+        grad = unit.param.grad
+        if grad is None:
+            return []
+        problem = _gradient_problem(grad, unit.param)
+        source = None if problem else dense_bytes(grad)
+        if source is None:
+            self._bar(unit, problem or "its gradient has holes in memory")
+            return []
+        taken = []
+        for piece in pieces:
+            stretch = piece.stretches[0]
+            offset = self._allocate(stretch.nbytes)
+            if offset is None:
+                self._make_late(piece, "the gradient ring is full")
+                continue
+            low = stretch.start * stretch.itemsize
+            np.copyto(self._ring_arena.view(offset, stretch.nbytes), source[low : low + stretch.nbytes])
+            taken.append(Gradient(piece.index, offset, stretch.nbytes, ()))
+        return taken
+
+    def _allocate(self, nbytes: int) -> int | None:
+        offset = self.ring.allocate(nbytes)
+        if offset is not None:
+            return offset
+        deadline = perf_counter() + RING_PATIENCE
+        self.job.hurry(on=True)
+        try:
+            while offset is None and self.ring.in_use and perf_counter() < deadline and not self.job.ended:
+                self.ring.wait_for_room(0.05)
+                offset = self.ring.allocate(nbytes)
+        finally:
+            self.job.hurry(on=False)
+        return offset
+
+    def _drop_pre(self) -> None:
+        for gradients in self._grad_at_pre.values():
+            for gradient in gradients:
+                self.ring.free(gradient.offset)
+        self._grad_at_pre.clear()
+
+    # -- small helpers -----------------------------------------------------------------------
+
+    def _bar(self, unit: Unit, why: str) -> None:
+        unit.barred = why
+        for piece in unit.pieces:
+            self._make_late(piece, why)
+
+    def _make_late(self, piece: Piece, why: str) -> None:
+        if piece.late is None:
+            piece.late = why
+            self.job.discard([piece.index])
+
+    def late_parts(self) -> dict[str, str]:
+        """Return why parameters left at the closing tick although a replay was planned."""
+        late = {p.unit.fqn: p.late for p in self.cut.pieces if p.late is not None and p.unit is not None}
+        return {**self.cut.reasons, **late}
+
+    def places(self, live: LiveState) -> tuple[ArrayPlace, ...]:
+        """Describe every array to the writer; arrays that stand in storage order say so."""
+        at_once = set(self.cut.at_once)
+        result = []
+        for array in self.layout.arrays:
+            tensor = live.entries[array.spec.name]
+            stored = array.spec.name not in at_once and not tensor.is_contiguous()
+            result.append(ArrayPlace(array, 0, tuple(tensor.stride()) if stored else None))
+        return tuple(result)
+
+    def _copy_of(self, piece: Piece) -> Iterable[Copy]:
+        if piece.unit is None:
+            msg = f"piece {piece.index} has no unit"
+            raise ValueError(msg)
+        for stretch, tensor in zip(piece.stretches, piece.unit.tensors(), strict=True):
+            yield self._copy(piece, stretch, tensor)
+
+    def _copy_loose(self, piece: Piece) -> Iterable[Copy]:
+        stretch = piece.stretches[0]
+        yield self._copy(piece, stretch, self.live.entries[stretch.name])
+
+    def _copy(self, piece: Piece, stretch: Stretch, tensor: torch.Tensor) -> Copy:
+        source = dense_bytes(tensor)
+        if source is None:
+            msg = f"{'/'.join(stretch.name)} is not dense any more"
+            raise ValueError(msg)
+        low, high = stretch.start * stretch.itemsize, stretch.stop * stretch.itemsize
+        target = self._arena.view(stretch.offset, stretch.nbytes)
+        return Copy(source[low:high], target, stretch.itemsize, stretch.start, (piece, stretch.name))
+
+    def _layout_of(self, name: Name) -> ArrayLayout:
+        return next(a for a in self.layout.arrays if a.spec.name == name)
+
+    def _fingerprints(self, pieces: list[Piece]) -> list[tuple[Piece, tuple[int, ...] | None]]:
+        """Fingerprint live pieces, on two threads; ``None`` where a tensor is gone or has another form."""
+        views: dict[int, list[np.ndarray | None]] = {}
+        results: dict[int, list[int | None]] = {}
+        tasks = []
+        for piece in pieces:
+            unit = piece.unit
+            if unit is None:
+                continue
+            if id(unit) not in views:
+                views[id(unit)] = _live_views(unit)
+            results[piece.index] = [None] * len(piece.stretches)
+            tasks.append(_stamp_task(piece, views[id(unit)], results[piece.index]))
+        self._transfer.run(tasks)
+        return [
+            (p, None if any(v is None for v in results[p.index]) else tuple(v or 0 for v in results[p.index]))
+            for p in pieces
+        ]
+
+
+def _live_views(unit: Unit) -> list[np.ndarray | None]:
+    expected = unit.param.shape
+    try:
+        tensors = unit.tensors()
+    except KeyError:
+        return [None] * (1 + len(unit.rule.states))
+    return [
+        dense_bytes(t) if isinstance(t, torch.Tensor) and t.shape == expected and t.dtype == torch.float32 else None
+        for t in tensors
+    ]
+
+
+def _stamp_task(piece: Piece, views: list[np.ndarray | None], out: list[int | None]) -> Callable[[], None]:
+    def task() -> None:
+        for position, (stretch, view) in enumerate(zip(piece.stretches, views, strict=True)):
+            if view is not None and view.nbytes >= stretch.stop * stretch.itemsize:
+                part = view[stretch.start * stretch.itemsize : stretch.stop * stretch.itemsize]
+                out[position] = fingerprint(part, stretch.itemsize, stretch.start)
+
+    return task
+
+
+def _gradient_problem(grad: torch.Tensor, param: torch.Tensor) -> str | None:
+    if grad.layout is not torch.strided:
+        return f"its gradient is {grad.layout}"
+    if grad.dtype != param.dtype:
+        return f"its gradient is {grad.dtype}"
+    if grad.shape != param.shape or grad.device != param.device:
+        return "its gradient has another shape or device"
+    if grad.stride() != param.stride() and not (grad.is_contiguous() and param.is_contiguous()):
+        return "its gradient has another memory order"
+    return None
+
+
+def copy_at_once(tensor: torch.Tensor, layout: ArrayLayout, arena: Arena) -> None:
+    """Copy a whole tensor, of any memory order, row-major into its slots."""
+    source = tensor.detach()
+    for slot in layout.slots:
+        rows = source[slot.row : slot.row + slot.rows] if source.dim() else source
+        target = torch.from_numpy(arena.view(slot.offset, slot.nbytes)).view(source.dtype)
+        target.view(rows.shape).copy_(rows)

@@ -1,0 +1,267 @@
+"""Cutting live state into what leaves together: pieces of replayable units, and the rest.
+
+A *unit* is a parameter with its elementwise optimizer states; a *piece* is an element range of a unit
+(or of one other array). Pieces are cut inside chunks, so each is contiguous in the arena.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gockpt import replay
+from gockpt.engine.messages import ReplayPiece, Stretch
+from gockpt.transfer import dense_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from gockpt.layout import ArenaLayout, ArrayLayout
+    from gockpt.replay import Rule
+    from gockpt.state import LiveState
+
+    Name = tuple[str, ...]
+
+__all__ = ["Cut", "Piece", "Unit", "cut"]
+
+MAX_PIECE = 1 << 20
+MIN_PIECE = 256
+SMALL = 64 << 10
+"""Arrays up to this size are copied inside the closing tick: cheaper than proving a copy behind it."""
+_ALIGN = 16
+_VECTOR = 8
+
+
+@dataclass(slots=True)
+class Unit:
+    """A parameter that can be replayed.
+
+    Attributes:
+        fqn: Its name.
+        param: The live parameter.
+        optimizer: The optimizer that owns it.
+        group_index: Its parameter group there.
+        rule: How it is replayed.
+        names: Array names: the parameter's, then its states' in kernel order.
+        updates: Updates collected since its first piece left.
+        barred: Why its pieces leave at the closing tick after all; ``None`` while they need not.
+    """
+
+    fqn: str
+    param: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    group_index: int
+    rule: Rule
+    names: tuple[Name, ...]
+    pieces: list[Piece] = field(default_factory=list)
+    barred: str | None = None
+
+    @property
+    def group(self) -> dict[str, object]:
+        """The live parameter group; looked up each time, since ``load_state_dict`` replaces it."""
+        group: dict[str, object] = self.optimizer.param_groups[self.group_index]
+        return group
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the live tensors, the parameter first; looked up each time.
+
+        Raises:
+            KeyError: If a state is gone.
+        """
+        state = self.optimizer.state[self.param]
+        return [self.param, *(state[key] for key in self.rule.states)]
+
+
+@dataclass(slots=True)
+class Piece:
+    """An element range that leaves as one.
+
+    Attributes:
+        index: Its number within the cut.
+        stretches: Its bytes in the arena, array by array.
+        unit: The unit it belongs to; ``None`` for an array that is not replayed.
+        tail: Elements at its end that belong to the array's last ``numel % 8``.
+        sent: Whether it left before the closing tick.
+        late: Why it leaves at the closing tick although it was, or could have been, sent.
+        known: Fingerprints its live bytes must have now, one per stretch; ``None`` if unknown.
+    """
+
+    index: int
+    stretches: tuple[Stretch, ...]
+    unit: Unit | None = None
+    tail: int = 0
+    sent: bool = False
+    late: str | None = None
+    known: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stretches."""
+        return sum(s.nbytes for s in self.stretches)
+
+    def message(self) -> ReplayPiece:
+        """Describe the piece to the worker."""
+        if self.unit is None:
+            msg = f"piece {self.index} is not replayed"
+            raise ValueError(msg)
+        rule = self.unit.rule
+        return ReplayPiece(self.index, rule.kernel, rule.flags, self.stretches, self.tail)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """All of the live state, cut.
+
+    Attributes:
+        units: What can be replayed.
+        pieces: Their pieces, in the order they leave.
+        loose: Pieces of arrays that leave at the closing tick, behind the next step.
+        at_once: Arrays that are copied inside the closing tick.
+        reasons: Why parameters can't be replayed, by name.
+    """
+
+    units: tuple[Unit, ...]
+    pieces: tuple[Piece, ...]
+    loose: tuple[Piece, ...]
+    at_once: tuple[Name, ...]
+    reasons: dict[str, str]
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes that can leave early."""
+        return sum(p.nbytes for p in self.pieces)
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of one full gradient of what can leave early."""
+        return sum(p.stretches[0].nbytes for p in self.pieces)
+
+
+def cut(
+    live: LiveState,
+    layout: ArenaLayout,
+    *,
+    window: int,
+    barred: frozenset[str] = frozenset(),
+    racing: frozenset[Name] | None = frozenset(),
+) -> Cut:
+    """Cut ``live`` into what can leave early, what leaves at the close, and what is copied at once.
+
+    Args:
+        live: The state.
+        layout: Where each array lies in the arena.
+        window: Ticks of the window; with 1, nothing leaves early.
+        barred: Parameters whose replay is not trusted.
+        racing: Arrays that must be copied inside the closing tick because a copy behind it was
+            overtaken before; ``None`` means all of them.
+    """
+    arrays = {a.spec.name: a for a in layout.arrays}
+    small = min(SMALL, sum(a.spec.nbytes for a in layout.arrays) // 4096)
+    size = _piece_elements(live, window)
+    units: list[Unit] = []
+    pieces: list[Piece] = []
+    reasons: dict[str, str] = {}
+    taken: set[Name] = set()
+    for entry in live.params if window > 1 else ():
+        unit = _unit(live, entry, barred, reasons)
+        if unit is None:
+            continue
+        if sum(arrays[n].spec.nbytes for n in unit.names) <= small:
+            continue
+        ranges = _ranges([arrays[n] for n in unit.names], size)
+        if ranges is None or (len(arrays[unit.names[0]].slots) > 1 and not unit.param.is_contiguous()):
+            reasons[unit.fqn] = "its chunks can't be cut for replay"
+            continue
+        for stretches, tail in ranges:
+            piece = Piece(len(pieces), stretches, unit, tail)
+            unit.pieces.append(piece)
+            pieces.append(piece)
+        units.append(unit)
+        taken.update(unit.names)
+    loose: list[Piece] = []
+    at_once: list[Name] = []
+    for name, array in arrays.items():
+        if name in taken or not array.slots:
+            continue
+        tensor = live.entries[name]
+        prompt = (
+            racing is None
+            or name in racing
+            or name in live.buffers
+            or array.spec.nbytes <= small
+            or dense_bytes(tensor) is None
+            or (len(array.slots) > 1 and not tensor.is_contiguous())
+        )
+        if prompt:
+            at_once.append(name)
+            continue
+        for stretches, _ in _ranges([array], size) or ():
+            loose.append(Piece(len(pieces) + len(loose), stretches))
+    return Cut(tuple(units), tuple(pieces), tuple(loose), tuple(at_once), reasons)
+
+
+def _unit(live: LiveState, entry: object, barred: frozenset[str], reasons: dict[str, str]) -> Unit | None:
+    fqn, param = entry.fqn, entry.param  # type: ignore[attr-defined]
+    optimizer = live.optimizers[entry.optimizer_index]  # type: ignore[attr-defined]
+    group = optimizer.param_groups[entry.group_index]  # type: ignore[attr-defined]
+    if fqn in barred:
+        reasons[fqn] = "an earlier replay of it did not match"
+        return None
+    rule = replay.rule_for(optimizer, group, param, optimizer.state.get(param, {}))
+    if isinstance(rule, str):
+        reasons[fqn] = rule
+        return None
+    names = (("model", fqn), *(("optimizer", fqn, key) for key in rule.states))
+    missing = [n for n in names if n not in live.entries]
+    if missing:
+        reasons[fqn] = f"{'/'.join(missing[0])} is stored under another name"
+        return None
+    return Unit(fqn, param, optimizer, entry.group_index, rule, names)  # type: ignore[attr-defined]
+
+
+def _piece_elements(live: LiveState, window: int) -> int:
+    """Return how many elements a piece has: enough pieces to balance parts, never tiny ones."""
+    total = sum(entry.param.numel() for entry in live.params)
+    wanted = total // (8 * max(1, window))
+    return max(MIN_PIECE, min(MAX_PIECE, -(-wanted // _ALIGN) * _ALIGN))
+
+
+def _ranges(arrays: list[ArrayLayout], size: int) -> list[tuple[tuple[Stretch, ...], int]] | None:
+    """Cut arrays of equal shape along the same elements, each piece inside one chunk.
+
+    Returns:
+        For each piece its stretches and its share of the vector tail; ``None`` if the arrays are not
+        chunked alike.
+    """
+    first = arrays[0]
+    if any(
+        a.spec.shape != first.spec.shape or len(a.slots) != len(first.slots) or a.chunk_shape != first.chunk_shape
+        for a in arrays
+    ):
+        return None
+    numel = first.spec.numel
+    tail_start = numel - numel % _VECTOR
+    result = []
+    for number, slot in enumerate(first.slots):
+        begin = slot.row * (numel // max(1, first.spec.shape[0] if first.spec.shape else 1))
+        count = slot.nbytes // first.spec.itemsize
+        for low, high in _steps(begin, begin + count, size):
+            stretches = tuple(
+                Stretch(
+                    a.spec.name,
+                    a.slots[number].offset + (low - begin) * a.spec.itemsize,
+                    low,
+                    high,
+                    a.spec.itemsize,
+                )
+                for a in arrays
+            )
+            result.append((stretches, max(0, high - max(low, tail_start))))
+    return result
+
+
+def _steps(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    for low in range(begin, end, size):
+        yield low, min(end, low + size)

@@ -1,0 +1,159 @@
+"""What a caller holds of one save: two futures, and everything there is to see."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from gockpt.engine.trace import Span, Trace
+    from gockpt.schedule import Plan
+
+__all__ = ["Progress", "SaveHandle", "Saved"]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A published checkpoint and what it cost.
+
+    Attributes:
+        step: The step it holds.
+        path: Its directory.
+        seq: Its place in the order of publications; the highest is the newest.
+        nbytes: Payload bytes.
+        window: Ticks the published attempt was spread over.
+        attempts: 1, or more when the save was retargeted.
+        exact: Whether it is bit-exact.
+        exposed_seconds: How long training waited for this save, all ticks and updates together.
+        hidden_seconds: Background seconds (copying, replay, writing), summed over threads.
+        durable_seconds: From the start of the window until the checkpoint was durable.
+        host_memory: Bytes of host memory held for it: arena and gradient ring.
+        late_parts: Parameters that left at the closing tick although a replay was planned, with why.
+    """
+
+    step: int
+    path: Path
+    seq: int
+    nbytes: int
+    window: int
+    attempts: int
+    exact: bool
+    exposed_seconds: float
+    hidden_seconds: float
+    durable_seconds: float
+    host_memory: int
+    late_parts: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a save is.
+
+    Attributes:
+        phase: ``"open"``, ``"closing"``, ``"captured"`` (being replayed and written), ``"void"`` (waiting
+            for the next step after a failed proof), ``"durable"`` or ``"failed"``.
+        done: Bytes done in this phase: copied, then written.
+        total: Bytes there are in this phase.
+    """
+
+    phase: str
+    done: int
+    total: int
+
+
+class SaveHandle:
+    """One save, from its first tick until it is durable.
+
+    Attributes:
+        captured: Future of the step; done when the whole state is in host memory: training may do
+            anything from here on.
+        durable: Future of :class:`Saved`; done when the checkpoint survives a power loss.
+        plan: The plan the save started with; ``plan.explain()`` says why.
+        events: What happened beside the plan, in words, such as ``"retargeted from 100 to 101: …"``.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        plan: Plan,
+        trace: Trace,
+        *,
+        drive: Callable[[SaveHandle, float | None], None],
+        progress: Callable[[SaveHandle], Progress],
+    ) -> None:
+        self.captured: Future[int] = Future()
+        self.durable: Future[Saved] = Future()
+        self.plan = plan
+        self.events: list[str] = []
+        self._step = step
+        self._trace = trace
+        self._attempts = 1
+        self._drive = drive
+        self._progress = progress
+
+    @property
+    def step(self) -> int:
+        """The step this save publishes; a retargeted save moves to a later one."""
+        return self._step
+
+    @property
+    def attempts(self) -> int:
+        """How often the save was tried; above 1 it was retargeted."""
+        return self._attempts
+
+    def done(self) -> bool:
+        """Whether it is durable or failed."""
+        return self.durable.done()
+
+    def result(self, timeout: float | None = None) -> Saved:
+        """Wait until the checkpoint is durable.
+
+        Called from the training thread inside an open window, this closes the window at the last
+        tick, as :func:`gockpt.wait` does.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Raises:
+            SaveError: If the save failed; nothing of it was published.
+            TimeoutError: If ``timeout`` passed; the save goes on.
+        """
+        self._drive(self, timeout)
+        return self.durable.result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what :meth:`result` would raise, or ``None``."""
+        self._drive(self, timeout)
+        return self.durable.exception(timeout)
+
+    def add_done_callback(self, callback: Callable[[SaveHandle], Any]) -> None:
+        """Call ``callback(handle)`` when the save is durable or failed, on whichever thread ends it."""
+        self.durable.add_done_callback(lambda _: callback(self))
+
+    def progress(self) -> Progress:
+        """Return how far the save is, without waiting."""
+        return self._progress(self)
+
+    def timeline(self) -> tuple[Span, ...]:
+        """Return what happened when, by start time."""
+        return self._trace.spans()
+
+    def retarget(self, step: int, why: str) -> None:
+        """Move the save to a later step (the engine does)."""
+        self.events.append(f"retargeted from {self._step} to {step}: {why}")
+        self._step = step
+        self._attempts += 1
+
+    def move(self, step: int) -> None:
+        """Set the step the window really closed at (the engine does)."""
+        self._step = step
+
+    def __repr__(self) -> str:
+        state = "durable" if self.durable.done() else self.progress().phase
+        if self.durable.done() and self.durable.exception() is not None:
+            state = "failed"
+        return f"<SaveHandle step={self._step} {state}>"

@@ -1,0 +1,80 @@
+"""Optimizer hooks that only collect: they never raise and never keep the engine alive.
+
+The pre-hook runs last of all pre-hooks and the post-hook first of all post-hooks, so that what is
+seen is what the optimizer consumed, whatever other hooks do. Nested pairs (a subclass calling
+``super().step()``) count as one update: the outermost.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Hooks", "Listener"]
+
+
+class Listener(Protocol):
+    """Who hears of updates."""
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is about to change parameters."""
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has changed parameters."""
+
+
+class Hooks:
+    """The hooks of one engine on its optimizers."""
+
+    def __init__(self, optimizers: tuple[torch.optim.Optimizer, ...], listener: Listener) -> None:
+        self._optimizers = optimizers
+        self._listener = weakref.ref(listener)
+        self._pid = os.getpid()
+        self._depth: dict[int, int] = {}
+        self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+
+    def assert_order(self) -> None:
+        """Put ours last before and first after the update again. Only outside hooks."""
+        for optimizer, pre, post in zip(self._optimizers, self._handles[::2], self._handles[1::2], strict=True):
+            before: Any = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+            after: Any = getattr(optimizer, "_optimizer_step_post_hooks", {})
+            if pre.id in before:
+                before.move_to_end(pre.id)
+            if post.id in after:
+                after.move_to_end(post.id, last=False)
+
+    def reset(self) -> bool:
+        """Forget half-finished updates; whether there was one (a step that ended in an exception)."""
+        unfinished = any(self._depth.values())
+        self._depth.clear()
+        return unfinished
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:  # noqa: ANN401
+        listener = self._listener()
+        if listener is None or os.getpid() != self._pid:
+            return
+        depth = self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
+        if depth == 1:
+            listener.before_update(optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:  # noqa: ANN401
+        listener = self._listener()
+        if listener is None or os.getpid() != self._pid:
+            return
+        depth = self._depth[id(optimizer)] = max(0, self._depth.get(id(optimizer), 0) - 1)
+        if depth == 0:
+            listener.after_update(optimizer)

@@ -1,0 +1,329 @@
+"""One save's background work: replay, proof, writing, commit.
+
+Threads of the pool call :meth:`Job.take`; the training side posts messages. Every task is small, so
+the order in which threads take them does not matter. Nothing is published unless every replayed
+piece was proven equal to the live state of the boundary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from gockpt.errors import GockptError, WorkerError
+from gockpt.kernels import replay
+from gockpt.kernels.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from gockpt.arena import Arena
+    from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece
+    from gockpt.engine.ring import Ring
+    from gockpt.engine.trace import Trace
+    from gockpt.layout import Slot
+    from gockpt.storage.store import Published, Transaction
+
+__all__ = ["Job", "Outcome"]
+
+BATCH = 2
+"""Gradients of one piece that are replayed in one pass while the window is open."""
+
+
+class Outcome(Protocol):
+    """What a job reports; called on a worker thread, at most one of the three, once."""
+
+    def published(self, job: Job, result: Published) -> None:
+        """The checkpoint is durable."""
+
+    def mismatched(self, job: Job, pieces: Sequence[int]) -> None:
+        """Replayed pieces differ from the live state; nothing was published."""
+
+    def failed(self, job: Job, error: BaseException) -> None:
+        """The background failed; nothing was published."""
+
+
+Report = Callable[[], None]
+Task = Callable[[], Report | None]
+
+
+@dataclass(slots=True)
+class _Piece:
+    piece: ReplayPiece
+    pending: list[Gradient] = field(default_factory=list)
+    busy: bool = False
+    proven: bool = False
+
+
+class Job:
+    """The background half of one attempt of one save."""
+
+    def __init__(  # noqa: PLR0913 - the parts of a save, each its own object
+        self,
+        *,
+        arenas: tuple[Arena, ...],
+        pieces: Iterable[ReplayPiece],
+        ring: Ring,
+        begin: Callable[[int], Transaction],
+        outcome: Outcome,
+        trace: Trace,
+    ) -> None:
+        self._arenas = arenas
+        self._pieces = {p.index: _Piece(p) for p in pieces}
+        self._ring = ring
+        self._begin = begin
+        self._outcome = outcome
+        self._trace = trace
+        self._changed = threading.Condition()
+        self._capture: Capture | None = None
+        self._transaction: Transaction | None = None
+        self._chunks: list[tuple[ArrayPlace, Slot]] = []
+        self._waiting: dict[tuple[str, ...], set[int]] = {}
+        self._wrong: list[int] = []
+        self._running = 0
+        self._commit_taken = False
+        self._ended = False
+        self._hurry = False
+        self.total_bytes = 0
+        self.written_bytes = 0
+
+    # -- the training side -------------------------------------------------------------------
+
+    def gradients(self, gradients: Iterable[Gradient]) -> None:
+        """Queue one update's gradients for replay, in the order of updates."""
+        with self._changed:
+            for gradient in gradients:
+                self._pieces[gradient.piece].pending.append(gradient)
+            self._changed.notify_all()
+
+    def hurry(self, *, on: bool) -> None:
+        """Replay what is pending without gathering more, while the ring is full."""
+        with self._changed:
+            self._hurry = on
+            self._changed.notify_all()
+
+    def discard(self, pieces: Iterable[int]) -> None:
+        """Forget these pieces' replay and return when nothing touches their memory any more."""
+        with self._changed:
+            for index in pieces:
+                state = self._pieces.get(index)
+                if state is None:
+                    continue
+                while state.busy:
+                    self._changed.wait()
+                for gradient in state.pending:
+                    self._ring.free(gradient.offset)
+                del self._pieces[index]
+
+    def close(self, capture: Capture, arenas: tuple[Arena, ...]) -> None:
+        """All has arrived: finish the replay, prove it, write, commit.
+
+        Args:
+            capture: The checkpoint.
+            arenas: State arena, ring arena, and the arena of what the closing tick added.
+        """
+        with self._changed:
+            self._arenas = arenas
+            owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
+            for index, state in self._pieces.items():
+                for stretch in state.piece.stretches:
+                    owners[stretch.name].add(index)
+            self._waiting = owners
+            self._chunks = [(place, slot) for place in capture.arrays for slot in place.layout.slots]
+            self._chunks.reverse()
+            self.total_bytes = sum(slot.nbytes for _, slot in self._chunks)
+            self._capture = capture
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        """Give up. Returns when no task touches the arena any more; the partial is removed."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+            while self._running:
+                self._changed.wait()
+            for state in self._pieces.values():
+                for gradient in state.pending:
+                    self._ring.free(gradient.offset)
+            self._pieces.clear()
+            transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.abort()
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more tasks."""
+        return self._ended
+
+    # -- the worker side ---------------------------------------------------------------------
+
+    def take(self) -> Callable[[], None] | None:
+        """Return the next task, waiting for one; ``None`` once the job ended."""
+        with self._changed:
+            while True:
+                if self._ended:
+                    return None
+                task = self._next()
+                if task is not None:
+                    self._running += 1
+                    return lambda: self._run(task)
+                self._changed.wait()
+
+    def _next(self) -> Task | None:
+        closed = self._capture is not None
+        threshold = 1 if closed or self._hurry else BATCH
+        for state in self._pieces.values():
+            if state.busy or state.proven:
+                continue
+            if closed or len(state.pending) >= threshold:
+                gradients, state.pending = state.pending, []
+                state.busy = True
+                return lambda: self._replay(state, gradients, prove=closed)
+        if not closed or self._wrong:
+            return self._end_wrong() if closed and not self._running else None
+        for position in range(len(self._chunks) - 1, -1, -1):
+            place, slot = self._chunks[position]
+            if not self._waiting.get(place.layout.spec.name):
+                del self._chunks[position]
+                return lambda: self._write(place, slot)
+        if self._chunks or self._running or self._commit_taken:
+            return None
+        self._commit_taken = True
+        return self._commit
+
+    def _run(self, task: Task) -> None:
+        error: BaseException | None = None
+        report: Report | None = None
+        try:
+            report = task()
+        except BaseException as caught:  # noqa: BLE001 - reported through the handle
+            error = caught
+        with self._changed:
+            self._running -= 1
+            failed = error is not None and not self._ended
+            if failed:
+                self._ended = True
+            self._changed.notify_all()
+        # Reported only now that this task no longer counts as running: whoever hears of it may
+        # hold a lock that the training side holds while it waits for running tasks.
+        if failed and error is not None:
+            self._fail(error)
+        elif report is not None:
+            report()
+
+    def _fail(self, error: BaseException) -> None:
+        self.abort()
+        if not isinstance(error, GockptError):
+            wrapped = WorkerError(f"the background of a save failed: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self._outcome.failed(self, error)
+
+    def _replay(self, state: _Piece, gradients: list[Gradient], *, prove: bool) -> Report | None:
+        piece = state.piece
+        arena, ring = self._arenas[:2]
+        began = perf_counter()
+        try:
+            if gradients:
+                views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in piece.stretches]
+                replay.run(
+                    piece.kernel,
+                    piece.flags,
+                    views[0],
+                    views[1:],
+                    [ring.view(g.offset, g.nbytes).view(np.float32) for g in gradients],
+                    [g.scalars for g in gradients],
+                    tail=piece.tail,
+                )
+        finally:
+            for gradient in gradients:
+                self._ring.free(gradient.offset)
+        self._trace.span("replay", began, perf_counter())
+        right = True
+        if prove and self._capture is not None:
+            expected = self._capture.proofs[piece.index]
+            got = tuple(
+                fingerprint(arena.view(s.offset, s.nbytes), s.itemsize, s.start) for s in piece.stretches
+            )
+            right = got == expected
+        with self._changed:
+            state.busy = False
+            if prove:
+                state.proven = True
+                if not right:
+                    self._wrong.append(piece.index)
+                for stretch in piece.stretches:
+                    self._waiting[stretch.name].discard(piece.index)
+            self._changed.notify_all()
+        return None
+
+    def _end_wrong(self) -> Task | None:
+        if self._commit_taken:
+            return None
+        self._commit_taken = True
+        return self._report_wrong
+
+    def _report_wrong(self) -> Report:
+        wrong = tuple(sorted(self._wrong))
+        with self._changed:
+            self._ended = True
+            transaction, self._transaction = self._transaction, None
+            self._changed.notify_all()
+        if transaction is not None:
+            transaction.abort()
+        return lambda: self._outcome.mismatched(self, wrong)
+
+    def _write(self, place: ArrayPlace, slot: Slot) -> Report | None:
+        arena = self._arenas[place.arena]
+        began = perf_counter()
+        if place.strides is not None:
+            _to_row_major(arena.view(slot.offset, slot.nbytes), place.layout.spec.shape, place.strides)
+        self._begun().write_chunk(place.layout, slot, memoryview(arena.view(slot.offset, slot.capacity)))
+        with self._changed:
+            self.written_bytes += slot.nbytes
+        self._trace.span("write", began, perf_counter())
+        return None
+
+    def _begun(self) -> Transaction:
+        if self._capture is None:
+            msg = "a chunk can't be written before the capture"
+            raise WorkerError(msg)
+        with self._changed:
+            if self._transaction is None:
+                self._transaction = self._begin(self._capture.step)
+            return self._transaction
+
+    def _commit(self) -> Report:
+        transaction = self._begun()
+        capture = self._capture
+        if capture is None:
+            msg = "nothing to commit"
+            raise WorkerError(msg)
+        began = perf_counter()
+        result = transaction.commit(
+            [place.layout for place in capture.arrays],
+            state=capture.state,
+            attributes=capture.attributes,
+            exact=capture.exact,
+        )
+        self._trace.span("commit", began, perf_counter())
+        with self._changed:
+            self._transaction = None
+            self._ended = True
+            self._changed.notify_all()
+        return lambda: self._outcome.published(self, result)
+
+
+def _to_row_major(data: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Reorder a dense array in place from storage order to row-major order."""
+    itemsize = data.nbytes // int(np.prod(shape, dtype=np.int64))
+    stored = np.ndarray(
+        shape, dtype=f"V{itemsize}", buffer=data.data, strides=tuple(s * itemsize for s in strides)
+    )
+    data[:] = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)

@@ -1,0 +1,174 @@
+"""What the state weighs, and the memory that saving it takes: both known before the first byte moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gockpt.arena import Arena
+from gockpt.engine.attempt import Attempt
+from gockpt.engine.cut import cut
+from gockpt.engine.job import Job
+from gockpt.engine.ring import Ring
+from gockpt.errors import OptionsError
+from gockpt.layout import ArenaLayout, lay_out
+from gockpt.schedule import RING_GRADIENTS, Facts
+from gockpt.schema import ArraySpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gockpt.engine.job import Outcome
+    from gockpt.engine.trace import Trace
+    from gockpt.options import Options
+    from gockpt.schedule import Plan
+    from gockpt.state import LiveState
+    from gockpt.storage.store import Transaction
+    from gockpt.transfer import Transfer
+
+__all__ = ["Memory", "Shape", "facts_of", "shape_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The geometry of a state: what must not change inside a window.
+
+    Attributes:
+        key: Equal for states with the same names, shapes, dtypes, memory orders and parameters.
+        layout: Where every array lies in the arena.
+        nbytes: Payload bytes.
+    """
+
+    key: tuple[object, ...]
+    layout: ArenaLayout
+    nbytes: int
+
+    def rough(self, step_seconds: float | None, copy_rate: float | None) -> Facts:
+        """Return facts that assume two of three bytes replayable, to bound a window before looking closer."""
+        return Facts(self.nbytes, self.nbytes, self.nbytes // 3, step_seconds, copy_rate)
+
+
+def shape_of(live: LiveState) -> Shape:
+    """Return the geometry of ``live``."""
+    specs = [
+        ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in live.entries.items()
+    ]
+    orders = tuple(None if t.is_contiguous() else t.stride() for t in live.entries.values())
+    owners = tuple((p.fqn, id(p.param), p.optimizer_index, p.group_index) for p in live.params)
+    layout = lay_out(specs)
+    key = (tuple(specs), orders, owners, tuple(sorted(live.aliases.items())), frozenset(live.buffers))
+    return Shape(key, layout, sum(s.nbytes for s in specs))
+
+
+def facts_of(
+    live: LiveState, shape: Shape, barred: frozenset[str], step_seconds: float | None, copy_rate: float | None
+) -> Facts:
+    """Return what a plan is made from: looks at every parameter's optimizer."""
+    pieces = cut(live, shape.layout, window=2, barred=barred)
+    return Facts(shape.nbytes, pieces.replay_bytes, pieces.grad_bytes, step_seconds, copy_rate)
+
+
+class Memory:
+    """The arenas of one engine: state, gradient ring, and what a closing tick adds. Kept between saves."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._state: Arena | None = None
+        self._ring: Arena | None = None
+        self._extra: Arena | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory held."""
+        return sum(a.nbytes for a in (self._state, self._ring, self._extra) if a is not None)
+
+    @property
+    def arenas(self) -> tuple[Arena, Arena, Arena]:
+        """State, ring and additions."""
+        self._ring = self._ring or Arena(0)
+        self._extra = self._extra or Arena(0)
+        self._state = self._state or Arena(0)
+        return self._state, self._ring, self._extra
+
+    def prepare(self, shape: Shape, transfer: Transfer) -> None:
+        """Reserve the state's arena and take its pages behind the caller."""
+        self._check(shape.layout.nbytes)
+        arena = self._state_arena(shape.layout.nbytes)
+        transfer.submit([arena.prefault])
+
+    def additions(self, nbytes: int) -> Arena:
+        """Return an arena for what the closing tick adds (extras, random states)."""
+        if self._extra is None or self._extra.nbytes < nbytes:
+            self._extra = None
+            self._extra = Arena(nbytes)
+        return self._extra
+
+    def attempt(  # noqa: PLR0913 - wiring
+        self,
+        live: LiveState,
+        shape: Shape,
+        plan: Plan,
+        *,
+        barred: frozenset[str],
+        racing: frozenset[tuple[str, ...]] | None,
+        transfer: Transfer,
+        begin: Callable[[int], Transaction],
+        outcome: Outcome,
+        trace: Trace,
+    ) -> tuple[Attempt, Job]:
+        """Set up one attempt and its background job."""
+        pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing)
+        ring_bytes = 0
+        if plan.ring_bytes:
+            # Blocks are rounded up to 64 bytes each.
+            ring_bytes = plan.ring_bytes + 64 * RING_GRADIENTS * len(pieces.pieces)
+            largest = max(p.stretches[0].nbytes for p in pieces.pieces)
+            ring_bytes = max(ring_bytes, largest + 64)
+        self._check(shape.layout.nbytes + ring_bytes)
+        arena = self._state_arena(shape.layout.nbytes)
+        if self._ring is None or self._ring.nbytes < ring_bytes:
+            self._ring = None
+            self._ring = Arena(ring_bytes)
+            transfer.submit([self._ring.prefault])
+        ring = Ring(0, ring_bytes)
+        job = Job(
+            arenas=self.arenas,
+            pieces=[p.message() for p in pieces.pieces],
+            ring=ring,
+            begin=begin,
+            outcome=outcome,
+            trace=trace,
+        )
+        attempt = Attempt(
+            live=live,
+            shape=shape,
+            cut=pieces,
+            plan=plan,
+            arena=arena,
+            ring=ring,
+            ring_arena=self._ring,
+            transfer=transfer,
+            options=self._options,
+            job=job,
+            trace=trace,
+        )
+        return attempt, job
+
+    def release(self) -> None:
+        """Let the memory go."""
+        self._state = self._ring = self._extra = None
+
+    def _state_arena(self, nbytes: int) -> Arena:
+        if self._state is None or self._state.nbytes < nbytes:
+            self._state = None
+            self._state = Arena(nbytes)
+        return self._state
+
+    def _check(self, nbytes: int) -> None:
+        limit = self._options.host_memory
+        if limit is not None and nbytes > limit:
+            msg = (
+                f"saving this state takes {nbytes} bytes of host memory, and host_memory={limit} allows less; "
+                "raise host_memory or use window=1, which needs no gradient ring"
+            )
+            raise OptionsError(msg)

@@ -1,0 +1,242 @@
+"""Natural names for live tensors: of a model's entries, and of the optimizers that train them.
+
+Names are those of ``module.state_dict()``, without what wrappers put in between (``torch.compile``,
+DDP, activation checkpointing), so that a checkpoint fits the bare and the wrapped model alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from gockpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["ModelEntry", "bare_module", "model_entries", "models_of", "optimizers_of", "parameter_names"]
+
+TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes under which wrappers hold the module that they wrap; no part of a natural name."""
+
+INNER = ("optimizer", "_optimizer", "base_optimizer", "optim")
+"""Attributes under which wrappers hold the optimizer that they wrap."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One entry of a model's state.
+
+    Attributes:
+        fqn: Natural name, unique within everything that is saved.
+        kind: ``"parameter"`` and ``"buffer"`` are live memory of the module. ``"computed"`` was made
+            for the state dict (``get_extra_state``, a hook, an overridden ``_save_to_state_dict``) and
+            only the module's own ``load_state_dict`` can take it back.
+        value: The live tensor, or the computed value.
+        model: Index of the model it belongs to.
+        key: Its key in that model's own ``state_dict()``.
+    """
+
+    fqn: str
+    kind: Literal["parameter", "buffer", "computed"]
+    value: Any
+    model: int
+    key: str
+
+
+def models_of(model: Any) -> list[tuple[str, Any]]:
+    """Return the modules and mappings that ``model`` stands for, each with its name prefix.
+
+    Raises:
+        UsageError: If it is neither a module, a list of modules, a ``{name: tensor}`` mapping nor ``None``.
+    """
+    if model is None:
+        return []
+    if isinstance(model, nn.Module):
+        return [("", model)]
+    if isinstance(model, Mapping):
+        for name, tensor in model.items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                msg = (
+                    f"a model given as a mapping holds tensors by name; {name!r} is a "
+                    f"{type(tensor).__name__}: pass it in extra={{...}} instead"
+                )
+                raise UsageError(msg)
+        return [("", model)]
+    if isinstance(model, (list, tuple)) and all(isinstance(part, nn.Module) for part in model):
+        return [(f"{index}.", part) for index, part in enumerate(model)]
+    msg = (
+        f"model is a {type(model).__module__}.{type(model).__qualname__}; pass a torch.nn.Module, "
+        "a list of modules, or a {name: tensor} mapping"
+    )
+    raise UsageError(msg)
+
+
+def bare_module(module: nn.Module) -> nn.Module:
+    """Return the module inside all the wrappers around it."""
+    while True:
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            module = module.module
+            continue
+        inner = next((module._modules[name] for name in TRANSPARENT if name in module._modules), None)  # noqa: SLF001
+        if inner is None:
+            return module
+        module = inner
+
+
+def model_entries(model: Any) -> list[ModelEntry]:
+    """Return every entry of a model's state, in its own order: what ``state_dict()`` would save.
+
+    Raises:
+        UsageError: As :func:`models_of`, and if two entries get the same natural name.
+    """
+    entries: list[ModelEntry] = []
+    for index, (prefix, part) in enumerate(models_of(model)):
+        entries += (
+            _of_module(part, prefix, index) if isinstance(part, nn.Module) else _of_mapping(part, index)
+        )
+    seen: dict[str, ModelEntry] = {}
+    for entry in entries:
+        if entry.fqn in seen:
+            msg = (
+                f"{seen[entry.fqn].key!r} and {entry.key!r} both get the name {entry.fqn!r}; "
+                "rename one of these submodules"
+            )
+            raise UsageError(msg)
+        if not entry.fqn.isascii():
+            _check_unicode(entry.fqn)
+        seen[entry.fqn] = entry
+    return entries
+
+
+def parameter_names(model: Any) -> dict[int, str]:
+    """Return the natural name of each registered parameter by ``id``, the first name for tied ones."""
+    names: dict[int, str] = {}
+    for prefix, part in models_of(model):
+        if isinstance(part, nn.Module):
+            strip = _stripper(part)
+            for name, parameter in part.named_parameters():
+                names.setdefault(id(parameter), prefix + strip(name))
+    return names
+
+
+def optimizers_of(optimizer: Any) -> list[Any]:
+    """Return the optimizers that really hold state, the innermost of each wrapper first.
+
+    A wrapper that is an optimizer with a ``state`` of its own (Lookahead, SAM) follows what it wraps; one
+    that only passes through is left out.
+
+    Raises:
+        UsageError: If something given has neither ``param_groups`` and ``state`` nor wraps what has.
+    """
+    if optimizer is None:
+        return []
+    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    found: list[Any] = []
+    for one in given:
+        resolved = _unwrap(one, seen=set())
+        if not resolved:
+            msg = (
+                f"optimizer is a {type(one).__module__}.{type(one).__qualname__} without param_groups and "
+                "state; pass the torch.optim.Optimizer inside it, or pass it in extra={...} if it has "
+                "state_dict() and load_state_dict()"
+            )
+            raise UsageError(msg)
+        found += [new for new in resolved if not any(new is known for known in found)]
+    return found
+
+
+def _unwrap(optimizer: Any, *, seen: set[int]) -> list[Any]:
+    if id(optimizer) in seen:
+        return []
+    seen.add(id(optimizer))
+    inner = [getattr(optimizer, name, None) for name in INNER]
+    several = getattr(optimizer, "optimizers", None)
+    inner += several if isinstance(several, (list, tuple)) else []
+    resolved = [leaf for part in inner if _is_optimizer(part) for leaf in _unwrap(part, seen=seen)]
+    if not _is_optimizer(optimizer):
+        return resolved
+    passes_through = any(optimizer.state is leaf.state for leaf in resolved)
+    if resolved and (passes_through or not isinstance(optimizer, torch.optim.Optimizer)):
+        return resolved
+    return [*resolved, optimizer]
+
+
+def _is_optimizer(value: Any) -> bool:
+    if isinstance(value, type):
+        return False
+    return isinstance(getattr(value, "param_groups", None), list) and isinstance(
+        getattr(value, "state", None), Mapping
+    )
+
+
+def _of_mapping(tensors: Mapping[str, torch.Tensor], model: int) -> list[ModelEntry]:
+    # Nothing says when these change other than an optimizer that owns them: take them for buffers.
+    return [ModelEntry(name, "buffer", tensor, model, name) for name, tensor in tensors.items()]
+
+
+def _of_module(module: nn.Module, prefix: str, model: int) -> list[ModelEntry]:
+    parameters = {id(parameter) for parameter in module.parameters()}
+    buffers = {id(buffer) for buffer in module.buffers()}
+    strip = _stripper(module)
+    entries = []
+    storages: tuple[set[int], set[int]] | None = None
+    for key, value in module.state_dict(keep_vars=True).items():
+        kind: Literal["parameter", "buffer", "computed"] = "computed"
+        if id(value) in parameters:
+            kind = "parameter"
+        elif id(value) in buffers:
+            kind = "buffer"
+        elif isinstance(value, torch.Tensor):
+            # A hook may hand out a view of a parameter: that is live memory as well.
+            storages = storages or (_storages(module.parameters()), _storages(module.buffers()))
+            place = _storage(value)
+            kind = "parameter" if place in storages[0] else "buffer" if place in storages[1] else "computed"
+        entries.append(ModelEntry(prefix + strip(key), kind, value, model, key))
+    return entries
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        return None
+    return tensor.untyped_storage().data_ptr()
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    lazy = nn.parameter.is_lazy
+    return {place for tensor in tensors if not lazy(tensor) and (place := _storage(tensor)) is not None}
+
+
+def _stripper(module: nn.Module) -> Callable[[str], str]:
+    """Return the function from a module's own names to natural ones."""
+    wrapped: list[str] = []
+    if any(isinstance(part, (DataParallel, DistributedDataParallel)) for part in module.modules()):
+        wrapped = [
+            f"{name}.module." if name else "module."
+            for name, part in module.named_modules(remove_duplicate=False)
+            if isinstance(part, (DataParallel, DistributedDataParallel))
+        ]
+        wrapped.sort(key=len, reverse=True)
+
+    def strip(key: str) -> str:
+        for prefix in wrapped:
+            if key.startswith(prefix):
+                key = prefix.removesuffix("module.") + key.removeprefix(prefix)
+        if any(token in key for token in TRANSPARENT):
+            key = ".".join(part for part in key.split(".") if part not in TRANSPARENT)
+        return key
+
+    return strip
+
+
+def _check_unicode(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        msg = f"the name {name!r} is no valid Unicode text; rename that tensor"
+        raise UsageError(msg) from error

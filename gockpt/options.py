@@ -1,0 +1,110 @@
+"""Every option and its default, in one frozen value. The only home of defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from gockpt.errors import OptionsError
+
+__all__ = ["MAX_WINDOW", "Options"]
+
+MAX_WINDOW = 16
+MIN_HOST_MEMORY = 1 << 16
+
+
+def _half_the_cores() -> int:
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How saves are made. Frozen: pass a new value to change something.
+
+    Attributes:
+        window: Steps one save is spread over: ``"auto"`` (measured in the run) or 1 to 16.
+            A forced window above 1 needs ``every >= window``.
+        when_busy: What a due save does while the previous one is still being written: ``"skip"``
+            (logged) or ``"wait"``.
+        verify: ``"full"``: parts that already left are fingerprinted around every update, so
+            that a change behind the optimizer's back costs nothing but a second copy of that part.
+            ``"close"``: only at the closing step; such a change then costs a second attempt. Both
+            publish only what was proven equal.
+        keep: Keep the newest this many checkpoints and remove older ones after each publication;
+            ``None`` keeps all. At least 2: a damaged newest one needs a predecessor.
+        host_memory: Upper bound in bytes for the arena and the gradient ring together; ``None``
+            bounds it by the state's own size plus at most two full gradients. A state that can't
+            fit is refused when the save starts.
+        device_memory: Upper bound in bytes of device memory for snapshots and staging. State on
+            the CPU needs none, so this has no effect there.
+        cpu_threads: Background threads for replay, checksums and writing; ``None`` is half the
+            usable cores, between 1 and 8.
+        nice: Niceness of those threads (0 to 19); a save past its deadline gets an un-niced one.
+        overhead: For ``every="auto"``: the largest share of training time that saving may take.
+        grad_dtype: ``None`` sends gradients as they are. ``"fp16"`` and ``"bf16"`` are for device
+            transfers and are refused for state on the CPU.
+        compression: ``None`` stores raw bytes. Nothing else is supported yet.
+    """
+
+    window: int | Literal["auto"] = "auto"
+    when_busy: Literal["skip", "wait"] = "skip"
+    verify: Literal["full", "close"] = "full"
+    keep: int | None = None
+    host_memory: int | None = None
+    device_memory: int | None = None
+    cpu_threads: int | None = None
+    nice: int = 19
+    overhead: float = 0.01
+    grad_dtype: Literal["fp16", "bf16"] | None = None
+    compression: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.window != "auto" and not _is_int(self.window, 1, MAX_WINDOW):
+            _refuse("window", self.window, f'"auto" or a whole number from 1 to {MAX_WINDOW}')
+        if self.when_busy not in ("skip", "wait"):
+            _refuse("when_busy", self.when_busy, '"skip" or "wait"')
+        if self.verify not in ("full", "close"):
+            _refuse("verify", self.verify, '"full" or "close"')
+        if self.keep is not None and not _is_int(self.keep, 2, 1 << 31):
+            _refuse("keep", self.keep, "None (keep all) or a whole number of at least 2")
+        for name in ("host_memory", "device_memory"):
+            value = getattr(self, name)
+            if value is not None and not _is_int(value, MIN_HOST_MEMORY, 1 << 62):
+                _refuse(name, value, f"None or a number of bytes of at least {MIN_HOST_MEMORY}")
+        if self.cpu_threads is not None and not _is_int(self.cpu_threads, 1, 256):
+            _refuse("cpu_threads", self.cpu_threads, "None or a whole number from 1 to 256")
+        if not _is_int(self.nice, 0, 19):
+            _refuse("nice", self.nice, "a whole number from 0 to 19")
+        if not isinstance(self.overhead, (int, float)) or not 0 < self.overhead < 1:
+            _refuse("overhead", self.overhead, "a share between 0 and 1, such as 0.01")
+        if self.grad_dtype is not None:
+            if self.grad_dtype not in ("fp16", "bf16"):
+                _refuse("grad_dtype", self.grad_dtype, 'None, "fp16" or "bf16"')
+            msg = (
+                f"grad_dtype={self.grad_dtype!r} shrinks device-to-host transfers, which this version does "
+                "not make yet: state on the CPU is saved exactly with grad_dtype=None"
+            )
+            raise OptionsError(msg)
+        if self.compression is not None:
+            msg = f"compression={self.compression!r} is not supported by this version; use compression=None"
+            raise OptionsError(msg)
+
+    @property
+    def worker_threads(self) -> int:
+        """``cpu_threads``, or its default for this machine."""
+        return self.cpu_threads if self.cpu_threads is not None else _half_the_cores()
+
+    def replace(self, **changes: object) -> Options:
+        """Return a copy with ``changes`` applied and checked."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    msg = f"{name}={value!r}: expected {expected}"
+    raise OptionsError(msg)

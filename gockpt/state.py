@@ -1,0 +1,318 @@
+"""What there is to save right now: every tensor of a model and its optimizers, by name.
+
+:func:`collect` is taken at each save's start and close, because all of it may have been replaced in between
+(``load_state_dict``, late optimizer state, unfrozen layers). Nothing is copied: entries are
+detached aliases of the live memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gockpt.errors import UnsupportedState, UsageError
+from gockpt.naming import model_entries, optimizers_of, parameter_names
+from gockpt.plain import is_ordinary_key
+from gockpt.tensors import refusal
+
+__all__ = ["Computed", "GroupEntry", "LiveState", "Name", "OptimizerEntry", "ParamEntry", "collect"]
+
+Name = tuple[str, ...]
+
+log = logging.getLogger("gockpt")
+_said: set[tuple[str, ...]] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class ParamEntry:
+    """One parameter in one optimizer.
+
+    Attributes:
+        fqn: Natural name, unique within its optimizer; ``group<g>.param<i>`` for one outside the model.
+        param: The optimizer's own tensor object.
+        optimizer_index: Index into :attr:`LiveState.optimizers`.
+        group_index: Index of its param group.
+        state: Its optimizer state as far as it is tensors, by key (live objects, not detached).
+        name: The entry that holds the parameter itself.
+        state_names: The entry that holds each tensor of ``state``.
+        owner: The component that stands for it in the names of its states: ``fqn``, or ``fqn~<n>``
+            where another optimizer holds the same parameter.
+        raw: All of its optimizer state as the optimizer holds it; ``None`` when it has none yet.
+    """
+
+    fqn: str
+    param: torch.Tensor
+    optimizer_index: int
+    group_index: int
+    state: dict[str, torch.Tensor]
+    name: Name
+    state_names: dict[str, Name]
+    owner: str
+    raw: Any
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEntry:
+    """One param group: the live dict, and its parameters in order."""
+
+    options: dict[str, Any]
+    params: list[ParamEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerEntry:
+    """One optimizer that holds state.
+
+    Attributes:
+        optimizer: The live object, out of its wrappers.
+        kind: Its class: module and qualified name.
+        groups: Its param groups.
+        values: State that it keeps under keys that are no tensors.
+    """
+
+    optimizer: Any
+    kind: str
+    groups: list[GroupEntry]
+    values: dict[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """An entry of a model's state that is no live memory: made when asked for.
+
+    Attributes:
+        value: What the module's ``state_dict()`` gave.
+        model: Index of the model it belongs to.
+        key: Its key in that model's own ``state_dict()``.
+    """
+
+    value: Any
+    model: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveState:
+    """A model and its optimizers as they are now.
+
+    Attributes:
+        entries: Every array by name: ``("model", fqn)``, ``("optimizer", fqn, state)``. Detached
+            aliases of the live memory; tensors that share memory and geometry stand here once.
+        aliases: Public names of the others, each with the public name of the entry it shares.
+        params: Every parameter of every optimizer.
+        buffers: Names of entries that are buffers (due before the next forward), or of which nothing
+            is known. Never a parameter that an optimizer owns.
+        optimizers: The optimizers that hold state, as given, out of their wrappers.
+        computed: Model state that is no live memory, by natural name.
+    """
+
+    entries: dict[Name, torch.Tensor]
+    aliases: dict[str, str]
+    params: list[ParamEntry]
+    buffers: set[Name]
+    optimizers: list[OptimizerEntry]
+    computed: dict[str, Computed]
+
+
+def collect(model: Any, optimizers: Any) -> LiveState:
+    """Return what there is to save. Copies no tensor and changes nothing.
+
+    Args:
+        model: A module, a list of modules, a ``{name: tensor}`` mapping, or ``None``.
+        optimizers: An optimizer, several of them, or ``None``; wrappers are looked into.
+
+    Raises:
+        UsageError: If an argument is of no such kind, or an optimizer trains tensors that the model
+            seems to have lost (``load_state_dict(assign=True)``).
+        UnsupportedState: If a tensor has no exact form as an array; names it and the way out.
+    """
+    collector = _Collector()
+    for entry in model_entries(model):
+        if entry.kind == "computed":
+            collector.computed[entry.fqn] = Computed(entry.value, entry.model, entry.key)
+            continue
+        name = collector.add(("model", entry.fqn), entry.value)
+        collector.model_ids.setdefault(id(entry.value), entry.fqn)
+        if entry.kind == "buffer":
+            collector.buffers.add(name)
+    resolved = optimizers_of(optimizers)
+    if resolved:
+        collector.registered = parameter_names(model)
+    for index, optimizer in enumerate(resolved):
+        collector.add_optimizer(index, optimizer)
+    if collector.outside:
+        _check_outside(model, collector)
+    return collector.result()
+
+
+@dataclass(slots=True)
+class _Collector:
+    entries: dict[Name, torch.Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    buffers: set[Name] = field(default_factory=set)
+    params: list[ParamEntry] = field(default_factory=list)
+    optimizers: list[OptimizerEntry] = field(default_factory=list)
+    computed: dict[str, Computed] = field(default_factory=dict)
+    model_ids: dict[int, str] = field(default_factory=dict)
+    registered: dict[int, str] = field(default_factory=dict)
+    outside: list[ParamEntry] = field(default_factory=list)
+    owners: set[str] = field(default_factory=set)
+    # Entries by the address of their first element.
+    by_address: dict[int, list[Name]] = field(default_factory=dict)
+
+    def add(self, name: Name, tensor: torch.Tensor) -> Name:
+        """Enter a live tensor; return the name of the entry that holds it, another's if it is tied."""
+        if why := refusal(tensor):
+            msg = f"{'/'.join(name)} can't be saved: {why}"
+            raise UnsupportedState(msg)
+        known = self.find(tensor)
+        if known is not None:
+            self.aliases["/".join(name)] = "/".join(known)
+            return known
+        self.entries[name] = tensor.detach()
+        if tensor.numel():
+            self.by_address.setdefault(tensor.data_ptr(), []).append(name)
+        return name
+
+    def find(self, tensor: torch.Tensor) -> Name | None:
+        """Return the entry that holds exactly this memory in this geometry."""
+        if not tensor.numel():
+            return None
+        for name in self.by_address.get(tensor.data_ptr(), ()):
+            other = self.entries[name]
+            if (
+                other.shape == tensor.shape
+                and other.stride() == tensor.stride()
+                and other.dtype == tensor.dtype
+                and other.device == tensor.device
+            ):
+                return name
+        return None
+
+    def add_optimizer(self, index: int, optimizer: Any) -> None:
+        kind = type(optimizer)
+        groups: list[GroupEntry] = []
+        used: set[str] = set()
+        ids: set[int] = set()
+        for g, group in enumerate(optimizer.param_groups):
+            params = []
+            for i, param in enumerate(group["params"]):
+                ids.add(id(param))
+                given = group.get("param_names")
+                fallback = given[i] if given else f"{f'optimizer{index}.' if index else ''}group{g}.param{i}"
+                params.append(self.parameter(optimizer, param, fallback, used, index, g))
+            groups.append(GroupEntry(group, params))
+            self.params += params
+        values = {}
+        for key, value in optimizer.state.items():
+            if not isinstance(key, torch.Tensor):
+                values[key] = value
+            elif id(key) not in ids:
+                _say_once(
+                    ("stale", kind.__qualname__),
+                    "%s keeps state for a tensor that is in none of its param groups; it is not saved",
+                    kind.__qualname__,
+                )
+        self.optimizers.append(
+            OptimizerEntry(optimizer, f"{kind.__module__}.{kind.__qualname__}", groups, values)
+        )
+
+    def parameter(
+        self, optimizer: Any, param: torch.Tensor, fallback: str, used: set[str], index: int, g: int
+    ) -> ParamEntry:
+        in_model = self.model_ids.get(id(param))
+        known = self.find(param) if refusal(param) is None else None
+        if known is None and in_model is not None:  # an empty tensor has no memory to be known by
+            known = ("model", in_model)
+        # The first name of tied parameters, whichever object the optimizer holds.
+        fqn = known[1] if known and known[0] == "model" else self.registered.get(id(param))
+        outside = fqn is None
+        if fqn is None:
+            fqn = _unused(fallback, {*used, *self.model_ids.values()})
+        fqn = _unused(fqn, used)
+        used.add(fqn)
+        owner = _unused(fqn, self.owners)
+        self.owners.add(owner)
+        name = known or self.add(("optimizer", owner, "param"), param)
+        self.buffers.discard(name)
+        raw = optimizer.state.get(param)
+        state: dict[str, torch.Tensor] = {}
+        state_names: dict[str, Name] = {}
+        if isinstance(raw, Mapping):
+            for key, value in raw.items():
+                if isinstance(value, torch.Tensor) and is_ordinary_key(key):
+                    state[key] = value
+                    state_names[key] = self.add(_free(("optimizer", owner, key), self.entries), value)
+        entry = ParamEntry(fqn, param, index, g, state, name, state_names, owner, raw)
+        if outside:
+            self.outside.append(entry)
+        return entry
+
+    def result(self) -> LiveState:
+        return LiveState(
+            self.entries, self.aliases, self.params, self.buffers, self.optimizers, self.computed
+        )
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    if name not in taken:
+        return name
+    number = 1
+    while f"{name}~{number}" in taken:
+        number += 1
+    return f"{name}~{number}"
+
+
+def _free(name: Name, taken: Mapping[Name, Any]) -> Name:
+    while name in taken:
+        name = (*name[:-1], f"{name[-1]}~")
+    return name
+
+
+def _check_outside(model: Any, collector: _Collector) -> None:
+    """Tell parameters that live outside the model from ones that the model has lost, and say so."""
+    owned = {id(entry.param) for entry in collector.params}
+    untrained = {
+        entry.fqn: entry.value
+        for entry in model_entries(model)
+        if entry.kind == "parameter" and entry.value.requires_grad and id(entry.value) not in owned
+    }
+    lost = []
+    for entry in collector.outside:
+        twin = next((fqn for fqn, value in untrained.items() if _same_kind(value, entry.param)), None)
+        if twin is not None:
+            del untrained[twin]
+            lost.append((entry.fqn, twin))
+    if lost:
+        names = ", ".join(f"{fqn} (like {twin})" for fqn, twin in lost[:5])
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        msg = (
+            f"the optimizer trains {len(lost)} tensors that the model does not hold, while the model has "
+            f"trainable parameters of the same shapes that no optimizer holds: {names}{more}. After "
+            "load_state_dict(assign=True) or a replaced module, build the optimizer from the model's "
+            "parameters again. If they belong outside the model, freeze the model's untrained "
+            "parameters with requires_grad_(False)"
+        )
+        raise UsageError(msg)
+    names = tuple(entry.fqn for entry in collector.outside)
+    _say_once(
+        names,
+        "the optimizer trains %d tensors that the model does not hold (%s); they are saved with it, named "
+        "by their place in its param groups",
+        len(names),
+        ", ".join(names[:5]),
+    )
+
+
+def _same_kind(value: torch.Tensor, param: torch.Tensor) -> bool:
+    return value is not param and value.shape == param.shape and value.dtype == param.dtype
+
+
+def _say_once(key: tuple[str, ...], message: str, *arguments: object) -> None:
+    if key not in _said:
+        _said.add(key)
+        log.warning(message, *arguments)

@@ -1,0 +1,90 @@
+"""What a tensor is to a checkpoint: whether it can be stored, its spec, and its memory as bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Bytes = npt.NDArray[np.uint8]
+
+__all__ = ["DTYPE_OF", "NAME_OF", "as_bytes", "may_alias_itself", "refusal", "spec_of", "to_host"]
+
+DTYPE_OF: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+"""The torch dtype of each stored dtype's name."""
+
+NAME_OF: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPE_OF.items()}
+"""The stored name of each torch dtype that can be stored."""
+
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+_ORDINARY_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
+def refusal(tensor: torch.Tensor) -> str | None:
+    """Say why a tensor has no exact form as an array, and the way out; ``None`` when it has one.
+
+    A subclass is accepted as long as its bytes are all that it is: one that dispatches for itself
+    (DTensor, quantised and other wrapper tensors) is refused.
+    """
+    kind = type(tensor)
+    if kind not in _PLAIN_TYPES:
+        if torch.nn.parameter.is_lazy(tensor):
+            return "it is not initialised yet; run one forward before the first save"
+        if kind.__torch_dispatch__ is not _ORDINARY_DISPATCH:
+            return (
+                f"it is a {kind.__module__}.{kind.__qualname__}, whose value is more than one array; "
+                "this version saves ordinary tensors only: pass its local or dequantised part"
+            )
+    if tensor.layout is not torch.strided:
+        return f"its layout is {tensor.layout}; convert it with .to_dense()"
+    if tensor.is_quantized:
+        return "it is quantised; keep .int_repr() and its scale and zero point instead"
+    if tensor.is_meta:
+        return "it is on the meta device and has no data; materialise it first (.to_empty and a load)"
+    if tensor.dtype not in NAME_OF:
+        return f"its dtype {tensor.dtype} is none of those that are stored ({', '.join(DTYPES)}); convert it"
+    if tensor.is_conj() or tensor.is_neg():
+        return "it is a lazily conjugated or negated view; call .resolve_conj().resolve_neg()"
+    if tensor.dim() > MAX_NDIM:
+        return f"it has {tensor.dim()} dimensions; at most {MAX_NDIM} are stored"
+    return None
+
+
+def spec_of(name: tuple[str, ...], tensor: torch.Tensor) -> ArraySpec:
+    """Return the spec of the array that stores a tensor for which :func:`refusal` is ``None``."""
+    return ArraySpec(name, tuple(tensor.shape), NAME_OF[tensor.dtype])
+
+
+def as_bytes(tensor: torch.Tensor) -> Bytes:
+    """Return a contiguous CPU tensor's memory as 1-D bytes, row-major, sharing it."""
+    flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor's values as a contiguous CPU tensor with memory of its own."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+
+
+def may_alias_itself(tensor: torch.Tensor) -> bool:
+    """Return whether two indices may stand for one element in memory (as after ``expand``).
+
+    Never ``False`` for a tensor that overlaps; ``True`` for some unusual ``as_strided`` views that don't.
+    """
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size == 1:
+            continue
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False

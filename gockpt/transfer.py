@@ -1,0 +1,231 @@
+"""Moving bytes from live tensors into the arena, behind the training step.
+
+A :class:`Batch` is a set of small tasks. One background thread works on it while the step computes;
+whoever must have it finished (the next update) helps and so never waits for more than one task.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gockpt.kernels.fingerprint import copy_fingerprint, fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import numpy.typing as npt
+
+    Bytes = npt.NDArray[np.uint8]
+
+__all__ = ["Batch", "Copy", "Transfer", "dense_bytes"]
+
+
+def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
+    """Return the tensor's memory as 1-D bytes in storage order, sharing it.
+
+    Returns:
+        ``None`` when the elements don't fill one gapless stretch of CPU memory exactly once (views
+        with holes, expanded or lazily conjugated tensors, other layouts or devices).
+    """
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return None
+    if tensor.is_conj() or tensor.is_neg() or not _is_dense(tensor):
+        return None
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    result: Bytes = flat.view(torch.uint8).numpy()
+    return result
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+@dataclass(slots=True)
+class Copy:
+    """One stretch of one array on its way into the arena.
+
+    Attributes:
+        source: Live bytes; holds the storage alive.
+        target: Their place in the arena.
+        itemsize: Bytes per element.
+        start: Index of the first element within its array, in storage order.
+        expected: Fingerprint of the source at the boundary.
+        arrived: Fingerprint of the target after the copy; ``None`` before.
+        owner: The caller's handle for it (a piece).
+    """
+
+    source: Bytes
+    target: Bytes
+    itemsize: int
+    start: int
+    owner: Any
+    expected: int = 0
+    arrived: int | None = None
+
+    def stamp(self) -> None:
+        """Take the source's fingerprint now: this is the boundary."""
+        self.expected = fingerprint(self.source, self.itemsize, self.start)
+
+    def run(self) -> None:
+        """Copy, and fingerprint what arrived."""
+        self.arrived = copy_fingerprint(self.source, self.target, self.itemsize, self.start)
+
+    @property
+    def proven(self) -> bool:
+        """Whether the bytes that arrived are those of the boundary."""
+        return self.arrived is not None and self.arrived == self.expected
+
+    def retry(self) -> bool:
+        """Copy again if the source is (again) what it was at the boundary; whether it is proven now.
+
+        Only for a moment at which nothing else writes the source.
+        """
+        if not self.proven and fingerprint(self.source, self.itemsize, self.start) == self.expected:
+            self.run()
+        return self.proven
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tasks that are finished together.
+
+    Attributes:
+        done: Set when every task ended.
+        nbytes: Bytes they move, for the measured rate.
+        errors: What tasks raised.
+        busy_seconds: Time spent inside tasks, all threads together.
+    """
+
+    tasks: deque[Callable[[], None]]
+    nbytes: int = 0
+    on_done: Callable[[], None] | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    errors: list[BaseException] = field(default_factory=list)
+    busy_seconds: float = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+    _left: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._left = len(self.tasks)
+        self.started = perf_counter()
+        if not self._left:
+            self.ended = self.started
+            self.done.set()
+
+    def work(self) -> bool:
+        """Run one task in the calling thread; ``False`` when none is left to take."""
+        try:
+            task = self.tasks.popleft()
+        except IndexError:
+            return False
+        began = perf_counter()
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the batch
+            self.errors.append(error)
+        finally:
+            ended = perf_counter()
+            with self._lock:
+                self.busy_seconds += ended - began
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                self.ended = ended
+                self.done.set()
+                if self.on_done is not None:
+                    self.on_done()
+        return True
+
+    def finish(self) -> None:
+        """Help until nothing is left, then wait for tasks under way; raise what a task raised."""
+        while self.work():
+            pass
+        self.done.wait()
+        if self.errors:
+            raise self.errors[0]
+
+
+class Transfer:
+    """One background thread that works on batches. Started when first needed."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Batch] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(
+        self, tasks: Iterable[Callable[[], None]], *, nbytes: int = 0, on_done: Callable[[], None] | None = None
+    ) -> Batch:
+        """Start working on ``tasks`` behind the caller. ``on_done`` runs on whichever thread ends last."""
+        batch = Batch(deque(tasks), nbytes, on_done)
+        if batch.done.is_set():
+            if on_done is not None:
+                on_done()
+            return batch
+        with self._wake:
+            self._queue.append(batch)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_serve, args=(weakref.ref(self), self._queue, self._wake), name="gockpt-transfer"
+                )
+                self._thread.daemon = True
+                self._thread.start()
+            self._wake.notify()
+        return batch
+
+    def run(self, tasks: Iterable[Callable[[], None]]) -> None:
+        """Run ``tasks`` now, on the background thread and the calling one together."""
+        self.submit(tasks).finish()
+
+    def close(self) -> None:
+        """End the thread once its queue is empty."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+
+def _serve(owner: weakref.ref[Transfer], queue: deque[Batch], wake: threading.Condition) -> None:
+    while True:
+        with wake:
+            while not queue:
+                transfer = owner()
+                if transfer is None or transfer.closed:
+                    return
+                del transfer
+                # The timeout lets the thread notice that its owner was dropped without close().
+                wake.wait(1.0)
+            batch = queue[0]
+        while batch.work():
+            pass
+        with wake:
+            if queue and queue[0] is batch:
+                queue.popleft()
+        # A waiting thread must not keep the tensors of its last batch alive.
+        del batch

@@ -1,0 +1,90 @@
+"""What the kernels must compute, in plain NumPy: slow, short, and the measure of every fast path.
+
+Contract: ``fingerprint`` is the definition written down in ``gockpt.kernels.fingerprint``; ``adam`` and
+``sgd`` are the element-wise formulas of torch's CPU optimizers in float32 with an IEEE square root, each
+rounding where torch rounds. ``fma`` rounds once, emulated exactly in float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["adam", "fingerprint", "fma", "sgd"]
+
+_MASK = 0xFFFFFFFF
+
+
+def _finalise(h: np.ndarray, factors: tuple[int, int], shifts: tuple[int, int, int]) -> np.ndarray:
+    """Murmur's 32-bit finaliser with the given factors and shifts, in uint64 lanes."""
+    h = ((h ^ (h >> shifts[0])) * factors[0]) & _MASK
+    h = ((h ^ (h >> shifts[1])) * factors[1]) & _MASK
+    return h ^ (h >> shifts[2])
+
+
+def fingerprint(data: np.ndarray, itemsize: int, start: int = 0) -> int:
+    """Return the fingerprint of a one-dimensional uint8 view, by the definition."""
+    width = min(itemsize, 4)
+    words = np.frombuffer(data.tobytes(), f"<u{width}").astype(np.uint64)
+    keys = np.arange(words.size, dtype=np.uint64) + np.uint64(start * (itemsize // width))
+    lo, hi = keys & _MASK, keys >> 32
+    x = (lo * 0x9E3779B1 + hi * 0x85EBCA77) & _MASK
+    y = (lo * 0xC2B2AE3D + hi * 0x27D4EB2E + 0x165667B1) & _MASK
+    a = _finalise(words ^ x ^ (x >> 16), (0x85EBCA6B, 0xC2B2AE35), (16, 13, 16))
+    b = _finalise((words + (y ^ (y >> 15))) & _MASK, (0x7FEB352D, 0x846CA68B), (16, 15, 16))
+    return int(np.sum((b << 32) | a, dtype=np.uint64))
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Return ``a * b + c`` of float32 values, rounded once.
+
+    The product is exact in float64. The sum is rounded to odd there (its error is known exactly), which
+    makes the second rounding, to float32, the only one that counts.
+    """
+    with np.errstate(all="ignore"):
+        product = np.float64(a) * np.float64(b)
+        addend = np.broadcast_to(np.float64(c), np.shape(product)).copy()
+        total = product + addend
+        rest = total - product
+        error = (product - (total - rest)) + (addend - rest)
+        even = (total.view(np.int64) & 1) == 0
+        inexact = np.isfinite(total) & np.isfinite(error) & (error != 0) & even
+        toward = np.where(error > 0, np.inf, -np.inf)
+        return np.where(inexact, np.nextafter(total, toward), total).astype(np.float32)
+
+
+def adam(
+    p: np.ndarray, states: list[np.ndarray], g: np.ndarray, scalars: tuple[float, ...], *, tail: int
+) -> None:
+    """One Adam or AdamW update in place. ``tail``: how many last elements follow the scalar-tail rule."""
+    sign, wd, decay, w, b2, c2, bc2s, eps, step = (np.float32(s) for s in scalars)
+    m, v = states[:2]
+    with np.errstate(all="ignore"):
+        g = g * sign
+        if wd != 0:
+            g = fma(wd, p, g)
+        p *= decay
+        m[:] = fma(w, g - m, m) if abs(w) < 0.5 else fma(w - np.float32(1), g - m, g)  # noqa: PLR2004
+        body = fma(c2 * g, g, v * b2)
+        body[v.size - tail :] = fma(v, b2, (c2 * g) * g)[v.size - tail :]
+        v[:] = body
+        if len(states) == 3:  # noqa: PLR2004
+            v = np.maximum(states[2], v, out=states[2])
+        p += (step * m) / (np.sqrt(v) / bc2s + eps)
+
+
+def sgd(
+    p: np.ndarray, states: list[np.ndarray], g: np.ndarray, scalars: tuple[float, ...], *, tail: int
+) -> None:
+    """One SGD update in place, with a momentum buffer if ``states`` has one."""
+    sign, wd, momentum, keep, nesterov, step = (np.float32(s) for s in scalars)
+    with np.errstate(all="ignore"):
+        g = g * sign
+        if wd != 0:
+            g = fma(wd, p, g)
+        if states:
+            (buffer,) = states
+            body = fma(keep, g, buffer * momentum)
+            body[p.size - tail :] = fma(buffer, momentum, g * keep)[p.size - tail :]
+            buffer[:] = body
+            g = fma(momentum, buffer, g) if nesterov else buffer
+        p[:] = fma(step, g, p)

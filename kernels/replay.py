@@ -1,0 +1,116 @@
+"""Replay optimizer updates on CPU memory: one entry for all kernels.
+
+Contract: :func:`run` leaves in ``p`` and ``states`` the bits that K single updates would, whatever the
+number of pieces the tensor was cut into, and never writes to a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gockpt.kernels import adam as adam_file
+from gockpt.kernels import sgd as sgd_file
+from gockpt.kernels import vml
+from gockpt.kernels.native import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["ALIGNMENT", "run"]
+
+ALIGNMENT = 16
+"""Pieces of one tensor start at multiples of this many elements."""
+
+_FLOAT32 = np.dtype(np.float32)
+_NONE = np.empty(0, np.float32)
+
+_SHAPES = {
+    "adam": (2, adam_file.COLUMNS),
+    "amsgrad": (3, adam_file.COLUMNS),
+    "sgd": (0, sgd_file.COLUMNS),
+    "momentum": (1, sgd_file.COLUMNS),
+}
+"""Kernel name -> how many states it takes and how many scalars each update has."""
+
+
+def run(  # noqa: PLR0913 - the whole of a replay, and nothing twice
+    kernel: str,
+    flags: tuple[int, ...],
+    p: np.ndarray,
+    states: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray],
+    scalars: Sequence[tuple[float, ...]],
+    *,
+    tail: bool,
+) -> None:
+    """Apply ``len(grads)`` updates to one piece of one tensor, in place, in one pass over memory.
+
+    Releases the GIL and starts no thread: call it from several threads on different pieces.
+
+    Args:
+        kernel: ``adam``, ``amsgrad``, ``sgd`` or ``momentum``.
+        flags: ``(vector, root)``: fused code's vector width, whose scalar tail rounds differently, or 0
+            for code without such a tail; 1 for MKL's square root, 0 for the IEEE one.
+        p: Contiguous one-dimensional float32 view of the parameter's piece, in storage order.
+        states: The elementwise states' pieces in the rule's order, of the same form.
+        grads: One gradient piece per update, oldest first. Never written.
+        scalars: One row per update, as ``gockpt.replay.scalars`` gave it.
+        tail: Whether the piece's end is the tensor's end.
+
+    Raises:
+        ValueError: If the arguments do not fit together; nothing was changed.
+        RuntimeError: If MKL's root is asked for and was never registered in this process.
+    """
+    vector, root = flags
+    count, columns = _check(kernel, p, states, grads, scalars)
+    if not grads or not p.size:
+        return
+    last = p.size % vector if vector else 0
+    if last and not tail:
+        msg = f"a piece inside a tensor must hold a multiple of {ALIGNMENT} elements, got {p.size}"
+        raise ValueError(msg)
+    addresses = np.array([address_of(g) for g in grads], np.int64)
+    with np.errstate(over="ignore"):
+        table = np.array(scalars, np.float64).reshape(len(grads), columns).astype(np.float32)
+    if kernel in ("adam", "amsgrad"):
+        function = vml.address() if root else 0
+        if root and not function:
+            msg = "the square root of MKL was not registered in this process: call gockpt.replay.prepare() first"
+            raise RuntimeError(msg)
+        top = states[2] if count == 3 else _NONE  # noqa: PLR2004
+        adam_file.adam(p, states[0], states[1], top, addresses, table, last, function)
+    else:
+        sgd_file.sgd(p, states[0] if count else _NONE, addresses, table, last)
+
+
+def _check(
+    kernel: str,
+    p: np.ndarray,
+    states: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray],
+    scalars: Sequence[tuple[float, ...]],
+) -> tuple[int, int]:
+    """Return the kernel's number of states and of scalars, or raise."""
+    if kernel not in _SHAPES:
+        msg = f"no kernel named {kernel!r}; there are {', '.join(_SHAPES)}"
+        raise ValueError(msg)
+    count, columns = _SHAPES[kernel]
+    if len(states) != count or len(scalars) != len(grads) or any(len(row) != columns for row in scalars):
+        msg = (
+            f"{kernel} takes {count} states and {columns} scalars for each gradient, got {len(states)} states, "
+            f"{len(grads)} gradients and scalars of lengths {[len(row) for row in scalars]}"
+        )
+        raise ValueError(msg)
+    for array in (p, *states, *grads):
+        if array.dtype != _FLOAT32 or array.ndim != 1 or not array.flags.c_contiguous or array.size != p.size:
+            msg = (
+                f"expected contiguous one-dimensional float32 views of {p.size} elements, "
+                f"got {array.dtype} of shape {array.shape}"
+            )
+            raise ValueError(msg)
+    if not all(array.flags.writeable for array in (p, *states)):
+        msg = "p and the states are updated in place and must be writable"
+        raise ValueError(msg)
+    return count, columns

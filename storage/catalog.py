@@ -1,0 +1,148 @@
+"""What stands in a checkpoint path, as its writer knows it: who is newest, and what may go.
+
+Promise: newest is the highest ``seq``, and no ``seq`` is given out twice. What isn't a complete checkpoint
+by its name and its manifest is not in the catalog, so it is neither counted nor ever removed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gockpt.errors import ManifestCorrupt
+from gockpt.storage import directory_names, files, manifest, strict_json
+from gockpt.storage.failures import storage_errors
+
+if TYPE_CHECKING:
+    from gockpt.storage.filesystem import Filesystem
+    from gockpt.storage.lock import WriterLock
+
+__all__ = ["Catalog", "Place", "identify", "remove_entry"]
+
+# A line of JSON and its checksum line.
+_MANIFEST_LIMIT = strict_json.MAX_BYTES + 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where checkpoints go, and the means to get there.
+
+    Attributes:
+        fs: The file system.
+        fd: The open directory.
+        path: Its path, for messages.
+        lock: The right to write into it.
+    """
+
+    fs: Filesystem
+    fd: int
+    path: str
+    lock: WriterLock
+
+    def of(self, name: str) -> str:
+        """Return the path of what stands there under a name, for messages."""
+        return os.path.join(self.path, name)
+
+
+def identify(place: Place, name: str) -> manifest.Identity | None:
+    """Return which checkpoint stands there under a name; ``None`` if it isn't a complete one.
+
+    Raises:
+        OSError: If that can't be told: no permission, a failing device.
+    """
+    fs = place.fs
+    try:
+        fd = fs.open(name, files.DIRECTORY, dir_fd=place.fd)
+        try:
+            data = files.read_small_file(fs, fd, manifest.MANIFEST_FILE, limit=_MANIFEST_LIMIT)
+        finally:
+            fs.close(fd)
+        return manifest.identify(data, where=place.of(name))
+    except (FileNotFoundError, NotADirectoryError, files.NotSmallRegularFile, ManifestCorrupt):
+        return None
+
+
+def remove_entry(place: Place, name: str, attempt: str) -> None:
+    """Delete a directory so that no reader ever lists a half of it: rename, sync, then delete.
+
+    Raises:
+        OSError: What the system says; what is left has a name that the next sweep deletes.
+    """
+    trash = directory_names.of_trash(attempt)
+    files.remove_tree(place.fs, place.fd, trash)
+    place.fs.rename(name, trash, dir_fd=place.fd)
+    place.fs.fsync(place.fd)
+    files.remove_tree(place.fs, place.fd, trash)
+
+
+class Catalog:
+    """The complete checkpoints of a place; safe to use from several threads."""
+
+    __slots__ = ("_entries", "_mutex", "_place", "_seq")
+
+    def __init__(self, place: Place) -> None:
+        """Look at every name in the directory.
+
+        Raises:
+            StorageError: If the directory or one of the manifests can't be read.
+        """
+        self._place = place
+        self._mutex = threading.Lock()
+        self._entries: dict[str, manifest.Identity] = {}
+        self._seq = 0
+        with storage_errors("look through", place.path):
+            for name in place.fs.listdir(place.fd):
+                known = directory_names.parse(name)
+                if known is not None and known.kind in ("step", "old"):
+                    self._look(name, known)
+
+    def _look(self, name: str, known: directory_names.DirectoryName) -> None:
+        found = identify(self._place, name)
+        if found is None:
+            return
+        self._seq = max(self._seq, found.seq)
+        # A copy under another name is not the checkpoint it was copied from.
+        if found.step == known.step and known.attempt in (None, found.attempt):
+            self._entries[name] = found
+
+    def next_seq(self) -> int:
+        """Return a number higher than any seen; a number given out is used up."""
+        with self._mutex:
+            self._seq += 1
+            return self._seq
+
+    def add(self, name: str, identity: manifest.Identity) -> None:
+        """Enter what was just published."""
+        with self._mutex:
+            self._entries[name] = identity
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Follow the renaming of an entry, if it is one."""
+        with self._mutex:
+            if name in self._entries:
+                self._entries[new_name] = self._entries.pop(name)
+
+    def prune(self, keep: int) -> list[int]:
+        """Delete all but the newest ``keep``; returns the steps deleted, oldest publication first.
+
+        Raises:
+            ValueError: If fewer than one would be kept.
+            StorageError: If the disk refuses; what was deleted until then is deleted.
+        """
+        if keep < 1:
+            msg = f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted"
+            raise ValueError(msg)
+        with self._mutex:
+            by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
+        steps = []
+        for name, identity in by_age[:-keep]:
+            with storage_errors("delete", self._place.of(name)):
+                # Not what another process put in its place meanwhile.
+                if identify(self._place, name) == identity:
+                    remove_entry(self._place, name, identity.attempt)
+                    steps.append(identity.step)
+            with self._mutex:
+                self._entries.pop(name, None)
+        return steps

@@ -1,0 +1,94 @@
+"""Take values out of a parsed JSON document, each by the type and range it must have.
+
+Promise: what a function returns has exactly the stated type (``true`` is no integer, ``1.0`` neither)
+and lies in the stated range. What doesn't raises :class:`Broken`, which says what is wrong in words.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any
+
+__all__ = [
+    "MAX_INTEGER",
+    "Broken",
+    "crc",
+    "expect",
+    "fields",
+    "identifier",
+    "integer",
+    "items",
+    "text",
+    "time",
+]
+
+MAX_INTEGER = 2**63 - 1
+
+_CRC = re.compile(r"[0-9a-f]{8}")
+_IDENTIFIER = re.compile(r"[0-9a-f]{8,64}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Broken(Exception):
+    """A rule of the format that the document breaks."""
+
+
+def expect(condition: object, otherwise: str) -> None:
+    """Raise :class:`Broken` with that message unless the condition holds."""
+    if not condition:
+        raise Broken(otherwise)
+
+
+def fields(value: Any, what: str, keys: tuple[str, ...]) -> list[Any]:
+    """Return the values of an object that has exactly these keys, in their order."""
+    expect(type(value) is dict, f"{what} is no object")
+    if value.keys() != set(keys):
+        msg = f"{what} has the keys {sorted(value)} instead of {sorted(keys)}"
+        raise Broken(msg)
+    return [value[key] for key in keys]
+
+
+def items(value: Any, what: str, limit: int) -> list[Any]:
+    """Return an array of at most ``limit`` items."""
+    expect(type(value) is list, f"{what} is no array")
+    expect(len(value) <= limit, f"{what} has {len(value)} items; at most {limit} are ever written")
+    return list(value)
+
+
+def integer(value: Any, what: str) -> int:
+    """Return an integer from 0 to :data:`MAX_INTEGER`."""
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+        msg = f"{what} is {str(value)[:40]}, no integer from 0 to 2**63 - 1"
+        raise Broken(msg)
+    return value
+
+
+def text(value: Any, what: str) -> str:
+    """Return a text that has a UTF-8 form."""
+    expect(type(value) is str, f"{what} is no text")
+    if not value.isascii():
+        expect(not _SURROGATE.search(value), f"{what} has an unpaired surrogate")
+    return str(value)
+
+
+def crc(value: Any, what: str) -> int:
+    """Return a checksum written as 8 lower-case hexadecimal digits."""
+    expect(_CRC.fullmatch(text(value, what)), f"{what} is not 8 hexadecimal digits")
+    return int(value, 16)
+
+
+def identifier(value: Any, what: str) -> str:
+    """Return an id of 8 to 64 lower-case hexadecimal digits."""
+    expect(_IDENTIFIER.fullmatch(text(value, what)), f"{what} is not 8 to 64 hexadecimal digits")
+    return str(value)
+
+
+def time(value: Any, what: str) -> str:
+    """Return an ISO 8601 time that states its offset."""
+    try:
+        aware = datetime.fromisoformat(text(value, what)).tzinfo is not None
+    except ValueError:
+        aware = False
+    expect(aware, f"{what} is {str(value)[:40]!r}, no ISO 8601 time with an offset")
+    return str(value)

@@ -1,0 +1,160 @@
+"""Write one chunk from its arena slot to its file, without copying it.
+
+Promise: the file holds the real rows, zeros up to the whole chunk (sparse) and the checksum of all of
+that, little-endian; its length is exact; and no byte of stale memory reaches the disk, because the slot
+is zeroed behind the rows first. What is written are whole pages at page offsets, so that the same calls
+serve direct and buffered I/O; the length is set last. Nothing is synced here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gockpt.layout import ALIGNMENT, CHECKSUM_BYTES
+from gockpt.storage import checksum, files
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from gockpt.layout import ArrayLayout, Slot
+    from gockpt.storage.filesystem import Filesystem
+
+__all__ = ["DIRECT_FROM", "WrittenChunk", "write_chunk"]
+
+DIRECT_FROM = 256 << 10
+"""Smaller chunks go through the page cache, where many leave as one; direct I/O waits for each."""
+
+_RESERVE_FROM = 1 << 20
+_NO_RESERVATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenChunk:
+    """A chunk that was written and not yet synced.
+
+    Attributes:
+        fd: Its open file: only this descriptor is sure to be told of a failed write.
+        blocks: crc32c of each block of its real bytes, little-endian uint32.
+        nbytes: Bytes of the file that were really written, padding excluded.
+        direct: Whether it went past the page cache.
+    """
+
+    fd: int
+    blocks: npt.NDArray[np.uint32]
+    nbytes: int
+    direct: bool
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _is_aligned(buffer: memoryview) -> bool:
+    return bool(np.frombuffer(buffer, np.uint8).ctypes.data % ALIGNMENT == 0)
+
+
+def _trailer(crc: bytes, at: int, start: int) -> memoryview:
+    """Return the pages from file offset ``start`` on that hold the end of ``crc``, written at ``at``."""
+    pages = mmap.mmap(-1, _pages(at + CHECKSUM_BYTES - start))
+    begin = max(at, start)
+    pages[begin - start : at + CHECKSUM_BYTES - start] = crc[begin - at :]
+    return memoryview(pages)
+
+
+def write_chunk(
+    fs: Filesystem,
+    dir_fd: int,
+    name: str,
+    *,
+    layout: ArrayLayout,
+    slot: Slot,
+    buffer: memoryview,
+    direct: bool,
+) -> WrittenChunk:
+    """Create the file ``name`` and write the slot's chunk into it.
+
+    Args:
+        fs: The file system.
+        dir_fd: The directory that ``name`` is relative to.
+        name: The file, which must not exist.
+        layout: The chunk's array.
+        slot: Which chunk.
+        buffer: The whole slot: writable bytes, ``slot.capacity`` of them. What lies behind the real
+            rows is overwritten.
+        direct: Whether to try direct I/O; a file system or buffer that refuses it is written buffered.
+
+    Raises:
+        ValueError: If the buffer is not the slot's size.
+        OSError: What the system says. The file is of no use then.
+    """
+    if buffer.nbytes != slot.capacity:
+        msg = f"the buffer has {buffer.nbytes} bytes, its slot {slot.capacity}"
+        raise ValueError(msg)
+    buffer = buffer.cast("B")
+    real, whole = slot.nbytes, layout.chunk_nbytes
+    blocks = checksum.crc32c_blocks(buffer[:real])
+    crc = checksum.crc32c_zeros(whole - real, checksum.chain(blocks.tolist(), real))
+    crc_bytes = crc.to_bytes(CHECKSUM_BYTES, "little")
+
+    buffer[real:] = bytes(slot.capacity - real)
+    # The checksum stands at `whole`. Where it reaches into the slot's pages it is put there, and what
+    # reaches beyond goes out in pages of its own, behind the hole.
+    fits = whole + CHECKSUM_BYTES <= slot.capacity
+    end = _pages(whole + CHECKSUM_BYTES) if fits else _pages(real)
+    inside = max(0, min(CHECKSUM_BYTES, end - whole))
+    buffer[whole : whole + inside] = crc_bytes[:inside]
+    pieces = [(buffer[:end], 0)]
+    if not fits:
+        start = max(end, whole // ALIGNMENT * ALIGNMENT)
+        pieces.append((_trailer(crc_bytes, whole, start), start))
+
+    direct = direct and end >= DIRECT_FROM and _is_aligned(buffer)
+    fd, direct = _create(fs, dir_fd, name, direct=direct)
+    try:
+        if end >= _RESERVE_FROM:
+            _reserve(fs, fd, end)
+        for piece, offset in pieces:
+            try:
+                files.write_all(fs, fd, piece, offset)
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                # Some file systems accept the flag and refuse the write. Whatever part was written
+                # is written again, through the page cache.
+                direct, refused = False, fd
+                fd = fs.open(name, os.O_WRONLY | os.O_NOFOLLOW, dir_fd=dir_fd)
+                fs.close(refused)
+                files.write_all(fs, fd, piece, offset)
+        fs.ftruncate(fd, whole + CHECKSUM_BYTES)
+    except BaseException:
+        fs.close(fd)
+        raise
+    return WrittenChunk(fd, blocks, real + CHECKSUM_BYTES, direct)
+
+
+def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool) -> tuple[int, bool]:
+    if direct:
+        try:
+            return fs.open(name, files.NEW_FILE | os.O_DIRECT, dir_fd=dir_fd), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # The kernel may have created the file before its file system refused the flag.
+            with contextlib.suppress(FileNotFoundError):
+                fs.unlink(name, dir_fd=dir_fd)
+    return fs.open(name, files.NEW_FILE, dir_fd=dir_fd), False
+
+
+def _reserve(fs: Filesystem, fd: int, nbytes: int) -> None:
+    try:
+        fs.fallocate(fd, nbytes)
+    except OSError as error:
+        if error.errno not in _NO_RESERVATION:
+            raise

@@ -1,0 +1,92 @@
+"""The names of what stands in a checkpoint path, written and read.
+
+``step-0000001200`` is complete; ``step-0000001200.partial-<attempt>`` is being written, or was when its
+writer died; ``step-0000001200.old-<attempt>`` is complete too, and was replaced by a newer publication
+of the same step; ``.trash-<attempt>`` is being deleted; ``.owner-<attempt>`` says who writes a partial.
+Everything else is somebody else's and never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["LOCK_FILE", "DirectoryName", "of_old", "of_owner", "of_partial", "of_step", "of_trash", "parse"]
+
+LOCK_FILE = ".gockpt.lock"
+
+Kind = Literal["step", "partial", "old", "trash", "owner"]
+
+_NAME = re.compile(
+    r"step-(?P<step>[0-9]{10,19})(\.(?P<kind>partial|old)-(?P<attempt>[0-9a-f]{8,64}))?"
+    r"|\.(?P<aside>trash|owner)-(?P<of>[0-9a-f]{8,64})",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryName:
+    """What a name says.
+
+    Attributes:
+        kind: ``step``, ``partial``, ``old``, ``trash`` or ``owner``.
+        step: The step, or ``None`` for trash and owners.
+        attempt: The attempt, or ``None`` for a published step.
+    """
+
+    kind: Kind
+    step: int | None
+    attempt: str | None
+
+
+def of_step(step: int) -> str:
+    """Return the name of a published step.
+
+    Examples:
+        >>> of_step(1200)
+        'step-0000001200'
+    """
+    return f"step-{step:010d}"
+
+
+def of_partial(step: int, attempt: str) -> str:
+    """Return the name of a step that is being written."""
+    return f"{of_step(step)}.partial-{attempt}"
+
+
+def of_old(step: int, attempt: str) -> str:
+    """Return the name of a complete checkpoint that a newer one of the same step replaced."""
+    return f"{of_step(step)}.old-{attempt}"
+
+
+def of_trash(attempt: str) -> str:
+    """Return the name of what is being deleted."""
+    return f".trash-{attempt}"
+
+
+def of_owner(attempt: str) -> str:
+    """Return the name of the file that says who writes a partial."""
+    return f".owner-{attempt}"
+
+
+def parse(name: str) -> DirectoryName | None:
+    """Return what a directory entry's name says, or ``None`` if gockpt never writes such a name.
+
+    Examples:
+        >>> parse("step-0000001200.old-00ff00ff")
+        DirectoryName(kind='old', step=1200, attempt='00ff00ff')
+        >>> parse("step-12"), parse("step-0000001200.bak")
+        (None, None)
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        return None
+    aside: Kind | None = match["aside"]  # type: ignore[assignment]
+    if aside:
+        return DirectoryName(aside, None, match["of"])
+    step = int(match["step"])
+    if name[5 : 5 + len(match["step"])] != f"{step:010d}":
+        return None  # more zeros than are ever written: two names would mean one step
+    kind: Kind = match["kind"] or "step"  # type: ignore[assignment]
+    return DirectoryName(kind, step, match["attempt"])

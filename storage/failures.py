@@ -1,0 +1,52 @@
+"""From what the operating system says to what the caller can do about it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gockpt.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["as_storage_error", "storage_errors"]
+
+_WAY_OUT = {
+    errno.ENOSPC: "free space there, keep fewer checkpoints, or save to another disk",
+    errno.EDQUOT: "the quota is used up: free space, keep fewer checkpoints, or save to another disk",
+    errno.EROFS: "the file system is read-only: save to another path, or mount it writable",
+    errno.EACCES: "save to a path that this user may write to",
+    errno.EPERM: "save to a path that this user may write to",
+    errno.ENOTDIR: "a part of the path is a file: save to another path",
+    errno.EEXIST: "something else stands there: move it away, or save to another path",
+    errno.ENOENT: "the path was removed or renamed meanwhile: leave it in place while a run saves there",
+    errno.ESTALE: "the path was removed or remounted meanwhile: open it again",
+    errno.ENAMETOOLONG: "the path is too long for the file system: save to a shorter one",
+    errno.ELOOP: "the path has too many links: save to another one",
+    errno.EMFILE: "the process has too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "the system has too many open files: raise its limit",
+    errno.EFBIG: "the file system or a limit allows no such large file: save to another disk",
+    errno.EIO: "the device failed: check it (dmesg) and save to another disk",
+    errno.ENOLCK: "the file system has no locks: mount it with them, or save to another path",
+}
+_DEFAULT_WAY_OUT = "older checkpoints are intact; fix the cause or save to another path"
+
+
+def as_storage_error(error: OSError, doing: str, path: str) -> StorageError:
+    """Return the error that names the path, the system's words and the way out."""
+    code = error.errno or 0
+    words = error.strerror or os.strerror(code)
+    name = errno.errorcode.get(code, str(code))
+    return StorageError(f"can't {doing} {path}: {words} [{name}]; {_WAY_OUT.get(code, _DEFAULT_WAY_OUT)}")
+
+
+@contextmanager
+def storage_errors(doing: str, path: str) -> Iterator[None]:
+    """Turn any ``OSError`` of the block into a :class:`StorageError`, which it is the cause of."""
+    try:
+        yield
+    except OSError as error:
+        raise as_storage_error(error, doing, path) from error

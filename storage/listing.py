@@ -1,0 +1,227 @@
+"""Find complete checkpoints in a path, and open one.
+
+Promise: what is returned was complete and had a valid manifest when it was looked at. The newest is
+the one with the highest ``seq``, whatever its step. What is incomplete is passed over in silence,
+what is damaged with a warning in the log; neither hides what is intact.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
+from gockpt.storage import directory_names
+from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE
+from gockpt.storage.reader import StoredCheckpoint, read_manifest
+from gockpt.storage.safe_open import GONE, open_below, open_directory
+
+if TYPE_CHECKING:
+    from gockpt.storage.manifest import Manifest
+
+__all__ = ["CheckpointEntry", "list_checkpoints", "open_checkpoint"]
+
+_log = logging.getLogger(__name__)
+
+THREADS = 4
+_SHOWN = 20  # steps named in a message
+_TRIES = 8  # how often all that was found may be pruned before it could be opened
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointEntry:
+    """One complete checkpoint.
+
+    Attributes:
+        step: The user's step.
+        seq: Which publication of its path it was.
+        attempt: Hexadecimal, unique to its writing.
+        path: Its directory.
+        superseded: Whether a newer complete checkpoint of the same step stands beside it.
+    """
+
+    step: int
+    seq: int
+    attempt: str
+    path: str
+    superseded: bool = False
+
+
+def list_checkpoints(path: str | os.PathLike[str], *, superseded: bool = False) -> list[CheckpointEntry]:
+    """Return the complete checkpoints in a path, oldest publication first.
+
+    Args:
+        path: Where checkpoints are saved, or one checkpoint's own directory; may not exist (yet).
+        superseded: Whether to include those that a newer publication of their step replaced.
+
+    Raises:
+        NotACheckpoint: If ``path`` is no directory.
+    """
+    path = os.fspath(path)
+    try:
+        directory = _open_path(path)
+    except CheckpointNotFound:
+        return []
+    try:
+        if _has_manifest(directory):
+            return [_entry(path, read_manifest(directory, path))]
+        entries, _ = _survey(directory, path)
+    finally:
+        os.close(directory)
+    return [entry for entry in entries if superseded or not entry.superseded]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], step: int | None = None, *, threads: int = THREADS
+) -> StoredCheckpoint:
+    """Open the newest complete checkpoint in a path, or that of one step; reads only manifests.
+
+    Args:
+        path: Where checkpoints are saved, or one checkpoint's own directory, under any name.
+        step: The wanted step; ``None`` for the newest publication.
+        threads: How many threads a large read may use.
+
+    Raises:
+        CheckpointNotFound: If there is no complete checkpoint, or none of that step.
+        NotACheckpoint: If ``path`` is a file, or a directory that gockpt didn't write.
+        ManifestCorrupt: If that step's is damaged; without a step, if every one is.
+    """
+    path = os.fspath(path)
+    directory = _open_path(path)
+    try:
+        if _has_manifest(directory):
+            return _open_itself(directory, path, step, threads=threads)
+        damaged: dict[str, ManifestCorrupt] = {}
+        for _ in range(_TRIES):
+            entries, damaged = _survey(directory, path, step)
+            if step is not None and directory_names.of_step(step) in damaged:
+                raise damaged[directory_names.of_step(step)]
+            wanted = [entry for entry in entries if not entry.superseded]
+            for entry in reversed(wanted):
+                found = _open_child(directory, path, os.path.basename(entry.path))
+                if found is not None:
+                    return StoredCheckpoint(found[0], entry.path, found[1], threads=threads)
+            if not wanted:
+                break
+            # Each was pruned or replaced since it was found, so something newer may be there.
+        if step is None and damaged:
+            raise next(reversed(damaged.values()))
+        raise _nothing_found(directory, path, step)
+    finally:
+        os.close(directory)
+
+
+def _open_path(path: str) -> int:
+    """Open the directory that the user named."""
+    try:
+        return open_directory(path)
+    except FileNotFoundError as error:
+        msg = f"no checkpoint in {path!r}: there is no such directory"
+        raise CheckpointNotFound(msg) from error
+    except NotADirectoryError as error:
+        msg = f"{path!r} is not a directory; give the path that checkpoints are saved into"
+        raise NotACheckpoint(msg) from error
+
+
+def _has_manifest(directory: int) -> bool:
+    try:
+        os.stat(MANIFEST_FILE, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _open_itself(directory: int, path: str, step: int | None, *, threads: int) -> StoredCheckpoint:
+    """Open the checkpoint that the user's path itself is; its directory may have been renamed."""
+    known = directory_names.parse(os.path.basename(os.path.realpath(path)))
+    if known is not None and known.kind in ("partial", "trash"):
+        msg = f"{path!r} is a checkpoint that was never published, or is being deleted"
+        raise NotACheckpoint(msg)
+    manifest = read_manifest(directory, path)
+    if step not in (None, manifest.step):
+        msg = f"{path!r} is the checkpoint of step {manifest.step}, not of {step}"
+        raise CheckpointNotFound(msg)
+    return StoredCheckpoint(os.dup(directory), path, manifest, threads=threads)
+
+
+def _entry(path: str, manifest: Manifest) -> CheckpointEntry:
+    return CheckpointEntry(manifest.step, manifest.seq, manifest.attempt, path)
+
+
+def _survey(
+    directory: int, path: str, step: int | None = None
+) -> tuple[list[CheckpointEntry], dict[str, ManifestCorrupt]]:
+    """Look at everything in a path that by its name is a published checkpoint (of that step, if given).
+
+    Returns:
+        The complete ones, oldest publication first, and what is wrong with the damaged ones, by name.
+    """
+    published, replaced = [], []
+    damaged: dict[str, ManifestCorrupt] = {}
+    for name in sorted(os.listdir(directory)):
+        known = directory_names.parse(name)
+        if known is None or known.kind not in ("step", "old") or step not in (None, known.step):
+            continue
+        try:
+            found = _open_child(directory, path, name)
+        except ManifestCorrupt as error:
+            _log.warning("passing over a damaged checkpoint: %s", error)
+            damaged[name] = error
+            continue
+        if found is not None:
+            os.close(found[0])
+            entry = _entry(os.path.join(path, name), found[1])
+            (published if known.kind == "step" else replaced).append(entry)
+    # What was replaced counts only where its successor isn't there: a crash between two renames.
+    replaced.sort(key=lambda entry: entry.seq)
+    newest = {entry.step: entry.path for entry in replaced + published}
+    entries = [replace(entry, superseded=entry.path != newest[entry.step]) for entry in replaced + published]
+    return sorted(entries, key=lambda entry: entry.seq), damaged
+
+
+def _open_child(directory: int, path: str, name: str) -> tuple[int, Manifest] | None:
+    """Open one published checkpoint of a path; ``None`` if it is incomplete or gone.
+
+    Raises:
+        ManifestCorrupt: If it is damaged, a link, or another checkpoint than its name says.
+    """
+    child = os.path.join(path, name)
+    try:
+        fd = open_below(directory, name, is_directory=True)
+    except CheckpointCorrupt as error:
+        msg = f"{child}: {error}; to read it, give its own path"
+        raise ManifestCorrupt(msg) from error
+    except OSError as error:
+        if error.errno in GONE:
+            return None
+        raise
+    try:
+        manifest = read_manifest(fd, child)
+        known = directory_names.parse(name)
+        if known is None or known.step != manifest.step or known.attempt not in (None, manifest.attempt):
+            msg = f"{child} holds step {manifest.step}, attempt {manifest.attempt}: it was renamed"
+            raise ManifestCorrupt(msg)
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, OSError) and error.errno in GONE:
+            return None
+        raise
+    return fd, manifest
+
+
+def _nothing_found(directory: int, path: str, step: int | None) -> CheckpointNotFound | NotACheckpoint:
+    """Return the error that says what is there instead."""
+    steps = sorted({entry.step for entry in _survey(directory, path)[0]})
+    if steps:
+        shown = ", ".join(str(n) for n in steps[-_SHOWN:])
+        there = f"the last {_SHOWN} of {len(steps)} are" if len(steps) > _SHOWN else "there are"
+        return CheckpointNotFound(f"no checkpoint of step {step} in {path!r}; {there} {shown}")
+    names = sorted(os.listdir(directory))
+    if GROUP_FILE in names:
+        why = f"has no {MANIFEST_FILE}: it was never completed, or gockpt didn't write it"
+        return NotACheckpoint(f"{path!r} {why}")
+    if names and not any(name == directory_names.LOCK_FILE or directory_names.parse(name) for name in names):
+        return NotACheckpoint(f"{path!r} holds no checkpoints, but {names[0]!r} and the like")
+    return CheckpointNotFound(f"no complete checkpoint in {path!r}")

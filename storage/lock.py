@@ -1,0 +1,88 @@
+"""One writer per path: a POSIX lock on one file, opened once per process.
+
+POSIX locks end with the process, however it ends, and forked children don't inherit them, unlike
+``flock``'s. In return a process loses them as soon as it closes *any* descriptor of the file: so the file
+is opened only here, and only once; a second writer in the same process is refused before it opens it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from gockpt.errors import PathBusy
+from gockpt.storage import files, owner
+from gockpt.storage.directory_names import LOCK_FILE
+from gockpt.storage.failures import storage_errors
+
+if TYPE_CHECKING:
+    from gockpt.storage.filesystem import Filesystem
+
+__all__ = ["WriterLock"]
+
+# Directories this process holds, by (pid, device, inode). The pid, because a forked child gets a copy of
+# the table but none of the locks. One atomic `setdefault` claims a place: no mutex that a fork in another
+# thread could leave locked in the child.
+_HELD: dict[tuple[int, int, int], WriterLock] = {}
+
+
+class WriterLock:
+    """The right to write into one directory, from construction to :meth:`release`."""
+
+    __slots__ = ("_fd", "_fs", "_key", "_path")
+
+    def __init__(self, fs: Filesystem, dir_fd: int, path: str) -> None:
+        """Take the lock at once or not at all.
+
+        Raises:
+            PathBusy: If another process, or another writer in this one, has it.
+            StorageError: If the lock file can't be opened or locked.
+        """
+        self._fs = fs
+        self._path = path
+        self._fd: int | None = None
+        with storage_errors("look at", path):
+            status = fs.fstat(dir_fd)
+        self._key = (os.getpid(), status.st_dev, status.st_ino)
+        if _HELD.setdefault(self._key, self) is not self:
+            msg = f"this process already saves into {path}; close that writer, or use another path"
+            raise PathBusy(msg)
+        try:
+            with storage_errors("lock", path):
+                self._fd = fs.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, dir_fd=dir_fd)
+                mine = fs.lock(self._fd)
+                who = "" if mine else _name(fs.pread(self._fd, owner.MAX_OWNER_BYTES, 0))
+            if not mine:
+                msg = f"{path} is being saved into by {who}; use another path, or wait for it"
+                raise PathBusy(msg)
+            with storage_errors("write the lock file of", path):
+                fs.ftruncate(self._fd, 0)
+                files.write_all(fs, self._fd, memoryview(owner.encode(owner.myself())), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    def still_held(self) -> bool:
+        """Whether it is (again) ours: a stranger's close of the lock file in this process drops it."""
+        return self._fd is not None and self._key[0] == os.getpid() and self._fs.lock(self._fd)
+
+    def server_time(self) -> float:
+        """Return the file server's present time, which clocks of other hosts can't disturb."""
+        if self._fd is None:
+            msg = "the lock was released"
+            raise ValueError(msg)
+        self._fs.touch(self._fd)
+        return self._fs.fstat(self._fd).st_mtime
+
+    def release(self) -> None:
+        """Give the lock up; again is fine. In a forked child it does nothing to the parent's."""
+        fd, self._fd = self._fd, None
+        if _HELD.get(self._key) is self:
+            del _HELD[self._key]
+        if fd is not None:
+            self._fs.close(fd)
+
+
+def _name(data: bytes) -> str:
+    holder = owner.parse(data)
+    return f"process {holder.pid} on {holder.host}" if holder else "another process"

@@ -1,0 +1,401 @@
+"""The manifest: what a checkpoint consists of, and the mark that it is complete.
+
+Promise: :func:`parse` accepts exactly what :func:`encode` writes. Every number it returns is in range,
+every size follows from shapes and chunks, every path is the one its name leads to and lies inside the
+checkpoint, and the names are distinct; whoever wrote the bytes. Readers trust nothing else.
+
+Format version 1, file ``gockpt.json``: one line with a JSON object, one line ``{"crc32c": "xxxxxxxx"}``
+with the checksum of the first line, its newline included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from gockpt.errors import ManifestCorrupt, UsageError
+from gockpt.layout import CHECKSUM_BYTES, ArrayLayout, Slot, slot_bytes
+from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
+from gockpt.storage import checked, checksum, names, strict_json
+from gockpt.storage.checked import Broken, expect
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "BLOCKS_FILE",
+    "FORMAT",
+    "GROUP_FILE",
+    "MANIFEST_FILE",
+    "STATE_FILE",
+    "VERSION",
+    "ArrayEntry",
+    "FileEntry",
+    "Identity",
+    "Manifest",
+    "chunk_key",
+    "chunked_layout",
+    "encode",
+    "expected_files",
+    "identify",
+    "parse",
+]
+
+FORMAT = "gockpt"
+VERSION = 1
+MANIFEST_FILE = "gockpt.json"
+STATE_FILE = "state.json"
+BLOCKS_FILE = "blocks.crc32c"
+GROUP_FILE = "zarr.json"
+"""Every array and group directory has one; the root's too."""
+
+MAX_ARRAYS = 10**6
+MAX_CHUNKS = 4 * 10**6
+
+_TOP_KEYS = (
+    *("format", "version", "step", "seq", "attempt", "run", "parent", "exact", "created", "writer"),
+    *("attributes", "arrays", "files"),
+)
+_ARRAY_KEYS = ("name", "path", "shape", "dtype", "chunk", "meta")
+_CHECK_LINE = re.compile(rb'\{"crc32c": "([0-9a-f]{8})"\}\n')
+_CHECK_LINE_NBYTES = len(b'{"crc32c": "00000000"}\n')
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file that the manifest vouches for.
+
+    Attributes:
+        path: Relative to the checkpoint's directory.
+        size: Its exact length.
+        crc32c: Of all its bytes.
+    """
+
+    path: str
+    size: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayEntry:
+    """One stored array.
+
+    Attributes:
+        spec: Name, global shape and dtype.
+        path: Its directory, relative to the checkpoint's; equals the escaped name.
+        chunk_shape: Shape of a whole chunk; only dimension 0 is ever cut.
+        meta: Its ``zarr.json``.
+    """
+
+    spec: ArraySpec
+    path: str
+    chunk_shape: tuple[int, ...]
+    meta: FileEntry
+
+    @property
+    def chunks(self) -> int:
+        """How many chunk files there are; 0 for an array without elements."""
+        if not self.spec.numel:
+            return 0
+        return -(-self.spec.shape[0] // self.chunk_shape[0]) if self.spec.shape else 1
+
+    @property
+    def chunk_file_nbytes(self) -> int:
+        """Length of each chunk file: the whole chunk, padding included, and its checksum."""
+        return math.prod(self.chunk_shape) * self.spec.itemsize + CHECKSUM_BYTES
+
+    @property
+    def block_count(self) -> int:
+        """How many entries of the block checksums belong to this array."""
+        chunks = self.chunks
+        if chunks < 2:
+            return checksum.block_count(self.spec.nbytes)
+        whole = self.chunk_file_nbytes - CHECKSUM_BYTES
+        last = self.spec.nbytes - (chunks - 1) * whole
+        return (chunks - 1) * checksum.block_count(whole) + checksum.block_count(last)
+
+    def layout(self) -> ArrayLayout:
+        """Return the geometry of its chunks; slot offsets count from 0."""
+        return chunked_layout(self.spec, self.chunk_shape)
+
+    def chunk_path(self, chunk: int) -> str:
+        """Return the path of one chunk file, relative to the checkpoint's directory."""
+        return f"{self.path}/{chunk_key(chunk, len(self.chunk_shape))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that is known about one complete checkpoint without reading its data.
+
+    Attributes:
+        step: The user's step.
+        seq: Which publication in this path it was; the highest is the newest.
+        attempt: Hexadecimal, unique to this try of writing the step.
+        run: Hexadecimal, shared by what one writer process published.
+        parent: ``seq`` of the checkpoint that the run continued from, if known.
+        exact: Whether every bit equals a blocking save's.
+        created: ISO 8601 time with offset.
+        writer: Who wrote it: ``{"gockpt": version}``.
+        attributes: The root group's attributes.
+        arrays: In the order of the block checksums.
+        files: Group documents, state document, block checksums.
+    """
+
+    step: int
+    seq: int
+    attempt: str
+    run: str
+    parent: int | None
+    exact: bool
+    created: str
+    writer: Mapping[str, str]
+    attributes: Mapping[str, Any]
+    arrays: tuple[ArrayEntry, ...]
+    files: tuple[FileEntry, ...]
+
+    def file(self, path: str) -> FileEntry:
+        """Return the entry of one of the non-array files, by path."""
+        return next(entry for entry in self.files if entry.path == path)
+
+    def first_blocks(self) -> tuple[int, ...]:
+        """Return where each array's entries begin in the block checksums, and the total at the end."""
+        return tuple(accumulate((entry.block_count for entry in self.arrays), initial=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which checkpoint it is: what :func:`identify` reads.
+
+    Attributes:
+        step: The user's step.
+        seq: Which publication in its path it was.
+        attempt: Unique to this writing of the step.
+    """
+
+    step: int
+    seq: int
+    attempt: str
+
+
+def chunk_key(chunk: int, ndim: int) -> str:
+    """Return the file name of a chunk inside its array's directory.
+
+    Examples:
+        >>> chunk_key(2, 3), chunk_key(0, 0)
+        ('c.2.0.0', 'c')
+    """
+    return f"c.{chunk}" + ".0" * (ndim - 1) if ndim else "c"
+
+
+def chunked_layout(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> ArrayLayout:
+    """Return an array's chunks on the grid that ``chunk_shape`` gives; slot offsets count from 0."""
+    slots = []
+    if spec.numel:
+        total = spec.shape[0] if spec.shape else 1
+        per_chunk = chunk_shape[0] if chunk_shape else 1
+        row_nbytes = spec.nbytes // total
+        offset = 0
+        for chunk, row in enumerate(range(0, total, per_chunk)):
+            rows = min(per_chunk, total - row)
+            nbytes = rows * row_nbytes
+            slots.append(Slot(chunk, row, rows, offset, nbytes, slot_bytes(nbytes)))
+            offset += slot_bytes(nbytes)
+    return ArrayLayout(spec, chunk_shape, tuple(slots))
+
+
+def expected_files(paths: Mapping[tuple[str, ...], str]) -> list[str]:
+    """Return the paths of every non-array file but the manifest, for the escaped paths of all arrays."""
+    directories = {""}
+    for path in paths.values():
+        parts = path.split("/")[:-1]
+        directories.update(f"{'/'.join(parts[:depth])}/" for depth in range(1, len(parts) + 1))
+    return [*(f"{directory}{GROUP_FILE}" for directory in sorted(directories)), STATE_FILE, BLOCKS_FILE]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the bytes of ``gockpt.json``.
+
+    Raises:
+        UnsupportedState: If attributes or names have no exact form as JSON.
+    """
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": manifest.step,
+        "seq": manifest.seq,
+        "attempt": manifest.attempt,
+        "run": manifest.run,
+        "parent": manifest.parent,
+        "exact": manifest.exact,
+        "created": manifest.created,
+        "writer": dict(manifest.writer),
+        "attributes": dict(manifest.attributes),
+        "arrays": [
+            {
+                "name": entry.spec.name,
+                "path": entry.path,
+                "shape": entry.spec.shape,
+                "dtype": entry.spec.dtype,
+                "chunk": entry.chunk_shape,
+                "meta": {"size": entry.meta.size, "crc32c": f"{entry.meta.crc32c:08x}"},
+            }
+            for entry in manifest.arrays
+        ],
+        "files": [
+            {"path": entry.path, "size": entry.size, "crc32c": f"{entry.crc32c:08x}"}
+            for entry in manifest.files
+        ],
+    }
+    line = strict_json.dumps(document, what=MANIFEST_FILE) + b"\n"
+    return line + json.dumps({"crc32c": f"{checksum.crc32c(line):08x}"}).encode() + b"\n"
+
+
+def parse(data: bytes, *, where: str) -> Manifest:
+    """Return the manifest that ``data``, the bytes of a ``gockpt.json``, stands for.
+
+    Args:
+        data: The whole file.
+        where: Its path, for messages.
+
+    Raises:
+        ManifestCorrupt: If a byte differs from what was written, or what was written breaks a rule.
+    """
+    document = _document(data, where)
+    try:
+        return _manifest(document)
+    except (Broken, UsageError) as error:
+        msg = f"{where}: {error}"
+        raise ManifestCorrupt(msg) from error
+
+
+def identify(data: bytes, *, where: str) -> Identity:
+    """Return which checkpoint an undamaged manifest is of, without looking at its arrays.
+
+    Raises:
+        ManifestCorrupt: As for :func:`parse`, as far as it looks.
+    """
+    document = _document(data, where)
+    try:
+        _expect_readable(document)
+        return Identity(
+            step=checked.integer(document.get("step"), "step"),
+            seq=checked.integer(document.get("seq"), "seq"),
+            attempt=checked.identifier(document.get("attempt"), "attempt"),
+        )
+    except Broken as error:
+        msg = f"{where}: {error}"
+        raise ManifestCorrupt(msg) from error
+
+
+def _document(data: bytes, where: str) -> Any:
+    match = _CHECK_LINE.fullmatch(data[-_CHECK_LINE_NBYTES:])
+    if not match:
+        msg = f"{where} doesn't end with its checksum: it is cut off, or no manifest"
+        raise ManifestCorrupt(msg)
+    line = data[:-_CHECK_LINE_NBYTES]
+    found = checksum.crc32c(line)
+    if found != int(match[1], 16):
+        msg = f"{where} is damaged: its checksum is {found:08x} instead of {match[1].decode()}"
+        raise ManifestCorrupt(msg)
+    if line.find(b"\n") != len(line) - 1:
+        msg = f"{where} has not exactly one line before its checksum"
+        raise ManifestCorrupt(msg)
+    return strict_json.loads(line, what=where)
+
+
+def _expect_readable(document: Any) -> None:
+    expect(type(document) is dict and document.get("format") == FORMAT, "it is no gockpt manifest")
+    version = checked.integer(document.get("version"), "the format version")
+    if version != VERSION:
+        msg = f"format version {version} is unknown (this gockpt reads {VERSION}); upgrade gockpt"
+        raise Broken(msg)
+
+
+def _array(value: Any) -> ArrayEntry:
+    name, path, shape, dtype, chunk, meta = checked.fields(value, "an array", _ARRAY_KEYS)
+    parts = checked.items(name, "a name", names.MAX_COMPONENTS)
+    components = tuple(checked.text(part, "a component of a name") for part in parts)
+    what = f"the array {'/'.join(components)!r}"
+    extents = tuple(checked.integer(n, f"a shape of {what}") for n in checked.items(shape, what, MAX_NDIM))
+    pieces = tuple(checked.integer(n, f"a chunk of {what}") for n in checked.items(chunk, what, MAX_NDIM))
+    expect(checked.text(dtype, f"the dtype of {what}") in DTYPES, f"{what} has the unknown dtype {dtype!r}")
+    spec = ArraySpec(components, extents, dtype)
+    # Empty dimensions count as one here: readers multiply the others in 64 bits.
+    whole = tuple(max(1, n) for n in extents)
+    expect(math.prod(whole) * spec.itemsize <= checked.MAX_INTEGER, f"{what} is larger than 2**63 bytes")
+    if (
+        len(pieces) != len(whole)
+        or pieces[1:] != whole[1:]
+        or not all(1 <= n <= whole[0] for n in pieces[:1])
+    ):
+        msg = f"{what} of shape {list(extents)} can't have chunks of shape {list(pieces)}"
+        raise Broken(msg)
+    size, crc = checked.fields(meta, f"the meta of {what}", ("size", "crc32c"))
+    directory = checked.text(path, f"the path of {what}")
+    document = FileEntry(
+        path=f"{directory}/{GROUP_FILE}",
+        size=checked.integer(size, f"the meta size of {what}"),
+        crc32c=checked.crc(crc, f"the meta crc32c of {what}"),
+    )
+    return ArrayEntry(spec, directory, pieces, document)
+
+
+def _file(value: Any) -> FileEntry:
+    path, size, crc = checked.fields(value, "a file", ("path", "size", "crc32c"))
+    name = checked.text(path, "the path of a file")
+    return FileEntry(
+        name, checked.integer(size, f"the size of {name!r}"), checked.crc(crc, f"the crc32c of {name!r}")
+    )
+
+
+def _check_set(arrays: Sequence[ArrayEntry], files: Sequence[FileEntry]) -> None:
+    names.check_names(entry.spec.name for entry in arrays)
+    paths = names.escape_all(entry.spec.name for entry in arrays)
+    for entry in arrays:
+        path = paths[entry.spec.name]
+        expect(entry.path == path, f"{entry.spec.public_name!r} is at {entry.path!r} instead of {path!r}")
+    found, expected = sorted(entry.path for entry in files), sorted(expected_files(paths))
+    if found != expected:
+        odd = sorted(set(found) ^ set(expected))[:8]
+        msg = f"the files it lists are not the ones its arrays need: {odd or 'one comes twice'}"
+        raise Broken(msg)
+    chunks = sum(entry.chunks for entry in arrays)
+    expect(chunks <= MAX_CHUNKS, f"it has {chunks} chunks; at most {MAX_CHUNKS} are ever written")
+    size = next(entry.size for entry in files if entry.path == BLOCKS_FILE)
+    blocks = sum(entry.block_count for entry in arrays)
+    expect(size == 4 * blocks, f"{BLOCKS_FILE} has {size} bytes instead of 4 for each of {blocks} blocks")
+
+
+def _manifest(document: Any) -> Manifest:
+    _expect_readable(document)
+    _, _, step, seq, attempt, run, parent, exact, created, writer, attributes, arrays, files = checked.fields(
+        document, "the manifest", _TOP_KEYS
+    )
+    expect(type(exact) is bool, "exact is neither true nor false")
+    expect(type(attributes) is dict, "attributes is no object")
+    expect(type(writer) is dict, "writer is no object")
+    for value in writer.values():
+        checked.text(value, "a value of writer")
+    entries = tuple(_array(value) for value in checked.items(arrays, "arrays", MAX_ARRAYS))
+    documents = tuple(_file(value) for value in checked.items(files, "files", MAX_ARRAYS))
+    _check_set(entries, documents)
+    number = checked.integer(seq, "seq")
+    origin = None if parent is None else checked.integer(parent, "parent")
+    expect(origin is None or origin < number, f"parent {origin} is not older than seq {number}")
+    return Manifest(
+        step=checked.integer(step, "step"),
+        seq=number,
+        attempt=checked.identifier(attempt, "attempt"),
+        run=checked.identifier(run, "run"),
+        parent=origin,
+        exact=exact,
+        created=checked.time(created, "created"),
+        writer=writer,
+        attributes=attributes,
+        arrays=entries,
+        files=documents,
+    )

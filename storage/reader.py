@@ -1,0 +1,303 @@
+"""One complete checkpoint, opened for reading.
+
+Promise: only bytes that the manifest vouches for are handed out (with ``verify=True``), only the
+wanted ones are read, and a checkpoint that is pruned meanwhile is told apart from a damaged one.
+Zarr's documents are never consulted: the manifest says everything.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gockpt.boxes import Box
+from gockpt.errors import (
+    CheckpointCorrupt,
+    CheckpointPruned,
+    ChunkCorrupt,
+    ManifestCorrupt,
+    TensorNotFound,
+    UsageError,
+)
+from gockpt.storage import strict_json
+from gockpt.storage.checksum import crc32c
+from gockpt.storage.fetch import PIECE, Source, execute
+from gockpt.storage.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, ArrayEntry, Manifest, parse
+from gockpt.storage.pruned import is_gone
+from gockpt.storage.ranges import plan_reads
+from gockpt.storage.safe_open import GONE, read_small
+from gockpt.storage.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES, VerifyReport, verify_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+    from gockpt.layout import ArrayLayout
+    from gockpt.schema import ArraySpec
+
+__all__ = ["StoredArray", "StoredCheckpoint", "read_manifest"]
+
+MAX_GAP = 64 << 10
+"""Gaps between wanted bytes below this are read along: a seek would cost as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array of a checkpoint.
+
+    Attributes:
+        entry: What the manifest says about it.
+        first_block: Where its entries begin in the block checksums.
+    """
+
+    entry: ArrayEntry
+    first_block: int
+
+    @property
+    def spec(self) -> ArraySpec:
+        """Name, global shape and dtype."""
+        return self.entry.spec
+
+    @property
+    def layout(self) -> ArrayLayout:
+        """The geometry of its chunks, computed anew; slot offsets count from 0."""
+        return self.entry.layout()
+
+
+class StoredCheckpoint:
+    """A complete checkpoint, by an open directory; a context manager that closes it.
+
+    Reads may come from several threads at once. It stays readable when its directory is renamed.
+
+    Attributes:
+        path: Where it was opened.
+        manifest: Everything known without reading data.
+        arrays: Every stored array by its public name, in the manifest's order.
+    """
+
+    def __init__(self, directory: int, path: str, manifest: Manifest, *, threads: int) -> None:
+        """Take over the descriptor of a checkpoint's directory; large reads use up to ``threads``."""
+        self.path = path
+        self.manifest = manifest
+        self.arrays: Mapping[str, StoredArray] = MappingProxyType(
+            {
+                entry.spec.public_name: StoredArray(entry, first)
+                for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False)
+            }
+        )
+        self._directory = directory
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._crcs: npt.NDArray[np.uint32] | None = None
+        self._bytes_read = 0
+
+    def __enter__(self) -> StoredCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<StoredCheckpoint step={self.step} seq={self.seq} arrays={len(self.arrays)} at {self.path!r}>"
+        )
+
+    def close(self) -> None:
+        """Close the directory. Not while another thread reads; again does nothing."""
+        directory, self._directory = self._directory, -1
+        if directory >= 0:
+            os.close(directory)
+
+    @property
+    def step(self) -> int:
+        """The user's step."""
+        return self.manifest.step
+
+    @property
+    def seq(self) -> int:
+        """Which publication of its path it was."""
+        return self.manifest.seq
+
+    @property
+    def exact(self) -> bool:
+        """Whether every bit equals a blocking save's."""
+        return self.manifest.exact
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of chunk files read so far, over all calls of :meth:`read_into`."""
+        return self._bytes_read
+
+    def state(self) -> dict[str, Any]:
+        """Return the state document as it was given at commit.
+
+        Raises:
+            ManifestCorrupt: If it differs from what was written, or is no JSON object.
+            CheckpointPruned: If the checkpoint was removed meanwhile.
+        """
+        data = self._document(STATE_FILE, limit=strict_json.MAX_BYTES)
+        where = f"{self.path}/{STATE_FILE}"
+        document = strict_json.loads(data, what=where, depth=strict_json.STATE_DEPTH)
+        if type(document) is not dict:
+            msg = f"{where} holds no JSON object"
+            raise ManifestCorrupt(msg)
+        return document
+
+    def read_into(
+        self, name: str, box: Box | None, out: npt.NDArray[np.uint8], *, verify: bool = True
+    ) -> int:
+        """Fill ``out`` with a region of an array, row-major; read no bytes beyond what that takes.
+
+        Args:
+            name: Public name of the array.
+            box: The wanted region; ``None`` for the whole array.
+            out: 1-D ``uint8``, C-contiguous, writable, exactly the region's bytes; need not be aligned.
+            verify: Whether to read whole 1 MiB blocks and compare them with their checksums. Without
+                it, rows are read exactly, and columns with the gaps between them that are small.
+
+        Returns:
+            The bytes read from chunk files.
+
+        Raises:
+            TensorNotFound: If there is no array of that name.
+            UsageError: If the box is not inside the array, or ``out`` doesn't fit.
+            ChunkCorrupt: If bytes are missing or wrong; the content of ``out`` is undefined then.
+            CheckpointPruned: If the checkpoint was removed meanwhile.
+        """
+        array = self._array(name)
+        box = _checked_box(array.spec, box)
+        _check_target(array.spec, box, out)
+        with self._explained(name, ChunkCorrupt):
+            crcs = None
+            if verify and box.numel:
+                crcs = self._block_crcs()[array.first_block :][: array.entry.block_count]
+            source = Source(self._open_directory(), array.entry, crcs)
+            plan = plan_reads(source.grid, box, verify=verify, piece=PIECE, max_gap=MAX_GAP)
+            got = execute(plan, source, box, out, threads=self._threads)
+        with self._lock:
+            self._bytes_read += got
+        return got
+
+    def verify(self) -> VerifyReport:
+        """Read every file and compare it with the manifest; problems are reported, not raised.
+
+        Raises:
+            CheckpointPruned: If the checkpoint was removed meanwhile.
+        """
+        directory = self._open_directory()
+        report = verify_files(directory, self.path, self.manifest, threads=self._threads)
+        if report.problems and is_gone(directory):
+            raise CheckpointPruned(self._pruned())
+        return report
+
+    def _open_directory(self) -> int:
+        if self._directory < 0:
+            msg = f"the checkpoint {self.path!r} is closed; open it again"
+            raise UsageError(msg)
+        return self._directory
+
+    def _array(self, name: str) -> StoredArray:
+        try:
+            return self.arrays[name]
+        except KeyError:
+            some = ", ".join(repr(known) for known in list(self.arrays)[:3])
+            more = f"; it has {len(self.arrays)} names, such as {some}" if some else ""
+            msg = f"no tensor {name!r} in the checkpoint of step {self.step}{more}"
+            raise TensorNotFound(msg) from None
+
+    def _block_crcs(self) -> npt.NDArray[np.uint32]:
+        """Return the checksums of all blocks; read, and checked as a whole, once."""
+        with self._lock:
+            if self._crcs is None:
+                data = self._document(BLOCKS_FILE, limit=MAX_BLOCKS_BYTES)
+                self._crcs = np.frombuffer(data, "<u4")
+            return self._crcs
+
+    def _document(self, path: str, *, limit: int) -> bytes:
+        """Return a file that the manifest vouches for, checked."""
+        entry = self.manifest.file(path)
+        directory = self._open_directory()
+        with self._explained(path, ManifestCorrupt):
+            data = read_small(directory, path, limit=limit, nbytes=entry.size)
+            found = crc32c(data)
+            if found != entry.crc32c:
+                msg = f"{path} is damaged: its checksum is {found:08x} instead of {entry.crc32c:08x}"
+                raise ManifestCorrupt(msg)
+        return data
+
+    @contextmanager
+    def _explained(self, what: str, kind: type[CheckpointCorrupt]) -> Iterator[None]:
+        """Turn what goes wrong with a file into an error that says whose file, and what it means."""
+        try:
+            yield
+        except ManifestCorrupt:
+            raise
+        except CheckpointCorrupt as error:
+            msg = f"{what}: {error} (in {self.path}); older checkpoints are not affected"
+            raise kind(msg) from error
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            if is_gone(self._directory):
+                raise CheckpointPruned(self._pruned()) from error
+            msg = f"{what}: {error.filename or 'a file'} is missing (in {self.path})"
+            raise kind(msg) from error
+
+    def _pruned(self) -> str:
+        return (
+            f"the checkpoint of step {self.step} ({self.path}) was removed while it was being read; "
+            "open a newer one"
+        )
+
+
+def read_manifest(directory: int, path: str) -> Manifest:
+    """Return the manifest of the checkpoint in a directory.
+
+    Raises:
+        FileNotFoundError: If there is none: the directory is no complete checkpoint.
+        ManifestCorrupt: If it is damaged, not valid, or no regular file.
+    """
+    where = f"{path}/{MANIFEST_FILE}"
+    try:
+        data = read_small(directory, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    except CheckpointCorrupt as error:
+        msg = f"{path}: {error}"
+        raise ManifestCorrupt(msg) from error
+    return parse(data, where=where)
+
+
+def _checked_box(spec: ArraySpec, box: Box | None) -> Box:
+    """Return the wanted region, which must lie inside the array."""
+    if box is None:
+        return Box(tuple(0 for _ in spec.shape), spec.shape)
+    if len(box.shape) != len(spec.shape) or any(
+        at + n > extent for at, n, extent in zip(box.start, box.shape, spec.shape, strict=True)
+    ):
+        msg = f"{box} does not lie inside {spec.public_name!r} of shape {spec.shape}"
+        raise UsageError(msg)
+    return box
+
+
+def _check_target(spec: ArraySpec, box: Box, out: npt.NDArray[np.uint8]) -> None:
+    """Refuse a target that isn't exactly the region's bytes."""
+    nbytes = box.numel * spec.itemsize
+    if (
+        out.dtype != np.uint8
+        or out.shape != (nbytes,)
+        or not (out.flags.c_contiguous and out.flags.writeable)
+    ):
+        msg = (
+            f"reading {box} of {spec.public_name!r} ({spec.dtype}) needs a writable, contiguous uint8 array "
+            f"of shape ({nbytes},), got {out.dtype} of shape {out.shape}"
+        )
+        raise UsageError(msg)

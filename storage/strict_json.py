@@ -1,0 +1,130 @@
+"""JSON from a file that somebody else may have written: bounded, and with one meaning only.
+
+Promise: :func:`loads` neither overflows the stack nor lets two readers see different documents. What
+Python's parser lets pass and the standard does not (``NaN``, ``1e400``, a key given twice) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Never
+
+import numpy as np
+
+from gockpt.errors import ManifestCorrupt, UnsupportedState
+
+__all__ = ["MANIFEST_DEPTH", "MAX_BYTES", "STATE_DEPTH", "dumps", "loads", "nesting"]
+
+MAX_BYTES = 64 << 20
+MANIFEST_DEPTH = 32
+STATE_DEPTH = 256
+"""Deeper than the manifest's: a user's nested value takes two or three levels for each of its own."""
+
+# Possessive, and an unterminated string runs to the end: linear time for whatever bytes come.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def nesting(data: bytes) -> int:
+    """Return how deep arrays and objects nest in a JSON text, without parsing it.
+
+    For a text that is no JSON the answer is at least the depth a parser would reach before it fails.
+
+    Examples:
+        >>> nesting(b'{"a": [1, {"[[[[": 2}]}')
+        3
+    """
+    brackets = np.frombuffer(_STRING.sub(b"", data).translate(None, _NOT_BRACKETS), np.uint8)
+    if not brackets.size:
+        return 0
+    opening = (brackets == ord("[")) | (brackets == ord("{"))
+    return max(0, int(np.cumsum(np.where(opening, 1, -1)).max()))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        keys = [key for key, _ in pairs]
+        msg = f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice"
+        raise ValueError(msg)
+    return document
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        msg = f"the number {text[:40]} is out of range"
+        raise ValueError(msg)
+    return value
+
+
+def _refuse_constant(text: str) -> Never:
+    msg = f"{text} is not JSON"
+    raise ValueError(msg)
+
+
+def _check_keys(document: Any) -> None:
+    # json.dumps turns other keys into text without a word: 1 and "1" would become one.
+    left = [document]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            for key in value:
+                if type(key) is not str:
+                    msg = f"the key {key!r} is no text"
+                    raise TypeError(msg)
+            left.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            left.extend(value)
+
+
+def loads(data: bytes, *, what: str, depth: int = MANIFEST_DEPTH) -> Any:
+    """Parse one JSON document strictly.
+
+    Args:
+        data: The whole text, UTF-8.
+        what: The file it comes from, for the message.
+        depth: How deep arrays and objects may nest.
+
+    Raises:
+        ManifestCorrupt: If it is no JSON, or larger, deeper or looser than is ever written.
+    """
+    if len(data) > MAX_BYTES:
+        msg = f"{what} has {len(data)} bytes; at most {MAX_BYTES} are ever written"
+        raise ManifestCorrupt(msg)
+    if (found := nesting(data)) > depth:
+        msg = f"{what} nests {found} deep; at most {depth} levels are ever written"
+        raise ManifestCorrupt(msg)
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
+    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+        msg = f"{what} is not valid: {error}"
+        raise ManifestCorrupt(msg) from error
+
+
+def dumps(document: Any, *, what: str, depth: int = MANIFEST_DEPTH, indent: int | None = None) -> bytes:
+    """Return a document as ASCII JSON that :func:`loads` accepts again under the same limits.
+
+    Raises:
+        UnsupportedState: If it holds what JSON can't (NaN, other types, keys that are no text) or is
+            larger or deeper than the limits.
+    """
+    separators = (",", ":") if indent is None else (",", ": ")
+    try:
+        # The encoder first: it is the one that notices a document that contains itself.
+        data = json.dumps(document, allow_nan=False, indent=indent, separators=separators).encode("ascii")
+        _check_keys(document)
+    except (ValueError, TypeError, RecursionError) as error:
+        msg = f"{what} has no exact form as JSON: {error}"
+        raise UnsupportedState(msg) from error
+    if len(data) > MAX_BYTES or (found := nesting(data)) > depth:
+        size = f"{len(data)} bytes" if len(data) > MAX_BYTES else f"{found} levels of nesting"
+        msg = f"{what} would take {size}; at most {MAX_BYTES} bytes and {depth} levels can be read back"
+        raise UnsupportedState(msg)
+    return data

@@ -1,0 +1,300 @@
+"""Compare every file of a checkpoint with its manifest.
+
+Promise: a bit flipped in any file is found, whichever; so is a file that is missing, added, swapped
+with another, longer or shorter, or a link. Zarr's documents must also say what the manifest says, so
+that other readers see the same arrays. What can't be told is a checkpoint rewritten as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gockpt.errors import CheckpointCorrupt
+from gockpt.layout import CHECKSUM_BYTES
+from gockpt.storage import strict_json, zarr_documents
+from gockpt.storage.checksum import BLOCK, crc32c
+from gockpt.storage.fetch import PIECE, Source, first_bad_block
+from gockpt.storage.manifest import (
+    BLOCKS_FILE,
+    GROUP_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    ArrayEntry,
+    FileEntry,
+    Manifest,
+    chunk_key,
+    parse,
+)
+from gockpt.storage.safe_open import GONE, open_below, read_small
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy.typing as npt
+
+__all__ = ["Problem", "VerifyReport", "verify_files"]
+
+_log = logging.getLogger(__name__)
+
+MAX_BLOCKS_BYTES = 1 << 30  # the block checksums of 256 TiB
+MAX_MANIFEST_BYTES = strict_json.MAX_BYTES + 64
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as it was written.
+
+    Attributes:
+        path: The file or directory, relative to the checkpoint's.
+        array: Public name of the array it belongs to, or ``None``.
+        what: What is wrong with it.
+    """
+
+    path: str
+    array: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path}{f' ({self.array})' if self.array else ''}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a check of a whole checkpoint found.
+
+    Attributes:
+        path: The checkpoint.
+        step: Its step.
+        seq: Which publication it was.
+        files: How many files it should consist of.
+        nbytes: Bytes in its chunk files, padding and checksums included.
+        problems: What is wrong, by path; empty when every byte is as written.
+    """
+
+    path: str
+    step: int
+    seq: int
+    files: int
+    nbytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as written."""
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One file to check.
+
+    Attributes:
+        path: Relative to the checkpoint.
+        array: The public name of its array, or ``None``.
+        check: Returns what is wrong, or ``None``; gets a buffer of one piece.
+    """
+
+    path: str
+    array: str | None
+    check: Callable[[npt.NDArray[np.uint8]], str | None]
+
+
+def verify_files(directory: int, path: str, manifest: Manifest, *, threads: int) -> VerifyReport:
+    """Check the checkpoint in an open directory against the manifest it was opened with.
+
+    Args:
+        directory: Its descriptor.
+        path: Where it is, for the report.
+        manifest: Its manifest.
+        threads: How many files are read at once; each thread takes one piece of memory.
+    """
+    problems = list(_surplus(directory, path, manifest))
+    blocks = manifest.file(BLOCKS_FILE)
+    crcs: npt.NDArray[np.uint32] | None = None
+    try:
+        crcs = np.frombuffer(_checked_bytes(directory, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
+    except (CheckpointCorrupt, OSError) as error:
+        problems.append(Problem(BLOCKS_FILE, None, _words(error)))
+    tasks = _tasks(directory, manifest, crcs)
+    lock = threading.Lock()
+
+    def work() -> list[Problem]:
+        buffer = np.empty(PIECE, np.uint8)
+        found: list[Problem] = []
+        while True:
+            with lock:
+                task = next(tasks, None)
+            if task is None:
+                return found
+            try:
+                what = task.check(buffer)
+            except (CheckpointCorrupt, OSError) as error:
+                what = _words(error)
+            if what is not None:
+                found.append(Problem(task.path, task.array, what))
+
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="gockpt-verify") as pool:
+        for worker in [pool.submit(work) for _ in range(max(1, threads))]:
+            problems += worker.result()
+    chunks = sum(entry.chunks for entry in manifest.arrays)
+    return VerifyReport(
+        path=path,
+        step=manifest.step,
+        seq=manifest.seq,
+        files=1 + len(manifest.files) + len(manifest.arrays) + chunks,
+        nbytes=sum(entry.chunks * entry.chunk_file_nbytes for entry in manifest.arrays),
+        problems=tuple(sorted(problems, key=lambda problem: (problem.path, problem.what))),
+    )
+
+
+def _words(error: CheckpointCorrupt | OSError) -> str:
+    """Return what an error says about a file."""
+    if isinstance(error, CheckpointCorrupt):
+        return str(error)
+    return "missing" if error.errno in GONE else f"can't be read: {error.strerror}"
+
+
+def _surplus(directory: int, path: str, manifest: Manifest) -> Iterator[Problem]:
+    """Yield everything that is there and should not be; what is absent shows when it is read."""
+    expected: dict[str, set[str]] = {"": {MANIFEST_FILE, STATE_FILE, BLOCKS_FILE}}
+    arrays = {entry.path: entry for entry in manifest.arrays}
+    for file in (*manifest.files, *(entry.meta for entry in manifest.arrays)):
+        folder, _, name = file.path.rpartition("/")
+        expected.setdefault(folder, set()).add(name)
+        if folder:
+            above, _, name = folder.rpartition("/")
+            expected.setdefault(above, set()).add(name)
+    linked = 0
+    for folder, names in expected.items():
+        entry = arrays.get(folder)
+        if entry is not None:
+            names.update(chunk_key(chunk, len(entry.chunk_shape)) for chunk in range(entry.chunks))
+        try:
+            fd = open_below(directory, folder, is_directory=True) if folder else os.dup(directory)
+        except (CheckpointCorrupt, OSError) as error:
+            yield Problem(folder, None, _words(error))
+            continue
+        try:
+            for name in os.listdir(fd):
+                if name not in names:
+                    array = entry.spec.public_name if entry else None
+                    yield Problem(f"{folder}/{name}".lstrip("/"), array, "not part of the checkpoint")
+                else:
+                    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    linked += stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+        finally:
+            os.close(fd)
+    if linked:
+        _log.warning("%d files of %s have other hard links: writing there changes the checkpoint", linked, path)
+
+
+def _tasks(directory: int, manifest: Manifest, crcs: npt.NDArray[np.uint32] | None) -> Iterator[_Task]:
+    """Yield a task for every file but the block checksums."""
+    yield _Task(MANIFEST_FILE, None, lambda _: _check_manifest(directory, manifest))
+    for file in manifest.files:
+        if file.path != BLOCKS_FILE:
+            yield _Task(file.path, None, partial(_check_file, directory, manifest, file))
+    for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False):
+        name = entry.spec.public_name
+        yield _Task(entry.meta.path, name, partial(_check_array_document, directory, entry))
+        own = None if crcs is None else crcs[first : first + entry.block_count]
+        source = Source(directory, entry, own)
+        for chunk in range(entry.chunks):
+            yield _Task(entry.chunk_path(chunk), name, partial(_check_chunk, source, chunk))
+
+
+def _checked_bytes(directory: int, file: FileEntry, *, limit: int = strict_json.MAX_BYTES) -> bytes:
+    """Return a file's bytes, which must have the size and checksum that the manifest says."""
+    data = read_small(directory, file.path, limit=limit, nbytes=file.size)
+    found = crc32c(data)
+    if found != file.crc32c:
+        msg = f"its checksum is {found:08x} instead of {file.crc32c:08x}"
+        raise CheckpointCorrupt(msg)
+    return data
+
+
+def _check_manifest(directory: int, manifest: Manifest) -> str | None:
+    data = read_small(directory, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    return None if parse(data, where=MANIFEST_FILE) == manifest else "not the manifest it was opened with"
+
+
+def _check_file(directory: int, manifest: Manifest, file: FileEntry, _: object) -> str | None:
+    data = _checked_bytes(directory, file)
+    if not file.path.endswith(GROUP_FILE):
+        return None
+    document = strict_json.loads(data, what="it")
+    if type(document) is not dict or _differing(document, zarr_documents.group_document(), ("attributes",)):
+        return "not the document of a Zarr group"
+    if file.path != GROUP_FILE:
+        return None
+    if document.get("attributes") != manifest.attributes:
+        return "its attributes are not those in the manifest"
+    return _check_consolidated(document.get("consolidated_metadata"), manifest)
+
+
+def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
+    """Say where the documents repeated in the root's differ from those that stand by the arrays."""
+    if consolidated is None:
+        return None
+    metadata = consolidated.get("metadata") if type(consolidated) is dict else None
+    if type(metadata) is not dict:
+        return "its consolidated metadata is no object"
+    arrays = {entry.path: entry for entry in manifest.arrays}
+    for path, entry in arrays.items():
+        if (key := _differing(metadata.get(path), _array_document(entry))) is not None:
+            return f"its consolidated metadata has another {key} for {path} than the manifest"
+    known = {file.path.removesuffix(f"/{GROUP_FILE}") for file in manifest.files} | arrays.keys()
+    surplus = sorted(metadata.keys() - known)
+    return f"its consolidated metadata has {surplus[0]!r}, the manifest has not" if surplus else None
+
+
+def _check_array_document(directory: int, entry: ArrayEntry, _: object) -> str | None:
+    document = strict_json.loads(_checked_bytes(directory, entry.meta), what="it")
+    key = _differing(document, _array_document(entry))
+    return None if key is None else f"its {key} is not the one that follows from the manifest"
+
+
+def _array_document(entry: ArrayEntry) -> dict[str, Any]:
+    return zarr_documents.array_document(entry.spec, entry.chunk_shape)
+
+
+def _differing(document: Any, expected: dict[str, Any], ignored: tuple[str, ...] = ()) -> str | None:
+    """Return the first key that a document has otherwise than expected, or ``None``."""
+    if type(document) is not dict:
+        return "document"
+    return next((key for key in expected if key not in ignored and document.get(key) != expected[key]), None)
+
+
+def _check_chunk(source: Source, chunk: int, buffer: npt.NDArray[np.uint8]) -> str | None:
+    """Say what is wrong with one chunk file: its rows by blocks, its padding, its own checksum."""
+    with source.open(chunk) as file:
+        real, whole = source.grid.real_nbytes(chunk), file.nbytes - CHECKSUM_BYTES
+        first = source.grid.first_block(chunk)
+        value = 0
+        for start in range(0, real, PIECE):
+            data = buffer[: min(PIECE, real - start)]
+            file.read_into([data.data], start)
+            if source.crcs is not None:
+                at = start // BLOCK
+                bad = first_bad_block([data], source.crcs[first + at :])
+                if bad is not None:
+                    return f"the bytes from {(at + bad) * BLOCK} on differ from the checksum of their block"
+            value = crc32c(data, value)
+        for start in range(real, whole, PIECE):
+            data = buffer[: min(PIECE, whole - start)]
+            file.read_into([data.data], start)
+            if data.any():
+                return f"the padding from byte {real} on is not all zero"
+            value = crc32c(data, value)
+        file.read_into([buffer[:CHECKSUM_BYTES].data], whole)
+        stored = int.from_bytes(buffer[:CHECKSUM_BYTES].tobytes(), "little")
+    return None if stored == value else f"its own checksum is {stored:08x} instead of {value:08x}"

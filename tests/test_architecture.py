@@ -1,0 +1,321 @@
+"""Who may import whom: read from the source, nothing is imported.
+
+Imports go down the table of layers only. Two neighbours in one layer may know each other unless they
+are listed as strangers. What an import under ``TYPE_CHECKING`` names is known as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Lowest first. A new module takes its place here.
+LAYERS = (
+    ("errors", "options"),
+    ("boxes", "schema", "layout", "schedule", "lifecycle", "cadence"),
+    ("kernels", "storage"),
+    ("arena", "document", "plain", "replay", "rng", "sharding", "state", "tensors", "transfer", "unplain"),
+    ("restore", "engine"),
+    ("checkpointer",),
+    ("cli", "integrations"),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+STRANGERS = {frozenset({"kernels", "storage"}), frozenset({"restore", "engine"})}
+PURE = set(LAYERS[1])
+
+# What a module may import from outside, beside the standard library; torch layers are free.
+OUTSIDE = {
+    **dict.fromkeys(LAYERS[0], frozenset()),
+    **dict.fromkeys(LAYERS[1], frozenset({"numpy"})),
+    "kernels": frozenset({"numpy", "numba", "llvmlite"}),
+}
+NEVER = {"storage": {"torch", "torchvision", "triton", "safetensors"}}
+INPUT_AND_OUTPUT = {"io", "mmap", "os", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
+PICKLES = {"cloudpickle", "copyreg", "dill", "joblib", "marshal", "pickle", "shelve"}
+ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+FORBIDDEN_CALLS = {
+    ("torch", "save"),
+    ("torch", "load"),
+    ("np", "load"),
+    ("np", "save"),
+    ("numpy", "load"),
+    ("numpy", "save"),
+    ("os", "_exit"),
+    ("sys", "exit"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One import statement's one name: the module it leads to, and where it stands."""
+
+    target: str
+    line: int
+    for_types: bool
+
+
+def for_types_only(tree: ast.Module) -> set[ast.AST]:
+    """Return every node below an ``if TYPE_CHECKING:``."""
+    return {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test).endswith("TYPE_CHECKING")
+        for child in branch.body
+        for node in ast.walk(child)
+    }
+
+
+def imports(module: str, tree: ast.Module, *, package: bool, known: set[str]) -> list[Import]:
+    """Return what a module imports, with ``from gockpt import x`` led to the module ``gockpt.x``."""
+    typing = for_types_only(tree)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, node.lineno, node in typing) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + package]
+                base = ".".join([*parents, base]).rstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                if base == "gockpt" and alias.name == "__version__":
+                    continue  # a constant of the parent package, which is loaded anyway
+                found.append(Import(inner if inner in known else base, node.lineno, node in typing))
+    return found
+
+
+def area(module: str) -> str:
+    """Return the name that stands in the table of layers: ``gockpt.storage.x`` is ``storage``."""
+    return module.split(".")[1]
+
+
+def direction(module: str, target: str) -> str | None:
+    """Say what is wrong with one package module importing another; ``None`` when it may."""
+    here, there = area(module), area(target)
+    for name in (here, there):
+        if name not in RANK:
+            return f"gockpt.{name} has no place in LAYERS"
+    if here == there or RANK[there] < RANK[here]:
+        return None
+    if RANK[there] > RANK[here]:
+        return f"{there} stands above {here}"
+    return f"{here} and {there} must not know each other" if frozenset({here, there}) in STRANGERS else None
+
+
+def outside(module: str, root: str) -> str | None:
+    """Say what is wrong with a module importing something that is not gockpt; ``None`` when it may."""
+    here = area(module)
+    if root in PICKLES:
+        return f"{root} runs what it reads; checkpoints hold no code"
+    if root in NEVER.get(here, ()):
+        return f"{here} must not import {root}"
+    if root in sys.stdlib_module_names:
+        return f"{here} is pure, {root} does I/O" if here in PURE and root in INPUT_AND_OUTPUT else None
+    if here in OUTSIDE and root not in OUTSIDE[here]:
+        return f"{here} must not import {root}"
+    return None
+
+
+def expressions(module: str, tree: ast.Module) -> list[tuple[int, str]]:
+    """Return what a module does that only an import rule can't catch: (line, what is wrong)."""
+    here, found = area(module), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = (node.value.id, node.attr)
+            if name in FORBIDDEN_CALLS and here != "cli":
+                found.append((node.lineno, f"{'.'.join(name)} has no place in the library"))
+            if name[0] == "os" and name[1] in ENVIRONMENT and here != "cli":
+                found.append((node.lineno, "the environment is read by the command line only"))
+        if isinstance(node, ast.ImportFrom) and node.module == "os" and here != "cli":
+            found += [
+                (node.lineno, "the environment is read by the command line only")
+                for alias in node.names
+                if alias.name in ENVIRONMENT
+            ]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in {"__import__", "import_module", "eval", "exec"}:
+                found.append((node.lineno, f"{node.func.id} hides what a module needs"))
+            if node.func.id == "open" and here in PURE:
+                found.append((node.lineno, f"{here} is pure and opens a file"))
+        if isinstance(node, ast.FunctionDef) and node.name == "__del__":
+            found.append((node.lineno, "`with`, not `__del__`"))
+        if here == "kernels":
+            if isinstance(node, ast.Name) and node.id == "prange":
+                found.append((node.lineno, "a forked child hangs after numba's thread pool was used"))
+            changes_bits = isinstance(node, ast.keyword) and node.arg in {"fastmath", "parallel"}
+            if changes_bits and ast.unparse(node.value) != "False":
+                found.append((node.value.lineno, f"{node.arg} changes bits"))
+    return found
+
+
+def violations(sources: dict[str, str], packages: frozenset[str] = frozenset()) -> list[str]:
+    """Return every broken rule in a set of modules, as ``module:line: what is wrong``."""
+    known = {"gockpt", *sources}
+    found = []
+    for module, source in sources.items():
+        tree = ast.parse(source)
+        wrong = expressions(module, tree)
+        for item in imports(module, tree, package=module in packages, known=known):
+            root = item.target.split(".")[0]
+            if item.target == "gockpt":
+                reason = None if area(module) in LAYERS[-1] else "import from the defining module"
+            elif root == "gockpt":
+                reason = direction(module, item.target)
+            else:
+                reason = outside(module, root)
+            if reason:
+                wrong.append((item.line, reason))
+        found += [f"{module}:{line}: {reason}" for line, reason in sorted(set(wrong))]
+    return found
+
+
+def cycle(sources: dict[str, str], packages: frozenset[str] = frozenset()) -> list[str]:
+    """Return a chain of modules that import each other at run time; empty when there is none."""
+    edges = {
+        module: {
+            item.target
+            for item in imports(module, ast.parse(source), package=module in packages, known=set(sources))
+            if item.target in sources and item.target != module and not item.for_types
+        }
+        for module, source in sources.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(edges[module]):
+            if found := visit(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(edges) if (found := visit(module, []))), [])
+
+
+def files() -> dict[str, Path]:
+    """Return every module of the package but the facade, by import name."""
+    found = {}
+    for folder, prefix in (("gockpt", ()), ("kernels", ("gockpt",)), ("storage", ("gockpt",))):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            if folder == "gockpt" and path.relative_to(REPOSITORY).parts[1] in {"kernels", "storage"}:
+                continue
+            parts = (*prefix, *path.relative_to(REPOSITORY).with_suffix("").parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    del found["gockpt"]
+    return found
+
+
+MODULES = files()
+PACKAGES = frozenset(name for name, path in MODULES.items() if path.name == "__init__.py")
+SOURCES = {name: path.read_text() for name, path in MODULES.items()}
+
+
+def test_the_package_keeps_every_rule():
+    found = violations(SOURCES, PACKAGES)
+    assert not found, "\n".join(found)
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert cycle(SOURCES, PACKAGES) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "reason"),
+    [
+        ("gockpt.boxes", "from gockpt.storage import store", "storage stands above boxes"),
+        ("gockpt.storage.a", "from gockpt.kernels import replay", "must not know each other"),
+        ("gockpt.restore", "def f():\n    from gockpt import engine", "must not know each other"),
+        ("gockpt.engine.a", "from ..checkpointer import wait", "checkpointer stands above engine"),
+        ("gockpt.engine", "from .. import checkpointer", "checkpointer stands above engine"),
+        ("gockpt.state", "from gockpt import load", "defining module"),
+        ("gockpt.novelty", "from gockpt import errors", "no place in LAYERS"),
+        (
+            "gockpt.errors",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import gockpt.state",
+            "above",
+        ),
+        ("gockpt.errors", "import numpy as np", "errors must not import numpy"),
+        ("gockpt.layout", "import torch", "layout must not import torch"),
+        ("gockpt.schedule", "import os.path", "pure"),
+        ("gockpt.schedule", "open('x')", "pure"),
+        ("gockpt.kernels.a", "import torch", "kernels must not import torch"),
+        ("gockpt.kernels.a", "from numba import prange\nfor i in prange(3): ...", "hangs"),
+        ("gockpt.kernels.a", "njit(fastmath=True)", "fastmath changes bits"),
+        ("gockpt.storage.a", "def f():\n    import torch.distributed", "storage must not import torch"),
+        ("gockpt.plain", "from pickle import dumps", "checkpoints hold no code"),
+        ("gockpt.plain", "torch.load('x')", "torch.load"),
+        ("gockpt.state", "os.environ['A']", "environment"),
+        ("gockpt.state", "from os import getenv", "environment"),
+        ("gockpt.engine.a", "sys.exit(1)", "sys.exit"),
+        ("gockpt.engine.a", "import_module('gockpt.cli')", "hides"),
+        ("gockpt.engine.a", "class A:\n    def __del__(self): ...", "with"),
+    ],
+)
+def test_a_broken_rule_is_found(module, source, reason):
+    others = (
+        "engine",
+        "checkpointer",
+        "kernels",
+        "kernels.replay",
+        "storage.store",
+        "state",
+        "cli",
+        "errors",
+    )
+    known = {f"gockpt.{name}": "" for name in others}
+    found = violations({**known, module: source}, frozenset({"gockpt.engine"}))
+    assert len(found) == 1, found
+    assert reason in found[0]
+
+
+def test_what_is_allowed_passes():
+    sources = {
+        "gockpt.errors": "import math",
+        "gockpt.boxes": "from gockpt import errors\nimport numpy",
+        "gockpt.kernels.a": "import numba\n@njit(fastmath=False, nogil=True)\ndef f(): ...",
+        "gockpt.storage.a": "import os, zarr\nfrom gockpt import __version__\nopen('x')",
+        "gockpt.engine.a": "import torch\nfrom gockpt.engine import b",
+        "gockpt.engine.b": "",
+        "gockpt.cli": "import os, gockpt, sys\nos.environ['A']\nsys.exit(0)",
+    }
+    assert violations(sources) == []
+
+
+def test_a_circle_is_found():
+    sources = {
+        "gockpt.state": "from gockpt.plain import a",
+        "gockpt.plain": "def f():\n    from gockpt import replay",
+        "gockpt.replay": "import gockpt.state",
+    }
+    assert cycle(sources) == ["gockpt.plain", "gockpt.replay", "gockpt.state", "gockpt.plain"]
+    sources["gockpt.replay"] = "if TYPE_CHECKING:\n    import gockpt.state"
+    assert cycle(sources) == []
+
+
+def test_every_package_is_built():
+    """A package that pyproject.toml doesn't list works in a checkout and is missing in the wheel."""
+    tables = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(tables["packages"]) == sorted({"gockpt", *PACKAGES})
+    for name, folder in tables["package-dir"].items():
+        path = MODULES[name].parent if name in MODULES else REPOSITORY / "gockpt"
+        assert REPOSITORY / folder == path
+
+
+def test_the_links_lead_to_the_sources():
+    """Type checkers and editors find kernels/ and storage/ through them; no other copy exists."""
+    for name in ("kernels", "storage"):
+        link = REPOSITORY / "gockpt" / name
+        assert link.is_symlink()
+        assert link.resolve() == REPOSITORY / name
