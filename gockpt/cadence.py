@@ -1,7 +1,8 @@
 """When a save is due, and how many ticks away: pure arithmetic on the steps the user reports.
 
 A save is due when ``step // every`` grows, so a loop whose step skips multiples of ``every`` still
-saves, and step 0 is never due. The stride between ticks is learned, so that a window can start
+saves, and step 0 is not due. With ``every=1`` each call asks for *this* state: every one is due,
+whatever its step. The stride between ticks is learned, so that a window can start
 early enough to end on the due tick.
 """
 
@@ -57,7 +58,7 @@ class Cadence:
             stride = 1 if self.last_step is None else stride
         elif step > last:
             stride = step - last
-        due = step // self.every > last // self.every
+        due = self.every == 1 or step // self.every > last // self.every
         following = (step // self.every + 1) * self.every
         left = 0 if due else -(-(following - step) // stride)
         return Cadence(self.every, step, stride), Moment(due, left)

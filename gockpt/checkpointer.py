@@ -9,15 +9,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
 from gockpt.engine.engine import Engine
 from gockpt.errors import GockptError, OptionsError, PathBusy, UsageError
+from gockpt.naming import resolve_optimizers
 from gockpt.options import Options
 from gockpt.restore import last_loaded_step
-from gockpt.state import resolve_optimizers
 from gockpt.storage.store import Store
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ __all__ = ["Checkpointer", "save_overlapped", "wait"]
 
 _log = logging.getLogger("gockpt")
 _lock = threading.RLock()
-_live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
-_by_call: dict[tuple[int, str], Checkpointer] = {}
-"""The checkpointers that ``save_overlapped`` made, by model and path."""
+_live: set[Checkpointer] = set()
+"""Every checkpointer that was not closed: the exit of the interpreter finishes them."""
+_by_call: dict[tuple[tuple[int, ...], str], Checkpointer] = {}
+"""Those that ``save_overlapped`` made, by model and path."""
 
 
 class Checkpointer:
@@ -106,7 +107,9 @@ class Checkpointer:
                 raise
             _live.add(self)
 
-    def after_step(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> SaveHandle | None:
+    def after_step(
+        self, step: int | None = None, extra: Mapping[str, Any] | None = None
+    ) -> SaveHandle | None:
         """Tell that a training step is complete: the one call in the loop.
 
         Call it after ``optimizer.step()`` and ``scheduler.step()``. Whatever the state is at this call
@@ -179,7 +182,11 @@ class Checkpointer:
             and self.options == options
         )
 
-    def __enter__(self) -> Checkpointer:
+    def rebind(self, model: Model) -> None:
+        """Save from this object from now on: a mapping or list may be made anew for each call."""
+        self._engine.rebind(_reference(model))
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -195,7 +202,7 @@ class Checkpointer:
             error.add_note(f"gockpt: the save in flight failed as well: {failure}")
 
 
-def save_overlapped(  # noqa: PLR0913 - the public call
+def save_overlapped(
     model: Model,
     optimizer: Optimizers,
     path: str | os.PathLike[str] = "checkpoints",
@@ -254,18 +261,27 @@ def _saver_for(
     every: int | Literal["auto"],
     options: Options,
 ) -> Checkpointer:
-    key = (id(model), os.path.realpath(os.fspath(path)))
+    key = (_ids(model), os.path.realpath(os.fspath(path)))
     with _lock:
         saver = _by_call.get(key)
         if saver is not None and saver.serves(model, optimizer, every, options):
+            saver.rebind(model)
             return saver
         if saver is not None:
             saver.close()
         saver = Checkpointer(model, optimizer, path, every=every, options=options)
         _by_call[key] = saver
         if isinstance(model, torch.nn.Module):
-            weakref.finalize(model, _by_call.pop, key, None)
+            weakref.finalize(model, _retire, key)
         return saver
+
+
+def _retire(key: tuple[tuple[int, ...], str]) -> None:
+    """Let go of a checkpointer whose model is gone; one in flight is finished at exit."""
+    with _lock:
+        saver = _by_call.pop(key, None)
+        if saver is not None and not saver.busy:
+            saver.close()
 
 
 def _take_over(path: str) -> None:
@@ -298,8 +314,10 @@ def _reference(model: Model) -> Callable[[], Any]:
 
 
 def _ids(model: Model) -> tuple[int, ...]:
-    """Identify a model, and refuse what is none."""
-    if isinstance(model, (torch.nn.Module, Mapping)):
+    """Identify a model, and refuse what is none. Mappings are all one: they may be made anew each call."""
+    if isinstance(model, Mapping):
+        return ()
+    if isinstance(model, torch.nn.Module):
         return (id(model),)
     if isinstance(model, Sequence) and model and all(isinstance(m, torch.nn.Module) for m in model):
         return tuple(id(m) for m in model)
@@ -344,4 +362,4 @@ def _at_exit() -> None:
                 saver.abort("the program ended by an exception")
             saver.close()
         except GockptError as error:
-            _log.error("at exit: %s", error)  # noqa: TRY400 - the message says it all
+            _log.error("at exit: %s", error)

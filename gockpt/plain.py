@@ -34,6 +34,7 @@ import datetime as dt
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
+from functools import lru_cache
 from pathlib import PosixPath, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -45,7 +46,7 @@ from gockpt.schema import DTYPES
 from gockpt.tensors import refusal, to_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 __all__ = ["FACTORIES", "MAX_DEPTH", "NUMPY_SCALARS", "Json", "encode", "is_ordinary_key", "join"]
 
@@ -96,7 +97,8 @@ def join(items: Iterable[tuple[Json, Json]]) -> Json:
     return {"$dict": [[key, value] for key, value in pairs]}
 
 
-def is_ordinary_key(key: Any) -> bool:
+@lru_cache(maxsize=4096)
+def is_ordinary_key(key: Hashable) -> bool:
     """Return whether a key can be one component of an array's name as it stands."""
     if type(key) is not str or not key or key.startswith("#") or "/" in key:
         return False

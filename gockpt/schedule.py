@@ -133,7 +133,9 @@ def _auto_window(facts: Facts) -> tuple[int, str]:
         exact = math.ceil(math.log(1.0 - ratio * load) / math.log(1.0 - ratio))
         if exact <= MAX_AUTO_WINDOW:
             return max(1, exact), "the fewest steps that hide the copy and the gradients after it"
-    return min(best, MAX_AUTO_WINDOW), "no window hides all; this one leaves the smallest stall (N = 1/r + 1/2)"
+    return min(
+        best, MAX_AUTO_WINDOW
+    ), "no window hides all; this one leaves the smallest stall (N = 1/r + 1/2)"
 
 
 def _shares(facts: Facts, window: int) -> tuple[float, ...]:

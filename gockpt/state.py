@@ -15,11 +15,20 @@ from typing import Any
 import torch
 
 from gockpt.errors import UnsupportedState, UsageError
-from gockpt.naming import model_entries, optimizers_of, parameter_names
+from gockpt.naming import model_entries, parameter_names, resolve_optimizers
 from gockpt.plain import is_ordinary_key
 from gockpt.tensors import refusal
 
-__all__ = ["Computed", "GroupEntry", "LiveState", "Name", "OptimizerEntry", "ParamEntry", "collect"]
+__all__ = [
+    "Computed",
+    "GroupEntry",
+    "LiveState",
+    "Name",
+    "OptimizerEntry",
+    "ParamEntry",
+    "collect",
+    "resolve_optimizers",
+]
 
 Name = tuple[str, ...]
 
@@ -106,7 +115,8 @@ class LiveState:
         params: Every parameter of every optimizer.
         buffers: Names of entries that are buffers (due before the next forward), or of which nothing
             is known. Never a parameter that an optimizer owns.
-        optimizers: The optimizers that hold state, as given, out of their wrappers.
+        optimizers: The live optimizers that hold state, out of their wrappers.
+        trained: What each of them holds, in the same order.
         computed: Model state that is no live memory, by natural name.
     """
 
@@ -114,7 +124,8 @@ class LiveState:
     aliases: dict[str, str]
     params: list[ParamEntry]
     buffers: set[Name]
-    optimizers: list[OptimizerEntry]
+    optimizers: list[Any]
+    trained: list[OptimizerEntry]
     computed: dict[str, Computed]
 
 
@@ -136,14 +147,12 @@ def collect(model: Any, optimizers: Any) -> LiveState:
             collector.computed[entry.fqn] = Computed(entry.value, entry.model, entry.key)
             continue
         name = collector.add(("model", entry.fqn), entry.value)
-        collector.model_ids.setdefault(id(entry.value), entry.fqn)
+        collector.model_names.setdefault(id(entry.value), name)
         if entry.kind == "buffer":
             collector.buffers.add(name)
-    resolved = optimizers_of(optimizers)
-    if resolved:
-        collector.registered = parameter_names(model)
-    for index, optimizer in enumerate(resolved):
-        collector.add_optimizer(index, optimizer)
+    collector.optimizers = resolve_optimizers(optimizers)
+    for index, live in enumerate(collector.optimizers):
+        collector.add_optimizer(model, index, live)
     if collector.outside:
         _check_outside(model, collector)
     return collector.result()
@@ -155,10 +164,12 @@ class _Collector:
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: set[Name] = field(default_factory=set)
     params: list[ParamEntry] = field(default_factory=list)
-    optimizers: list[OptimizerEntry] = field(default_factory=list)
+    optimizers: list[Any] = field(default_factory=list)
+    trained: list[OptimizerEntry] = field(default_factory=list)
     computed: dict[str, Computed] = field(default_factory=dict)
-    model_ids: dict[int, str] = field(default_factory=dict)
-    registered: dict[int, str] = field(default_factory=dict)
+    # The entry of each model tensor, by id; and, once needed, names of parameters that are no entries.
+    model_names: dict[int, Name] = field(default_factory=dict)
+    registered: dict[int, str] | None = None
     outside: list[ParamEntry] = field(default_factory=list)
     owners: set[str] = field(default_factory=set)
     # Entries by the address of their first element.
@@ -193,7 +204,7 @@ class _Collector:
                 return name
         return None
 
-    def add_optimizer(self, index: int, optimizer: Any) -> None:
+    def add_optimizer(self, model: Any, index: int, optimizer: Any) -> None:
         kind = type(optimizer)
         groups: list[GroupEntry] = []
         used: set[str] = set()
@@ -204,7 +215,7 @@ class _Collector:
                 ids.add(id(param))
                 given = group.get("param_names")
                 fallback = given[i] if given else f"{f'optimizer{index}.' if index else ''}group{g}.param{i}"
-                params.append(self.parameter(optimizer, param, fallback, used, index, g))
+                params.append(self.parameter(model, optimizer, param, fallback, used, index, g))
             groups.append(GroupEntry(group, params))
             self.params += params
         values = {}
@@ -217,22 +228,27 @@ class _Collector:
                     "%s keeps state for a tensor that is in none of its param groups; it is not saved",
                     kind.__qualname__,
                 )
-        self.optimizers.append(
+        self.trained.append(
             OptimizerEntry(optimizer, f"{kind.__module__}.{kind.__qualname__}", groups, values)
         )
 
     def parameter(
-        self, optimizer: Any, param: torch.Tensor, fallback: str, used: set[str], index: int, g: int
+        self,
+        model: Any,
+        optimizer: Any,
+        param: torch.Tensor,
+        fallback: str,
+        used: set[str],
+        index: int,
+        group: int,
     ) -> ParamEntry:
-        in_model = self.model_ids.get(id(param))
-        known = self.find(param) if refusal(param) is None else None
-        if known is None and in_model is not None:  # an empty tensor has no memory to be known by
-            known = ("model", in_model)
-        # The first name of tied parameters, whichever object the optimizer holds.
-        fqn = known[1] if known and known[0] == "model" else self.registered.get(id(param))
+        known = self.model_names.get(id(param))
+        if known is None and refusal(param) is None:
+            known = self.find(param)
+        fqn = known[1] if known and known[0] == "model" else self.registered_name(model, param)
         outside = fqn is None
         if fqn is None:
-            fqn = _unused(fallback, {*used, *self.model_ids.values()})
+            fqn = _unused(fallback, {*used, *(name[1] for name in self.model_names.values())})
         fqn = _unused(fqn, used)
         used.add(fqn)
         owner = _unused(fqn, self.owners)
@@ -247,14 +263,26 @@ class _Collector:
                 if isinstance(value, torch.Tensor) and is_ordinary_key(key):
                     state[key] = value
                     state_names[key] = self.add(_free(("optimizer", owner, key), self.entries), value)
-        entry = ParamEntry(fqn, param, index, g, state, name, state_names, owner, raw)
+        entry = ParamEntry(fqn, param, index, group, state, name, state_names, owner, raw)
         if outside:
             self.outside.append(entry)
         return entry
 
+    def registered_name(self, model: Any, param: torch.Tensor) -> str | None:
+        """Return the name of a parameter that the model has, but leaves out of its state dict."""
+        if self.registered is None:
+            self.registered = parameter_names(model)
+        return self.registered.get(id(param))
+
     def result(self) -> LiveState:
         return LiveState(
-            self.entries, self.aliases, self.params, self.buffers, self.optimizers, self.computed
+            self.entries,
+            self.aliases,
+            self.params,
+            self.buffers,
+            self.optimizers,
+            self.trained,
+            self.computed,
         )
 
 
@@ -288,23 +316,23 @@ def _check_outside(model: Any, collector: _Collector) -> None:
             del untrained[twin]
             lost.append((entry.fqn, twin))
     if lost:
-        names = ", ".join(f"{fqn} (like {twin})" for fqn, twin in lost[:5])
+        shown = ", ".join(f"{fqn} (like {twin})" for fqn, twin in lost[:5])
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         msg = (
             f"the optimizer trains {len(lost)} tensors that the model does not hold, while the model has "
-            f"trainable parameters of the same shapes that no optimizer holds: {names}{more}. After "
+            f"trainable parameters of the same shapes that no optimizer holds: {shown}{more}. After "
             "load_state_dict(assign=True) or a replaced module, build the optimizer from the model's "
             "parameters again. If they belong outside the model, freeze the model's untrained "
             "parameters with requires_grad_(False)"
         )
         raise UsageError(msg)
-    names = tuple(entry.fqn for entry in collector.outside)
+    outside = tuple(entry.fqn for entry in collector.outside)
     _say_once(
-        names,
+        outside,
         "the optimizer trains %d tensors that the model does not hold (%s); they are saved with it, named "
         "by their place in its param groups",
-        len(names),
-        ", ".join(names[:5]),
+        len(outside),
+        ", ".join(outside[:5]),
     )
 
 

@@ -32,15 +32,18 @@ def refusal(tensor: torch.Tensor) -> str | None:
     A subclass is accepted as long as its bytes are all that it is: one that dispatches for itself
     (DTensor, quantised and other wrapper tensors) is refused.
     """
-    kind = type(tensor)
-    if kind not in _PLAIN_TYPES:
-        if torch.nn.parameter.is_lazy(tensor):
-            return "it is not initialised yet; run one forward before the first save"
-        if kind.__torch_dispatch__ is not _ORDINARY_DISPATCH:
-            return (
-                f"it is a {kind.__module__}.{kind.__qualname__}, whose value is more than one array; "
-                "this version saves ordinary tensors only: pass its local or dequantised part"
-            )
+    if type(tensor) not in _PLAIN_TYPES and (why := _subclass_refusal(tensor)):
+        return why
+    # Quantised tensors have dtypes of their own, so this is all it takes for nearly every tensor.
+    if (
+        tensor.layout is torch.strided
+        and tensor.dtype in NAME_OF
+        and not tensor.is_meta
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+        and tensor.dim() <= MAX_NDIM
+    ):
+        return None
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}; convert it with .to_dense()"
     if tensor.is_quantized:
@@ -49,10 +52,20 @@ def refusal(tensor: torch.Tensor) -> str | None:
         return "it is on the meta device and has no data; materialise it first (.to_empty and a load)"
     if tensor.dtype not in NAME_OF:
         return f"its dtype {tensor.dtype} is none of those that are stored ({', '.join(DTYPES)}); convert it"
-    if tensor.is_conj() or tensor.is_neg():
-        return "it is a lazily conjugated or negated view; call .resolve_conj().resolve_neg()"
     if tensor.dim() > MAX_NDIM:
         return f"it has {tensor.dim()} dimensions; at most {MAX_NDIM} are stored"
+    return "it is a lazily conjugated or negated view; call .resolve_conj().resolve_neg()"
+
+
+def _subclass_refusal(tensor: torch.Tensor) -> str | None:
+    kind = type(tensor)
+    if torch.nn.parameter.is_lazy(tensor):
+        return "it is not initialised yet; run one forward before the first save"
+    if kind.__torch_dispatch__ is not _ORDINARY_DISPATCH:
+        return (
+            f"it is a {kind.__module__}.{kind.__qualname__}, whose value is more than one array; "
+            "this version saves ordinary tensors only: pass its local or dequantised part"
+        )
     return None
 
 

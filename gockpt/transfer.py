@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from gockpt.kernels.fingerprint import copy_fingerprint, fingerprint
@@ -21,6 +20,7 @@ from gockpt.kernels.fingerprint import copy_fingerprint, fingerprint
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import numpy as np
     import numpy.typing as npt
 
     Bytes = npt.NDArray[np.uint8]
@@ -174,7 +174,11 @@ class Transfer:
         self._closed = False
 
     def submit(
-        self, tasks: Iterable[Callable[[], None]], *, nbytes: int = 0, on_done: Callable[[], None] | None = None
+        self,
+        tasks: Iterable[Callable[[], None]],
+        *,
+        nbytes: int = 0,
+        on_done: Callable[[], None] | None = None,
     ) -> Batch:
         """Start working on ``tasks`` behind the caller. ``on_done`` runs on whichever thread ends last."""
         batch = Batch(deque(tasks), nbytes, on_done)

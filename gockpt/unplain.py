@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gockpt.plain import Json
 
-__all__ = ["array_name", "decode", "items"]
+__all__ = ["array_name", "decode", "is_mapping", "items"]
 
 Read: TypeAlias = "Callable[[tuple[str, ...]], torch.Tensor]"
 
@@ -47,16 +47,23 @@ def decode(document: Json, read: Read) -> Any:
         raise ManifestCorrupt(msg) from error
 
 
+def is_mapping(document: Json) -> bool:
+    """Return whether this is the document of an ordinary ``dict``: what :func:`items` takes."""
+    if not isinstance(document, dict):
+        return False
+    return "$dict" in document or not any(key.startswith("$") for key in document)
+
+
 def items(document: Json) -> list[tuple[Json, Json]]:
     """Return the encoded keys and values of an encoded ``dict``; the inverse of ``join``.
 
     Raises:
         ManifestCorrupt: If it is the document of something else.
     """
-    if isinstance(document, dict):
-        if not any(key.startswith("$") for key in document):
+    if isinstance(document, dict) and is_mapping(document):
+        if "$dict" not in document:
             return list(document.items())
-        pairs = document.get("$dict")
+        pairs = document["$dict"]
         if isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             return [(pair[0], pair[1]) for pair in pairs]  # type: ignore[index] # checked above
     msg = f"expected a saved dict, found {str(document)[:60]}"

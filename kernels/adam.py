@@ -28,7 +28,7 @@ ALL_ONES = np.uint32(0xFFFFFFFF).view(np.float32)
 
 
 @serial
-def _update(p, m, v, g, s):  # noqa: ANN001, ANN202
+def _update(p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray, s: np.ndarray) -> None:
     """One whole update of one tile, with the IEEE root."""
     sign, wd, decay, w, b2, c2, bc2s, eps, step = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]
     negate = sign < _ZERO
@@ -43,11 +43,11 @@ def _update(p, m, v, g, s):  # noqa: ANN001, ANN202
         m[i] = mi
         v[i] = vi
         move = (step * mi) / (np.sqrt(vi) / bc2s + eps)
-        p[i] = p[i] * decay + move if move == move else move
+        p[i] = p[i] * decay + move if move == move else move  # noqa: PLR0124 - of two NaNs, torch keeps this
 
 
 @serial
-def _moments(p, m, v, g, s):  # noqa: ANN001, ANN202
+def _moments(p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray, s: np.ndarray) -> None:
     """The first half of an update: weight decay and both moments."""
     sign, wd, decay, w, b2, c2 = s[0], s[1], s[2], s[3], s[4], s[5]
     negate = sign < _ZERO
@@ -63,7 +63,7 @@ def _moments(p, m, v, g, s):  # noqa: ANN001, ANN202
 
 
 @serial
-def _moments_tail(p, m, v, g, s):  # noqa: ANN001, ANN202
+def _moments_tail(p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray, s: np.ndarray) -> None:
     """``_moments`` as fused code does it behind the last whole vector: v is rounded in another place."""
     sign, wd, decay, w, b2, c2 = s[0], s[1], s[2], s[3], s[4], s[5]
     negate = sign < _ZERO
@@ -77,15 +77,15 @@ def _moments_tail(p, m, v, g, s):  # noqa: ANN001, ANN202
 
 
 @serial
-def _raise(top, v):  # noqa: ANN001, ANN202
+def _raise(top: np.ndarray, v: np.ndarray) -> None:
     """``top = max(top, v)``; a NaN on either side gives the NaN of all ones, as torch's vectors do."""
     for i in range(v.size):
-        larger = v[i] if v[i] > top[i] else top[i]
+        larger = max(top[i], v[i])
         top[i] = larger if v[i] == v[i] and top[i] == top[i] else ALL_ONES
 
 
 @serial
-def _descend(p, m, v, s):  # noqa: ANN001, ANN202
+def _descend(p: np.ndarray, m: np.ndarray, v: np.ndarray, s: np.ndarray) -> None:
     """The second half of an update: move the parameters, with the IEEE root of ``v``."""
     bc2s, eps, step = s[6], s[7], s[8]
     for i in range(p.size):
@@ -93,7 +93,7 @@ def _descend(p, m, v, s):  # noqa: ANN001, ANN202
 
 
 @serial
-def _descend_by(p, m, root, s):  # noqa: ANN001, ANN202
+def _descend_by(p: np.ndarray, m: np.ndarray, root: np.ndarray, s: np.ndarray) -> None:
     """``_descend`` with a root that was taken before."""
     bc2s, eps, step = s[6], s[7], s[8]
     for i in range(p.size):
@@ -101,7 +101,16 @@ def _descend_by(p, m, root, s):  # noqa: ANN001, ANN202
 
 
 @serial
-def adam(p, m, v, top, grads, scalars, tail, vml):  # noqa: ANN001, ANN202, PLR0913
+def adam(
+    p: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    top: np.ndarray,
+    grads: np.ndarray,
+    scalars: np.ndarray,
+    tail: int,
+    vml: int,
+) -> None:
     """Apply K updates in place.
 
     ``top`` is the running maximum of ``v`` (AMSGrad) or empty. ``grads`` holds K addresses of n float32,

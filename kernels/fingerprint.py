@@ -40,7 +40,7 @@ _13, _15, _16, _HALF = np.uint32(13), np.uint32(15), np.uint32(16), np.uint32(0x
 
 
 @serial
-def _sum_words(words, lo, hi):  # noqa: ANN001, ANN202 - compiled; one specialisation per word type
+def _sum_words(words: np.ndarray, lo: np.uint32, hi: np.uint32) -> np.uint64:
     """Sum over at most 65536 ``words``; their keys are ``hi * 2**32 + lo`` and on, ``lo`` not wrapping.
 
     All lanes are 32 bits wide: the low words are summed in two halves, which can't overflow here.
@@ -70,8 +70,8 @@ def _sum_words(words, lo, hi):  # noqa: ANN001, ANN202 - compiled; one specialis
 
 
 @serial
-def _fingerprint(source, target, n, width, lo, hi):  # noqa: ANN001, ANN202, PLR0913
-    """Fingerprint ``n`` words of ``width`` bytes at ``target``; copy them there from ``source`` unless that is 0."""
+def _fingerprint(source: int, target: int, n: int, width: int, lo: int, hi: int) -> np.uint64:
+    """Fingerprint ``n`` words at ``target``, after copying them there from ``source`` unless that is 0."""
     total = np.uint64(0)
     upper = np.uint32(hi)
     tile = TILE // width
@@ -83,7 +83,7 @@ def _fingerprint(source, target, n, width, lo, hi):  # noqa: ANN001, ANN202, PLR
         key = np.uint32(lo + first)
         if width == 1:
             total += _sum_words(as_uint8(here, count), key, upper)
-        elif width == 2:  # noqa: PLR2004
+        elif width == 2:
             total += _sum_words(as_uint16(here, count), key, upper)
         else:
             total += _sum_words(as_uint32(here, count), key, upper)
@@ -128,7 +128,8 @@ def copy_fingerprint(src: np.ndarray, dst: np.ndarray, itemsize: int, start: int
     n = _check(src, itemsize, start)
     _check(dst, itemsize, start)
     if dst.size != src.size or not dst.flags.writeable:
-        msg = f"dst must be writable and hold {src.size} bytes like src, got {dst.size} (writeable={dst.flags.writeable})"
+        state = "writable" if dst.flags.writeable else "read-only"
+        msg = f"dst must be writable and hold {src.size} bytes like src, got {dst.size} bytes, {state}"
         raise ValueError(msg)
     if address_of(dst) % (itemsize // _WORDS[itemsize]):
         dst[:] = src

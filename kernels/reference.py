@@ -7,18 +7,22 @@ rounding where torch rounds. ``fma`` rounds once, emulated exactly in float64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 __all__ = ["adam", "fingerprint", "fma", "sgd"]
 
-_MASK = 0xFFFFFFFF
+_MASK = np.uint64(0xFFFFFFFF)
+_32, _16, _15 = np.uint64(32), np.uint64(16), np.uint64(15)
 
 
 def _finalise(h: np.ndarray, factors: tuple[int, int], shifts: tuple[int, int, int]) -> np.ndarray:
     """Murmur's 32-bit finaliser with the given factors and shifts, in uint64 lanes."""
-    h = ((h ^ (h >> shifts[0])) * factors[0]) & _MASK
-    h = ((h ^ (h >> shifts[1])) * factors[1]) & _MASK
-    return h ^ (h >> shifts[2])
+    for factor, shift in zip(factors, shifts[:2], strict=True):
+        h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & _MASK
+    mixed: np.ndarray = h ^ (h >> np.uint64(shifts[2]))
+    return mixed
 
 
 def fingerprint(data: np.ndarray, itemsize: int, start: int = 0) -> int:
@@ -26,15 +30,15 @@ def fingerprint(data: np.ndarray, itemsize: int, start: int = 0) -> int:
     width = min(itemsize, 4)
     words = np.frombuffer(data.tobytes(), f"<u{width}").astype(np.uint64)
     keys = np.arange(words.size, dtype=np.uint64) + np.uint64(start * (itemsize // width))
-    lo, hi = keys & _MASK, keys >> 32
-    x = (lo * 0x9E3779B1 + hi * 0x85EBCA77) & _MASK
-    y = (lo * 0xC2B2AE3D + hi * 0x27D4EB2E + 0x165667B1) & _MASK
-    a = _finalise(words ^ x ^ (x >> 16), (0x85EBCA6B, 0xC2B2AE35), (16, 13, 16))
-    b = _finalise((words + (y ^ (y >> 15))) & _MASK, (0x7FEB352D, 0x846CA68B), (16, 15, 16))
-    return int(np.sum((b << 32) | a, dtype=np.uint64))
+    lo, hi = keys & _MASK, keys >> _32
+    x = (lo * np.uint64(0x9E3779B1) + hi * np.uint64(0x85EBCA77)) & _MASK
+    y = (lo * np.uint64(0xC2B2AE3D) + hi * np.uint64(0x27D4EB2E) + np.uint64(0x165667B1)) & _MASK
+    a = _finalise(words ^ x ^ (x >> _16), (0x85EBCA6B, 0xC2B2AE35), (16, 13, 16))
+    b = _finalise((words + (y ^ (y >> _15))) & _MASK, (0x7FEB352D, 0x846CA68B), (16, 15, 16))
+    return int(np.sum((b << _32) | a, dtype=np.uint64))
 
 
-def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def fma(a: Any, b: Any, c: Any) -> np.ndarray:
     """Return ``a * b + c`` of float32 values, rounded once.
 
     The product is exact in float64. The sum is rounded to odd there (its error is known exactly), which
@@ -63,11 +67,11 @@ def adam(
         if wd != 0:
             g = fma(wd, p, g)
         p *= decay
-        m[:] = fma(w, g - m, m) if abs(w) < 0.5 else fma(w - np.float32(1), g - m, g)  # noqa: PLR2004
+        m[:] = fma(w, g - m, m) if abs(w) < 0.5 else fma(w - np.float32(1), g - m, g)
         body = fma(c2 * g, g, v * b2)
         body[v.size - tail :] = fma(v, b2, (c2 * g) * g)[v.size - tail :]
         v[:] = body
-        if len(states) == 3:  # noqa: PLR2004
+        if len(states) == 3:
             v = np.maximum(states[2], v, out=states[2])
         p += (step * m) / (np.sqrt(v) / bc2s + eps)
 

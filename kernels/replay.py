@@ -35,7 +35,7 @@ _SHAPES = {
 """Kernel name -> how many states it takes and how many scalars each update has."""
 
 
-def run(  # noqa: PLR0913 - the whole of a replay, and nothing twice
+def run(
     kernel: str,
     flags: tuple[int, ...],
     p: np.ndarray,
@@ -77,9 +77,9 @@ def run(  # noqa: PLR0913 - the whole of a replay, and nothing twice
     if kernel in ("adam", "amsgrad"):
         function = vml.address() if root else 0
         if root and not function:
-            msg = "the square root of MKL was not registered in this process: call gockpt.replay.prepare() first"
+            msg = "this process does not know MKL's square root: call gockpt.replay.prepare() first"
             raise RuntimeError(msg)
-        top = states[2] if count == 3 else _NONE  # noqa: PLR2004
+        top = states[2] if count == 3 else _NONE
         adam_file.adam(p, states[0], states[1], top, addresses, table, last, function)
     else:
         sgd_file.sgd(p, states[0] if count else _NONE, addresses, table, last)
@@ -99,8 +99,8 @@ def _check(
     count, columns = _SHAPES[kernel]
     if len(states) != count or len(scalars) != len(grads) or any(len(row) != columns for row in scalars):
         msg = (
-            f"{kernel} takes {count} states and {columns} scalars for each gradient, got {len(states)} states, "
-            f"{len(grads)} gradients and scalars of lengths {[len(row) for row in scalars]}"
+            f"{kernel} takes {count} states and {columns} scalars for each gradient, got {len(states)} "
+            f"states, {len(grads)} gradients and scalars of lengths {[len(row) for row in scalars]}"
         )
         raise ValueError(msg)
     for array in (p, *states, *grads):

@@ -22,7 +22,7 @@ _ZERO = np.float32(0)
 
 
 @serial
-def _plain(p, g, s):  # noqa: ANN001, ANN202
+def _plain(p: np.ndarray, g: np.ndarray, s: np.ndarray) -> None:
     """One update of one tile without momentum."""
     sign, wd, step = s[0], s[1], s[5]
     negate = sign < _ZERO
@@ -34,7 +34,7 @@ def _plain(p, g, s):  # noqa: ANN001, ANN202
 
 
 @serial
-def _momentum(p, buffer, g, s):  # noqa: ANN001, ANN202
+def _momentum(p: np.ndarray, buffer: np.ndarray, g: np.ndarray, s: np.ndarray) -> None:
     """One update of one tile with momentum."""
     sign, wd, momentum, keep, step = s[0], s[1], s[2], s[3], s[5]
     negate = sign < _ZERO
@@ -50,7 +50,7 @@ def _momentum(p, buffer, g, s):  # noqa: ANN001, ANN202
 
 
 @serial
-def _momentum_tail(p, buffer, g, s):  # noqa: ANN001, ANN202
+def _momentum_tail(p: np.ndarray, buffer: np.ndarray, g: np.ndarray, s: np.ndarray) -> None:
     """``_momentum`` as fused code does it behind the last whole vector: the buffer rounds elsewhere."""
     sign, wd, momentum, keep, step = s[0], s[1], s[2], s[3], s[5]
     negate = sign < _ZERO
@@ -65,7 +65,7 @@ def _momentum_tail(p, buffer, g, s):  # noqa: ANN001, ANN202
 
 
 @serial
-def sgd(p, buffer, grads, scalars, tail):  # noqa: ANN001, ANN202
+def sgd(p: np.ndarray, buffer: np.ndarray, grads: np.ndarray, scalars: np.ndarray, tail: int) -> None:
     """Apply K updates in place.
 
     ``buffer`` is the momentum or empty. ``grads`` holds K addresses of n float32, ``scalars`` K rows. The

@@ -6,7 +6,12 @@ function torch calls. Nothing here knows torch: whoever does passes the address 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from gockpt.kernels.native import call_vml, serial
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["address", "sqrt_into", "use"]
 
@@ -20,7 +25,7 @@ _address = 0
 
 
 def use(function: int | None) -> None:
-    """Set the address of ``vmsSqrt(int32 n, const float*, float*, int64 mode)``; ``None`` forgets it."""
+    """Set the address of ``vmsSqrt(int n, const float*, float*, int64 mode)``; ``None`` forgets it."""
     global _address  # noqa: PLW0603 - one process has one MKL
     _address = function or 0
 
@@ -31,7 +36,7 @@ def address() -> int:
 
 
 @serial
-def sqrt_into(function, source, target):  # noqa: ANN001, ANN202 - compiled
+def sqrt_into(function: int, source: np.ndarray, target: np.ndarray) -> None:
     """Write the root of each ``source`` element into ``target``, piece by piece, on this thread alone."""
     for first in range(0, source.size, PIECE):
         count = min(PIECE, source.size - first)

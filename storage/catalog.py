@@ -6,6 +6,7 @@ by its name and its manifest is not in the catalog, so it is neither counted nor
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class Place:
         """Return the path of what stands there under a name, for messages."""
         return os.path.join(self.path, name)
 
+    def has(self, name: str) -> bool:
+        """Whether anything stands there under a name."""
+        try:
+            self.fs.stat(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        return True
+
 
 def identify(place: Place, name: str) -> manifest.Identity | None:
     """Return which checkpoint stands there under a name; ``None`` if it isn't a complete one.
@@ -60,8 +69,12 @@ def identify(place: Place, name: str) -> manifest.Identity | None:
         finally:
             fs.close(fd)
         return manifest.identify(data, where=place.of(name))
-    except (FileNotFoundError, NotADirectoryError, files.NotSmallRegularFile, ManifestCorrupt):
+    except (files.NotSmallRegularFile, ManifestCorrupt):
         return None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return None  # gone, a file, or a link
 
 
 def remove_entry(place: Place, name: str, attempt: str) -> None:
@@ -118,22 +131,20 @@ class Catalog:
         with self._mutex:
             self._entries[name] = identity
 
-    def rename(self, name: str, new_name: str) -> None:
-        """Follow the renaming of an entry, if it is one."""
+    def forget(self, name: str) -> None:
+        """Strike a name off, if it is in."""
         with self._mutex:
-            if name in self._entries:
-                self._entries[new_name] = self._entries.pop(name)
+            self._entries.pop(name, None)
 
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest ``keep``; returns the steps deleted, oldest publication first.
 
+        Args:
+            keep: At least 1.
+
         Raises:
-            ValueError: If fewer than one would be kept.
             StorageError: If the disk refuses; what was deleted until then is deleted.
         """
-        if keep < 1:
-            msg = f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted"
-            raise ValueError(msg)
         with self._mutex:
             by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
         steps = []

@@ -44,12 +44,14 @@ class WrittenChunk:
         blocks: crc32c of each block of its real bytes, little-endian uint32.
         nbytes: Bytes of the file that were really written, padding excluded.
         direct: Whether it went past the page cache.
+        refused: Whether the file system refused that.
     """
 
     fd: int
     blocks: npt.NDArray[np.uint32]
     nbytes: int
     direct: bool
+    refused: bool
 
 
 def _pages(nbytes: int) -> int:
@@ -115,8 +117,8 @@ def write_chunk(
         start = max(end, whole // ALIGNMENT * ALIGNMENT)
         pieces.append((_trailer(crc_bytes, whole, start), start))
 
-    direct = direct and end >= DIRECT_FROM and _is_aligned(buffer)
-    fd, direct = _create(fs, dir_fd, name, direct=direct)
+    wanted = direct and end >= DIRECT_FROM and _is_aligned(buffer)
+    fd, direct = _create(fs, dir_fd, name, direct=wanted)
     try:
         if end >= _RESERVE_FROM:
             _reserve(fs, fd, end)
@@ -128,15 +130,15 @@ def write_chunk(
                     raise
                 # Some file systems accept the flag and refuse the write. Whatever part was written
                 # is written again, through the page cache.
-                direct, refused = False, fd
+                direct, refusing = False, fd
                 fd = fs.open(name, os.O_WRONLY | os.O_NOFOLLOW, dir_fd=dir_fd)
-                fs.close(refused)
+                fs.close(refusing)
                 files.write_all(fs, fd, piece, offset)
         fs.ftruncate(fd, whole + CHECKSUM_BYTES)
     except BaseException:
         fs.close(fd)
         raise
-    return WrittenChunk(fd, blocks, real + CHECKSUM_BYTES, direct)
+    return WrittenChunk(fd, blocks, real + CHECKSUM_BYTES, direct, refused=wanted and not direct)
 
 
 def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool) -> tuple[int, bool]:

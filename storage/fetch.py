@@ -174,7 +174,7 @@ def first_bad_block(views: Iterable[npt.NDArray[np.uint8]], crcs: npt.NDArray[np
         at = 0
         while at < view.nbytes:
             n = min(BLOCK - filled, view.nbytes - at)
-            value = crc32c(view[at : at + n], value)
+            value = crc32c(view[at : at + n].data, value)
             at += n
             filled += n
             if filled == BLOCK:

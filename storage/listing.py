@@ -158,7 +158,8 @@ def _survey(
     Returns:
         The complete ones, oldest publication first, and what is wrong with the damaged ones, by name.
     """
-    published, replaced = [], []
+    published: list[CheckpointEntry] = []
+    replaced: list[CheckpointEntry] = []
     damaged: dict[str, ManifestCorrupt] = {}
     for name in sorted(os.listdir(directory)):
         known = directory_names.parse(name)

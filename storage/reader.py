@@ -12,7 +12,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -99,7 +99,7 @@ class StoredCheckpoint:
         self._crcs: npt.NDArray[np.uint32] | None = None
         self._bytes_read = 0
 
-    def __enter__(self) -> StoredCheckpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from gockpt.errors import CheckpointCorrupt
 
@@ -145,7 +145,7 @@ class RegularFile:
     nbytes: int
     links: int
 
-    def __enter__(self) -> RegularFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -123,7 +123,7 @@ def verify_files(directory: int, path: str, manifest: Manifest, *, threads: int)
     try:
         crcs = np.frombuffer(_checked_bytes(directory, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
     except (CheckpointCorrupt, OSError) as error:
-        problems.append(Problem(BLOCKS_FILE, None, _words(error)))
+        problems.append(Problem(BLOCKS_FILE, None, _words(error, BLOCKS_FILE)))
     tasks = _tasks(directory, manifest, crcs)
     lock = threading.Lock()
 
@@ -138,7 +138,7 @@ def verify_files(directory: int, path: str, manifest: Manifest, *, threads: int)
             try:
                 what = task.check(buffer)
             except (CheckpointCorrupt, OSError) as error:
-                what = _words(error)
+                what = _words(error, task.path)
             if what is not None:
                 found.append(Problem(task.path, task.array, what))
 
@@ -156,10 +156,10 @@ def verify_files(directory: int, path: str, manifest: Manifest, *, threads: int)
     )
 
 
-def _words(error: CheckpointCorrupt | OSError) -> str:
-    """Return what an error says about a file."""
+def _words(error: CheckpointCorrupt | OSError, path: str) -> str:
+    """Return what an error says about a file, whose path is said already."""
     if isinstance(error, CheckpointCorrupt):
-        return str(error)
+        return str(error).removeprefix(path).lstrip(": ")
     return "missing" if error.errno in GONE else f"can't be read: {error.strerror}"
 
 
@@ -181,7 +181,7 @@ def _surplus(directory: int, path: str, manifest: Manifest) -> Iterator[Problem]
         try:
             fd = open_below(directory, folder, is_directory=True) if folder else os.dup(directory)
         except (CheckpointCorrupt, OSError) as error:
-            yield Problem(folder, None, _words(error))
+            yield Problem(folder, None, _words(error, folder))
             continue
         try:
             for name in os.listdir(fd):
@@ -194,7 +194,9 @@ def _surplus(directory: int, path: str, manifest: Manifest) -> Iterator[Problem]
         finally:
             os.close(fd)
     if linked:
-        _log.warning("%d files of %s have other hard links: writing there changes the checkpoint", linked, path)
+        _log.warning(
+            "%d files of %s have other hard links: writing there changes the checkpoint", linked, path
+        )
 
 
 def _tasks(directory: int, manifest: Manifest, crcs: npt.NDArray[np.uint32] | None) -> Iterator[_Task]:
@@ -288,13 +290,13 @@ def _check_chunk(source: Source, chunk: int, buffer: npt.NDArray[np.uint8]) -> s
                 bad = first_bad_block([data], source.crcs[first + at :])
                 if bad is not None:
                     return f"the bytes from {(at + bad) * BLOCK} on differ from the checksum of their block"
-            value = crc32c(data, value)
+            value = crc32c(data.data, value)
         for start in range(real, whole, PIECE):
             data = buffer[: min(PIECE, whole - start)]
             file.read_into([data.data], start)
             if data.any():
                 return f"the padding from byte {real} on is not all zero"
-            value = crc32c(data, value)
+            value = crc32c(data.data, value)
         file.read_into([buffer[:CHECKSUM_BYTES].data], whole)
         stored = int.from_bytes(buffer[:CHECKSUM_BYTES].tobytes(), "little")
     return None if stored == value else f"its own checksum is {stored:08x} instead of {value:08x}"

@@ -9,6 +9,7 @@ still open everything else.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,8 +18,8 @@ from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.dtype import ZDType, data_type_registry
 
 try:
-    from zarr.errors import DataTypeValidationError
-except ImportError:  # zarr-python before 3.2
+    from zarr.errors import DataTypeValidationError  # type: ignore[attr-defined, unused-ignore]
+except ImportError:  # older releases have it elsewhere
     from zarr.dtype import DataTypeValidationError
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ class _Extension(ZDType[np.dtype[Any], np.generic], HasItemSize):
     def to_native_dtype(self) -> np.dtype[Any]:
         """Return the numpy dtype that ml_dtypes defines."""
         try:
-            import ml_dtypes  # noqa: PLC0415 (only where such an array is really touched)
+            import ml_dtypes
         except ImportError as error:
             msg = f"reading {self._zarr_v3_name} through zarr needs ml_dtypes: pip install ml_dtypes"
             raise ImportError(msg) from error
-        return np.dtype(getattr(ml_dtypes, self._zarr_v3_name))
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self._zarr_v3_name))
+        return dtype
 
     @classmethod
     def _from_json_v2(cls, data: DTypeJSON) -> Self:
@@ -114,8 +116,8 @@ class _Extension(ZDType[np.dtype[Any], np.generic], HasItemSize):
     def from_json_scalar(self, data: JSON, *, zarr_format: ZarrFormat) -> np.generic:
         """Return a fill value: a number, ``"NaN"``, ``"Infinity"`` or the bits as ``"0x..."``."""
         if isinstance(data, str) and data.startswith("0x"):
-            bits = np.array(int(data, 16), f"u{self.item_size}")
-            scalar: np.generic = bits.view(self.to_native_dtype())[()]
+            bits = int(data, 16).to_bytes(self.item_size, sys.byteorder)
+            scalar: np.generic = np.frombuffer(bits, self.to_native_dtype())[0]
             return scalar
         if zarr_format == 3 and not isinstance(data, bool):
             return self.cast_scalar(data)

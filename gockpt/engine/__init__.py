@@ -1,0 +1,1 @@
+"""The engine: everything between a tick and a published checkpoint."""

@@ -52,7 +52,7 @@ class Attempt:
         broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
 
-    def __init__(  # noqa: PLR0913 - the parts of a save, each its own object
+    def __init__(
         self,
         *,
         live: LiveState,
@@ -125,7 +125,9 @@ class Attempt:
         self.settle()
         self.check()
         self.live = live
-        proofs = {p.index: p.known for p in self.cut.pieces if p.sent and p.late is None and p.known is not None}
+        proofs = {
+            p.index: p.known for p in self.cut.pieces if p.sent and p.late is None and p.known is not None
+        }
         late = [p for p in self.cut.pieces if p.index not in proofs]
         self.job.discard(p.index for p in late)
         copies = [copy for piece in late for copy in self._copy_of(piece)]
@@ -230,15 +232,13 @@ class Attempt:
     def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
         if not gradients:
             return []
-        state = unit.optimizer.state[unit.param]
-        try:
-            scalars = replay.scalars(unit.rule, unit.group, state)
-        except (KeyError, TypeError, ValueError) as error:
-            self._bar(unit, f"its update can't be described: {error}")
+        row = replay.scalars(unit.rule, unit.group, unit.optimizer.state[unit.param])
+        if row is None:
+            self._bar(unit, "its parameter group's options changed")
             for gradient in gradients:
                 self.ring.free(gradient.offset)
             return []
-        return [Gradient(g.piece, g.offset, g.nbytes, scalars) for g in gradients if self._wanted(g)]
+        return [Gradient(g.piece, g.offset, g.nbytes, row) for g in gradients if self._wanted(g)]
 
     def _wanted(self, gradient: Gradient) -> bool:
         if self.cut.pieces[gradient.piece].late is None:
@@ -250,7 +250,7 @@ class Attempt:
         grad = unit.param.grad
         if grad is None:
             return []
-        problem = _gradient_problem(grad, unit.param)
+        problem = replay.gradient_reason(unit.param)
         source = None if problem else dense_bytes(grad)
         if source is None:
             self._bar(unit, problem or "its gradient has holes in memory")
@@ -364,7 +364,9 @@ def _live_views(unit: Unit) -> list[np.ndarray | None]:
     except KeyError:
         return [None] * (1 + len(unit.rule.states))
     return [
-        dense_bytes(t) if isinstance(t, torch.Tensor) and t.shape == expected and t.dtype == torch.float32 else None
+        dense_bytes(t)
+        if isinstance(t, torch.Tensor) and t.shape == expected and t.dtype == torch.float32
+        else None
         for t in tensors
     ]
 
@@ -377,18 +379,6 @@ def _stamp_task(piece: Piece, views: list[np.ndarray | None], out: list[int | No
                 out[position] = fingerprint(part, stretch.itemsize, stretch.start)
 
     return task
-
-
-def _gradient_problem(grad: torch.Tensor, param: torch.Tensor) -> str | None:
-    if grad.layout is not torch.strided:
-        return f"its gradient is {grad.layout}"
-    if grad.dtype != param.dtype:
-        return f"its gradient is {grad.dtype}"
-    if grad.shape != param.shape or grad.device != param.device:
-        return "its gradient has another shape or device"
-    if grad.stride() != param.stride() and not (grad.is_contiguous() and param.is_contiguous()):
-        return "its gradient has another memory order"
-    return None
 
 
 def copy_at_once(tensor: torch.Tensor, layout: ArrayLayout, arena: Arena) -> None:

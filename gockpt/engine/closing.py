@@ -24,7 +24,9 @@ def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memor
 
     They are laid out at the close because only then is it known which there are.
     """
-    specs = [ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in added.items()]
+    specs = [
+        ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in added.items()
+    ]
     layout = lay_out(specs)
     arena = memory.additions(layout.nbytes)
     for array, tensor in zip(layout.arrays, added.values(), strict=True):

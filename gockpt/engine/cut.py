@@ -6,8 +6,11 @@ A *unit* is a parameter with its elementwise optimizer states; a *piece* is an e
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from gockpt import replay
 from gockpt.engine.messages import ReplayPiece, Stretch
@@ -16,11 +19,9 @@ from gockpt.transfer import dense_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
     from gockpt.layout import ArenaLayout, ArrayLayout
     from gockpt.replay import Rule
-    from gockpt.state import LiveState
+    from gockpt.state import LiveState, ParamEntry
 
     Name = tuple[str, ...]
 
@@ -31,7 +32,6 @@ MIN_PIECE = 256
 SMALL = 64 << 10
 """Arrays up to this size are copied inside the closing tick: cheaper than proving a copy behind it."""
 _ALIGN = 16
-_VECTOR = 8
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class Piece:
         index: Its number within the cut.
         stretches: Its bytes in the arena, array by array.
         unit: The unit it belongs to; ``None`` for an array that is not replayed.
-        tail: Elements at its end that belong to the array's last ``numel % 8``.
+        tail: Whether its end is the array's end.
         sent: Whether it left before the closing tick.
         late: Why it leaves at the closing tick although it was, or could have been, sent.
         known: Fingerprints its live bytes must have now, one per stretch; ``None`` if unknown.
@@ -91,7 +91,7 @@ class Piece:
     index: int
     stretches: tuple[Stretch, ...]
     unit: Unit | None = None
-    tail: int = 0
+    tail: bool = False
     sent: bool = False
     late: str | None = None
     known: tuple[int, ...] | None = None
@@ -164,7 +164,11 @@ def cut(
     pieces: list[Piece] = []
     reasons: dict[str, str] = {}
     taken: set[Name] = set()
+    owners = Counter(id(entry.param) for entry in live.params)
     for entry in live.params if window > 1 else ():
+        if owners[id(entry.param)] > 1:
+            reasons[entry.fqn] = "several optimizers update it"
+            continue
         unit = _unit(live, entry, barred, reasons)
         if unit is None:
             continue
@@ -197,52 +201,51 @@ def cut(
         if prompt:
             at_once.append(name)
             continue
-        for stretches, _ in _ranges([array], size) or ():
-            loose.append(Piece(len(pieces) + len(loose), stretches))
+        for stretch in _loose_ranges(array, size):
+            loose.append(Piece(len(pieces) + len(loose), (stretch,)))
     return Cut(tuple(units), tuple(pieces), tuple(loose), tuple(at_once), reasons)
 
 
-def _unit(live: LiveState, entry: object, barred: frozenset[str], reasons: dict[str, str]) -> Unit | None:
-    fqn, param = entry.fqn, entry.param  # type: ignore[attr-defined]
-    optimizer = live.optimizers[entry.optimizer_index]  # type: ignore[attr-defined]
-    group = optimizer.param_groups[entry.group_index]  # type: ignore[attr-defined]
-    if fqn in barred:
-        reasons[fqn] = "an earlier replay of it did not match"
+def _unit(live: LiveState, entry: ParamEntry, barred: frozenset[str], reasons: dict[str, str]) -> Unit | None:
+    if entry.fqn in barred:
+        reasons[entry.fqn] = "an earlier replay of it did not match"
         return None
-    rule = replay.rule_for(optimizer, group, param, optimizer.state.get(param, {}))
+    optimizer = live.optimizers[entry.optimizer_index]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        reasons[entry.fqn] = "its optimizer is none of torch's"
+        return None
+    group = optimizer.param_groups[entry.group_index]
+    rule = replay.rule_for(optimizer, group, entry.param, optimizer.state.get(entry.param, {}))
     if isinstance(rule, str):
-        reasons[fqn] = rule
+        reasons[entry.fqn] = rule
         return None
-    names = (("model", fqn), *(("optimizer", fqn, key) for key in rule.states))
-    missing = [n for n in names if n not in live.entries]
-    if missing:
-        reasons[fqn] = f"{'/'.join(missing[0])} is stored under another name"
-        return None
-    return Unit(fqn, param, optimizer, entry.group_index, rule, names)  # type: ignore[attr-defined]
+    names = (entry.name, *(entry.state_names[key] for key in rule.states))
+    return Unit(entry.fqn, entry.param, optimizer, entry.group_index, rule, names)
 
 
 def _piece_elements(live: LiveState, window: int) -> int:
     """Return how many elements a piece has: enough pieces to balance parts, never tiny ones."""
-    total = sum(entry.param.numel() for entry in live.params)
+    total = sum(tensor.numel() for name, tensor in live.entries.items() if name[0] == "model")
     wanted = total // (8 * max(1, window))
     return max(MIN_PIECE, min(MAX_PIECE, -(-wanted // _ALIGN) * _ALIGN))
 
 
-def _ranges(arrays: list[ArrayLayout], size: int) -> list[tuple[tuple[Stretch, ...], int]] | None:
+def _ranges(arrays: list[ArrayLayout], size: int) -> list[tuple[tuple[Stretch, ...], bool]] | None:
     """Cut arrays of equal shape along the same elements, each piece inside one chunk.
 
     Returns:
-        For each piece its stretches and its share of the vector tail; ``None`` if the arrays are not
-        chunked alike.
+        For each piece its stretches and whether it ends the arrays; ``None`` if the arrays are not chunked
+        alike, or a chunk inside them ends within a vector, where fused updates round differently.
     """
     first = arrays[0]
     if any(
-        a.spec.shape != first.spec.shape or len(a.slots) != len(first.slots) or a.chunk_shape != first.chunk_shape
+        a.spec.shape != first.spec.shape
+        or len(a.slots) != len(first.slots)
+        or a.chunk_shape != first.chunk_shape
         for a in arrays
     ):
         return None
     numel = first.spec.numel
-    tail_start = numel - numel % _VECTOR
     result = []
     for number, slot in enumerate(first.slots):
         begin = slot.row * (numel // max(1, first.spec.shape[0] if first.spec.shape else 1))
@@ -258,8 +261,20 @@ def _ranges(arrays: list[ArrayLayout], size: int) -> list[tuple[tuple[Stretch, .
                 )
                 for a in arrays
             )
-            result.append((stretches, max(0, high - max(low, tail_start))))
+            if high < numel and (high - low) % _ALIGN:
+                return None
+            result.append((stretches, high == numel))
     return result
+
+
+def _loose_ranges(array: ArrayLayout, size: int) -> Iterator[Stretch]:
+    spec = array.spec
+    begin = 0
+    for slot in array.slots:
+        count = slot.nbytes // spec.itemsize
+        for low, high in _steps(begin, begin + count, size):
+            yield Stretch(spec.name, slot.offset + (low - begin) * spec.itemsize, low, high, spec.itemsize)
+        begin += count
 
 
 def _steps(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:

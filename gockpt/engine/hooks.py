@@ -12,6 +12,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch.utils.hooks import RemovableHandle
 
@@ -31,19 +33,22 @@ class Listener(Protocol):
 class Hooks:
     """The hooks of one engine on its optimizers."""
 
-    def __init__(self, optimizers: tuple[torch.optim.Optimizer, ...], listener: Listener) -> None:
-        self._optimizers = optimizers
+    def __init__(self, optimizers: Sequence[Any], listener: Listener) -> None:
+        # Optimizers of another make have no hooks: their updates are not seen, and so not replayed.
+        self._optimizers = [o for o in optimizers if hasattr(o, "_optimizer_step_post_hooks")]
         self._listener = weakref.ref(listener)
         self._pid = os.getpid()
         self._depth: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
-        for optimizer in optimizers:
+        for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
             self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def assert_order(self) -> None:
         """Put ours last before and first after the update again. Only outside hooks."""
-        for optimizer, pre, post in zip(self._optimizers, self._handles[::2], self._handles[1::2], strict=True):
+        for optimizer, pre, post in zip(
+            self._optimizers, self._handles[::2], self._handles[1::2], strict=True
+        ):
             before: Any = getattr(optimizer, "_optimizer_step_pre_hooks", {})
             after: Any = getattr(optimizer, "_optimizer_step_post_hooks", {})
             if pre.id in before:
@@ -63,7 +68,7 @@ class Hooks:
             handle.remove()
         self._handles.clear()
 
-    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:  # noqa: ANN401
+    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         listener = self._listener()
         if listener is None or os.getpid() != self._pid:
             return
@@ -71,7 +76,7 @@ class Hooks:
         if depth == 1:
             listener.before_update(optimizer)
 
-    def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:  # noqa: ANN401
+    def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         listener = self._listener()
         if listener is None or os.getpid() != self._pid:
             return

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gockpt.engine.ring import Ring
     from gockpt.engine.trace import Trace
     from gockpt.layout import Slot
-    from gockpt.storage.store import Published, Transaction
+    from gockpt.storage.transaction import Published, Transaction
 
 __all__ = ["Job", "Outcome"]
 
@@ -64,7 +64,7 @@ class _Piece:
 class Job:
     """The background half of one attempt of one save."""
 
-    def __init__(  # noqa: PLR0913 - the parts of a save, each its own object
+    def __init__(
         self,
         *,
         arenas: tuple[Arena, ...],
@@ -284,7 +284,7 @@ class Job:
         began = perf_counter()
         if place.strides is not None:
             _to_row_major(arena.view(slot.offset, slot.nbytes), place.layout.spec.shape, place.strides)
-        self._begun().write_chunk(place.layout, slot, memoryview(arena.view(slot.offset, slot.capacity)))
+        self._begun().write_chunk(place.layout, slot, arena.view(slot.offset, slot.capacity).data)
         with self._changed:
             self.written_bytes += slot.nbytes
         self._trace.span("write", began, perf_counter())

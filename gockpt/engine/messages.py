@@ -48,14 +48,14 @@ class ReplayPiece:
         kernel: Name of the replay kernel.
         flags: The kernel's flags.
         stretches: The parameter's stretch, then its states' in kernel order.
-        tail: How many elements at its end belong to the tensor's last ``numel % 8``.
+        tail: Whether its end is the tensor's end, where fused updates round differently.
     """
 
     index: int
     kernel: str
     flags: tuple[Any, ...]
     stretches: tuple[Stretch, ...]
-    tail: int
+    tail: bool
 
 
 @dataclass(frozen=True, slots=True)

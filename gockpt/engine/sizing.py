@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
-    from gockpt.storage.store import Transaction
+    from gockpt.storage.transaction import Transaction
     from gockpt.transfer import Transfer
 
 __all__ = ["Memory", "Shape", "facts_of", "shape_of"]
@@ -44,14 +44,15 @@ class Shape:
     nbytes: int
 
     def rough(self, step_seconds: float | None, copy_rate: float | None) -> Facts:
-        """Return facts that assume two of three bytes replayable, to bound a window before looking closer."""
+        """Return facts that assume all is replayable: a first guess, before looking closer."""
         return Facts(self.nbytes, self.nbytes, self.nbytes // 3, step_seconds, copy_rate)
 
 
 def shape_of(live: LiveState) -> Shape:
     """Return the geometry of ``live``."""
     specs = [
-        ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in live.entries.items()
+        ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch."))
+        for name, t in live.entries.items()
     ]
     orders = tuple(None if t.is_contiguous() else t.stride() for t in live.entries.values())
     owners = tuple((p.fqn, id(p.param), p.optimizer_index, p.group_index) for p in live.params)
@@ -103,7 +104,7 @@ class Memory:
             self._extra = Arena(nbytes)
         return self._extra
 
-    def attempt(  # noqa: PLR0913 - wiring
+    def attempt(
         self,
         live: LiveState,
         shape: Shape,

@@ -1,0 +1,288 @@
+"""The state document: everything about a checkpoint that is no array. Written as ``state.json``.
+
+::
+
+    {"version": 1,
+     "step": 1200, "optimizer_steps": 1200,          the user's step; updates seen by the run
+     "exact": true, "inexact": {name: ...},          whether every bit is a blocking save's; where not
+     "aliases": {alias: name},                       public names that share another's memory
+     "buffers": [name, ...],                         which of the model's names are buffers
+     "computed": {fqn: value},                       model state made for the state dict (extra_state)
+     "optimizers": [
+        {"class": "torch.optim.adamw.AdamW",
+         "groups": [{"params": [fqn, ...], "options": value}],
+         "states": {fqn: value},                     {"exp_avg": {"$tensor": ["optimizer", fqn, "exp_avg"]}}
+         "outside": {fqn: [name components]},        parameters that no entry of the model holds
+         "values": value,                            state under keys that are no parameters
+         "more": value}],                            what an overridden state_dict() adds
+     "extra": {name: value},                         the user's extras
+     "rng": value}                                   of gockpt.rng, or null
+
+``value`` is the form of :mod:`gockpt.plain`, in which arrays are referred to by name. Names of arrays:
+``model/<fqn>``, ``optimizer/<fqn>/<state>``, ``optimizer_options/<i>/...`` for tensors among an optimizer's
+options, ``extra/<name>/...``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gockpt.errors import ManifestCorrupt, UnsupportedState, UsageError
+from gockpt.plain import Json, encode, is_ordinary_key, join
+
+if TYPE_CHECKING:
+    from gockpt.state import LiveState, Name, OptimizerEntry, ParamEntry
+
+__all__ = [
+    "VERSION",
+    "SavedGroup",
+    "SavedOptimizer",
+    "SavedState",
+    "build_document",
+    "capture_extras",
+    "parse",
+]
+
+VERSION = 1
+OPTIONS = "optimizer_options"
+
+Arrays = dict[tuple[str, ...], torch.Tensor]
+
+
+def capture_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the plain value of each extra as of now, by name.
+
+    An object with ``state_dict()`` gives that, another callable what it returns, all else itself. The
+    result may refer to live memory: encode it (:func:`build_document`) before anything changes.
+
+    Raises:
+        UsageError: If ``extra`` is no mapping with ordinary text as names.
+    """
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        msg = f"extra is a {type(extra).__name__}; pass a mapping of names, as in extra={{'sched': sched}}"
+        raise UsageError(msg)
+    values = {}
+    for name, source in extra.items():
+        if not is_ordinary_key(name):
+            msg = f"extra has the name {name!r}; use non-empty text without '/' that does not start with '#'"
+            raise UsageError(msg)
+        if hasattr(source, "state_dict") and not isinstance(source, type):
+            values[name] = source.state_dict()
+        else:
+            values[name] = source() if callable(source) else source
+    return values
+
+
+def build_document(
+    live: LiveState,
+    *,
+    step: int,
+    optimizer_steps: int,
+    extra: Mapping[str, Any] | None = None,
+    rng: Mapping[str, Any] | None = None,
+    exact: bool = True,
+    inexact: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Json], Arrays]:
+    """Return the document of the live state, and the arrays that come with it.
+
+    Everything that is no entry of ``live`` is copied here and now: call it at the boundary.
+
+    Args:
+        live: Collected at this boundary.
+        step: The user's step.
+        optimizer_steps: Updates seen.
+        extra: Plain values, from :func:`capture_extras`.
+        rng: From :func:`gockpt.rng.capture`.
+        exact: Whether every bit equals a blocking save's.
+        inexact: What is known about names that don't, by public name; JSON values.
+
+    Returns:
+        The JSON document, and CPU tensors by name to store beside ``live.entries``; no name of them is
+        among the entries, and they share memory with nothing.
+
+    Raises:
+        UnsupportedState: If an extra, an option or a state has no exact form; names it.
+    """
+    arrays: Arrays = {}
+
+    def plain(value: Any, *prefix: str) -> Json:
+        document, found = encode(value, prefix=prefix)
+        arrays.update(found)
+        return document
+
+    document: dict[str, Json] = {
+        "version": VERSION,
+        "step": step,
+        "optimizer_steps": optimizer_steps,
+        "exact": exact,
+        "inexact": dict(inexact or {}),
+        "aliases": dict(live.aliases),
+        "buffers": [*sorted("/".join(name) for name in live.buffers)],
+        "computed": {fqn: plain(made.value, "model", fqn) for fqn, made in live.computed.items()},
+        "optimizers": [_optimizer(i, entry, plain) for i, entry in enumerate(live.trained)],
+        "extra": {name: plain(value, "extra", name) for name, value in (extra or {}).items()},
+        "rng": None if rng is None else plain(dict(rng), "rng"),
+    }
+    _check_names(live, arrays)
+    return document, arrays
+
+
+def _optimizer(index: int, entry: OptimizerEntry, plain: Any) -> dict[str, Json]:
+    options = (OPTIONS, str(index))
+    groups: list[Json] = []
+    states: dict[str, Json] = {}
+    outside: dict[str, Json] = {}
+    for g, group in enumerate(entry.groups):
+        rest = {key: value for key, value in group.options.items() if key != "params"}
+        names: list[Json] = [param.fqn for param in group.params]
+        groups.append({"params": names, "options": plain(rest, *options, f"group{g}")})
+        for param in group.params:
+            if param.name[0] != "model":
+                outside[param.fqn] = list(param.name)
+            if param.raw is not None:
+                states[param.fqn] = _state(param, plain)
+    return {
+        "class": entry.kind,
+        "groups": groups,
+        "states": states,
+        "outside": outside,
+        "values": plain(entry.values, *options, "values"),
+        "more": plain(_more(entry.optimizer), *options, "more"),
+    }
+
+
+def _state(param: ParamEntry, plain: Any) -> Json:
+    prefix = ("optimizer", param.owner)
+    if not isinstance(param.raw, Mapping):
+        return plain(param.raw, *prefix, "state")  # type: ignore[no-any-return]
+    pairs: list[tuple[Json, Json]] = []
+    for position, (key, value) in enumerate(param.raw.items()):
+        name = param.state_names.get(key)
+        if name is not None:
+            pairs.append((key, {"$tensor": list(name)}))
+        elif is_ordinary_key(key):
+            pairs.append((key, plain(value, *prefix, key)))
+        else:
+            pairs.append((plain(key, *prefix, f"#{position}"), plain(value, *prefix, f"#{position}")))
+    return join(pairs)
+
+
+def _more(optimizer: Any) -> dict[str, Any]:
+    """Return what an optimizer's own ``state_dict`` holds besides state and groups."""
+    own = getattr(type(optimizer), "state_dict", None)
+    if own is None or own is torch.optim.Optimizer.state_dict:
+        return {}
+    return {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}
+
+
+def _check_names(live: LiveState, arrays: Arrays) -> None:
+    seen: set[str] = set()
+    for name in (*live.entries, *arrays):
+        public = "/".join(name)
+        if public in seen or public in live.aliases:
+            msg = f"two arrays would have the name {public!r}; rename one of them"
+            raise UnsupportedState(msg)
+        seen.add(public)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedGroup:
+    """One param group as saved: its parameters in order, and its encoded options."""
+
+    params: tuple[str, ...]
+    options: Json
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOptimizer:
+    """One optimizer as saved; fields as in the document, ``outside`` by array name."""
+
+    kind: str
+    groups: tuple[SavedGroup, ...]
+    states: dict[str, Json]
+    outside: dict[str, Name]
+    values: Json
+    more: Json
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """The state document, checked for its form; fields as in the document."""
+
+    step: int
+    optimizer_steps: int
+    exact: bool
+    inexact: dict[str, Any]
+    aliases: dict[str, str]
+    buffers: tuple[str, ...]
+    computed: dict[str, Json]
+    optimizers: tuple[SavedOptimizer, ...]
+    extra: dict[str, Json]
+    rng: Json
+
+
+def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
+    """Return what a state document says.
+
+    Args:
+        document: As read.
+        where: The file, for the message.
+
+    Raises:
+        ManifestCorrupt: If it isn't of the form above, or of a later version of it.
+    """
+    version = document.get("version")
+    if type(version) is int and version > VERSION:
+        msg = f"{where} is in version {version} of the format, this gockpt reads {VERSION}: upgrade gockpt"
+        raise ManifestCorrupt(msg)
+    try:
+        if version != VERSION:
+            msg = f"its version is {version!r}"
+            raise TypeError(msg)
+        return SavedState(
+            step=_of(document["step"], int),
+            optimizer_steps=_of(document["optimizer_steps"], int),
+            exact=_of(document["exact"], bool),
+            inexact=_of(document["inexact"], dict),
+            aliases={name: _of(target, str) for name, target in _of(document["aliases"], dict).items()},
+            buffers=tuple(_of(name, str) for name in _of(document["buffers"], list)),
+            computed=_of(document["computed"], dict),
+            optimizers=tuple(_saved_optimizer(entry) for entry in _of(document["optimizers"], list)),
+            extra=_of(document["extra"], dict),
+            rng=document["rng"],
+        )
+    except (TypeError, KeyError) as error:
+        msg = f"{where} is no valid state document: {error}"
+        raise ManifestCorrupt(msg) from error
+
+
+def _saved_optimizer(entry: Any) -> SavedOptimizer:
+    groups = tuple(
+        SavedGroup(tuple(_of(name, str) for name in _of(group["params"], list)), group["options"])
+        for group in (_of(group, dict) for group in _of(_of(entry, dict)["groups"], list))
+    )
+    outside = {
+        fqn: tuple(_of(part, str) for part in _of(name, list))
+        for fqn, name in _of(entry["outside"], dict).items()
+    }
+    return SavedOptimizer(
+        kind=_of(entry["class"], str),
+        groups=groups,
+        states=_of(entry["states"], dict),
+        outside=outside,
+        values=entry["values"],
+        more=entry["more"],
+    )
+
+
+def _of(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        msg = f"expected {kind.__name__}, found {str(value)[:60]!r}"
+        raise TypeError(msg)
+    return value

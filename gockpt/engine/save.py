@@ -1,0 +1,407 @@
+"""The save in flight, of which there is at most one: carries out what the lifecycle table says.
+
+Every method is called with the engine's lock held; the three outcomes take it themselves, since they
+come from worker threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from gockpt import rng
+from gockpt.document import build_document, capture_extras
+from gockpt.engine.closing import write_additions
+from gockpt.engine.handle import Progress, Saved, SaveHandle
+from gockpt.engine.messages import Capture
+from gockpt.engine.sizing import Memory, Shape, shape_of
+from gockpt.engine.trace import Trace
+from gockpt.errors import GockptError, SaveAborted, SaveError, WorkerError
+from gockpt.lifecycle import Command, Event, State, advance
+from gockpt.schedule import make_plan
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gockpt.engine.attempt import Attempt
+    from gockpt.engine.job import Job
+    from gockpt.engine.pace import Pace
+    from gockpt.engine.pool import Pool
+    from gockpt.options import Options
+    from gockpt.schedule import Plan
+    from gockpt.state import LiveState
+    from gockpt.storage.store import Store
+    from gockpt.storage.transaction import Published
+    from gockpt.transfer import Transfer
+
+    Name = tuple[str, ...]
+    Extra = Mapping[str, Any] | None
+    Distrust = tuple[frozenset[str], frozenset[Name], str]
+
+__all__ = ["Save"]
+
+_log = logging.getLogger("gockpt")
+
+MAX_ATTEMPTS = 4
+
+
+class Save:
+    """Starts, closes, retargets and ends saves, one after the other.
+
+    Attributes:
+        state: Where the save in flight stands.
+        attempt: Its training side; ``None`` when nothing is being captured or replayed.
+        job: Its background side.
+        handle: The newest save's handle, in flight or done.
+        error: What failed in the background and was not raised yet.
+        trace: The newest save's spans.
+        barred: Parameters whose replay is not trusted any more.
+        racing: Arrays that are copied inside the closing tick; ``None``: all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        options: Options,
+        lock: threading.Condition,
+        transfer: Transfer,
+        pool: Pool,
+        pace: Pace,
+        drive: Callable[[SaveHandle, float | None], None],
+        on_saved: Callable[[Saved], None],
+    ) -> None:
+        self.state = State.IDLE
+        self.attempt: Attempt | None = None
+        self.job: Job | None = None
+        self.handle: SaveHandle | None = None
+        self.error: BaseException | None = None
+        self.trace = Trace()
+        self.barred: frozenset[str] = frozenset()
+        self.racing: frozenset[Name] | None = frozenset()
+        self.shape: Shape | None = None
+        self.memory = Memory(options)
+        self._store = store
+        self._options = options
+        self._lock = lock
+        self._transfer = transfer
+        self._pool = pool
+        self._pace = pace
+        self._drive = drive
+        self._on_saved = on_saved
+        self._capture: Capture | None = None
+        self._boosted = False
+        self._settling = False
+        self._commands: dict[Command, Callable[[Any], None]] = {
+            Command.SEND_PART: self._send_part,
+            Command.SEND_REST: self._send_rest,
+            Command.HAND_OVER: self._hand_over,
+            Command.QUARANTINE: self._quarantine,
+            Command.DISCARD: self._discard,
+            Command.FAIL: self._fail_handle,
+            Command.RESOLVE: self._resolve,
+        }
+
+    # -- from outside ------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int | None:
+        """The step of the newest save."""
+        return None if self.handle is None else self.handle.step
+
+    def prepare(self, live: LiveState) -> None:
+        """Reserve the memory a save of ``live`` takes, behind the caller."""
+        self.memory.prepare(self.shape_of(live), self._transfer)
+
+    def shape_of(self, live: LiveState) -> Shape:
+        """Return the geometry of ``live`` and remember it."""
+        shape = shape_of(live)
+        if self.shape is None or shape.key != self.shape.key:
+            self.shape = shape
+        return self.shape
+
+    def open(self, live: LiveState, plan: Plan, due: int) -> None:
+        """Start a window that will close at step ``due``; the first part leaves now."""
+        self._begin(live, plan, due)
+        self._run(Event.OPENED)
+
+    def go_on(self) -> None:
+        """Send the next part of an open window."""
+        if self.attempt is not None and self.attempt.broken is None:
+            self._run(Event.TICKED)
+
+    def close(self, live: LiveState, step: int, updates: int, extra: Extra) -> None:
+        """Take the closing boundary now, from an open window or from nothing."""
+        handle = None
+        if self.state is State.OPEN and self.attempt is not None:
+            why = self.attempt.broken
+            if why is None and shape_of(live).key != self.attempt.shape_key:
+                why = "parameters, buffers or states were added, removed or reshaped"
+            if why is not None:
+                # What left early is dropped; all of it leaves at this closing tick. Nothing is lost.
+                handle = self.handle
+                self._note(f"all of step {step} leaves at the closing tick: {why}")
+                if self.job is not None:
+                    self.job.abort()
+                self.attempt = None
+        if self.attempt is None:
+            self._begin(live, self._plan_now(live), step, handle=handle)
+        self._take_boundary(live, step, updates, extra)
+
+    def retarget(self, live: LiveState, step: int, updates: int, extra: Extra) -> None:
+        """Try a void save again: all of it leaves at this tick, and this tick's step is published."""
+        handle = self.handle
+        if handle is None:
+            return
+        if handle.attempts >= MAX_ATTEMPTS:
+            failure = SaveError(f"step {handle.step} could not be captured in {MAX_ATTEMPTS} attempts")
+            self.fail(failure, Event.FAILED)
+            return
+        if handle.attempts >= MAX_ATTEMPTS - 2:
+            self.racing = None
+        why = handle.events[-1] if handle.events else "the first attempt did not match"
+        handle.retarget(step, why)
+        _log.warning("save retargeted to step %d: %s", step, why)
+        self._begin(live, self._plan_now(live), step, handle=handle)
+        self._take_boundary(live, step, updates, extra)
+
+    def settle(self) -> None:
+        """Prove the copies of the closing tick: the state is captured, or its attempt is void."""
+        attempt = self.attempt
+        if attempt is None or self.state is not State.CLOSING or self._settling:
+            return
+        # Helping with the last copy reports its end on this very thread.
+        self._settling = True
+        try:
+            lost = attempt.settle()
+        finally:
+            self._settling = False
+        self._pace.copied(attempt.copied_bytes, attempt.copy_seconds)
+        if lost:
+            why = f"{'/'.join(lost[0])} changed before it was copied"
+            self._run(Event.TORN, (frozenset[str](), frozenset(lost), why))
+        else:
+            self._run(Event.ARRIVED)
+
+    def hurry(self) -> None:
+        """Help the worker with a thread of normal priority: its deadline is here."""
+        if not self._boosted and self.job is not None:
+            self._boosted = True
+            self._pool.boost(self.job)
+
+    def fail(self, error: BaseException, event: Event) -> None:
+        """End the save in flight with an error."""
+        self._run(event, error)
+
+    def give_up(self, error: BaseException) -> None:
+        """After an error inside a tick: no half-made attempt stays, and the handle says why.
+
+        The caller sees this very error now; it is not raised a second time.
+        """
+        if self.state is State.IDLE:
+            self._discard(None)
+            self._fail_handle(as_save_error(error))
+        elif self.state is not State.CAPTURED:
+            self.fail(as_save_error(error), Event.FAILED)
+        self.error = None
+
+    def raise_pending(self) -> None:
+        """Raise what failed in the background since the last call."""
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def progress(self, handle: SaveHandle) -> Progress:
+        """Return how far ``handle`` is."""
+        with self._lock:
+            if handle.durable.done():
+                failed = handle.durable.exception() is not None
+                total = 0 if failed else handle.durable.result().nbytes
+                return Progress("failed" if failed else "durable", total, total)
+            if self.state is State.CAPTURED and self.job is not None:
+                return Progress("captured", self.job.written_bytes, self.job.total_bytes)
+            done = 0 if self.attempt is None else self.attempt.copied_bytes
+            return Progress(self.state.value, done, 0 if self.shape is None else self.shape.nbytes)
+
+    # -- the parts of a save -----------------------------------------------------------------
+
+    def _begin(self, live: LiveState, plan: Plan, due: int, *, handle: SaveHandle | None = None) -> None:
+        if handle is None:
+            self.trace = Trace()
+            handle = SaveHandle(due, plan, self.trace, drive=self._drive, progress=self.progress)
+        self.handle = handle
+        self._boosted = False
+        self.attempt, self.job = self.memory.attempt(
+            live,
+            self.shape_of(live),
+            plan,
+            barred=self.barred,
+            racing=self.racing,
+            transfer=self._transfer,
+            begin=self._store.begin,
+            outcome=self,
+            trace=self.trace,
+        )
+        self._pool.serve(self.job)
+
+    def _plan_now(self, live: LiveState) -> Plan:
+        facts = self.shape_of(live).rough(self._pace.step_seconds, self._pace.copy_rate)
+        return make_plan(facts, window=self._options.window, ticks=1)
+
+    def _take_boundary(self, live: LiveState, step: int, updates: int, extra: Extra) -> None:
+        attempt, _, handle = self._started()
+        random_states = rng.capture()
+        handle.move(step)
+        proofs = attempt.close(live)
+        document, added = build_document(
+            live, step=step, optimizer_steps=updates, extra=capture_extras(extra), rng=random_states
+        )
+        additions = write_additions(added, self.memory)
+        attributes = {"gockpt": {"step": step, "optimizer_steps": updates, "exact": True}}
+        arrays = attempt.places(live) + additions
+        self._capture = Capture(step, arrays, proofs, document, attributes, exact=True)
+        self._run(Event.DUE)
+
+    def _copies_ended(self, attempt: Attempt) -> None:
+        """Hand over as soon as all has arrived, on whichever thread finished it."""
+        with self._lock:
+            if self.attempt is attempt and self.state is State.CLOSING and attempt.all_proven:
+                self.settle()
+
+    def _note(self, event: str) -> None:
+        _log.info("%s", event)
+        if self.handle is not None:
+            self.handle.events.append(event)
+
+    def _started(self) -> tuple[Attempt, Job, SaveHandle]:
+        if self.attempt is None or self.job is None or self.handle is None:
+            msg = "no save is under way"
+            raise WorkerError(msg)
+        return self.attempt, self.job, self.handle
+
+    # -- commands ----------------------------------------------------------------------------
+
+    def _run(self, event: Event, payload: Any = None) -> None:
+        transition = advance(self.state, event)
+        self.state = transition.state
+        for command in transition.commands:
+            self._commands[command](payload)
+        self._lock.notify_all()
+
+    def _send_part(self, _: object) -> None:
+        self._started()[0].send_part()
+
+    def _send_rest(self, _: object) -> None:
+        attempt = self._started()[0]
+        attempt.start_rest(lambda: self._copies_ended(attempt))
+
+    def _hand_over(self, _: object) -> None:
+        _, job, handle = self._started()
+        if self._capture is None:
+            msg = "nothing was captured"
+            raise WorkerError(msg)
+        job.close(self._capture, self.memory.arenas)
+        if not handle.captured.done():
+            handle.captured.set_result(self._capture.step)
+
+    def _quarantine(self, distrust: Distrust) -> None:
+        barred, racing, why = distrust
+        self.barred |= barred
+        if self.racing is not None:
+            self.racing |= racing
+        self._note(why)
+
+    def _discard(self, _: object) -> None:
+        if self.job is not None:
+            self.job.abort()
+        self.attempt = self.job = self._capture = None
+
+    def _fail_handle(self, error: BaseException) -> None:
+        handle = self.handle
+        if handle is None or handle.durable.done():
+            return
+        if not isinstance(error, SaveAborted):
+            self.error = error
+        _log.error("save of step %s failed: %s", handle.step, error)
+        if not handle.captured.done():
+            handle.captured.set_exception(error)
+        handle.durable.set_exception(error)
+
+    def _resolve(self, saved: Saved) -> None:
+        self.attempt = self.job = self._capture = None
+        self._on_saved(saved)
+
+    # -- outcomes, on worker threads ---------------------------------------------------------
+
+    def published(self, job: Job, result: Published) -> None:
+        """The checkpoint is durable: resolve the handle, and prune what is too old."""
+        if self._options.keep is not None:
+            try:
+                self._store.prune(self._options.keep)
+            except (GockptError, OSError) as error:
+                _log.warning("old checkpoints could not be removed: %s", error)
+        with self._lock:
+            if job is not self.job:
+                return
+            attempt, _, handle = self._started()
+            saved = self._saved(handle, attempt, result)
+            self._run(Event.PUBLISHED, saved)
+        _log.info(
+            "saved step %d: %.1f MB over %d step(s), %.1f ms exposed, %.1f ms hidden",
+            saved.step,
+            saved.nbytes / 1e6,
+            saved.window,
+            1e3 * saved.exposed_seconds,
+            1e3 * saved.hidden_seconds,
+        )
+        # Outside the lock: callbacks of the handle are the user's code.
+        handle.durable.set_result(saved)
+        with self._lock:
+            self._lock.notify_all()
+
+    def mismatched(self, job: Job, pieces: Sequence[int]) -> None:
+        """A replay did not arrive at the live state: distrust it and wait for the next tick."""
+        with self._lock:
+            if job is not self.job:
+                return
+            cut = self._started()[0].cut
+            units = (cut.pieces[i].unit for i in pieces)
+            names = frozenset(unit.fqn for unit in units if unit is not None)
+            why = f"the replay of {', '.join(sorted(names)[:3])} did not match the live state"
+            self._run(Event.MISMATCHED, (names, frozenset[Name](), why))
+
+    def failed(self, job: Job, error: BaseException) -> None:
+        """The background failed: the handle and the next call say so."""
+        with self._lock:
+            if job is self.job and self.state is not State.IDLE:
+                self.fail(error, Event.FAILED)
+
+    def _saved(self, handle: SaveHandle, attempt: Attempt, result: Published) -> Saved:
+        trace = self.trace
+        return Saved(
+            step=result.step,
+            path=Path(result.path),
+            seq=result.seq,
+            nbytes=result.nbytes,
+            window=attempt.plan.window,
+            attempts=handle.attempts,
+            exact=True,
+            exposed_seconds=trace.seconds("stall"),
+            hidden_seconds=trace.seconds("copy") + trace.seconds("replay") + trace.seconds("write"),
+            durable_seconds=perf_counter() - trace.began,
+            host_memory=self.memory.nbytes,
+            late_parts=attempt.late_parts() if attempt.plan.window > 1 else {},
+        )
+
+
+def as_save_error(error: BaseException) -> BaseException:
+    """Return ``error`` as one of gockpt's own, the original as its cause."""
+    if isinstance(error, GockptError):
+        return error
+    kind = WorkerError if isinstance(error, Exception) else SaveAborted
+    wrapped = kind(f"the save was given up after {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,336 @@
+"""Whether a checkpoint fits live objects, and what goes where.
+
+Promise: :func:`fit` reads no tensor and changes nothing. It finds everything that is missing, left over
+or different, so that a load either starts knowing that all of it fits, or does not start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gockpt.errors import ManifestCorrupt
+from gockpt.tensors import DTYPE_OF, NAME_OF
+from gockpt.unplain import array_name, is_mapping, items
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gockpt.document import SavedOptimizer, SavedState
+    from gockpt.plain import Json
+    from gockpt.schema import ArraySpec
+    from gockpt.state import LiveState, OptimizerEntry, ParamEntry
+
+__all__ = ["Create", "Fill", "OptimizerPlan", "ParamPlan", "Plan", "Value", "fit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Overwrite live memory with an array.
+
+    Attributes:
+        source: Public name of the stored array.
+        target: A live tensor of its shape and dtype.
+        name: What it is called here, for messages.
+    """
+
+    source: str
+    target: torch.Tensor
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Make a new tensor from an array.
+
+    Attributes:
+        source: Public name of the stored array.
+        like: The parameter whose memory order it takes, if it has the same shape.
+        device: Where it goes.
+        name: What it is called here, for messages.
+    """
+
+    source: str
+    like: torch.Tensor
+    device: torch.device
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Decode a value. Tensors in it go to the device."""
+
+    document: Json
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class ParamPlan:
+    """The state that one parameter will have.
+
+    Attributes:
+        entry: The parameter.
+        state: Encoded key and what stands there, in order; a :class:`Value` alone where the state is no
+            mapping; ``None`` for no state at all.
+    """
+
+    entry: ParamEntry
+    state: list[tuple[Json, Fill | Create | Value]] | Value | None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPlan:
+    """What one optimizer takes over.
+
+    Attributes:
+        index: Its index among the live ones.
+        saved: Its saved form.
+        groups: Which saved group each live group takes its options from; ``None`` for none.
+        params: The state of each parameter that fits.
+    """
+
+    index: int
+    saved: SavedOptimizer
+    groups: list[int | None]
+    params: list[ParamPlan]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a load will do, and what does not fit.
+
+    Attributes:
+        fills: Model tensors, and parameters outside of it.
+        optimizers: What each optimizer takes over.
+        computed: Encoded values of computed model state, by natural name.
+        missing: Live names that the checkpoint lacks.
+        unexpected: Names in the checkpoint that nothing live takes.
+        mismatched: What both have, but differently.
+    """
+
+    fills: list[Fill] = field(default_factory=list)
+    optimizers: list[OptimizerPlan] = field(default_factory=list)
+    computed: dict[str, Json] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+
+def fit(
+    live: LiveState,
+    saved: SavedState,
+    arrays: Mapping[str, ArraySpec],
+    *,
+    with_model: bool,
+    with_optimizer: bool,
+) -> Plan:
+    """Return what goes where.
+
+    Args:
+        live: The objects to load into.
+        saved: The state document.
+        arrays: Every stored array by public name.
+        with_model: Whether a model is to be loaded; if not, its names are not unexpected.
+        with_optimizer: Whether optimizers are; if not, theirs are not.
+
+    Raises:
+        ManifestCorrupt: If the document refers to an array that isn't there.
+    """
+    fitter = _Fitter(live, saved, arrays)
+    if with_model:
+        fitter.model()
+    if with_optimizer:
+        fitter.optimizers()
+    return fitter.plan
+
+
+class _Fitter:
+    def __init__(self, live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec]) -> None:
+        self.live = live
+        self.saved = saved
+        self.arrays = arrays
+        self.plan = Plan()
+        self.fitted: set[str] = set()
+
+    def resolve(self, public: str) -> str:
+        return self.saved.aliases.get(public, public)
+
+    def fill(self, source: str, target: torch.Tensor, name: str) -> None:
+        """Plan to overwrite a live tensor, or note how it differs."""
+        spec = self.arrays[source]
+        if spec.shape == tuple(target.shape) and spec.dtype == NAME_OF[target.dtype]:
+            self.plan.fills.append(Fill(source, target, name))
+            self.fitted.add(name)
+            return
+        self.plan.mismatched.append(
+            f"{name}: saved {spec.dtype} {spec.shape}, live {NAME_OF[target.dtype]} {tuple(target.shape)}"
+        )
+
+    # -- the model
+
+    def model(self) -> None:
+        saved_names = [
+            name for name, spec in self.arrays.items() if spec.name[0] == "model" and len(spec.name) == 2
+        ]
+        saved_names += [name for name in self.saved.aliases if name.startswith("model/")]
+        saved_names += [f"model/{fqn}" for fqn in self.saved.computed]
+        there = set(saved_names)
+        ties: dict[str, list[str]] = {}
+        for alias, name in self.live.aliases.items():
+            if alias.startswith("model/"):
+                ties.setdefault(name, []).append(alias)
+        taken: set[str] = set()
+        for name, tensor in self.live.entries.items():
+            if name[0] != "model":
+                continue
+            public = "/".join(name)
+            every = [public, *ties.get(public, ())]
+            taken.update(every)
+            present = [one for one in every if one in there and self.resolve(one) in self.arrays]
+            self.plan.missing += [one for one in every if one not in present]
+            sources = {self.resolve(one) for one in present}
+            if len(sources) > 1:
+                self.plan.mismatched.append(f"{' and '.join(every)}: one tensor here, saved as separate ones")
+            elif sources:
+                self.fill(sources.pop(), tensor, public)
+        for fqn in self.live.computed:
+            public = f"model/{fqn}"
+            taken.add(public)
+            if fqn in self.saved.computed:
+                self.plan.computed[fqn] = self.saved.computed[fqn]
+            elif self.resolve(public) in self.arrays:
+                self.plan.computed[fqn] = {"$tensor": list(self.arrays[self.resolve(public)].name)}
+            else:
+                self.plan.missing.append(public)
+        self.plan.unexpected += [name for name in dict.fromkeys(saved_names) if name not in taken]
+
+    # -- optimizers
+
+    def optimizers(self) -> None:
+        live, saved = self.live.trained, self.saved.optimizers
+        for index in range(max(len(live), len(saved))):
+            if index >= len(saved):
+                self.plan.missing.append(f"optimizer {index} ({_class(live[index].kind)})")
+            elif index >= len(live):
+                self.plan.unexpected.append(f"optimizer {index} ({_class(saved[index].kind)})")
+            elif _class(live[index].kind) != _class(saved[index].kind):
+                self.plan.mismatched.append(
+                    f"optimizer {index}: saved {saved[index].kind}, live {live[index].kind}"
+                )
+            else:
+                self.optimizer(index, live[index], saved[index])
+
+    def optimizer(self, index: int, live: OptimizerEntry, saved: SavedOptimizer) -> None:
+        known = {fqn for group in saved.groups for fqn in group.params}
+
+        def saved_name(fqn: str) -> str | None:
+            """Return the name under which the checkpoint knows a parameter: tied ones have several."""
+            if fqn in known:
+                return fqn
+            others = (alias for alias, name in self.live.aliases.items() if name == f"model/{fqn}")
+            for public in (f"model/{fqn}", *others):
+                other = self.resolve(public).removeprefix("model/")
+                if other in known:
+                    return other
+            return None
+
+        names = {param.fqn: saved_name(param.fqn) for group in live.groups for param in group.params}
+        groups = self.groups(index, live, saved, names)
+        plan = OptimizerPlan(index, saved, groups, [])
+        for group, source in zip(live.groups, groups, strict=True):
+            options = dict(items(saved.groups[source].options)) if source is not None else {}
+            for param in group.params:
+                name = names[param.fqn]
+                if name is not None and self.holds(param, name, saved):
+                    plan.params.append(ParamPlan(param, self.state(param, name, saved, options)))
+        self.plan.optimizers.append(plan)
+
+    def groups(
+        self, index: int, live: OptimizerEntry, saved: SavedOptimizer, names: Mapping[str, str | None]
+    ) -> list[int | None]:
+        """Match groups by the names of their parameters; note what can't be matched."""
+        left = dict(enumerate(group.params for group in saved.groups))
+        matched: list[int | None] = []
+        for group in live.groups:
+            wanted = tuple(names[param.fqn] or param.fqn for param in group.params)
+            found = next((at for at, params in left.items() if params == wanted), None)
+            matched.append(found)
+            if found is not None:
+                del left[found]
+        if left or None in matched:
+            here = [fqn for fqn, name in names.items() if name is None]
+            there = [fqn for group in saved.groups for fqn in group.params if fqn not in names.values()]
+            how = [f"only here: {_some(here)}"] if here else []
+            how += [f"only in the checkpoint: {_some(there)}"] if there else []
+            how = how or ["the same parameters, in other groups or in another order"]
+            self.plan.mismatched.append(f"param groups of optimizer {index}: {'; '.join(how)}")
+        return matched
+
+    def holds(self, param: ParamEntry, name: str, saved: SavedOptimizer) -> bool:
+        """Whether the checkpoint holds this very parameter, so that its state is of use."""
+        public = "/".join(param.name)
+        if param.name[0] == "model":
+            return public in self.fitted
+        if name not in saved.outside:
+            self.plan.missing.append(public)
+            return False
+        if public not in self.fitted:
+            self.fill(self.stored(saved.outside[name]), self.live.entries[param.name], public)
+        return public in self.fitted
+
+    def stored(self, name: tuple[str, ...]) -> str:
+        public = "/".join(name)
+        if public not in self.arrays:
+            msg = f"the state document refers to an array {public!r} that the checkpoint does not hold"
+            raise ManifestCorrupt(msg)
+        return public
+
+    def state(
+        self, param: ParamEntry, name: str, saved: SavedOptimizer, options: Mapping[Any, Json]
+    ) -> list[tuple[Json, Fill | Create | Value]] | Value | None:
+        document = saved.states.get(name)
+        device = param.param.device
+        if document is None:
+            return None
+        if not is_mapping(document):
+            return Value(document, device)
+        planned: list[tuple[Json, Fill | Create | Value]] = []
+        for key, value in items(document):
+            array = array_name(value)
+            if array is None:
+                planned.append((key, Value(value, device)))
+                continue
+            source = self.stored(array)
+            spec = self.arrays[source]
+            label = f"optimizer/{param.owner}/{key}"
+            there = _device(key, spec, param.param, options)
+            tensor = param.state.get(key) if isinstance(key, str) else None
+            if (
+                tensor is not None
+                and tuple(tensor.shape) == spec.shape
+                and tensor.dtype == DTYPE_OF[spec.dtype]
+                and tensor.device == there
+                and saved.more == {}
+            ):
+                planned.append((key, Fill(source, tensor, label)))
+            else:
+                planned.append((key, Create(source, param.param, there, label)))
+        return planned
+
+
+def _device(key: Json, spec: ArraySpec, param: torch.Tensor, options: Mapping[Any, Json]) -> torch.device:
+    """Return where torch's optimizers keep a state: step counters on the CPU unless a kernel reads them."""
+    if key == "step" and not spec.shape and not (options.get("capturable") or options.get("fused")):
+        return torch.device("cpu")
+    return param.device
+
+
+def _class(kind: str) -> str:
+    return kind.rpartition(".")[2]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,0 +1,310 @@
+"""Loading a checkpoint into live objects, in place.
+
+Promise: after :func:`load` the objects hold bit for bit what was saved, or it raised. Names, shapes,
+dtypes and groups are compared, and everything but the tensors' bytes is read and decoded, before
+anything is changed. Bytes go straight into the live memory and are verified as they come: should one
+block be damaged, the error says what had been overwritten by then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gockpt import rng as generators
+from gockpt.checkpoint import Metadata, checked_step, metadata_of, read_whole, state_of, steps
+from gockpt.errors import CheckpointPruned, GockptError, StateMismatch, UsageError
+from gockpt.fitting import Create, Fill, Value, fit
+from gockpt.naming import bare_module, models_of
+from gockpt.state import collect
+from gockpt.storage.listing import open_checkpoint
+from gockpt.tensors import DTYPE_OF, as_bytes, may_alias_itself
+from gockpt.unplain import decode, items
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from gockpt.document import SavedState
+    from gockpt.fitting import OptimizerPlan, Plan
+    from gockpt.state import LiveState
+    from gockpt.storage.reader import StoredCheckpoint
+
+    Model = nn.Module | Sequence[nn.Module] | Mapping[str, torch.Tensor] | None
+    Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+__all__ = ["Restored", "last_loaded_step", "load"]
+
+TRIES = 3
+"""How often the newest checkpoint may be pruned between its opening and the end of the load."""
+
+SHOWN = 8
+"""Names listed in a message before it counts the rest."""
+
+_last_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a load brought back.
+
+    Attributes:
+        step: The user's step that was saved.
+        optimizer_steps: Optimizer updates that the saved run had seen.
+        extra: The plain value of every saved extra, by name.
+        missing: Live names that the checkpoint lacks; left as they were. Empty with ``strict=True``.
+        unexpected: Names in the checkpoint that nothing live takes. Empty with ``strict=True``.
+        mismatched: What differs in shape, dtype or grouping; left as it was. Empty with ``strict=True``.
+        options_new: Options of param groups that were set though the live group did not have them.
+        options_kept: Options of live param groups that the checkpoint lacks; left as they were.
+        rng_absent: Saved random generators that this machine does not have, such as ``"cuda:3"``.
+        metadata: Everything else that is known about the checkpoint.
+    """
+
+    step: int
+    optimizer_steps: int
+    extra: dict[str, Any]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    options_new: tuple[str, ...]
+    options_kept: tuple[str, ...]
+    rng_absent: tuple[str, ...]
+    metadata: Metadata
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Model,
+    optimizer: Optimizers = None,
+    *,
+    step: int | None = None,
+    strict: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    rng: bool = True,
+) -> Restored:
+    """Load a checkpoint into a model, its optimizers and extras, in place and bit for bit.
+
+    Args:
+        path: Where checkpoints are saved, or one checkpoint's own directory.
+        model: A module, a list of modules, or a ``{name: tensor}`` mapping; their memory is overwritten.
+        optimizer: One optimizer or several; ``None`` loads the model alone.
+        step: The wanted step; ``None`` for the newest (published last, whatever its step).
+        strict: Whether everything has to fit. With ``False``, what fits by name, shape and dtype is
+            loaded, all else is left as it is and reported. Nothing is ever cast or reshaped.
+        extra: Objects by name to restore with their ``load_state_dict``, or functions to call with
+            the saved value.
+        rng: Whether to set the random generators; done last.
+
+    Returns:
+        The step, the plain values of all extras, and what did not fit.
+
+    Raises:
+        StateMismatch: If something doesn't fit; nothing was changed.
+        CheckpointNotFound: If there is no complete checkpoint, or none of that step.
+        NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
+        CheckpointCorrupt: If the checkpoint is damaged; a note says what had been overwritten.
+        UsageError: If an argument is of no usable kind.
+    """
+    wanted = checked_step(step)
+    for attempt in range(1, TRIES + 1):
+        try:
+            with open_checkpoint(path, wanted) as stored:
+                return _Load(path, stored, model, optimizer, strict=strict, extra=extra, rng=rng).run()
+        except CheckpointPruned:
+            if wanted is not None or attempt == TRIES:
+                raise
+    raise AssertionError  # pragma: no cover - the last attempt returned or raised
+
+
+def last_loaded_step(model: Any) -> int | None:
+    """Return the step that was last loaded into this very model; ``None`` if none was."""
+    for anchor in _anchors(model):
+        found = _last_steps.get(anchor)
+        if found is not None:
+            return int(found)
+    return None
+
+
+def _anchors(model: Any) -> list[Any]:
+    """Return the objects by which a model is known again, also inside another wrapper."""
+    anchors: list[Any] = []
+    for _, part in models_of(model):
+        anchors += [bare_module(part)] if isinstance(part, nn.Module) else part.values()
+    return anchors
+
+
+class _Load:
+    """One load under way."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        stored: StoredCheckpoint,
+        model: Any,
+        optimizer: Any,
+        *,
+        strict: bool,
+        extra: Mapping[str, Any] | None,
+        rng: bool,
+    ) -> None:
+        self.path = path
+        self.stored = stored
+        self.model = model
+        self.optimizer = optimizer
+        self.strict = strict
+        self.wanted_extras = _checked_extras(extra)
+        self.rng = rng
+        self.overwritten: list[str] = []
+        self.targets: dict[str, torch.Tensor] = {}
+        self.staged: dict[str, torch.Tensor] = {}
+        self.options_new: list[str] = []
+        self.options_kept: list[str] = []
+
+    def run(self) -> Restored:
+        saved = state_of(self.stored)
+        live = collect(self.model, self.optimizer)
+        arrays = {name: array.spec for name, array in self.stored.arrays.items()}
+        plan = fit(
+            live, saved, arrays, with_model=self.model is not None, with_optimizer=self.optimizer is not None
+        )
+        plan.missing += [f"extra/{name}" for name in self.wanted_extras if name not in saved.extra]
+        if self.strict and (plan.missing or plan.unexpected or plan.mismatched):
+            raise self.mismatch(plan)
+
+        # All that can fail for its content is read before anything is changed.
+        extras = {name: decode(document, self.read) for name, document in saved.extra.items()}
+        states = decode(saved.rng, self.read) if self.rng and saved.rng is not None else None
+        if states is not None:
+            generators.check(states)
+        computed = {fqn: decode(document, self.read) for fqn, document in plan.computed.items()}
+        self.stage(plan)
+        prepared = [self.prepare(part) for part in plan.optimizers]
+
+        try:
+            for fill in plan.fills:
+                self.fill(fill)
+            for part, values in zip(plan.optimizers, prepared, strict=True):
+                self.apply_optimizer(live, part, values)
+            self.apply_computed(live, computed)
+            for name, target in self.wanted_extras.items():
+                if name in extras:
+                    # A copy, so that .extra stays as saved whatever the object does with its own.
+                    _hand_over(target, copy.deepcopy(extras[name]))
+            absent = generators.restore(states) if states is not None else ()
+        except BaseException as error:
+            if self.overwritten:
+                error.add_note(self.half_loaded(plan))
+            raise
+        for anchor in _anchors(self.model):
+            _last_steps[anchor] = self.stored.step
+        return self.report(saved, plan, extras, absent)
+
+    def report(
+        self, saved: SavedState, plan: Plan, extras: dict[str, Any], absent: tuple[str, ...]
+    ) -> Restored:
+        return Restored(
+            step=self.stored.step,
+            optimizer_steps=saved.optimizer_steps,
+            extra=extras,
+            missing=tuple(plan.missing),
+            unexpected=tuple(plan.unexpected),
+            mismatched=tuple(plan.mismatched),
+            options_new=tuple(self.options_new),
+            options_kept=tuple(self.options_kept),
+            rng_absent=absent,
+            metadata=metadata_of(self.stored, saved),
+        )
+
+    # -- what can go wrong
+
+    def mismatch(self, plan: Plan) -> StateMismatch:
+        parts = []
+        if plan.missing:
+            parts.append(f"{len(plan.missing)} missing in the checkpoint: {_some(plan.missing)}")
+        if plan.unexpected:
+            parts.append(f"{len(plan.unexpected)} only in the checkpoint: {_some(plan.unexpected)}")
+        if plan.mismatched:
+            parts.append(f"{len(plan.mismatched)} different: {_some(plan.mismatched)}")
+        hint = "load into objects built as the saved ones were, or load what fits with strict=False"
+        if self.model is None and self.optimizer is not None:
+            hint = "pass the model as well: its names tell the optimizer's parameters apart"
+        msg = (
+            f"the checkpoint of step {self.stored.step} does not fit, and nothing was changed. "
+            f"{'. '.join(parts)}. What now: {hint}"
+        )
+        return StateMismatch(
+            msg,
+            missing=tuple(plan.missing),
+            unexpected=tuple(plan.unexpected),
+            mismatched=tuple(plan.mismatched),
+        )
+
+    def half_loaded(self, plan: Plan) -> str:
+        others = [number for number in steps(self.path) if number != self.stored.step]
+        older = (
+            f"load another step ({_some([str(n) for n in others])})" if others else "there is no other step"
+        )
+        return (
+            f"{len(self.overwritten)} tensors had been overwritten ({_some(self.overwritten)}), of "
+            f"{len(plan.fills)} in the model: the objects are part old, part loaded. Before training on, {older} "
+            "or build them anew"
+        )
+
+    # -- the rest
+
+    def apply_computed(self, live: LiveState, computed: dict[str, Any]) -> None:
+        """Give a module's own ``load_state_dict`` what only that can take back."""
+        for index, (_, part) in enumerate(models_of(self.model)):
+            own = {
+                fqn: made for fqn, made in live.computed.items() if made.model == index and fqn in computed
+            }
+            if not own:
+                continue
+            # The whole state dict, as hooks may expect; what was loaded already is copied onto itself.
+            complete = dict(part.state_dict())
+            for key in [key for key, value in complete.items() if _overlaps(value)]:
+                del complete[key]
+            for made in live.computed.values():
+                if made.model == index:
+                    complete.pop(made.key, None)
+            complete.update({made.key: computed[fqn] for fqn, made in own.items()})
+            part.load_state_dict(complete, strict=False)
+
+
+def _checked_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        msg = f"extra is a {type(extra).__name__}; pass a mapping of names, as in extra={{'sched': sched}}"
+        raise UsageError(msg)
+    for name, target in extra.items():
+        if not hasattr(target, "load_state_dict") and not callable(target):
+            msg = (
+                f"extra[{name!r}] is a {type(target).__name__}, which can't be restored in place; pass an object "
+                f"with load_state_dict() or a function, or take the value from the result's .extra[{name!r}]"
+            )
+            raise UsageError(msg)
+    return dict(extra)
+
+
+def _hand_over(target: Any, value: Any) -> None:
+    if hasattr(target, "load_state_dict"):
+        target.load_state_dict(value)
+    else:
+        target(value)
+
+
+def _overlaps(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and may_alias_itself(value)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

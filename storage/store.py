@@ -1,0 +1,208 @@
+"""Where checkpoints are written: one directory, one writer.
+
+Promise: whatever happened to earlier writers, a :class:`Store` finds every complete checkpoint as it was,
+removes only what a writer that is certainly gone left behind, and never touches what isn't gockpt's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import TYPE_CHECKING, Self
+
+from gockpt.errors import UsageError
+from gockpt.storage import directory_names, files, owner
+from gockpt.storage.catalog import Catalog, Place, identify, remove_entry
+from gockpt.storage.checked import MAX_INTEGER
+from gockpt.storage.failures import storage_errors
+from gockpt.storage.filesystem import Filesystem
+from gockpt.storage.lock import WriterLock
+from gockpt.storage.transaction import Lineage, Transaction
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["Store"]
+
+
+class Store:
+    """The one writer of a path, from construction to :meth:`close`; a context manager.
+
+    Attributes:
+        path: The directory, absolute.
+        run: Hexadecimal, in the manifest of everything it publishes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fs: Filesystem | None = None,
+        run: str | None = None,
+        parent: int | None = None,
+    ) -> None:
+        """Make the directory if need be, take its writer lock, and sweep up after writers that died.
+
+        Args:
+            path: Where checkpoints go.
+            fs: The file system; the real one by default.
+            run: Hexadecimal id of the run; a new one by default.
+            parent: ``seq`` of the checkpoint that the run resumed from, if it did.
+
+        Raises:
+            PathBusy: If another process, or another store of this one, writes there.
+            StorageError: If the path is a file, read-only, or the disk refuses otherwise.
+        """
+        self.path = os.path.abspath(os.fspath(path))
+        self.run = run or secrets.token_hex(16)
+        fs = fs or Filesystem()
+        self._pid = os.getpid()
+        self._lineage = Lineage(self.run, parent)
+        self._transactions: set[Transaction] = set()
+        self._closed = False
+        with storage_errors("save into", self.path):
+            _make_directories(fs, self.path)
+            # The user's own path may be a link; everything below it may not.
+            fd = fs.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._place = Place(fs, fd, self.path, WriterLock(fs, fd, self.path))
+            try:
+                _sweep(self._place)
+                self._catalog = Catalog(self._place)
+            except BaseException:
+                self._place.lock.release()
+                raise
+        except BaseException:
+            fs.close(fd)
+            raise
+
+    def begin(self, step: int) -> Transaction:
+        """Start to write a checkpoint; it becomes visible by :meth:`Transaction.commit` only.
+
+        Raises:
+            UsageError: If the step is no integer from 0 to 2**63 - 1, or the store was closed or forked.
+            StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
+        """
+        self._expect_usable()
+        if type(step) is not int or not 0 <= step <= MAX_INTEGER:
+            msg = f"step must be an integer from 0 to 2**63 - 1, got {step!r}"
+            raise UsageError(msg)
+        transaction = Transaction(
+            self._place,
+            self._catalog,
+            self._lineage,
+            step=step,
+            attempt=secrets.token_hex(16),
+            on_end=self._transactions.discard,
+        )
+        self._transactions.add(transaction)
+        return transaction
+
+    def prune(self, keep: int) -> list[int]:
+        """Delete all but the newest ``keep`` checkpoints, by publication; readers survive it.
+
+        Returns:
+            The steps deleted, oldest publication first.
+
+        Raises:
+            UsageError: If fewer than one would be kept, or the store was closed or forked.
+            StorageError: If the disk refuses; nothing that was to be kept is touched.
+        """
+        self._expect_usable()
+        if type(keep) is not int or keep < 1:
+            msg = f"keep must be at least 1, got {keep!r}: the newest checkpoint is never deleted"
+            raise UsageError(msg)
+        return self._catalog.prune(keep)
+
+    def close(self) -> None:
+        """Abort what was begun and not committed, and let others write here. Again is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        for transaction in list(self._transactions):
+            transaction.abort()
+        self._place.lock.release()
+        self._place.fs.close(self._place.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _expect_usable(self) -> None:
+        if self._closed:
+            msg = f"the store of {self.path} was closed"
+            raise UsageError(msg)
+        if os.getpid() != self._pid:
+            msg = f"a forked process can't write into its parent's store; let it open {self.path} for itself"
+            raise UsageError(msg)
+
+
+def _make_directories(fs: Filesystem, path: str) -> None:
+    """Make a directory and its parents, and make each that was made durable."""
+    missing = []
+    while True:
+        try:
+            fs.stat(path)
+            break
+        except FileNotFoundError:
+            missing.append(path)
+            path = os.path.dirname(path)
+    for directory in reversed(missing):
+        try:
+            fs.mkdir(directory)
+        except FileExistsError:  # somebody else was faster
+            continue
+    for directory in missing:
+        fd = fs.open(os.path.dirname(directory), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fs.fsync(fd)
+        finally:
+            fs.close(fd)
+
+
+def _sweep(place: Place) -> None:
+    """Remove what writers that are certainly gone left behind; see :mod:`gockpt.storage.owner`."""
+    with storage_errors("clean up", place.path):
+        present = place.fs.listdir(place.fd)
+        known = {name: found for name in present if (found := directory_names.parse(name)) is not None}
+        partials = {found.attempt for found in known.values() if found.kind == "partial"}
+        for name, found in known.items():
+            attempt = str(found.attempt)
+            if found.kind == "trash":
+                files.remove_tree(place.fs, place.fd, name)
+            elif found.kind == "partial" and _is_abandoned(place, name, attempt):
+                _clear(place, name, found)
+            elif found.kind == "owner" and attempt not in partials and _is_abandoned(place, name, attempt):
+                files.remove_tree(place.fs, place.fd, name)
+
+
+def _is_abandoned(place: Place, name: str, attempt: str) -> bool:
+    """Whether the writer of an attempt is gone; ``name`` is what it left, in case it left no record."""
+    fs, record = place.fs, directory_names.of_owner(attempt)
+    try:
+        who = owner.parse(files.read_small_file(fs, place.fd, record, limit=owner.MAX_OWNER_BYTES))
+        seen = fs.stat(record, dir_fd=place.fd).st_mtime
+    except (FileNotFoundError, files.NotSmallRegularFile):
+        who = None
+        try:
+            seen = fs.stat(name, dir_fd=place.fd).st_mtime
+        except FileNotFoundError:  # its writer lives, and is done with it
+            return False
+    return owner.is_abandoned(who, observer=owner.myself(), quiet_seconds=place.lock.server_time() - seen)
+
+
+def _clear(place: Place, name: str, found: directory_names.DirectoryName) -> None:
+    """Remove a partial that nobody writes, unless it is the predecessor that its attempt had replaced."""
+    fs = place.fs
+    identity = identify(place, name)
+    if identity is not None and identity.step == found.step and identity.attempt != found.attempt:
+        # The writer died between the exchange and the renaming of what it got in exchange.
+        fs.rename(name, directory_names.of_old(identity.step, identity.attempt), dir_fd=place.fd)
+        fs.fsync(place.fd)
+    else:
+        remove_entry(place, name, str(found.attempt))
+    files.remove_tree(fs, place.fd, directory_names.of_owner(str(found.attempt)))

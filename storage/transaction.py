@@ -1,0 +1,283 @@
+"""One checkpoint on its way to the disk: chunks first, in any order; then all the rest at once.
+
+Promise: readers see nothing of it until :meth:`Transaction.commit` has made all of it durable; then they
+see all of it. After any error it is dead for good, and the previous checkpoint of that step, and every
+other, is as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Self
+
+from gockpt import __version__
+from gockpt.errors import SaveAborted, StorageError, UsageError
+from gockpt.storage import directory_names, files, manifest, owner, publish
+from gockpt.storage.catalog import remove_entry
+from gockpt.storage.draft import Draft
+from gockpt.storage.failures import storage_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from gockpt.layout import ArrayLayout, Slot
+    from gockpt.storage.catalog import Catalog, Place
+
+__all__ = ["Lineage", "Published", "Transaction"]
+
+_HEARTBEAT_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Lineage:
+    """Where a writer's checkpoints come from.
+
+    Attributes:
+        run: Hexadecimal, the same for all it publishes.
+        parent: ``seq`` of the checkpoint it resumed from or published last, if any.
+    """
+
+    run: str
+    parent: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A checkpoint that is complete, visible and durable.
+
+    Attributes:
+        step: The user's step.
+        seq: Which publication in its path it is; the highest is the newest.
+        attempt: Hexadecimal, unique to this writing of the step.
+        path: Its directory.
+        nbytes: Bytes written: real rows, checksums and documents; no padding.
+    """
+
+    step: int
+    seq: int
+    attempt: str
+    path: str
+    nbytes: int
+
+
+class Transaction:
+    """Made by :meth:`gockpt.storage.store.Store.begin`; as a context manager it ends with an abort, if open.
+
+    Attributes:
+        step: The user's step.
+        attempt: Hexadecimal, unique to this writing of the step.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        catalog: Catalog,
+        lineage: Lineage,
+        *,
+        step: int,
+        attempt: str,
+        on_end: Callable[[Transaction], None],
+    ) -> None:
+        """Make the partial's directory, and say whose it is.
+
+        Raises:
+            StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
+        """
+        self.step = step
+        self.attempt = attempt
+        self._place = place
+        self._catalog = catalog
+        self._lineage = lineage
+        self._on_end = on_end
+        self._pid = os.getpid()
+        self._partial = directory_names.of_partial(step, attempt)
+        self._failure: BaseException | None = None
+        self._ended = False
+        self._workers = 0
+        self._changed = threading.Condition()
+        self._beat = time.monotonic()
+        fs, where = place.fs, place.of(self._partial)
+        opened: list[int] = []
+        try:
+            with storage_errors("begin", where):
+                publish.expect_replaceable(place, directory_names.of_step(step))
+                who = owner.encode(owner.myself())
+                self._owner_fd = files.write_new_file(fs, place.fd, directory_names.of_owner(attempt), who)
+                opened.append(self._owner_fd)
+                fs.mkdir(self._partial, dir_fd=place.fd)
+                self._fd = fs.open(self._partial, files.DIRECTORY, dir_fd=place.fd)
+                opened.append(self._fd)
+                self._inode = _inode(fs.fstat(self._fd))
+                self._draft = Draft(fs, self._fd, where)
+        except BaseException:
+            # What was made on the disk is found by the next sweep.
+            for fd in opened:
+                with suppress(OSError):
+                    fs.close(fd)
+            raise
+
+    def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
+        """Write one chunk from its arena slot; safe to call from several threads, for different chunks.
+
+        Args:
+            layout: The chunk's array.
+            slot: Which of its chunks.
+            buffer: The whole slot, writable. The bytes behind the real rows are overwritten: checksum, zeros.
+                From page-aligned memory they go to the disk directly, from other memory through the cache.
+
+        Raises:
+            StorageError: If the disk refuses.
+            UsageError: If that chunk was written before, or the array has another layout now.
+        """
+        with self._work():
+            self._draft.write_chunk(layout, slot, buffer)
+            self._show_life()
+
+    def commit(
+        self,
+        arrays: Sequence[ArrayLayout],
+        *,
+        state: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        exact: bool,
+    ) -> Published:
+        """Write the documents, make everything durable, and publish it under the step's name.
+
+        Args:
+            arrays: All arrays, in the manifest's order; every chunk of each has been written.
+            state: The state document: a JSON object.
+            attributes: Attributes of the root group: a small JSON object.
+            exact: Whether the checkpoint equals a blocking save bit for bit.
+
+        Raises:
+            StorageError: If the disk refuses, or the place was taken by something else meanwhile.
+            UsageError: If chunks are missing, names can't stand together, or ``state`` or ``attributes`` have
+                no exact form as JSON.
+        """
+        with self._work(alone=True):
+            entries, documents = self._draft.write_documents(arrays, state=state, attributes=attributes)
+            self._draft.sync()
+            content = manifest.Manifest(
+                step=self.step,
+                seq=self._catalog.next_seq(),
+                attempt=self.attempt,
+                run=self._lineage.run,
+                parent=self._lineage.parent,
+                exact=exact,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                writer={"gockpt": __version__},
+                attributes=attributes,
+                arrays=entries,
+                files=documents,
+            )
+            self._draft.complete(content)
+            replaced = self._publish()
+        self._record(content, replaced)
+        self._let_go()
+        path = self._place.of(directory_names.of_step(self.step))
+        return Published(self.step, content.seq, self.attempt, path, self._draft.nbytes)
+
+    def abort(self) -> None:
+        """Give the save up and delete what there is of it, once no thread writes any more. Never raises.
+
+        After :meth:`commit` returned it does nothing. What can't be deleted now the next sweep deletes.
+        """
+        with self._changed:
+            if self._ended or os.getpid() != self._pid:
+                return
+            self._ended = True
+            self._changed.wait_for(lambda: not self._workers)
+        with suppress(OSError):
+            # Not by name alone: after an exchange whose sync failed, the name is the previous checkpoint's.
+            if self._is_ours(self._partial):
+                remove_entry(self._place, self._partial, self.attempt)
+        self._let_go()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    @contextmanager
+    def _work(self, *, alone: bool = False) -> Iterator[None]:
+        """Let one piece of work happen, unless it is over; an error, whatever it is, ends it for good."""
+        with self._changed:
+            if os.getpid() != self._pid:
+                msg = "a forked process can't go on with its parent's save"
+                raise UsageError(msg)
+            if self._ended:
+                msg = f"the save of step {self.step} has ended"
+                raise SaveAborted(msg)
+            if self._failure is not None:
+                msg = f"the save of step {self.step} failed before: {self._failure}"
+                raise StorageError(msg) from self._failure
+            if alone and self._workers:
+                msg = "commit while chunks are being written"
+                raise UsageError(msg)
+            self._workers += 1
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self._failure or error
+            raise
+        finally:
+            with self._changed:
+                self._workers -= 1
+                self._ended = self._ended or (alone and self._failure is None)
+                self._changed.notify_all()
+
+    def _show_life(self) -> None:
+        """Let observers on other hosts know, now and then, that the writer lives."""
+        now = time.monotonic()
+        if now - self._beat >= _HEARTBEAT_SECONDS:
+            self._beat = now
+            with storage_errors("touch", self._place.of(directory_names.of_owner(self.attempt))):
+                self._place.fs.touch(self._owner_fd)
+
+    def _publish(self) -> publish.Replaced:
+        place = self._place
+        with storage_errors("publish", place.of(self._partial)):
+            if not place.lock.still_held():
+                msg = f"another process took over {place.path} meanwhile; this save is given up"
+                raise StorageError(msg)
+            if not self._is_ours(self._partial):
+                msg = f"{place.of(self._partial)} was taken away meanwhile; this save is given up"
+                raise StorageError(msg)
+            return publish.publish(place, self._partial, self.step)
+
+    def _record(self, content: manifest.Manifest, replaced: publish.Replaced) -> None:
+        name = directory_names.of_step(self.step)
+        self._catalog.forget(name)
+        if replaced is not None:
+            self._catalog.add(*publish.set_aside(self._place, replaced, self.step))
+        self._catalog.add(name, manifest.Identity(content.step, content.seq, content.attempt))
+        self._lineage.parent = content.seq
+
+    def _is_ours(self, name: str) -> bool:
+        place = self._place
+        return place.has(name) and _inode(place.fs.stat(name, dir_fd=place.fd)) == self._inode
+
+    def _let_go(self) -> None:
+        fs, place = self._place.fs, self._place
+        self._draft.close()
+        for fd in (self._fd, self._owner_fd):
+            with suppress(OSError):
+                fs.close(fd)
+        with suppress(OSError):
+            # Whatever still has the name needs the record, until the next sweep sees to it.
+            if not place.has(self._partial):
+                fs.unlink(directory_names.of_owner(self.attempt), dir_fd=place.fd)
+        self._on_end(self)
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

@@ -1,0 +1,122 @@
+"""Files that were written and are not yet known to be on the disk.
+
+Promise: after :meth:`Unsynced.sync` returned, every file that was added is on the disk, whole, and no
+failed write of any of them went unnoticed. A failed write is told once, to whoever has the file open: so
+files stay open until they are synced. Where too many would be open, and ``syncfs`` doesn't report errors,
+a file is synced at once instead.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from gockpt.storage.failures import as_storage_error
+
+if TYPE_CHECKING:
+    from gockpt.storage.filesystem import Filesystem
+
+__all__ = ["Unsynced"]
+
+_MOST_OPEN = 256
+
+
+class Unsynced:
+    """Takes over open descriptors; safe to use from several threads."""
+
+    __slots__ = ("_fs", "_limit", "_mutex", "_open", "_shut", "_syncfs_tells", "_where", "dir_fd")
+
+    def __init__(self, fs: Filesystem, dir_fd: int, where: str) -> None:
+        """Start with no files.
+
+        Args:
+            fs: The file system.
+            dir_fd: The directory that names are relative to, opened before the first of them is written:
+                from then on ``syncfs`` through it tells of failed writes, to closed files too.
+            where: Path of that directory, for messages.
+
+        Raises:
+            OSError: If the file system can't be identified.
+        """
+        self._fs = fs
+        self._where = where
+        self.dir_fd = dir_fd
+        self._mutex = threading.Lock()
+        self._open: list[tuple[str, int]] = []
+        self._shut: list[str] = []
+        self._syncfs_tells = fs.syncfs_reports_errors(dir_fd)
+        # A share of what the process may have open: the rest belongs to data loaders and sockets.
+        self._limit = min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def add(self, name: str, fd: int) -> None:
+        """Take over a written file.
+
+        Raises:
+            OSError: If it had to be synced or closed now, and that failed.
+        """
+        with self._mutex:
+            keep = len(self._open) < self._limit
+            if keep:
+                self._open.append((name, fd))
+            elif self._syncfs_tells:
+                self._shut.append(name)
+        if keep:
+            return
+        try:
+            if not self._syncfs_tells:
+                self._fs.fsync(fd)
+        finally:
+            self._fs.close(fd)
+
+    def renamed(self, name: str, new_name: str) -> None:
+        """Follow the renaming of a directory that files were written into."""
+        with self._mutex:
+            before = f"{name}/"
+            self._open = [(_moved(file, before, new_name), fd) for file, fd in self._open]
+            self._shut = [_moved(file, before, new_name) for file in self._shut]
+
+    def sync(self) -> None:
+        """Sync and close everything.
+
+        Raises:
+            StorageError: Names the first file that failed. It must not be tried again: the next sync would
+                say "done" while the disk holds something else.
+        """
+        where = self._where
+        try:
+            # All at once first: the many small syncs after it then find nothing to do, and only name the
+            # file that failed.
+            if self._syncfs_tells:
+                self._fs.syncfs(self.dir_fd)
+            while self._open:
+                name, fd = self._open.pop()
+                where = os.path.join(self._where, name)
+                try:
+                    self._fs.fsync(fd)
+                finally:
+                    self._fs.close(fd)
+            for name in self._shut:
+                where = os.path.join(self._where, name)
+                fd = self._fs.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.dir_fd)
+                try:
+                    self._fs.fsync(fd)
+                finally:
+                    self._fs.close(fd)
+            self._shut.clear()
+        except OSError as error:
+            raise as_storage_error(error, "write", where) from error
+
+    def close(self) -> None:
+        """Let go of all files; what becomes of them doesn't matter any more."""
+        with self._mutex:
+            left, self._open = self._open, []
+        for _, fd in left:
+            with suppress(OSError):
+                self._fs.close(fd)
+
+
+def _moved(file: str, before: str, new_name: str) -> str:
+    return f"{new_name}/{file.removeprefix(before)}" if file.startswith(before) else file
