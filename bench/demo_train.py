@@ -119,6 +119,12 @@ class Saves:
         if handle is not self._newest:
             self._newest = handle
             handle.add_done_callback(self._done)
+        if step % self._arguments.every == self._arguments.every // 2 and not handle.done():
+            # Only on a disk that is slower than half an interval: otherwise the next window would start
+            # late, and be shorter than the one asked for.
+            began = perf_counter()
+            handle.result()
+            self._report("waited", step=step, seconds=perf_counter() - began)
         progress = handle.progress()
         self.seen = {
             "due": handle.step,

@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gockpt.checkpoint import Checkpoint, latest, open, steps, verify
     from gockpt.checkpointer import Checkpointer, save_overlapped, wait
     from gockpt.engine.handle import SaveHandle
     from gockpt.errors import (
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from gockpt.options import Options
-    from gockpt.restore import Checkpoint, Restored, latest, load, open, steps, verify
+    from gockpt.restore import Restored, load
 
 __all__ = [
     "Checkpoint",
@@ -82,17 +83,17 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "Checkpoint": "gockpt.restore",
+    "Checkpoint": "gockpt.checkpoint",
     "Checkpointer": "gockpt.checkpointer",
     "Options": "gockpt.options",
     "Restored": "gockpt.restore",
     "SaveHandle": "gockpt.engine.handle",
-    "latest": "gockpt.restore",
+    "latest": "gockpt.checkpoint",
     "load": "gockpt.restore",
-    "open": "gockpt.restore",
+    "open": "gockpt.checkpoint",
     "save_overlapped": "gockpt.checkpointer",
-    "steps": "gockpt.restore",
-    "verify": "gockpt.restore",
+    "steps": "gockpt.checkpoint",
+    "verify": "gockpt.checkpoint",
     "wait": "gockpt.checkpointer",
 }
 """Where the public names live; every other one is an error and lives in gockpt.errors."""

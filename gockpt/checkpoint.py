@@ -39,6 +39,7 @@ __all__ = [
     "verify",
 ]
 
+
 @dataclass(frozen=True, slots=True)
 class Metadata:
     """What is known about a checkpoint besides its tensors.

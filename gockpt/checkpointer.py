@@ -100,7 +100,7 @@ class Checkpointer:
                     store,
                     every=self.every,
                     options=self.options,
-                    last_step=last_loaded_step(model),
+                    last_step=last_loaded_step(model) or 0,
                 )
             except BaseException:
                 store.close()

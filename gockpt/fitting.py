@@ -178,9 +178,9 @@ class _Fitter:
         saved_names += [f"model/{fqn}" for fqn in self.saved.computed]
         there = set(saved_names)
         ties: dict[str, list[str]] = {}
-        for alias, name in self.live.aliases.items():
+        for alias, tied_to in self.live.aliases.items():
             if alias.startswith("model/"):
-                ties.setdefault(name, []).append(alias)
+                ties.setdefault(tied_to, []).append(alias)
         taken: set[str] = set()
         for name, tensor in self.live.entries.items():
             if name[0] != "model":
@@ -229,7 +229,7 @@ class _Fitter:
             """Return the name under which the checkpoint knows a parameter: tied ones have several."""
             if fqn in known:
                 return fqn
-            others = (alias for alias, name in self.live.aliases.items() if name == f"model/{fqn}")
+            others = (alias for alias, target in self.live.aliases.items() if target == f"model/{fqn}")
             for public in (f"model/{fqn}", *others):
                 other = self.resolve(public).removeprefix("model/")
                 if other in known:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,92 +15,103 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gockpt.filling import Filler
-    from gockpt.fitting import OptimizerPlan
+    from gockpt.fitting import OptimizerPlan, ParamPlan
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """Decoded values of one optimizer.
+__all__ = ["OptimizerRestore", "OptionsReport"]
+
+
+@dataclass(slots=True)
+class OptionsReport:
+    """What was particular about options of param groups.
 
     Attributes:
-        values: By ``id`` of their :class:`Value`, which the plan holds.
-        options: Of each live group; ``None`` where none are taken over.
-        own: State under keys that are no parameters.
-        more: What its own ``state_dict`` adds.
+        new: Set, though the live group did not have them.
+        kept: Of live groups, not in the checkpoint; left as they were.
     """
 
-    values: dict[int, Any]
-    options: list[Any]
-    own: dict[Any, Any]
-    more: dict[str, Any]
+    new: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
 
-    # -- optimizers
+class OptimizerRestore:
+    """One optimizer's load: everything that can fail for its content is decoded when it is made."""
 
-    def prepare(self, plan: OptimizerPlan) -> _Prepared:
-        """Decode everything of an optimizer that is no array of its own."""
-        values: dict[int, Any] = {}
-        for param in plan.params:
-            for document in (
-                [param.state] if isinstance(param.state, Value) else [v for _, v in param.state or ()]
-            ):
-                if isinstance(document, Value):
-                    values[id(document)] = decode(document.document, self.reader_to(document.device))
-        options = [
-            None if source is None else decode(plan.saved.groups[source].options, self.read)
+    def __init__(self, plan: OptimizerPlan, filler: Filler) -> None:
+        """Decode options and values; read no state that is an array of its own."""
+        self._plan = plan
+        self._filler = filler
+        self._options = [
+            None if source is None else decode(plan.saved.groups[source].options, filler.read)
             for source in plan.groups
         ]
-        return _Prepared(
-            values=values,
-            options=options,
-            own=decode(plan.saved.values, self.read),
-            more=decode(plan.saved.more, self.read),
-        )
-
-    def apply_optimizer(self, live: LiveState, plan: OptimizerPlan, prepared: _Prepared) -> None:
-        optimizer = live.optimizers[plan.index]
-        if prepared.more:
-            # It replaces groups and states by casts of themselves: everything else comes after it.
-            optimizer.load_state_dict({**optimizer.state_dict(), **prepared.more})
-        for g, options in enumerate(prepared.options):
-            if options is not None:
-                self.apply_options(f"optimizer {plan.index}, group {g}", optimizer.param_groups[g], options)
+        self._own = decode(plan.saved.values, filler.read)
+        self._more = decode(plan.saved.more, filler.read)
+        # By id of the Value, which the plan keeps alive.
+        self._values: dict[int, Any] = {}
         for param in plan.params:
-            tensor = param.entry.param
-            if param.state is None:
-                optimizer.state.pop(tensor, None)
-                continue
-            if isinstance(param.state, Value):
-                optimizer.state[tensor] = prepared.values[id(param.state)]
-                continue
-            state = {}
-            for key, source in param.state:
-                decoded = decode(key, self.read)
-                if isinstance(source, Fill):
-                    self.fill(source)
-                    state[decoded] = param.entry.state[decoded]
-                elif isinstance(source, Create):
-                    state[decoded] = self.create(source)
-                else:
-                    state[decoded] = prepared.values[id(source)]
-            present = optimizer.state.get(tensor)
-            if isinstance(present, dict):
-                present.clear()
-                present.update(state)
-            else:
-                optimizer.state[tensor] = state
+            for _, part in _parts(param):
+                if isinstance(part, Value):
+                    self._values[id(part)] = decode(part.document, filler.reader_to(part.device))
+
+    def apply(self, optimizer: Any, report: OptionsReport) -> None:
+        """Change the live optimizer."""
+        if self._more:
+            # It replaces groups and states by casts of themselves: everything else comes after it.
+            optimizer.load_state_dict({**optimizer.state_dict(), **self._more})
+        for index, options in enumerate(self._options):
+            if options is not None:
+                where = f"optimizer {self._plan.index}, group {index}"
+                _apply_options(where, optimizer.param_groups[index], options, report)
+        for param in self._plan.params:
+            self._apply_state(optimizer, param)
         for key in [key for key in optimizer.state if not isinstance(key, torch.Tensor)]:
             del optimizer.state[key]
-        optimizer.state.update(prepared.own)
+        optimizer.state.update(self._own)
 
-    def apply_options(self, where: str, group: dict[str, Any], options: Mapping[str, Any]) -> None:
-        for key, value in options.items():
-            if key in ("params", "param_names"):
-                continue
-            if key not in group:
-                self.options_new.append(f"{where}: {key}")
-            group[key] = _into(group.get(key), value)
-        kept = [key for key in group if key not in options and key not in ("params", "param_names")]
-        self.options_kept += [f"{where}: {key}" for key in kept]
+    def _apply_state(self, optimizer: Any, plan: ParamPlan) -> None:
+        param = plan.entry.param
+        if plan.state is None:
+            optimizer.state.pop(param, None)
+            return
+        if isinstance(plan.state, Value):
+            optimizer.state[param] = self._values[id(plan.state)]
+            return
+        state: dict[Any, Any] = {}
+        for key, part in _parts(plan):
+            name = decode(key, self._filler.read)
+            if isinstance(part, Fill):
+                self._filler.fill(part)
+                state[name] = plan.entry.state[name]
+            elif isinstance(part, Create):
+                state[name] = self._filler.create(part)
+            else:
+                state[name] = self._values[id(part)]
+        live = optimizer.state.get(param)
+        if isinstance(live, dict):
+            live.clear()
+            live.update(state)
+        else:
+            optimizer.state[param] = state
+
+
+def _parts(plan: ParamPlan) -> list[tuple[Any, Fill | Create | Value]]:
+    if isinstance(plan.state, Value):
+        return [(None, plan.state)]
+    return list(plan.state or ())
+
+
+def _apply_options(
+    where: str, group: dict[str, Any], options: Mapping[str, Any], report: OptionsReport
+) -> None:
+    for key, value in options.items():
+        if key == "param_names":
+            continue
+        if key not in group:
+            report.new.append(f"{where}: {key}")
+        group[key] = _into(group.get(key), value)
+    kept = [key for key in group if key not in options and key not in ("params", "param_names")]
+    report.kept += [f"{where}: {key}" for key in kept]
+
 
 def _into(live: Any, value: Any) -> Any:
     """Return what an option becomes: a live tensor stays that tensor if it can hold the saved value."""
@@ -109,13 +120,11 @@ def _into(live: Any, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         if live.shape != value.shape or live.dtype != value.dtype:
             return value
-        _copy(value, live)
+        copy_into(live, value)
         return live
     if type(value) in (int, float) and live.numel() == 1:
         held = torch.full_like(live, value)
         if held.item() == value:
-            _copy(held, live)
+            copy_into(live, held)
             return live
     return value
-
-

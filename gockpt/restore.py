@@ -18,21 +18,23 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gockpt import rng as generators
-from gockpt.checkpoint import Metadata, checked_step, metadata_of, read_whole, state_of, steps
+from gockpt.checkpoint import Metadata, checked_step, metadata_of, state_of, steps
 from gockpt.errors import CheckpointPruned, GockptError, StateMismatch, UsageError
-from gockpt.fitting import Create, Fill, Value, fit
+from gockpt.filling import Filler
+from gockpt.fitting import fit
 from gockpt.naming import bare_module, models_of
+from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
 from gockpt.state import collect
 from gockpt.storage.listing import open_checkpoint
-from gockpt.tensors import DTYPE_OF, as_bytes, may_alias_itself
-from gockpt.unplain import decode, items
+from gockpt.tensors import may_alias_itself
+from gockpt.unplain import decode
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from gockpt.document import SavedState
-    from gockpt.fitting import OptimizerPlan, Plan
+    from gockpt.fitting import Plan
     from gockpt.state import LiveState
     from gockpt.storage.reader import StoredCheckpoint
 
@@ -126,7 +128,7 @@ def load(
 def last_loaded_step(model: Any) -> int | None:
     """Return the step that was last loaded into this very model; ``None`` if none was."""
     for anchor in _anchors(model):
-        found = _last_steps.get(anchor)
+        found = _last_steps.get(anchor)  # type: ignore[no-untyped-call]
         if found is not None:
             return int(found)
     return None
@@ -161,11 +163,8 @@ class _Load:
         self.strict = strict
         self.wanted_extras = _checked_extras(extra)
         self.rng = rng
-        self.overwritten: list[str] = []
-        self.targets: dict[str, torch.Tensor] = {}
-        self.staged: dict[str, torch.Tensor] = {}
-        self.options_new: list[str] = []
-        self.options_kept: list[str] = []
+        self.filler = Filler(stored)
+        self.options = OptionsReport()
 
     def run(self) -> Restored:
         saved = state_of(self.stored)
@@ -179,19 +178,20 @@ class _Load:
             raise self.mismatch(plan)
 
         # All that can fail for its content is read before anything is changed.
-        extras = {name: decode(document, self.read) for name, document in saved.extra.items()}
-        states = decode(saved.rng, self.read) if self.rng and saved.rng is not None else None
+        read = self.filler.read
+        extras = {name: decode(document, read) for name, document in saved.extra.items()}
+        states = decode(saved.rng, read) if self.rng and saved.rng is not None else None
         if states is not None:
             generators.check(states)
-        computed = {fqn: decode(document, self.read) for fqn, document in plan.computed.items()}
-        self.stage(plan)
-        prepared = [self.prepare(part) for part in plan.optimizers]
+        computed = {fqn: decode(document, read) for fqn, document in plan.computed.items()}
+        self.filler.stage(plan.fills)
+        optimizers = [OptimizerRestore(part, self.filler) for part in plan.optimizers]
 
         try:
             for fill in plan.fills:
-                self.fill(fill)
-            for part, values in zip(plan.optimizers, prepared, strict=True):
-                self.apply_optimizer(live, part, values)
+                self.filler.fill(fill)
+            for part, restore in zip(plan.optimizers, optimizers, strict=True):
+                restore.apply(live.optimizers[part.index], self.options)
             self.apply_computed(live, computed)
             for name, target in self.wanted_extras.items():
                 if name in extras:
@@ -199,7 +199,7 @@ class _Load:
                     _hand_over(target, copy.deepcopy(extras[name]))
             absent = generators.restore(states) if states is not None else ()
         except BaseException as error:
-            if self.overwritten:
+            if self.filler.overwritten:
                 error.add_note(self.half_loaded(plan))
             raise
         for anchor in _anchors(self.model):
@@ -216,8 +216,8 @@ class _Load:
             missing=tuple(plan.missing),
             unexpected=tuple(plan.unexpected),
             mismatched=tuple(plan.mismatched),
-            options_new=tuple(self.options_new),
-            options_kept=tuple(self.options_kept),
+            options_new=tuple(self.options.new),
+            options_kept=tuple(self.options.kept),
             rng_absent=absent,
             metadata=metadata_of(self.stored, saved),
         )
@@ -247,17 +247,16 @@ class _Load:
         )
 
     def half_loaded(self, plan: Plan) -> str:
-        others = [number for number in steps(self.path) if number != self.stored.step]
-        older = (
-            f"load another step ({_some([str(n) for n in others])})" if others else "there is no other step"
-        )
+        done = self.filler.overwritten
+        try:
+            others = [str(number) for number in steps(self.path) if number != self.stored.step]
+        except GockptError:
+            others = []
+        older = f"load another step ({_some(others)})" if others else "no other step is there to load"
         return (
-            f"{len(self.overwritten)} tensors had been overwritten ({_some(self.overwritten)}), of "
-            f"{len(plan.fills)} in the model: the objects are part old, part loaded. Before training on, {older} "
-            "or build them anew"
+            f"{len(done)} tensors had been overwritten ({_some(done)}), of {len(plan.fills)} in the model: "
+            f"the objects are part old, part loaded. Before training on, {older}, or build them anew"
         )
-
-    # -- the rest
 
     def apply_computed(self, live: LiveState, computed: dict[str, Any]) -> None:
         """Give a module's own ``load_state_dict`` what only that can take back."""
@@ -268,7 +267,7 @@ class _Load:
             if not own:
                 continue
             # The whole state dict, as hooks may expect; what was loaded already is copied onto itself.
-            complete = dict(part.state_dict())
+            complete = part.state_dict()
             for key in [key for key, value in complete.items() if _overlaps(value)]:
                 del complete[key]
             for made in live.computed.values():
@@ -287,8 +286,8 @@ def _checked_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
     for name, target in extra.items():
         if not hasattr(target, "load_state_dict") and not callable(target):
             msg = (
-                f"extra[{name!r}] is a {type(target).__name__}, which can't be restored in place; pass an object "
-                f"with load_state_dict() or a function, or take the value from the result's .extra[{name!r}]"
+                f"extra[{name!r}] is a {type(target).__name__}, which can't be restored in place; pass an "
+                f"object with load_state_dict() or a function, or use the result's .extra[{name!r}]"
             )
             raise UsageError(msg)
     return dict(extra)

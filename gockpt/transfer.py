@@ -76,12 +76,8 @@ class Copy:
     itemsize: int
     start: int
     owner: Any
-    expected: int = 0
+    expected: int
     arrived: int | None = None
-
-    def stamp(self) -> None:
-        """Take the source's fingerprint now: this is the boundary."""
-        self.expected = fingerprint(self.source, self.itemsize, self.start)
 
     def run(self) -> None:
         """Copy, and fingerprint what arrived."""

@@ -85,6 +85,13 @@ def _raise(top: np.ndarray, v: np.ndarray) -> None:
 
 
 @serial
+def _raise_tail(top: np.ndarray, v: np.ndarray) -> None:
+    """``_raise`` behind the last whole vector: there a NaN in ``v`` is passed over."""
+    for i in range(v.size):
+        top[i] = v[i] if top[i] < v[i] else top[i]
+
+
+@serial
 def _descend(p: np.ndarray, m: np.ndarray, v: np.ndarray, s: np.ndarray) -> None:
     """The second half of an update: move the parameters, with the IEEE root of ``v``."""
     bc2s, eps, step = s[6], s[7], s[8]
@@ -148,5 +155,5 @@ def adam(
             squares = vt
             if top.size != 0:
                 squares = top[body:]
-                _raise(squares, vt)
+                _raise_tail(squares, vt)
             _descend(pt, mt, squares, s)

@@ -93,7 +93,6 @@ def open_checkpoint(
     try:
         if _has_manifest(directory):
             return _open_itself(directory, path, step, threads=threads)
-        damaged: dict[str, ManifestCorrupt] = {}
         for _ in range(_TRIES):
             entries, damaged = _survey(directory, path, step)
             if step is not None and directory_names.of_step(step) in damaged:
@@ -158,28 +157,41 @@ def _survey(
     Returns:
         The complete ones, oldest publication first, and what is wrong with the damaged ones, by name.
     """
-    published: list[CheckpointEntry] = []
-    replaced: list[CheckpointEntry] = []
-    damaged: dict[str, ManifestCorrupt] = {}
-    for name in sorted(os.listdir(directory)):
-        known = directory_names.parse(name)
-        if known is None or known.kind not in ("step", "old") or step not in (None, known.step):
-            continue
-        try:
-            found = _open_child(directory, path, name)
-        except ManifestCorrupt as error:
-            _log.warning("passing over a damaged checkpoint: %s", error)
-            damaged[name] = error
-            continue
-        if found is not None:
-            os.close(found[0])
-            entry = _entry(os.path.join(path, name), found[1])
-            (published if known.kind == "step" else replaced).append(entry)
+    names = _candidates(directory, step)
+    for _ in range(_TRIES):
+        published: list[CheckpointEntry] = []
+        replaced: list[CheckpointEntry] = []
+        damaged: dict[str, ManifestCorrupt] = {}
+        for name, kind in names.items():
+            try:
+                found = _open_child(directory, path, name)
+            except ManifestCorrupt as error:
+                _log.warning("passing over a damaged checkpoint: %s", error)
+                damaged[name] = error
+                continue
+            if found is not None:
+                os.close(found[0])
+                entry = _entry(os.path.join(path, name), found[1])
+                (published if kind == "step" else replaced).append(entry)
+        looked_at, names = names, _candidates(directory, step)
+        if names == looked_at or len(published) + len(replaced) + len(damaged) == len(looked_at):
+            break
+        # One was pruned before it could be looked at: then a newer one may have come that wasn't listed.
     # What was replaced counts only where its successor isn't there: a crash between two renames.
     replaced.sort(key=lambda entry: entry.seq)
     newest = {entry.step: entry.path for entry in replaced + published}
     entries = [replace(entry, superseded=entry.path != newest[entry.step]) for entry in replaced + published]
     return sorted(entries, key=lambda entry: entry.seq), damaged
+
+
+def _candidates(directory: int, step: int | None) -> dict[str, str]:
+    """Return the names in a path that stand for published checkpoints, with their kind."""
+    names = {name: directory_names.parse(name) for name in sorted(os.listdir(directory))}
+    return {
+        name: known.kind
+        for name, known in names.items()
+        if known is not None and known.kind in ("step", "old") and step in (None, known.step)
+    }
 
 
 def _open_child(directory: int, path: str, name: str) -> tuple[int, Manifest] | None:
@@ -215,6 +227,10 @@ def _open_child(directory: int, path: str, name: str) -> tuple[int, Manifest] | 
 def _nothing_found(directory: int, path: str, step: int | None) -> CheckpointNotFound | NotACheckpoint:
     """Return the error that says what is there instead."""
     steps = sorted({entry.step for entry in _survey(directory, path)[0]})
+    if steps and step is None:
+        return CheckpointNotFound(
+            f"every checkpoint in {path!r} was removed before it could be opened; try again"
+        )
     if steps:
         shown = ", ".join(str(n) for n in steps[-_SHOWN:])
         there = f"the last {_SHOWN} of {len(steps)} are" if len(steps) > _SHOWN else "there are"

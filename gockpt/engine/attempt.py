@@ -15,16 +15,17 @@ import numpy as np
 import torch
 
 from gockpt import replay
+from gockpt.engine.evidence import of_piece, of_pieces, take
 from gockpt.engine.messages import ArrayPlace, Gradient
-from gockpt.kernels.fingerprint import fingerprint
 from gockpt.schedule import part_ranges
 from gockpt.transfer import Batch, Copy, dense_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from gockpt.arena import Arena
     from gockpt.engine.cut import Cut, Piece, Unit
+    from gockpt.engine.evidence import Evidence
     from gockpt.engine.job import Job
     from gockpt.engine.messages import Stretch
     from gockpt.engine.ring import Ring
@@ -48,7 +49,6 @@ class Attempt:
     """The training side of one attempt.
 
     Attributes:
-        updates: Updates seen since the window opened.
         broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
 
@@ -75,7 +75,6 @@ class Attempt:
         self.ring = ring
         self.job = job
         self._trace = trace
-        self.updates = 0
         self.broken: str | None = None
         self.copied_bytes = 0
         self.copy_seconds = 0.0
@@ -87,56 +86,62 @@ class Attempt:
         self._next_part = 0
         self._copies: list[Copy] = []
         self._batch: Batch | None = None
+        self._evidence: Evidence = {}
         self._grad_at_pre: dict[int, list[Gradient]] = {}
 
     # -- ticks -------------------------------------------------------------------------------
 
-    def send_part(self) -> None:
+    def send_part(self, live: LiveState) -> None:
         """Start copying the next part; its live bytes of this moment are what must arrive."""
         self.settle()
+        evidence = self._look(live)
         if self._next_part >= len(self._parts) - 1:
             return
         pieces = [self.cut.pieces[i] for i in self._parts[self._next_part]]
         self._next_part += 1
-        self._copies = [copy for piece in pieces for copy in self._copy_of(piece)]
-        self._transfer.run(copy.stamp for copy in self._copies)
+        self._copies = [self._copy(piece, stretch) for piece in pieces for stretch in piece.stretches]
         for piece in pieces:
             piece.sent = True
-            piece.known = tuple(c.expected for c in self._copies if c.owner[0] is piece)
+            piece.known = of_piece(evidence, piece)
         self._start()
 
-    def check(self) -> None:
-        """Compare what left with the live state; pieces that changed unexplained become late."""
-        sent = [p for p in self.cut.pieces if p.sent and p.late is None]
-        for piece, now in self._fingerprints(sent):
-            if now is None:
-                self._make_late(piece, "its tensors were replaced")
-            elif piece.known is not None and now != piece.known:
-                self._make_late(piece, "changed outside optimizer.step()")
-            else:
-                piece.known = now
-
     def close(self, live: LiveState) -> dict[int, tuple[int, ...]]:
-        """Take the closing boundary and start copying the rest behind the next step.
+        """Take the closing boundary; :meth:`start_rest` then copies the rest behind the next step.
 
         Returns:
             The fingerprints that each replayed piece must arrive at.
         """
         self.settle()
-        self.check()
-        self.live = live
-        proofs = {
-            p.index: p.known for p in self.cut.pieces if p.sent and p.late is None and p.known is not None
-        }
+        evidence = self._look(live)
+        proofs = {p.index: of_piece(evidence, p) for p in self._sent()}
         late = [p for p in self.cut.pieces if p.index not in proofs]
         self.job.discard(p.index for p in late)
-        copies = [copy for piece in late for copy in self._copy_of(piece)]
-        copies += [copy for piece in self.cut.loose for copy in self._copy_loose(piece)]
-        self._copies = copies
-        self._transfer.run(copy.stamp for copy in copies)
+        self._copies = [self._copy(p, s) for p in (*late, *self.cut.loose) for s in p.stretches]
         for name in self.cut.at_once:
             copy_at_once(live.entries[name], self._layout_of(name), self._arena)
         return proofs
+
+    def stands_at_tick(self, live: LiveState) -> bool:
+        """Whether the whole state still is, bit for bit, what it was at the last tick looked at."""
+        return take(live, self.cut, self._transfer) == self._evidence
+
+    def _look(self, live: LiveState) -> Evidence:
+        """Fingerprint the whole state; pieces that left and changed unexplained become late."""
+        self.live = live
+        evidence = self._evidence = take(live, self.cut, self._transfer)
+        for piece in self._sent():
+            self._judge(piece, of_piece(evidence, piece))
+        return evidence
+
+    def _judge(self, piece: Piece, now: tuple[int, ...] | None) -> None:
+        if now is None:
+            self._make_late(piece, "its tensors were replaced")
+        elif piece.known is not None and now != piece.known:
+            self._make_late(piece, "changed outside optimizer.step()")
+        piece.known = now
+
+    def _sent(self) -> list[Piece]:
+        return [p for p in self.cut.pieces if p.sent and p.late is None]
 
     def start_rest(self, on_done: Callable[[], None]) -> None:
         """Start the copies that :meth:`close` took the boundary of."""
@@ -185,24 +190,23 @@ class Attempt:
         """Let the update go ahead: nothing it overwrites is still needed afterwards."""
         self.settle()
         if self._full:
-            self.check()
+            for piece, now in of_pieces(self._sent(), self._live_bytes(), self._transfer):
+                self._judge(piece, now)
         self._collect(optimizer, at="pre")
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Take what the update consumed, for the pieces that already left."""
-        self.updates += 1
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:
             self._drop_pre()
             return
         collected = self._collect(optimizer, at="post")
-        sent = [p for p in self.cut.pieces if p.sent and p.late is None]
-        moved = [p for p in sent if p.unit is not None and p.unit.optimizer is optimizer]
+        moved = [p for p in self._sent() if p.unit is not None and p.unit.optimizer is optimizer]
         if not self._full:
             for piece in moved:
                 piece.known = None
             return
-        for piece, now in self._fingerprints(moved):
+        for piece, now in of_pieces(moved, self._live_bytes(), self._transfer):
             if piece.index not in collected and now != piece.known:
                 self._make_late(piece, "updated without a gradient that was seen")
             piece.known = now
@@ -314,47 +318,34 @@ class Attempt:
             result.append(ArrayPlace(array, 0, tuple(tensor.stride()) if stored else None))
         return tuple(result)
 
-    def _copy_of(self, piece: Piece) -> Iterable[Copy]:
-        if piece.unit is None:
-            msg = f"piece {piece.index} has no unit"
-            raise ValueError(msg)
-        for stretch, tensor in zip(piece.stretches, piece.unit.tensors(), strict=True):
-            yield self._copy(piece, stretch, tensor)
-
-    def _copy_loose(self, piece: Piece) -> Iterable[Copy]:
-        stretch = piece.stretches[0]
-        yield self._copy(piece, stretch, self.live.entries[stretch.name])
-
-    def _copy(self, piece: Piece, stretch: Stretch, tensor: torch.Tensor) -> Copy:
-        source = dense_bytes(tensor)
+    def _copy(self, piece: Piece, stretch: Stretch) -> Copy:
+        source = dense_bytes(self.live.entries[stretch.name])
         if source is None:
-            msg = f"{'/'.join(stretch.name)} is not dense any more"
+            msg = f"{'/'.join(stretch.name)} does not lie gapless in memory any more"
             raise ValueError(msg)
         low, high = stretch.start * stretch.itemsize, stretch.stop * stretch.itemsize
         target = self._arena.view(stretch.offset, stretch.nbytes)
-        return Copy(source[low:high], target, stretch.itemsize, stretch.start, (piece, stretch.name))
+        expected = self._evidence[stretch.name, stretch.start]
+        return Copy(
+            source[low:high], target, stretch.itemsize, stretch.start, (piece, stretch.name), expected
+        )
 
     def _layout_of(self, name: Name) -> ArrayLayout:
         return next(a for a in self.layout.arrays if a.spec.name == name)
 
-    def _fingerprints(self, pieces: list[Piece]) -> list[tuple[Piece, tuple[int, ...] | None]]:
-        """Fingerprint live pieces, on two threads; ``None`` where a tensor is gone or has another form."""
-        views: dict[int, list[np.ndarray | None]] = {}
-        results: dict[int, list[int | None]] = {}
-        tasks = []
-        for piece in pieces:
+    def _live_bytes(self) -> Callable[[Piece], list[np.ndarray | None]]:
+        """Return a look-up of units' live memory as it is now; each unit is looked up once."""
+        views: dict[str, list[np.ndarray | None]] = {}
+
+        def of(piece: Piece) -> list[np.ndarray | None]:
             unit = piece.unit
             if unit is None:
-                continue
-            if id(unit) not in views:
-                views[id(unit)] = _live_views(unit)
-            results[piece.index] = [None] * len(piece.stretches)
-            tasks.append(_stamp_task(piece, views[id(unit)], results[piece.index]))
-        self._transfer.run(tasks)
-        return [
-            (p, None if any(v is None for v in results[p.index]) else tuple(v or 0 for v in results[p.index]))
-            for p in pieces
-        ]
+                return [None] * len(piece.stretches)
+            if unit.fqn not in views:
+                views[unit.fqn] = _live_views(unit)
+            return views[unit.fqn]
+
+        return of
 
 
 def _live_views(unit: Unit) -> list[np.ndarray | None]:
@@ -362,23 +353,13 @@ def _live_views(unit: Unit) -> list[np.ndarray | None]:
     try:
         tensors = unit.tensors()
     except KeyError:
-        return [None] * (1 + len(unit.rule.states))
+        return [None] * len(unit.names)
     return [
         dense_bytes(t)
         if isinstance(t, torch.Tensor) and t.shape == expected and t.dtype == torch.float32
         else None
         for t in tensors
     ]
-
-
-def _stamp_task(piece: Piece, views: list[np.ndarray | None], out: list[int | None]) -> Callable[[], None]:
-    def task() -> None:
-        for position, (stretch, view) in enumerate(zip(piece.stretches, views, strict=True)):
-            if view is not None and view.nbytes >= stretch.stop * stretch.itemsize:
-                part = view[stretch.start * stretch.itemsize : stretch.stop * stretch.itemsize]
-                out[position] = fingerprint(part, stretch.itemsize, stretch.start)
-
-    return task
 
 
 def copy_at_once(tensor: torch.Tensor, layout: ArrayLayout, arena: Arena) -> None:

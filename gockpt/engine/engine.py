@@ -17,7 +17,7 @@ from gockpt.cadence import Cadence, Moment
 from gockpt.engine.hooks import Hooks
 from gockpt.engine.pace import Pace
 from gockpt.engine.pool import Pool
-from gockpt.engine.save import Save, as_save_error
+from gockpt.engine.save import Boundary, Save, as_save_error
 from gockpt.engine.sizing import facts_of
 from gockpt.errors import SaveAborted, UsageError
 from gockpt.lifecycle import Event, State
@@ -86,10 +86,8 @@ class Engine:
         self._hooks = Hooks(optimizers, self)
         self._thread = threading.get_ident()
         self._step = last_step
-        self._tick: tuple[int, Extra] | None = None
-        self._marks: dict[tuple[str, ...], tuple[int, int]] = {}
+        self._tick: Boundary | None = None
         self._updates = 0
-        self._updates_at_tick = 0
 
     # -- the public side ---------------------------------------------------------------------
 
@@ -127,10 +125,9 @@ class Engine:
             if self._hooks.reset() and self._save.attempt is not None:
                 self._save.attempt.broken = "an optimizer step ended in an exception"
             self._cadence, moment = self._cadence.tick(step)
-            self._tick = (step, extra)
-            self._updates_at_tick = self._updates
+            boundary = self._tick = Boundary(step, self._updates, extra)
             try:
-                self._advance(step, moment, extra)
+                self._advance(boundary, moment)
             except BaseException as error:
                 self._save.give_up(error)
                 raise
@@ -245,38 +242,36 @@ class Engine:
 
     # -- one tick ----------------------------------------------------------------------------
 
-    def _advance(self, step: int, moment: Moment, extra: Extra) -> None:
+    def _advance(self, boundary: Boundary, moment: Moment) -> None:
         save = self._save
         if save.state is State.CLOSING:
             save.settle()
         if save.state is State.CAPTURED:
-            self._while_busy(step, moment)
+            self._while_busy(boundary.step, moment)
         if save.state is State.VOID:
-            save.retarget(self._collect(), step, self._updates, extra)
+            save.retarget(self._collect(), boundary)
         elif save.state is State.CAPTURED:
             return
         elif moment.due:
             self._hooks.assert_order()
-            save.close(self._collect(), step, self._updates, extra)
+            save.close(self._collect(), boundary)
         elif save.state is State.OPEN:
-            save.go_on()
-            self._mark()
+            save.go_on(self._collect(), boundary)
         else:
-            self._maybe_open(step, moment)
+            self._maybe_open(boundary, moment)
 
     def _while_busy(self, step: int, moment: Moment) -> None:
         """The last save is still being written: help it when it is late, wait for it if asked to."""
-        if moment.ticks_left < self._window_ticks():
-            self._save.hurry()
-        if not moment.due:
+        if moment.ticks_left >= self._window_ticks():
             return
-        if self.options.when_busy == "skip":
+        self._save.hurry()
+        if self.options.when_busy == "wait":
+            while self._save.state is State.CAPTURED:
+                self._changed.wait()
+        elif moment.due:
             _log.info("step %d is due, but step %s is still being written: skipped", step, self._save.step)
-            return
-        while self._save.state is State.CAPTURED:
-            self._changed.wait()
 
-    def _maybe_open(self, step: int, moment: Moment) -> None:
+    def _maybe_open(self, boundary: Boundary, moment: Moment) -> None:
         save = self._save
         if save.shape is None:
             save.prepare(self._collect())
@@ -289,8 +284,8 @@ class Engine:
         plan = make_plan(facts, window=self.options.window, ticks=ticks)
         if plan.window > 1 and plan.window == ticks:
             self._hooks.assert_order()
-            save.open(live, plan, step + moment.ticks_left * self._cadence.stride)
-            self._mark()
+            due = boundary.step + moment.ticks_left * self._cadence.stride
+            save.open(live, plan, due, boundary)
 
     def _window_ticks(self) -> int:
         """Return the window that a save starting now would ask for; an upper bound for "auto"."""
@@ -312,49 +307,31 @@ class Engine:
 
     def _close_at_last_tick(self) -> None:
         """Close where the training thread stands, if that still is the last tick's boundary."""
-        if self._tick is None:
+        boundary, save = self._tick, self._save
+        if boundary is None:
             return
-        step, extra = self._tick
-        save = self._save
         try:
-            why = self._why_not_here()
-            if why is not None:
+            live = self._collect()
+            stepped = self._updates != boundary.updates or self._hooks.reset()
+            if stepped or not self._looked_at(boundary) or not save.stands_at_tick(live):
                 msg = (
-                    f"the window can't be closed here: {why} after the last tick (step {step}); "
-                    "call save_overlapped(...) at the state to save, then wait()"
+                    f"the save of step {save.step} can't be closed here: "
+                    f"{'the optimizer stepped' if stepped else 'parameters may have changed'} after the last "
+                    f"tick (step {boundary.step}); call save_overlapped(...) at the state to save, then wait()"
                 )
                 save.fail(SaveAborted(msg), Event.ABORTED)
             elif save.state is State.VOID:
                 # Nobody trains now: copying all at once costs nothing and can't be overtaken.
                 save.racing = None
-                save.retarget(self._collect(), step, self._updates, extra)
+                save.retarget(live, boundary, remembered=True)
             else:
-                save.close(self._collect(), step, self._updates, extra)
+                save.close(live, boundary, remembered=True)
         except Exception as error:  # noqa: BLE001 - the handle carries it, and the caller raises it
             save.give_up(error)
 
-    def _why_not_here(self) -> str | None:
-        if self._updates != self._updates_at_tick or self._hooks.reset():
-            return "the optimizer stepped"
-        attempt = self._save.attempt
-        if self._save.state is not State.OPEN or attempt is None:
-            return None
-        late = len(attempt.late_parts())
-        attempt.settle()
-        attempt.check()
-        if len(attempt.late_parts()) != late or self._marks_now() != self._marks:
-            return "parameters changed"
-        return None
-
-    def _mark(self) -> None:
-        self._marks = self._marks_now()
-
-    def _marks_now(self) -> dict[tuple[str, ...], tuple[int, int]]:
-        """Return hints of what stands where: a change of these is a change of the state."""
-        return {
-            name: (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)  # noqa: SLF001
-            for name, tensor in self._collect().entries.items()
-        }
+    def _looked_at(self, boundary: Boundary) -> bool:
+        """Whether the save in flight looked at the whole state at the last tick."""
+        return self._save.looked_at is boundary
 
     def _choose_every(self, saved: Saved) -> None:
         if not self._auto_every or not self._pace.step_seconds:

@@ -99,7 +99,11 @@ class Job:
         """Queue one update's gradients for replay, in the order of updates."""
         with self._changed:
             for gradient in gradients:
-                self._pieces[gradient.piece].pending.append(gradient)
+                state = self._pieces.get(gradient.piece)
+                if state is None:  # the job failed meanwhile; the training side has yet to hear of it
+                    self._ring.free(gradient.offset)
+                else:
+                    state.pending.append(gradient)
             self._changed.notify_all()
 
     def hurry(self, *, on: bool) -> None:
@@ -112,11 +116,11 @@ class Job:
         """Forget these pieces' replay and return when nothing touches their memory any more."""
         with self._changed:
             for index in pieces:
-                state = self._pieces.get(index)
+                # Looked up again after each wait: a job that failed has forgotten all of them.
+                while (state := self._pieces.get(index)) is not None and state.busy:
+                    self._changed.wait()
                 if state is None:
                     continue
-                while state.busy:
-                    self._changed.wait()
                 for gradient in state.pending:
                     self._ring.free(gradient.offset)
                 del self._pieces[index]
@@ -241,6 +245,10 @@ class Job:
                     [g.scalars for g in gradients],
                     tail=piece.tail,
                 )
+        except BaseException:
+            with self._changed:
+                state.busy = False
+            raise
         finally:
             for gradient in gradients:
                 self._ring.free(gradient.offset)

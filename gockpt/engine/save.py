@@ -7,6 +7,7 @@ come from worker threads.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from gockpt.engine.attempt import Attempt
     from gockpt.engine.job import Job
+    from gockpt.engine.messages import ArrayPlace
     from gockpt.engine.pace import Pace
     from gockpt.engine.pool import Pool
     from gockpt.options import Options
@@ -38,14 +40,28 @@ if TYPE_CHECKING:
     from gockpt.transfer import Transfer
 
     Name = tuple[str, ...]
-    Extra = Mapping[str, Any] | None
     Distrust = tuple[frozenset[str], frozenset[Name], str]
 
-__all__ = ["Save"]
+__all__ = ["Boundary", "Save", "as_save_error"]
 
 _log = logging.getLogger("gockpt")
 
 MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """One tick.
+
+    Attributes:
+        step: The user's step.
+        updates: Optimizer updates seen so far.
+        extra: The user's extras.
+    """
+
+    step: int
+    updates: int
+    extra: Mapping[str, Any] | None
 
 
 class Save:
@@ -59,6 +75,7 @@ class Save:
         error: What failed in the background and was not raised yet.
         trace: The newest save's spans.
         barred: Parameters whose replay is not trusted any more.
+        looked_at: The last tick at which the whole state was fingerprinted.
         racing: Arrays that are copied inside the closing tick; ``None``: all of them.
     """
 
@@ -84,6 +101,7 @@ class Save:
         self.racing: frozenset[Name] | None = frozenset()
         self.shape: Shape | None = None
         self.memory = Memory(options)
+        self.looked_at: Boundary | None = None
         self._store = store
         self._options = options
         self._lock = lock
@@ -93,6 +111,9 @@ class Save:
         self._drive = drive
         self._on_saved = on_saved
         self._capture: Capture | None = None
+        self._voided: Attempt | None = None
+        self._document: dict[str, Any] = {}
+        self._additions: tuple[ArrayPlace, ...] = ()
         self._boosted = False
         self._settling = False
         self._commands: dict[Command, Callable[[Any], None]] = {
@@ -123,23 +144,34 @@ class Save:
             self.shape = shape
         return self.shape
 
-    def open(self, live: LiveState, plan: Plan, due: int) -> None:
+    def open(self, live: LiveState, plan: Plan, due: int, moment: Boundary) -> None:
         """Start a window that will close at step ``due``; the first part leaves now."""
         self._begin(live, plan, due)
-        self._run(Event.OPENED)
+        self._run(Event.OPENED, live)
+        self._remember(live, moment)
 
-    def go_on(self) -> None:
+    def go_on(self, live: LiveState, moment: Boundary) -> None:
         """Send the next part of an open window."""
-        if self.attempt is not None and self.attempt.broken is None:
-            self._run(Event.TICKED)
+        attempt = self.attempt
+        if attempt is None or self._broken(live):
+            return
+        self._run(Event.TICKED, live)
+        self._remember(live, moment)
 
-    def close(self, live: LiveState, step: int, updates: int, extra: Extra) -> None:
-        """Take the closing boundary now, from an open window or from nothing."""
-        handle = None
+    def stands_at_tick(self, live: LiveState) -> bool:
+        """Whether the state still is what it was at the last tick, as far as this save looked at it."""
+        attempt = self.attempt or self._voided
+        return attempt is not None and not self._broken(live) and attempt.stands_at_tick(live)
+
+    def close(self, live: LiveState, moment: Boundary, *, remembered: bool = False) -> None:
+        """Take the closing boundary now, from an open window or from nothing.
+
+        With ``remembered``, extras, random states and options are those of the window's last tick: the
+        state was shown to be the same as then.
+        """
+        handle, step = None, moment.step
         if self.state is State.OPEN and self.attempt is not None:
-            why = self.attempt.broken
-            if why is None and shape_of(live).key != self.attempt.shape_key:
-                why = "parameters, buffers or states were added, removed or reshaped"
+            why = self._broken(live)
             if why is not None:
                 # What left early is dropped; all of it leaves at this closing tick. Nothing is lost.
                 handle = self.handle
@@ -149,11 +181,11 @@ class Save:
                 self.attempt = None
         if self.attempt is None:
             self._begin(live, self._plan_now(live), step, handle=handle)
-        self._take_boundary(live, step, updates, extra)
+        self._take_boundary(live, moment, remembered=remembered)
 
-    def retarget(self, live: LiveState, step: int, updates: int, extra: Extra) -> None:
+    def retarget(self, live: LiveState, moment: Boundary, *, remembered: bool = False) -> None:
         """Try a void save again: all of it leaves at this tick, and this tick's step is published."""
-        handle = self.handle
+        handle, step = self.handle, moment.step
         if handle is None:
             return
         if handle.attempts >= MAX_ATTEMPTS:
@@ -166,7 +198,7 @@ class Save:
         handle.retarget(step, why)
         _log.warning("save retargeted to step %d: %s", step, why)
         self._begin(live, self._plan_now(live), step, handle=handle)
-        self._take_boundary(live, step, updates, extra)
+        self._take_boundary(live, moment, remembered=remembered)
 
     def settle(self) -> None:
         """Prove the copies of the closing tick: the state is captured, or its attempt is void."""
@@ -251,18 +283,35 @@ class Save:
         facts = self.shape_of(live).rough(self._pace.step_seconds, self._pace.copy_rate)
         return make_plan(facts, window=self._options.window, ticks=1)
 
-    def _take_boundary(self, live: LiveState, step: int, updates: int, extra: Extra) -> None:
-        attempt, _, handle = self._started()
-        random_states = rng.capture()
-        handle.move(step)
-        proofs = attempt.close(live)
+    def _broken(self, live: LiveState) -> str | None:
+        """Return why what left early can't be used any more."""
+        attempt = self.attempt or self._voided
+        if attempt is not None and attempt.broken is None and shape_of(live).key != attempt.shape_key:
+            attempt.broken = "parameters, buffers or states were added, removed or reshaped"
+        return None if attempt is None else attempt.broken
+
+    def _remember(self, live: LiveState, moment: Boundary) -> None:
+        """Keep what only this tick knows, in case the window has to be closed here after all."""
         document, added = build_document(
-            live, step=step, optimizer_steps=updates, extra=capture_extras(extra), rng=random_states
+            live,
+            step=moment.step,
+            optimizer_steps=moment.updates,
+            extra=capture_extras(moment.extra),
+            rng=rng.capture(),
         )
-        additions = write_additions(added, self.memory)
-        attributes = {"gockpt": {"step": step, "optimizer_steps": updates, "exact": True}}
-        arrays = attempt.places(live) + additions
-        self._capture = Capture(step, arrays, proofs, document, attributes, exact=True)
+        self._additions = write_additions(added, self.memory)
+        self._document = document
+        self.looked_at = moment
+
+    def _take_boundary(self, live: LiveState, moment: Boundary, *, remembered: bool) -> None:
+        attempt, _, handle = self._started()
+        handle.move(moment.step)
+        if not remembered:
+            self._remember(live, moment)
+        proofs = attempt.close(live)
+        attributes = {"gockpt": {"step": moment.step, "optimizer_steps": moment.updates, "exact": True}}
+        arrays = attempt.places(live) + self._additions
+        self._capture = Capture(moment.step, arrays, proofs, self._document, attributes, exact=True)
         self._run(Event.DUE)
 
     def _copies_ended(self, attempt: Attempt) -> None:
@@ -291,8 +340,8 @@ class Save:
             self._commands[command](payload)
         self._lock.notify_all()
 
-    def _send_part(self, _: object) -> None:
-        self._started()[0].send_part()
+    def _send_part(self, live: LiveState) -> None:
+        self._started()[0].send_part(live)
 
     def _send_rest(self, _: object) -> None:
         attempt = self._started()[0]
@@ -317,10 +366,11 @@ class Save:
     def _discard(self, _: object) -> None:
         if self.job is not None:
             self.job.abort()
+        self._voided = self.attempt
         self.attempt = self.job = self._capture = None
 
     def _fail_handle(self, error: BaseException) -> None:
-        handle = self.handle
+        handle, self._voided = self.handle, None
         if handle is None or handle.durable.done():
             return
         if not isinstance(error, SaveAborted):
@@ -331,7 +381,7 @@ class Save:
         handle.durable.set_exception(error)
 
     def _resolve(self, saved: Saved) -> None:
-        self.attempt = self.job = self._capture = None
+        self.attempt = self.job = self._capture = self._voided = None
         self._on_saved(saved)
 
     # -- outcomes, on worker threads ---------------------------------------------------------

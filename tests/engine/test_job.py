@@ -1,0 +1,370 @@
+"""The background half of a save, with a store in memory: replay, proof, writing, one report."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gockpt.arena import Arena
+from gockpt.engine import job as job_module
+from gockpt.engine.job import Job
+from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
+from gockpt.engine.pool import Pool
+from gockpt.engine.ring import Ring
+from gockpt.engine.trace import Trace
+from gockpt.errors import StorageError, WorkerError
+from gockpt.kernels.fingerprint import fingerprint
+from gockpt.layout import lay_out
+from gockpt.schema import ArraySpec
+
+ELEMENTS = 48
+LR = 0.25
+
+
+def plain_sgd(kernel, flags, p, states, grads, scalars, *, tail):
+    """Stand in for the kernel: ``p -= lr * grad`` with one rounding each, oldest first."""
+    for grad, (lr,) in zip(grads, scalars, strict=True):
+        np.subtract(p, np.float32(lr) * grad, out=p)
+
+
+@pytest.fixture
+def plain_kernel(monkeypatch):
+    monkeypatch.setattr(job_module.replay, "run", plain_sgd)
+
+
+class Bench:
+    """One job over two replayed arrays of two pieces each and one array that is not replayed."""
+
+    def __init__(self, doubles, *, ring_gradients=6, **fails):
+        self.specs = [ArraySpec(("model", n), (2 * ELEMENTS,), "float32") for n in "ab"]
+        self.specs.append(ArraySpec(("model", "loose"), (5,), "float32"))
+        self.layout = lay_out(self.specs)
+        self.state = Arena(self.layout.nbytes)
+        self.ring_arena = Arena(1 << 16)
+        self.ring = Ring(0, ring_gradients * 4 * ELEMENTS)
+        self.outcome = doubles.Outcome()
+        self.transactions = []
+        self.fails = fails
+        self.transaction_of = doubles.Transaction
+        rng = np.random.default_rng(3)
+        self.live = {s.name: rng.standard_normal(s.numel).astype(np.float32) for s in self.specs}
+        for array in self.layout.arrays:
+            self.arena_of(array)[:] = self.live[array.spec.name]
+        self.pieces = []
+        for array in self.layout.arrays[:2]:
+            for low in (0, ELEMENTS):
+                offset = array.slots[0].offset + 4 * low
+                stretch = Stretch(array.spec.name, offset, low, low + ELEMENTS, 4)
+                self.pieces.append(ReplayPiece(len(self.pieces), "sgd", (), (stretch,), low > 0))
+        self.job = Job(
+            arenas=(self.state, self.ring_arena, Arena(0)),
+            pieces=self.pieces,
+            ring=self.ring,
+            begin=self.begin,
+            outcome=self.outcome,
+            trace=Trace(),
+        )
+
+    def begin(self, step):
+        if "begin" in self.fails:
+            raise self.fails["begin"]
+        fails = {k: v for k, v in self.fails.items() if k != "begin"}
+        self.transactions.append(self.transaction_of(step, **fails))
+        return self.transactions[-1]
+
+    def arena_of(self, array):
+        slot = array.slots[0]
+        return self.state.view(slot.offset, slot.nbytes).view(np.float32)
+
+    def part(self, piece):
+        stretch = piece.stretches[0]
+        return self.live[stretch.name][stretch.start : stretch.stop]
+
+    def update(self, rng, pieces=None):
+        """Make one update of the live state and post its gradients, as a post-hook would."""
+        posted = []
+        for piece in self.pieces if pieces is None else pieces:
+            grad = rng.standard_normal(ELEMENTS).astype(np.float32)
+            part = self.part(piece)
+            np.subtract(part, np.float32(LR) * grad, out=part)
+            while (offset := self.ring.allocate(4 * ELEMENTS)) is None:
+                self.job.hurry(on=True)
+                self.ring.wait_for_room(0.01)
+            self.ring_arena.view(offset, 4 * ELEMENTS).view(np.float32)[:] = grad
+            posted.append(Gradient(piece.index, offset, 4 * ELEMENTS, (LR,)))
+        self.job.gradients(posted)
+        self.job.hurry(on=False)
+
+    def capture(self, late=()):
+        """Close: what is proven must equal the live state; late pieces are copied anew."""
+        for piece in late:
+            stretch = piece.stretches[0]
+            self.state.view(stretch.offset, stretch.nbytes).view(np.float32)[:] = self.part(piece)
+        proofs = {
+            p.index: (fingerprint(self.part(p).view(np.uint8), 4, p.stretches[0].start),)
+            for p in self.pieces
+            if p not in late
+        }
+        places = tuple(ArrayPlace(array, 0) for array in self.layout.arrays)
+        return Capture(7, places, proofs, {"a": 1}, {"b": 2}, exact=True)
+
+    def close(self, capture=None):
+        self.job.close(capture or self.capture(), (self.state, self.ring_arena, Arena(0)))
+
+    def written(self):
+        (transaction,) = self.transactions
+        return {name: np.frombuffer(data, np.float32) for name, _, data, _ in transaction.writes}
+
+
+@pytest.fixture
+def bench(doubles, plain_kernel):
+    def make(*, threads=0, **fails):
+        made = Bench(doubles, **fails)
+        benches.append(made)
+        if threads:
+            pools.append(Pool(threads, 0))
+            pools[-1].serve(made.job)
+        return made
+
+    benches, pools = [], []
+    yield make
+    for made in benches:
+        made.job.abort()
+    for pool in pools:
+        pool.join()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("updates", [0, 1, 2, 9])
+def test_what_is_written_is_the_live_state_after_all_updates(bench, threads, updates):
+    made = bench(threads=threads)
+    rng = np.random.default_rng(updates)
+    for _ in range(updates):
+        made.update(rng)
+    made.close()
+    assert made.outcome.wait() == ("published", "published")
+    for name, values in made.written().items():
+        assert values.tobytes() == made.live[name].tobytes()
+    (transaction,) = made.transactions
+    assert transaction.step == 7
+    assert transaction.committed == ([s.name for s in made.specs], {"a": 1}, {"b": 2}, True)
+    assert transaction.aborted == 0
+    assert len(transaction.writes) == 3
+    assert all(length % 4096 == 0 for *_, length in transaction.writes)  # whole slots
+    assert made.ring.in_use == 0
+    assert made.job.written_bytes == made.job.total_bytes == sum(s.nbytes for s in made.specs)
+    assert made.job.take() is None
+
+
+@given(st.lists(st.lists(st.integers(0, 3), unique=True, max_size=4), max_size=6), st.integers(1, 3))
+def test_any_pattern_of_updates_by_any_number_of_threads(doubles, pattern, threads):
+    """Hypothesis: some pieces get no gradient in some updates (``grad is None``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module.replay, "run", plain_sgd)
+        made, pool = Bench(doubles), Pool(threads, 0)
+        pool.serve(made.job)
+        rng = np.random.default_rng(0)
+        for chosen in pattern:
+            made.update(rng, [made.pieces[i] for i in chosen])
+        made.close()
+        assert made.outcome.wait()[0] == "published"
+        pool.join()
+        for name, values in made.written().items():
+            assert values.tobytes() == made.live[name].tobytes()
+
+
+def test_a_late_piece_is_not_replayed_and_its_gradients_are_given_back(bench):
+    made = bench(ring_gradients=20)
+    rng = np.random.default_rng(0)
+    made.update(rng)
+    made.job.discard([1, 99])
+    assert made.ring.in_use == 3 * 4 * ELEMENTS
+    made.update(rng, [made.pieces[i] for i in (0, 2, 3)])
+    late = made.pieces[1]
+    part = made.part(late)
+    part[:] = 5.0
+    pool = Pool(1, 0)
+    pool.serve(made.job)
+    made.close(made.capture(late=[late]))
+    assert made.outcome.wait()[0] == "published"
+    pool.join()
+    for name, values in made.written().items():
+        assert values.tobytes() == made.live[name].tobytes()
+
+
+def test_a_wrong_replay_is_reported_with_its_pieces_and_nothing_is_published(bench):
+    made = bench(threads=2)
+    made.update(np.random.default_rng(0))
+    made.part(made.pieces[2])[7] += 1.0  # as if the optimizer had done something else
+    made.part(made.pieces[3])[0] = np.nan
+    made.close()
+    assert made.outcome.wait() == ("mismatched", (2, 3))
+    assert all(t.committed is None for t in made.transactions)
+    assert all(t.aborted == 1 for t in made.transactions)
+    assert made.ring.in_use == 0
+    assert made.job.take() is None
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_one_unit_in_the_last_place_is_a_mismatch(bench, sign):
+    made = bench(threads=1)
+    part = made.part(made.pieces[0])
+    part.view(np.int32)[3] += sign
+    made.close()
+    assert made.outcome.wait() == ("mismatched", (0,))
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        {"begin": StorageError("no room")},
+        {"fail_at_write": {0: StorageError("no room")}},
+        {"fail_at_write": {2: StorageError("no room")}},
+        {"fail_at_commit": StorageError("no room")},
+    ],
+    ids=["begin", "first write", "last write", "commit"],
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_of_the_store_is_reported_as_it_is_and_the_partial_removed(bench, fails, threads):
+    made = bench(threads=threads, **fails)
+    made.update(np.random.default_rng(0))
+    made.close()
+    what, error = made.outcome.wait()
+    assert what == "failed"
+    assert type(error) is StorageError
+    assert str(error) == "no room"
+    assert all(t.committed is None for t in made.transactions)
+    assert all(t.aborted == 1 for t in made.transactions)
+    assert made.ring.in_use == 0
+    assert made.job.ended
+
+
+def test_any_other_error_is_a_worker_error_with_its_cause(bench, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("in a kernel")
+
+    monkeypatch.setattr(job_module.replay, "run", broken)
+    made = bench(threads=2)
+    made.update(np.random.default_rng(0))
+    made.close()
+    what, error = made.outcome.wait()
+    assert what == "failed"
+    assert type(error) is WorkerError
+    assert "ZeroDivisionError: in a kernel" in str(error)
+    assert type(error.__cause__) is ZeroDivisionError
+    assert made.ring.in_use == 0
+
+
+def test_after_a_kernel_failed_in_the_window_the_training_side_is_never_stuck(bench, monkeypatch):
+    """Posting and discarding pieces of a job that failed return, and give the ring's room back."""
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("in a kernel")
+
+    monkeypatch.setattr(job_module.replay, "run", broken)
+    made = bench(threads=1, ring_gradients=40)
+    rng = np.random.default_rng(0)
+    made.update(rng)
+    made.update(rng)
+    assert made.outcome.wait()[0] == "failed"
+    made.update(rng)
+    made.job.discard(range(4))
+    assert made.ring.in_use == 0
+    made.job.abort()
+    assert made.job.take() is None
+
+
+def test_discard_waits_while_a_piece_is_replayed(bench, monkeypatch):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        inside.set()
+        assert go_on.wait(30)
+        plain_sgd(*args, **kwargs)
+
+    monkeypatch.setattr(job_module.replay, "run", slow)
+    made = bench(threads=1, ring_gradients=20)
+    rng = np.random.default_rng(0)
+    made.update(rng)
+    made.update(rng)
+    assert inside.wait(30)
+    discarded = threading.Event()
+    thread = threading.Thread(target=lambda: (made.job.discard([0]), discarded.set()))
+    thread.start()
+    assert not discarded.is_set()
+    go_on.set()
+    thread.join(30)
+    assert discarded.is_set()
+
+
+def test_abort_returns_when_nothing_touches_the_arena_any_more(bench, monkeypatch):
+    inside, go_on, left = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        inside.set()
+        assert go_on.wait(30)
+        left.set()
+
+    monkeypatch.setattr(job_module.replay, "run", slow)
+    made = bench(threads=1, ring_gradients=20)
+    rng = np.random.default_rng(0)
+    made.update(rng)
+    made.update(rng)
+    assert inside.wait(30)
+    seen = []
+    thread = threading.Thread(target=lambda: (made.job.abort(), seen.append(left.is_set())))
+    thread.start()
+    go_on.set()
+    thread.join(30)
+    assert seen == [True]
+    assert made.ring.in_use == 0
+    assert made.outcome.reports == []  # who gave it up knows
+    assert made.job.take() is None
+
+
+def test_gradients_are_gathered_unless_the_ring_is_full(bench):
+    """Two updates in one pass over memory; when there is no room for the second, one by one."""
+    made = bench(ring_gradients=20)
+    passes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            job_module.replay, "run", lambda *a, **k: (passes.append(len(a[4])), plain_sgd(*a, **k))
+        )
+        rng = np.random.default_rng(0)
+        made.update(rng)
+        made.update(rng)
+        for _ in range(4):
+            made.job.take()()
+        assert passes == [2] * 4
+        passes.clear()
+        made.update(rng)
+        made.job.hurry(on=True)
+        for _ in range(4):
+            made.job.take()()
+        assert passes == [1] * 4
+
+
+@given(st.permutations(range(3)), st.lists(st.integers(1, 4), min_size=3, max_size=3))
+def test_storage_order_becomes_row_major(order, shape):
+    """An array that stands in another memory order is turned in place before it is written."""
+    row_major = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    stored = np.ascontiguousarray(row_major.transpose(order))
+    inverse = np.argsort(order)
+    strides = tuple(n // 4 for n in stored.transpose(inverse).strides)
+    data = stored.reshape(-1).view(np.uint8).copy()
+    job_module._to_row_major(data, tuple(shape), strides)
+    assert data.tobytes() == row_major.tobytes()
+
+
+def test_progress_and_timeline_of_a_job(bench):
+    made = bench(threads=1)
+    made.update(np.random.default_rng(0))
+    made.close()
+    made.outcome.wait()
+    lanes = {span.lane for span in made.job._trace.spans()}
+    assert {"replay", "write", "commit"} <= lanes
+    assert all(span.end >= span.start for span in made.job._trace.spans())

@@ -1,0 +1,125 @@
+"""A small training loop without a model, and what its updates must be replayed to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gockpt import replay
+from gockpt.kernels import replay as kernels
+
+IMPLEMENTATIONS = {
+    "default": {},
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+def gradient(
+    rng: np.random.Generator, shape: tuple[int, ...], *, wild: bool = False, scale: float = 1e-3
+) -> np.ndarray:
+    """Log-normal values of both signs, zeros and denormals; if wild, overflowing ones as well."""
+    values = np.exp(rng.normal(size=shape) * 2) * rng.choice((-scale, scale), size=shape)
+    lot = rng.integers(0, 50, shape)
+    for i, special in enumerate((0.0, -0.0, 1e-41, 1e25) if wild else (0.0, -0.0, 1e-41)):
+        values = np.where(lot == i, special, values)
+    return np.asarray(values, np.float32)
+
+
+@dataclass
+class Run:
+    """A real optimizer that is stepped, and a recording of what replay needs.
+
+    Attributes:
+        optimizer: The real one, over one parameter per shape.
+        start: Parameter and states, flat, when :meth:`start_recording` was called; by parameter.
+        gradients: What each recorded update consumed, flat; by parameter.
+        rows: Each recorded update's scalars; by parameter.
+    """
+
+    optimizer: torch.optim.Optimizer
+    rules: list[Any] = field(default_factory=list)
+    start: list[list[np.ndarray]] = field(default_factory=list)
+    gradients: list[list[np.ndarray]] = field(default_factory=list)
+    rows: list[list[tuple[float, ...]]] = field(default_factory=list)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The first group."""
+        return self.optimizer.param_groups[0]
+
+    @property
+    def owned(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Every parameter with its group, in the optimizer's order."""
+        return [(group, p) for group in self.optimizer.param_groups for p in group["params"]]
+
+    def arrays(self, i: int) -> list[np.ndarray]:
+        """The live parameter and its states in the rule's order, flat."""
+        _, p = self.owned[i]
+        tensors = (p.detach(), *(self.optimizer.state[p][name] for name in self.rules[i].states))
+        return [t.numpy().reshape(-1) for t in tensors]
+
+    def start_recording(self) -> None:
+        self.rules = [
+            replay.rule_for(self.optimizer, group, p, self.optimizer.state[p]) for group, p in self.owned
+        ]
+        for rule in self.rules:
+            assert isinstance(rule, replay.Rule), rule
+        self.start = [[a.copy() for a in self.arrays(i)] for i in range(len(self.owned))]
+        self.gradients = [[] for _ in self.owned]
+        self.rows = [[] for _ in self.owned]
+
+    def step(self, gradients: list[np.ndarray]) -> None:
+        for (_, p), g in zip(self.owned, gradients, strict=True):
+            p.grad = torch.from_numpy(g.copy())
+        self.optimizer.step()
+        for i, (rule, (group, p)) in enumerate(zip(self.rules, self.owned, strict=False)):
+            consumed = gradients[i] if rule.gradient_at == "pre" else p.grad.numpy()
+            self.gradients[i].append(consumed.reshape(-1).copy())
+            row = replay.scalars(rule, group, self.optimizer.state[p])
+            assert row is not None
+            self.rows[i].append(row)
+
+    def check(self, i: int = 0, *, cuts: tuple[int, ...] = (), nan_bits: bool = True) -> None:
+        """Replay parameter ``i`` in one pass, in pieces cut at ``cuts``, and compare all bits."""
+        rule, live = self.rules[i], self.arrays(i)
+        mine = [a.copy() for a in self.start[i]]
+        n = mine[0].size
+        edges = sorted({0, n, *(c for c in cuts if 0 < c < n)})
+        for a, b in zip(edges, edges[1:], strict=False):
+            p, *states = (x[a:b] for x in mine)
+            grads = [g[a:b] for g in self.gradients[i]]
+            kernels.run(rule.kernel, rule.flags, p, states, grads, self.rows[i], tail=b == n)
+        for name, got, expected in zip(("p", *rule.states), mine, live, strict=True):
+            same = got.view(np.uint32) == expected.view(np.uint32)
+            if not nan_bits:
+                same |= np.isnan(got) & np.isnan(expected)
+            bad = np.flatnonzero(~same)
+            assert not bad.size, f"{name} of {n}: {bad.size} differ, first at {bad[:5]}"
+
+
+@pytest.fixture(scope="session")  # stateless: safe to share between examples
+def make():
+    """Return a function that builds a stepped optimizer: ``make(kind, implementation, shapes, **options)``."""
+
+    def build(
+        kind: str, implementation: str, shapes: list[tuple[int, ...]], *, seed: int = 0, steps: int = 1, **options
+    ) -> Run:
+        rng = np.random.default_rng(seed)
+        params = [torch.nn.Parameter(torch.from_numpy(gradient(rng, shape, scale=0.05))) for shape in shapes]
+        run = Run(getattr(torch.optim, kind)(params, lr=1e-3, **IMPLEMENTATIONS[implementation], **options))
+        for _ in range(steps):
+            run.step([gradient(rng, shape) for shape in shapes])
+        return run
+
+    return build
+
+
+@pytest.fixture(scope="session")  # stateless: safe to share between examples
+def draw_gradient():
+    return gradient

@@ -1,0 +1,84 @@
+"""A plain blocking writer: what every other way of saving has to equal."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from gockpt import rng
+from gockpt.arena import Arena
+from gockpt.document import build_document, capture_extras
+from gockpt.layout import lay_out
+from gockpt.state import collect
+from gockpt.storage.store import Store
+from gockpt.tensors import as_bytes, spec_of, to_host
+
+
+def blocking_save(path, model, optimizer=None, *, step=1, optimizer_steps=0, extra=None, change=None):
+    """Save everything now. ``change`` may alter the state document before it is written."""
+    live = collect(model, optimizer)
+    document, added = build_document(
+        live,
+        step=step,
+        optimizer_steps=optimizer_steps,
+        extra=capture_extras(extra),
+        rng=rng.capture(),
+    )
+    if change is not None:
+        change(document)
+    tensors = {**live.entries, **added}
+    layout = lay_out(spec_of(name, tensor) for name, tensor in tensors.items())
+    arena = Arena(layout.nbytes)
+    with Store(path) as store:
+        transaction = store.begin(step)
+        for array in layout.arrays:
+            data = as_bytes(to_host(tensors[array.spec.name]))
+            done = 0
+            for slot in array.slots:
+                place = arena.view(slot.offset, slot.capacity)
+                place[: slot.nbytes] = data[done : done + slot.nbytes]
+                done += slot.nbytes
+                transaction.write_chunk(array, slot, place.data)
+        return transaction.commit(layout.arrays, state=document, attributes={}, exact=True)
+
+
+@pytest.fixture
+def save():
+    return blocking_save
+
+
+@pytest.fixture(autouse=True)
+def _generators():
+    """Give each test the same random numbers, and leave the generators as they were."""
+    before = rng.capture()
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    yield
+    rng.restore(before)
+
+
+@pytest.fixture
+def same():
+    """Compare nested values bit for bit, types included."""
+
+    def compare(a, b, where="value"):
+        assert type(a) is type(b), f"{where}: {type(a)} and {type(b)}"
+        if isinstance(a, torch.Tensor):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), where
+            assert torch.equal(to_host(a).reshape(-1).view(torch.uint8), to_host(b).reshape(-1).view(torch.uint8)), where
+        elif isinstance(a, dict):
+            assert list(a) == list(b), where
+            for key in a:
+                compare(a[key], b[key], f"{where}[{key!r}]")
+        elif isinstance(a, (list, tuple)):
+            assert len(a) == len(b), where
+            for index, (one, other) in enumerate(zip(a, b, strict=True)):
+                compare(one, other, f"{where}[{index}]")
+        else:
+            assert a == b or (a != a and b != b), f"{where}: {a!r} and {b!r}"
+
+    return compare
