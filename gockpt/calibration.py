@@ -155,10 +155,10 @@ def row(kernel: str, group: dict[str, Any], state: dict[str, Any]) -> tuple[floa
     ``state["step"]`` already counts the update.
     """
     sign = -1.0 if group["maximize"] else 1.0
-    lr, wd = float(group["lr"]), float(group["weight_decay"])
+    lr, wd = group["lr"], float(group["weight_decay"])
     if kernel in ("sgd", "momentum"):
         momentum, nesterov = float(group["momentum"]), float(bool(group["nesterov"]))
-        return (sign, wd, momentum, 1 - float(group["dampening"]), nesterov, -lr)
+        return (sign, wd, momentum, 1 - float(group["dampening"]), nesterov, float(-lr))  # -0 is 0, -0.0 not
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = float(state["step"])
     first, second = 1 - beta1**step, 1 - beta2**step

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gockpt import replay
+from gockpt.engine.at_once import AtOnce
 from gockpt.engine.evidence import of_piece, of_pieces, take
 from gockpt.engine.messages import ArrayPlace, Gradient
 from gockpt.schedule import part_ranges
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from gockpt.engine.ring import Ring
     from gockpt.engine.sizing import Shape
     from gockpt.engine.trace import Trace
-    from gockpt.layout import ArrayLayout
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     Name = tuple[str, ...]
 
-__all__ = ["Attempt", "copy_at_once"]
+__all__ = ["Attempt"]
 
 RING_PATIENCE = 30.0
 """Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
@@ -87,6 +87,8 @@ class Attempt:
         self._copies: list[Copy] = []
         self._batch: Batch | None = None
         self._evidence: Evidence = {}
+        at_once = set(cut.at_once)
+        self._at_once = AtOnce((a for a in shape.layout.arrays if a.spec.name in at_once), arena)
         self._grad_at_pre: dict[int, list[Gradient]] = {}
 
     # -- ticks -------------------------------------------------------------------------------
@@ -117,17 +119,16 @@ class Attempt:
         late = [p for p in self.cut.pieces if p.index not in proofs]
         self.job.discard(p.index for p in late)
         self._copies = [self._copy(p, s) for p in (*late, *self.cut.loose) for s in p.stretches]
-        for name in self.cut.at_once:
-            copy_at_once(live.entries[name], self._layout_of(name), self._arena)
         return proofs
 
     def stands_at_tick(self, live: LiveState) -> bool:
         """Whether the whole state still is, bit for bit, what it was at the last tick looked at."""
-        return take(live, self.cut, self._transfer) == self._evidence
+        return self._at_once.same(live.entries) and take(live, self.cut, self._transfer) == self._evidence
 
     def _look(self, live: LiveState) -> Evidence:
-        """Fingerprint the whole state; pieces that left and changed unexplained become late."""
+        """Copy what is copied at once, fingerprint the rest; what left and changed unexplained is late."""
         self.live = live
+        self._at_once.copy(live.entries)
         evidence = self._evidence = take(live, self.cut, self._transfer)
         for piece in self._sent():
             self._judge(piece, of_piece(evidence, piece))
@@ -330,9 +331,6 @@ class Attempt:
             source[low:high], target, stretch.itemsize, stretch.start, (piece, stretch.name), expected
         )
 
-    def _layout_of(self, name: Name) -> ArrayLayout:
-        return next(a for a in self.layout.arrays if a.spec.name == name)
-
     def _live_bytes(self) -> Callable[[Piece], list[np.ndarray | None]]:
         """Return a look-up of units' live memory as it is now; each unit is looked up once."""
         views: dict[str, list[np.ndarray | None]] = {}
@@ -360,12 +358,3 @@ def _live_views(unit: Unit) -> list[np.ndarray | None]:
         else None
         for t in tensors
     ]
-
-
-def copy_at_once(tensor: torch.Tensor, layout: ArrayLayout, arena: Arena) -> None:
-    """Copy a whole tensor, of any memory order, row-major into its slots."""
-    source = tensor.detach()
-    for slot in layout.slots:
-        rows = source[slot.row : slot.row + slot.rows] if source.dim() else source
-        target = torch.from_numpy(arena.view(slot.offset, slot.nbytes)).view(source.dtype)
-        target.view(rows.shape).copy_(rows)

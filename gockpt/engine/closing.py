@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gockpt.engine.attempt import copy_at_once
+from gockpt.engine.at_once import copy_at_once
 from gockpt.engine.messages import ArrayPlace
 from gockpt.layout import lay_out
 from gockpt.schema import ArraySpec

@@ -314,10 +314,10 @@ class Engine:
             live = self._collect()
             stepped = self._updates != boundary.updates or self._hooks.reset()
             if stepped or not self._looked_at(boundary) or not save.stands_at_tick(live):
+                why = "the optimizer stepped" if stepped else "parameters may have changed"
                 msg = (
-                    f"the save of step {save.step} can't be closed here: "
-                    f"{'the optimizer stepped' if stepped else 'parameters may have changed'} after the last "
-                    f"tick (step {boundary.step}); call save_overlapped(...) at the state to save, then wait()"
+                    f"the save of step {save.step} can't be closed here: {why} after the last call (step "
+                    f"{boundary.step}); call save_overlapped(...) at the state to save, then wait()"
                 )
                 save.fail(SaveAborted(msg), Event.ABORTED)
             elif save.state is State.VOID:

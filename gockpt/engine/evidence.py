@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from gockpt.kernels.fingerprint import fingerprint
 from gockpt.transfer import dense_bytes
 
@@ -32,11 +30,10 @@ Evidence = dict[tuple["Name", int], int]
 
 
 def take(live: LiveState, cut: Cut, transfer: Transfer) -> Evidence:
-    """Fingerprint all of ``live`` now, on the background thread and this one together."""
+    """Fingerprint every piece of ``live`` now, on the background thread and this one together."""
     evidence: Evidence = {}
     views: dict[Name, np.ndarray] = {}
     tasks = [_piece_task(piece, live, views, evidence) for piece in (*cut.pieces, *cut.loose)]
-    tasks += [_whole_task(name, live.entries[name], evidence) for name in cut.at_once]
     transfer.run(tasks)
     return evidence
 
@@ -80,17 +77,6 @@ def _piece_task(
             low, high = stretch.start * stretch.itemsize, stretch.stop * stretch.itemsize
             part = views[stretch.name][low:high]
             evidence[stretch.name, stretch.start] = fingerprint(part, stretch.itemsize, stretch.start)
-
-    return task
-
-
-def _whole_task(name: Name, tensor: torch.Tensor, evidence: Evidence) -> Callable[[], None]:
-    def task() -> None:
-        view = dense_bytes(tensor)
-        if view is None:
-            flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            view = flat.view(torch.uint8).numpy()
-        evidence[name, 0] = fingerprint(view, tensor.element_size(), 0)
 
     return task
 

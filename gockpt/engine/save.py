@@ -139,9 +139,7 @@ class Save:
 
     def shape_of(self, live: LiveState) -> Shape:
         """Return the geometry of ``live`` and remember it."""
-        shape = shape_of(live)
-        if self.shape is None or shape.key != self.shape.key:
-            self.shape = shape
+        self.shape = shape_of(live, self.shape)
         return self.shape
 
     def open(self, live: LiveState, plan: Plan, due: int, moment: Boundary) -> None:
@@ -286,9 +284,13 @@ class Save:
     def _broken(self, live: LiveState) -> str | None:
         """Return why what left early can't be used any more."""
         attempt = self.attempt or self._voided
-        if attempt is not None and attempt.broken is None and shape_of(live).key != attempt.shape_key:
+        if (
+            attempt is not None
+            and attempt.broken is None
+            and self.shape_of(live).key is not attempt.shape_key
+        ):
             attempt.broken = "parameters, buffers or states were added, removed or reshaped"
-        return None if attempt is None else attempt.broken
+        return attempt.broken
 
     def _remember(self, live: LiveState, moment: Boundary) -> None:
         """Keep what only this tick knows, in case the window has to be closed here after all."""

@@ -48,17 +48,18 @@ class Shape:
         return Facts(self.nbytes, self.nbytes, self.nbytes // 3, step_seconds, copy_rate)
 
 
-def shape_of(live: LiveState) -> Shape:
-    """Return the geometry of ``live``."""
+def shape_of(live: LiveState, known: Shape | None = None) -> Shape:
+    """Return the geometry of ``live``; ``known`` itself if it is the same."""
     specs = [
         ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch."))
         for name, t in live.entries.items()
     ]
     orders = tuple(None if t.is_contiguous() else t.stride() for t in live.entries.values())
     owners = tuple((p.fqn, id(p.param), p.optimizer_index, p.group_index) for p in live.params)
-    layout = lay_out(specs)
     key = (tuple(specs), orders, owners, tuple(sorted(live.aliases.items())), frozenset(live.buffers))
-    return Shape(key, layout, sum(s.nbytes for s in specs))
+    if known is not None and known.key == key:
+        return known
+    return Shape(key, lay_out(specs), sum(s.nbytes for s in specs))
 
 
 def facts_of(
@@ -169,7 +170,7 @@ class Memory:
         limit = self._options.host_memory
         if limit is not None and nbytes > limit:
             msg = (
-                f"saving this state takes {nbytes} bytes of host memory, and host_memory={limit} allows less; "
+                f"saving this state takes {nbytes} bytes of host memory and host_memory={limit} allows less; "
                 "raise host_memory or use window=1, which needs no gradient ring"
             )
             raise OptionsError(msg)

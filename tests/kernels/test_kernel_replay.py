@@ -57,7 +57,11 @@ def bits(p, states):
 
 
 @given(
-    st.sampled_from(sorted(STATES)), st.sampled_from([0, 8, 16]), SIZES, st.integers(0, 5), st.integers(0, 2**32)
+    st.sampled_from(sorted(STATES)),
+    st.sampled_from([0, 8, 16]),
+    SIZES,
+    st.integers(0, 5),
+    st.integers(0, 2**32),
 )
 def test_kernel_equals_reference(kernel, vector, n, updates, seed):
     p, states, grads, scalars = problem(seed, kernel, n, updates)
@@ -128,7 +132,14 @@ def test_missing_root_is_said():
 def change(**what):
     """Arguments of a good call with some replaced."""
     p, states, grads, scalars = problem(0, "adam", 16, 2)
-    return {"kernel": "adam", "flags": (0, 0), "p": p, "states": states, "grads": grads, "scalars": scalars} | what
+    return {
+        "kernel": "adam",
+        "flags": (0, 0),
+        "p": p,
+        "states": states,
+        "grads": grads,
+        "scalars": scalars,
+    } | what
 
 
 def frozen(n: int) -> np.ndarray:

@@ -18,7 +18,11 @@ from gockpt.kernels import adam, fingerprint, sgd
 from gockpt.kernels.native import JIT
 
 WIDE = {
-    "x86_64": {"root": r"vsqrtps\t.*%[yz]mm", "fma": r"vfn?m(add|sub)\d+ps\t.*%[yz]mm", "product": r"vpmulld\t.*%[yz]mm"},
+    "x86_64": {
+        "root": r"vsqrtps\t.*%[yz]mm",
+        "fma": r"vfn?m(add|sub)\d+ps\t.*%[yz]mm",
+        "product": r"vpmulld\t.*%[yz]mm",
+    },
     "aarch64": {"root": r"fsqrt\tv\d+\.4s", "fma": r"fml[as]\tv\d+\.4s", "product": r"mul\tv\d+\.4s"},
 }[platform.machine()]
 

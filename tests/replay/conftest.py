@@ -108,7 +108,13 @@ def make():
     """Return a function that builds a stepped optimizer: ``make(kind, implementation, shapes, **options)``."""
 
     def build(
-        kind: str, implementation: str, shapes: list[tuple[int, ...]], *, seed: int = 0, steps: int = 1, **options
+        kind: str,
+        implementation: str,
+        shapes: list[tuple[int, ...]],
+        *,
+        seed: int = 0,
+        steps: int = 1,
+        **options,
     ) -> Run:
         rng = np.random.default_rng(seed)
         params = [torch.nn.Parameter(torch.from_numpy(gradient(rng, shape, scale=0.05))) for shape in shapes]

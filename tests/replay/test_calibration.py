@@ -87,7 +87,10 @@ def test_the_users_world_is_left_alone():
     try:
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                for case in (Case(ADAMW, "adam", foreach=None, fused=True), Case(SGD, "momentum", foreach=None, fused=None)):
+                for case in (
+                    Case(ADAMW, "adam", foreach=None, fused=True),
+                    Case(SGD, "momentum", foreach=None, fused=None),
+                ):
                     assert isinstance(calibrate(case, CANDIDATES[case.kernel]), Finding)
                 assert torch.is_grad_enabled() is grad
     finally:
@@ -123,8 +126,7 @@ def test_each_kind_is_measured_once(monkeypatch):
     assert asked == cases
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_on_another_instruction_set_it_is_right_or_refused(capability):
+def test_on_another_instruction_set_it_is_right_or_refused():
     # Torch's portable build rounds elsewhere (no fused multiply-add): nothing may claim to equal it.
     script = """
         import torch
@@ -139,7 +141,7 @@ def test_on_another_instruction_set_it_is_right_or_refused(capability):
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -147,8 +149,7 @@ def test_on_another_instruction_set_it_is_right_or_refused(capability):
     )
     assert done.returncode == 0, done.stderr
     active, *found = done.stdout.split()
-    fused_multiply_add = active not in ("DEFAULT", "NO")
-    assert found == [str(fused_multiply_add)] * 12
+    assert (active, found) == ("DEFAULT", ["False"] * 12)
 
 
 def test_replay_starts_no_threads_of_its_own():
@@ -170,6 +171,10 @@ def test_replay_starts_no_threads_of_its_own():
         print(len(os.listdir("/proc/self/task")) - tasks)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert done.stdout == "0\n"

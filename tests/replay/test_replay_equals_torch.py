@@ -50,7 +50,11 @@ def test_every_flavour_size_and_number_of_updates(make, draw_gradient, kind, imp
 
 steps = st.lists(
     st.fixed_dictionaries(
-        {"lr": st.floats(0, 10) | st.integers(0, 2), "weight_decay": st.sampled_from([0, 0.0, 1e-4, 0.3]), "maximize": st.booleans()}
+        {
+            "lr": st.floats(0, 10) | st.integers(0, 2),
+            "weight_decay": st.sampled_from([0, 0.0, 1e-4, 0.3]),
+            "maximize": st.booleans(),
+        }
     ),
     min_size=1,
     max_size=16,
@@ -70,7 +74,9 @@ cuts = st.lists(st.integers(0, 600).map(lambda c: 16 * c), max_size=4).map(tuple
     cuts=cuts,
     seed=st.integers(0, 2**32),
 )
-def test_adam_under_any_schedule(make, draw_gradient, kind, implementation, amsgrad, betas, eps, schedule, shape, cuts, seed):
+def test_adam_under_any_schedule(
+    make, draw_gradient, kind, implementation, amsgrad, betas, eps, schedule, shape, cuts, seed
+):
     run = make(kind, implementation, [shape], amsgrad=amsgrad, seed=seed)
     run.start_recording()
     rng = np.random.default_rng(seed)
@@ -82,7 +88,9 @@ def test_adam_under_any_schedule(make, draw_gradient, kind, implementation, amsg
 
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
-    options=st.sampled_from([{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}]),
+    options=st.sampled_from(
+        [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}]
+    ),
     momenta=st.lists(st.floats(0.01, 1), min_size=16, max_size=16),
     dampening=st.floats(0, 1),
     schedule=steps,
@@ -90,7 +98,9 @@ def test_adam_under_any_schedule(make, draw_gradient, kind, implementation, amsg
     cuts=cuts,
     seed=st.integers(0, 2**32),
 )
-def test_sgd_under_any_schedule(make, draw_gradient, implementation, options, momenta, dampening, schedule, shape, cuts, seed):
+def test_sgd_under_any_schedule(
+    make, draw_gradient, implementation, options, momenta, dampening, schedule, shape, cuts, seed
+):
     run = make("SGD", implementation, [shape], seed=seed, **options)
     run.start_recording()
     rng = np.random.default_rng(seed)

@@ -1,0 +1,290 @@
+"""The equality harness: synchronous deep copies of every tick, and what was published compared with them.
+
+A *moment* is a deep copy of everything at one tick, taken by torch's own ``state_dict()``. What gockpt
+published for that step is then read in two ways, by name through ``gockpt.open`` and by ``gockpt.load`` into
+fresh objects, and every bit is compared: NaN payloads, signs of zeros, dtypes, shapes, options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import struct
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import gockpt
+from gockpt import checkpointer, rng
+from gockpt.kernels import replay
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Return the elements' raw bytes, row-major."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    """Fail, saying where, unless two nested values are equal in type and in every bit."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        assert isinstance(a, torch.Tensor), f"{where}: {type(a)} and {type(b)}"
+        assert isinstance(b, torch.Tensor), f"{where}: {type(a)} and {type(b)}"
+        assert (a.dtype, tuple(a.shape)) == (b.dtype, tuple(b.shape)), where
+        if bits(a) != bits(b):
+            wrong = (a != b).sum().item() if a.numel() else 0
+            pytest.fail(f"{where}: {wrong} of {a.numel()} elements differ")
+    elif isinstance(a, dict) and isinstance(b, dict):
+        assert list(a) == list(b) or set(a) == set(b), f"{where}: keys {list(a)} and {list(b)}"
+        for key in a:
+            same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert type(a) is type(b), f"{where}: {type(a)} and {type(b)}"
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{index}]")
+    elif isinstance(a, float) and isinstance(b, float):
+        assert struct.pack("<d", a) == struct.pack("<d", b), f"{where}: {a!r} and {b!r}"
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype, where
+        assert a.tobytes() == b.tobytes(), where
+    else:
+        assert type(a) is type(b), f"{where}: {a!r} and {b!r}"
+        assert a == b, f"{where}: {a!r} and {b!r}"
+
+
+def parts_of(model: Any) -> list[tuple[str, Any]]:
+    """Return (name prefix, module or mapping) of what may be saved as one model."""
+    if isinstance(model, (list, tuple)):
+        return [(f"{index}.", part) for index, part in enumerate(model)]
+    return [("", model)]
+
+
+def listed(value: Any) -> list[Any]:
+    """Return ``None`` as nothing, one thing as a list of it."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def plain_extra(value: Any) -> Any:
+    """Return what an extra stands for."""
+    if hasattr(value, "state_dict"):
+        return value.state_dict()
+    return value() if callable(value) else value
+
+
+@dataclass
+class Moment:
+    """A synchronous deep copy of one tick."""
+
+    step: int
+    model: list[dict[str, Any]]
+    optimizers: list[dict[str, Any]]
+    arrays: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+    random: dict[str, Any] = field(repr=False)
+
+
+def take(step: int, model: Any, optimizer: Any = None, extra: dict[str, Any] | None = None) -> Moment:
+    """Copy everything now: the plain, blocking way to checkpoint."""
+    arrays: dict[str, torch.Tensor] = {}
+    owner: dict[int, str] = {}
+    states = []
+    for prefix, part in parts_of(model):
+        state = part.state_dict() if isinstance(part, torch.nn.Module) else part
+        states.append(
+            {
+                k: copy.deepcopy(v.detach()) if isinstance(v, torch.Tensor) else copy.deepcopy(v)
+                for k, v in state.items()
+            }
+        )
+        arrays |= {
+            f"model/{prefix}{k}": v.detach().clone() for k, v in state.items() if isinstance(v, torch.Tensor)
+        }
+        named = part.named_parameters() if isinstance(part, torch.nn.Module) else part.items()
+        for name, parameter in named:
+            owner.setdefault(id(parameter), prefix + name)
+    for one in listed(optimizer):
+        for group in one.param_groups:
+            for parameter in group["params"]:
+                for key, value in one.state.get(parameter, {}).items():
+                    if isinstance(value, torch.Tensor) and id(parameter) in owner:
+                        arrays[f"optimizer/{owner[id(parameter)]}/{key}"] = value.detach().clone()
+    return Moment(
+        step=step,
+        model=states,
+        optimizers=[copy.deepcopy(one.state_dict()) for one in listed(optimizer)],
+        arrays=arrays,
+        extra={name: copy.deepcopy(plain_extra(value)) for name, value in (extra or {}).items()},
+        random=copy.deepcopy(rng.capture()),
+    )
+
+
+def check_open(path: Any, moment: Moment) -> None:
+    """Every tensor by name, and nothing else under these names; every file verifies."""
+    report = gockpt.verify(path, moment.step)
+    assert report.ok, report.problems
+    with gockpt.open(path, moment.step) as found:
+        assert found.metadata.step == moment.step
+        assert found.metadata.exact
+        names = {name for name in found if name.startswith("model/") or name.startswith("optimizer/")}
+        assert names == set(moment.arrays)
+        for name, expected in moment.arrays.items():
+            assert tuple(found[name].shape) == tuple(expected.shape)
+            same(found[name][...], expected, f"step {moment.step}: {name}")
+
+
+def check_load(path: Any, moment: Moment, model: Any, optimizer: Any = None, extra: Any = None) -> Any:
+    """Load into objects that hold something else; they must be the moment then, random numbers too."""
+    random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    restored = gockpt.load(path, model, optimizer, step=moment.step, extra=extra)
+    same(copy.deepcopy(rng.capture()), moment.random, "random states")
+    assert restored.step == moment.step
+    assert not restored.missing
+    assert not restored.unexpected
+    now = take(moment.step, model, optimizer)
+    same(now.model, moment.model, "model")
+    same(now.optimizers, moment.optimizers, "optimizer")
+    same(dict(restored.extra), moment.extra, "extra")
+    return restored
+
+
+@contextlib.contextmanager
+def closing():
+    """Close every checkpointer that is made inside, also after a failure."""
+    try:
+        yield
+        gockpt.wait()
+    finally:
+        for saver in list(checkpointer._live):
+            with contextlib.suppress(gockpt.GockptError):
+                saver.abort("the test ended")
+            with contextlib.suppress(gockpt.GockptError):
+                saver.close()
+
+
+@contextlib.contextmanager
+def counting():
+    """Count what is replayed: a dict with ``calls`` and ``updates`` (elements times updates)."""
+    real, lock = replay.run, threading.Lock()
+    count = {"calls": 0, "updates": 0, "kernels": set()}
+
+    def run(kernel, flags, p, states, grads, scalars, *, tail):
+        with lock:
+            count["calls"] += bool(grads)
+            count["updates"] += len(grads) * p.size
+            count["kernels"].add(kernel)
+        real(kernel, flags, p, states, grads, scalars, tail=tail)
+
+    replay.run = run
+    try:
+        yield count
+    finally:
+        replay.run = real
+
+
+class Tensors(torch.nn.Module):
+    """A model of bare parameters, for loops whose gradients are made by hand."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor))
+
+
+class Loop:
+    """A training loop that keeps a moment of every tick and compares what was published.
+
+    Args:
+        build: Returns (model, optimizer) anew, with other values each time but of the same form.
+        update: Called with (model, optimizer, tick): everything up to and including the update.
+    """
+
+    def __init__(self, build, update, *, every=1, extra=None, stride=1, start=0, **options):
+        self.build = build
+        self.update = update
+        self.every = every
+        self.extra = extra
+        self.stride = stride
+        self.step = start
+        self.options = gockpt.Options(**{"when_busy": "wait", "cpu_threads": 2, "nice": 0, **options})
+        self.path = tempfile.mkdtemp(dir=".")
+        self.model, self.optimizer = build()
+        self.moments: dict[int, Moment] = {}
+        self.handles: list[Any] = []
+
+    @property
+    def window(self):
+        return 1 if self.options.window == "auto" else self.options.window
+
+    def tick(self, *, save=True):
+        """One iteration; a window always finds the last save written."""
+        self.step += self.stride
+        self.update(self.model, self.optimizer, self.step)
+        self.boundary(save=save)
+
+    def boundary(self, *, save=True):
+        """Keep a moment and tell gockpt, without an update."""
+        self.moments[self.step] = take(self.step, self.model, self.optimizer, self.extra)
+        if not save:
+            return None
+        if self.handles and self.opens_here():
+            self.handles[-1].result(60)
+        handle = gockpt.save_overlapped(
+            self.model, self.optimizer, self.path,
+            step=self.step, every=self.every, extra=self.extra, options=self.options,
+        )  # fmt: skip
+        if handle is not None and handle not in self.handles:
+            self.handles.append(handle)
+        return handle
+
+    def opens_here(self):
+        ahead = -self.step % self.every
+        return self.every > 1 and ahead == (self.window - 1) * self.stride
+
+    def run(self, ticks):
+        for _ in range(ticks):
+            self.tick()
+        return self
+
+    def finish(self, *, load=True):
+        """Wait for everything and compare every checkpoint with the moment of its step."""
+        gockpt.wait()
+        saved = [handle.result(60) for handle in self.handles]
+        for result in saved:
+            self.check(result.step, load=load)
+        return saved
+
+    def check(self, step, *, load=True):
+        moment = self.moments[step]
+        check_open(self.path, moment)
+        if load:
+            check_load(self.path, moment, *self.build())
+
+
+@pytest.fixture(scope="session")
+def harness():
+    """Return everything above by name."""
+    return SimpleNamespace(
+        Loop=Loop, Moment=Moment, Tensors=Tensors, bits=bits, check_load=check_load, check_open=check_open,
+        closing=closing, counting=counting, same=same, take=take,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _close_everything():
+    """Leave no window open and no thread behind for the next test."""
+    yield
+    for saver in list(checkpointer._live):
+        with contextlib.suppress(gockpt.GockptError):
+            saver.abort("the test ended")
+        with contextlib.suppress(gockpt.GockptError):
+            saver.close()

@@ -1,0 +1,234 @@
+"""A writer that dies at any call leaves the previous checkpoint or the new one, and the next one tidies up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from gockpt.storage import directory_names, listing
+from gockpt.storage.filesystem import Filesystem
+from gockpt.storage.store import Store
+
+
+def refuse(*names, dir_fd):
+    raise OSError(22, "Invalid argument")
+
+
+def prepare(path, scenario, sample):
+    """Make what stands there before; returns the marker of the newest."""
+    if scenario == "first":
+        return None
+    with Store(path) as store:
+        sample.save(store, 1, marker=1)
+        if scenario == "prune":
+            sample.save(store, 2, marker=2)
+            return 2
+    return 1
+
+
+def act(store, scenario, sample):
+    if scenario == "prune":
+        store.prune(1)
+    else:
+        sample.save(store, 1 if scenario.startswith("again") else 5, marker=9)
+
+
+def as_in(scenario, fs):
+    if scenario == "again without renameat2":
+        fs.rename_new = fs.exchange = refuse
+    return fs
+
+
+def landmarks(path, scenario, sample, faults):
+    """Return how many calls there are, and the number of the one that publishes."""
+    fs = as_in(scenario, faults.Recorder())
+    with Store(path, fs=fs) as store:
+        act(store, scenario, sample)
+        total = len(fs.calls)
+    publishing = [
+        number
+        for number, (name, argument) in enumerate(fs.calls)
+        if (name in ("rename_new", "exchange") and ".partial-" in str(argument))
+        or (name == "rename" and ".partial-" in str(argument) and "without" in scenario)
+    ]
+    return total, publishing[-1] if publishing else total
+
+
+SCENARIOS = ["first", "next", "again", "again without renameat2", "prune"]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_death_at_every_call(scenario, after, small_sample, checker, faults, tmp_path):
+    template = tmp_path / "template"
+    before = prepare(template, scenario, small_sample)
+    shutil.copytree(template, tmp_path / "count") if before else None
+    total, publishing = landmarks(tmp_path / "count", scenario, small_sample, faults)
+    assert total > 30
+    empty_records = 0
+    for number in range(total):
+        path = tmp_path / f"path-{number}"
+        shutil.copytree(template, path) if before else None
+        fs = as_in(scenario, faults.KilledAt(number, after=after))
+        store = None
+        with pytest.raises(faults.Killed):
+            store = Store(path, fs=fs)
+            act(store, scenario, small_sample)
+        assert fs.dead
+        if store is not None:  # what the kernel does for the dead
+            store._place.lock.release()
+            os.close(store._place.fd)
+
+        done = number > publishing or (number == publishing and after)
+        expected = before if not done or scenario == "prune" else 9
+        with Store(path) as store:
+            seen = checker.examine(checker.read(path))
+            assert all(not one.problems for one in seen), (number, seen)
+            assert (seen[-1].marker if seen else None) == expected, (number, fs.dead)
+            # All that a dead writer left is gone; only complete checkpoints stay.
+            kinds = {directory_names.parse(name).kind for name in os.listdir(path) if name[0] == "s"}
+            assert kinds <= {"step", "old"}
+            hidden = set(os.listdir(path)) - {".gockpt.lock"}
+            hidden = {name for name in hidden if name[0] == "."}
+            # A record that says nothing yet could be anyone's: it stays until it is old.
+            empty_records += len(hidden)
+            assert all(name.startswith(".owner-") and not os.path.getsize(path / name) for name in hidden)
+            small_sample.save(store, 6, marker=66)
+        shutil.rmtree(path)
+    assert empty_records <= 2
+
+
+PROGRAM = """
+    import os, signal, sys
+    from gockpt.layout import lay_out
+    from gockpt.schema import ArraySpec
+    from gockpt.storage.filesystem import CALLS, Filesystem
+    from gockpt.storage.store import Store
+
+    class Dying(Filesystem):
+        count, at = 0, -1
+
+    def dying(name):
+        real = getattr(Filesystem, name)
+        def method(self, *arguments, **keywords):
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+            return real(self, *arguments, **keywords)
+        return method
+
+    for name in CALLS:
+        setattr(Dying, name, dying(name))
+
+    layout = lay_out([ArraySpec(("model", "w"), (100, 5), "float32"), ArraySpec(("model", "b"), (5,), "float32")])
+
+    def save(path, step, fs):
+        data = memoryview(bytearray([step]) * layout.nbytes)
+        with Store(path, fs=fs) as store, store.begin(step) as transaction:
+            for array in layout.arrays:
+                for slot in array.slots:
+                    transaction.write_chunk(array, slot, data[slot.offset : slot.offset + slot.capacity])
+            transaction.commit(layout.arrays, state={"marker": step}, attributes={}, exact=True)
+        return fs
+"""
+
+
+def program(tail):
+    return textwrap.dedent(PROGRAM) + textwrap.dedent(tail)
+
+
+def test_sigkill_at_every_call(checker, tmp_path):
+    """Forked children kill themselves for real, one at each call; locks and descriptors go with them."""
+    script = program(
+        """
+        total = save(sys.argv[1] + "/count", 1, Dying()).count
+        for number in range(total):
+            path = f"{sys.argv[1]}/{number:03d}"
+            save(path, 1, Dying())
+            child = os.fork()
+            if child == 0:
+                fs = Dying()
+                fs.at = number
+                save(path, 2, fs)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.WTERMSIG(status) == signal.SIGKILL, (number, status)
+        """
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    results = []
+    for name in sorted(os.listdir(tmp_path)):
+        path = tmp_path / name
+        with Store(path):
+            seen = checker.examine(checker.read(path))
+            assert not any(one.problems for one in seen)
+            assert seen[0].marker == 1
+            assert not [entry for entry in os.listdir(path) if ".partial" in entry or ".trash" in entry]
+            results.append(seen[-1].marker)
+    # Once, at one call, the new one becomes the newest, and stays it at all later ones.
+    killed = results[:-1]  # the last directory is the one that was counted in
+    assert killed == sorted(killed)
+    assert set(killed) == {1, 2}
+
+
+CALLS_TO_DIE_AT = [
+    ("mkdir,mkdirat", 1, 1),
+    ("pwrite64", 2, 1),
+    ("pwrite64", 5, 1),
+    ("ftruncate", 2, 1),
+    ("fsync", 3, 1),
+    ("syncfs", 1, 1),
+    ("rename,renameat,renameat2", 1, 1),
+    ("rename,renameat,renameat2", 2, 1),
+]
+
+
+@pytest.mark.parametrize(("calls", "number", "expected"), CALLS_TO_DIE_AT)
+def test_sigkill_inside_system_calls(calls, number, expected, checker, tmp_path):
+    """Let the kernel end a single-threaded writer on entry to its n-th call of a kind.
+
+    Without strace the writer ends itself right before the same call of the file system's seam.
+    """
+    with Store(tmp_path / "path"):
+        pass
+    first = program("save(sys.argv[1], 1, Filesystem())")
+    subprocess.run([sys.executable, "-c", first, tmp_path / "path"], check=True)
+    strace = shutil.which("strace")
+    if strace:
+        # No --seccomp-bpf: with it nothing is injected. The interpreter makes none of these calls itself.
+        inject = f"inject={calls}:signal=KILL:when={number}"
+        script = program("save(sys.argv[1], 2, Filesystem())")
+        command = [strace, "-f", "-qq", "-o", tmp_path / "log", "-e", f"trace={calls}", "-e", inject]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+        ended = subprocess.run([*command, sys.executable, "-c", script, tmp_path / "path"], env=environment)
+        assert ended.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+        log = (tmp_path / "log").read_text()
+        assert sum(log.count(f"{call}(") for call in calls.split(",")) == number
+    else:
+        name = {"mkdir": "mkdir", "pwrite64": "pwrite", "rename": "rename"}.get(calls.split(",")[0], calls)
+        script = program(
+            f"""
+            def fatal(self, *arguments, count=[0], **keywords):
+                count[0] += 1
+                if count[0] == {number}:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return getattr(Filesystem, {name!r})(self, *arguments, **keywords)
+            setattr(Dying, {name!r}, fatal)
+            if {name!r} == "rename":
+                Dying.rename_new = fatal_new = lambda self, *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+            save(sys.argv[1], 2, Dying())
+            """
+        )
+        ended = subprocess.run([sys.executable, "-c", script, tmp_path / "path"])
+        assert ended.returncode == -signal.SIGKILL
+    with listing.open_checkpoint(tmp_path / "path") as newest:
+        assert newest.state() == {"marker": expected}
+        assert newest.verify().ok
+    with Store(tmp_path / "path"):
+        assert [one.marker for one in checker.examine(checker.read(tmp_path / "path"))] == [expected]
