@@ -103,4 +103,4 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return torch.from_numpy(as_bytes(tensor.contiguous()))

@@ -23,6 +23,8 @@ __all__ = ["Rule", "gradient_reason", "prepare", "rule_for", "scalars"]
 _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening")
 _SWITCHES = ("foreach", "fused", "amsgrad", "capturable", "differentiable", "decoupled_weight_decay")
 _TINY = sys.float_info.min
+_NO_BETA = 2.0**-25
+"""Up to here, ``1 - beta1`` is 1 in float32, and torch's vector and scalar code give zeros different signs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,10 @@ def _options_reason(group: dict[str, Any]) -> str | None:
             return f"{name} is a {type(group[name]).__name__}, not a Python number"
     if not all(isinstance(beta, (int, float)) for beta in group.get("betas", ())):
         return "betas are not Python numbers"
+    if group.get("betas", (1.0,))[0] <= _NO_BETA:
+        return (
+            "beta1 is (nearly) 0: the signs of zeros then depend on how torch cuts the tensor between threads"
+        )
     for name in ("capturable", "differentiable"):
         if group.get(name):
             return f"{name}=True follows other formulas"

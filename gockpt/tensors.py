@@ -76,8 +76,10 @@ def spec_of(name: tuple[str, ...], tensor: torch.Tensor) -> ArraySpec:
 
 def as_bytes(tensor: torch.Tensor) -> Bytes:
     """Return a contiguous CPU tensor's memory as 1-D bytes, row-major, sharing it."""
-    flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return flat
+    # Not reshape(-1): dimensions of size 1 may have any stride, and keep it.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    result: Bytes = flat.view(torch.uint8).numpy()
+    return result
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

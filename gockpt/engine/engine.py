@@ -264,7 +264,9 @@ class Engine:
         """The last save is still being written: help it when it is late, wait for it if asked to."""
         if moment.ticks_left >= self._window_ticks():
             return
-        self._save.hurry()
+        if self._cadence.every > 1:
+            # With every=1 the next save is always due; being "late" then is no reason to disturb training.
+            self._save.hurry()
         if self.options.when_busy == "wait":
             while self._save.state is State.CAPTURED:
                 self._changed.wait()

@@ -284,11 +284,9 @@ class Save:
     def _broken(self, live: LiveState) -> str | None:
         """Return why what left early can't be used any more."""
         attempt = self.attempt or self._voided
-        if (
-            attempt is not None
-            and attempt.broken is None
-            and self.shape_of(live).key is not attempt.shape_key
-        ):
+        if attempt is None:
+            return None
+        if attempt.broken is None and self.shape_of(live).key is not attempt.shape_key:
             attempt.broken = "parameters, buffers or states were added, removed or reshaped"
         return attempt.broken
 

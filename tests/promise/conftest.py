@@ -28,7 +28,7 @@ from gockpt.kernels import replay
 
 def bits(tensor: torch.Tensor) -> bytes:
     """Return the elements' raw bytes, row-major."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -133,7 +133,7 @@ def check_open(path: Any, moment: Moment) -> None:
     with gockpt.open(path, moment.step) as found:
         assert found.metadata.step == moment.step
         assert found.metadata.exact
-        names = {name for name in found if name.startswith("model/") or name.startswith("optimizer/")}
+        names = {name for name in found if name.startswith(("model/", "optimizer/"))}
         assert names == set(moment.arrays)
         for name, expected in moment.arrays.items():
             assert tuple(found[name].shape) == tuple(expected.shape)

@@ -67,7 +67,7 @@ cuts = st.lists(st.integers(0, 600).map(lambda c: 16 * c), max_size=4).map(tuple
     kind=st.sampled_from(["Adam", "AdamW"]),
     implementation=st.sampled_from(IMPLEMENTATIONS),
     amsgrad=st.booleans(),
-    betas=st.lists(st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)), min_size=16, max_size=16),
+    betas=st.lists(st.tuples(st.floats(1e-7, 0.999), st.floats(0, 0.9999)), min_size=16, max_size=16),
     eps=st.sampled_from([0.0, 1e-8, 1e-3]),
     schedule=steps,
     shape=shapes,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import pickle
+import re
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +111,8 @@ ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
         (lambda: SGD([torch.nn.Parameter(torch.ones(3))], momentum=0.9), "has no momentum_buffer for it yet"),
         (lambda: stepped(ADAMW, lr=torch.tensor(0.1)), "lr is a Tensor"),
         (lambda: stepped(ADAMW, betas=(torch.tensor(0.9), torch.tensor(0.99))), "betas are not"),
+        (lambda: stepped(ADAMW, betas=(0.0, 0.9)), "beta1 is"),
+        (lambda: stepped(ADAMW, betas=(2.0**-25, 0.9)), "beta1 is"),
         (lambda: with_options(stepped(SGD), weight_decay=torch.tensor(0.1)), "weight_decay is a Tensor"),
         (lambda: with_options(stepped(ADAMW), capturable=True), "capturable=True"),
         (lambda: with_options(stepped(ADAMW), differentiable=True), "differentiable=True"),
@@ -140,7 +144,7 @@ ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 def test_reasons(build, reason):
     got = rule(build())
     assert isinstance(got, str)
-    pytest.raises(ValueError, lambda: (_ for _ in ()).throw(ValueError(got))).match(reason)
+    assert re.search(reason, got)
 
 
 def test_state_elsewhere_is_no_state():
@@ -178,7 +182,7 @@ def test_a_patched_step_is_refused_wherever_it_hides():
     assert rule(over_scheduler) == "step was replaced on the optimizer"
 
     under_scheduler = stepped(ADAMW)
-    under_scheduler.step = types.MethodType(lambda self: torch.optim.AdamW.step(self), under_scheduler)
+    under_scheduler.step = types.MethodType(lambda self: None, under_scheduler)
     torch.optim.lr_scheduler.StepLR(under_scheduler, 3)
     assert rule(under_scheduler) == "step was replaced on the optimizer"
 
@@ -214,11 +218,19 @@ def test_flushed_denormals_are_refused():
     assert isinstance(rule(optimizer), Rule)
 
 
+def test_the_smallest_beta_that_is_replayed(make, draw_gradient):
+    run = make("AdamW", "for-loop", [(1007,)], betas=(2.0**-24.9, 0.9))
+    run.start_recording()
+    run.step([draw_gradient(np.random.default_rng(0), (1007,))])
+    run.check()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"lr": torch.tensor(0.1)},
         {"betas": (torch.tensor(0.9), 0.9)},
+        {"betas": (0.0, 0.9)},
         {"foreach": True},
         {"fused": True},
         {"amsgrad": True},

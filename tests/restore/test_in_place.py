@@ -82,7 +82,9 @@ def test_the_optimizer_state_of_tied_weights_is_found_under_any_of_their_names(s
     optimizer.step()
     save("ckpts", model, optimizer)
     gockpt.load("ckpts", other, loaded)
-    assert torch.equal(loaded.state[other.embed.weight]["exp_avg"], optimizer.state[model.embed.weight]["exp_avg"])
+    assert torch.equal(
+        loaded.state[other.embed.weight]["exp_avg"], optimizer.state[model.embed.weight]["exp_avg"]
+    )
 
 
 def test_an_expanded_buffer_is_written_through_its_few_elements(save):

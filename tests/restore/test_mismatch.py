@@ -56,7 +56,9 @@ def test_not_strict_loads_what_has_the_shape_with_its_state(save):
     restored = gockpt.load("ckpts", model, optimizer, strict=False)
     assert len(restored.mismatched) == 3
     assert torch.equal(model[1].bias, saved[1].bias)
-    assert torch.equal(optimizer.state[model[1].bias]["exp_avg"], saved_optimizer.state[saved[1].bias]["exp_avg"])
+    assert torch.equal(
+        optimizer.state[model[1].bias]["exp_avg"], saved_optimizer.state[saved[1].bias]["exp_avg"]
+    )
     for index, param in enumerate(list(model.parameters())[:3]):
         assert torch.equal(param, before[index])
         assert optimizer.state[param]["exp_avg"].shape == param.shape
@@ -68,7 +70,9 @@ def test_another_dtype_is_never_cast(strict, save):
     model = nn.Linear(2, 2).double()
     before = model.weight.detach().clone()
     if strict:
-        with pytest.raises(StateMismatch, match=r"model/weight: saved float32 \(2, 2\), live float64 \(2, 2\)"):
+        with pytest.raises(
+            StateMismatch, match=r"model/weight: saved float32 \(2, 2\), live float64 \(2, 2\)"
+        ):
             gockpt.load("ckpts", model)
     else:
         assert len(gockpt.load("ckpts", model, strict=False).mismatched) == 2
@@ -223,5 +227,7 @@ def test_a_parameter_outside_the_model_of_another_shape_is_a_mismatch(save):
     model, _ = build()
     extra = nn.Parameter(torch.zeros(9))
     save("ckpts", model, torch.optim.SGD([extra], lr=0.1))
-    with pytest.raises(StateMismatch, match=r"optimizer/group0.param0/param: saved float32 \(9,\), live float32 \(8,\)"):
+    with pytest.raises(
+        StateMismatch, match=r"optimizer/group0.param0/param: saved float32 \(9,\), live float32 \(8,\)"
+    ):
         gockpt.load("ckpts", model, torch.optim.SGD([nn.Parameter(torch.zeros(8))], lr=0.1))

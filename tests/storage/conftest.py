@@ -211,7 +211,17 @@ def examine(tree: Tree) -> list[Seen]:
 # -- faults ---------------------------------------------------------------------------------------
 
 
-class Interposer(Filesystem):
+class Unsynced(Filesystem):
+    """Never waits for the disk: what a process did is seen by the next one, synced or not."""
+
+    def fsync(self, fd: int) -> None:
+        os.fstat(fd)
+
+    def syncfs(self, fd: int) -> None:
+        os.fstat(fd)
+
+
+class Interposer(Unsynced):
     """Every call goes through :meth:`around`, which by default carries it out."""
 
     def around(self, name: str, call: Callable[[], Any], arguments: tuple[Any, ...], dir_fd: int | None) -> Any:
@@ -219,7 +229,7 @@ class Interposer(Filesystem):
 
 
 def _interpose(name: str) -> Callable[..., Any]:
-    real = getattr(Filesystem, name)
+    real = getattr(Unsynced, name)
 
     def method(self: Interposer, *arguments: Any, **keywords: Any) -> Any:
         return self.around(
@@ -323,5 +333,10 @@ def checker() -> SimpleNamespace:
 def faults() -> SimpleNamespace:
     """File systems that fail."""
     return SimpleNamespace(
-        Interposer=Interposer, Recorder=Recorder, FailingAt=FailingAt, Killed=Killed, KilledAt=KilledAt
+        Unsynced=Unsynced,
+        Interposer=Interposer,
+        Recorder=Recorder,
+        FailingAt=FailingAt,
+        Killed=Killed,
+        KilledAt=KilledAt,
     )

@@ -259,9 +259,9 @@ def _modelled(name: str) -> Callable[..., Any]:
     real = getattr(Filesystem, name)
 
     def method(self: PowerLoss, *arguments: Any, **keywords: Any) -> Any:
-        result = real(self, *arguments, **keywords)
-        first = (result,) if name == "open" else (result,)
-        getattr(self, f"did_{name}")(*first, *arguments, **keywords)
+        # Syncing happens in the model; here nobody pulls the plug.
+        result = None if name in ("fsync", "syncfs") else real(self, *arguments, **keywords)
+        getattr(self, f"did_{name}")(result, *arguments, **keywords)
         self.count += 1
         if self.look is not None:
             self.look(self, name)

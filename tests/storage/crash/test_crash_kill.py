@@ -20,11 +20,11 @@ def refuse(*names, dir_fd):
     raise OSError(22, "Invalid argument")
 
 
-def prepare(path, scenario, sample):
+def prepare(path, scenario, sample, faults):
     """Make what stands there before; returns the marker of the newest."""
     if scenario == "first":
         return None
-    with Store(path) as store:
+    with Store(path, fs=faults.Unsynced()) as store:
         sample.save(store, 1, marker=1)
         if scenario == "prune":
             sample.save(store, 2, marker=2)
@@ -67,7 +67,7 @@ SCENARIOS = ["first", "next", "again", "again without renameat2", "prune"]
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_death_at_every_call(scenario, after, small_sample, checker, faults, tmp_path):
     template = tmp_path / "template"
-    before = prepare(template, scenario, small_sample)
+    before = prepare(template, scenario, small_sample, faults)
     shutil.copytree(template, tmp_path / "count") if before else None
     total, publishing = landmarks(tmp_path / "count", scenario, small_sample, faults)
     assert total > 30
@@ -87,7 +87,7 @@ def test_death_at_every_call(scenario, after, small_sample, checker, faults, tmp
 
         done = number > publishing or (number == publishing and after)
         expected = before if not done or scenario == "prune" else 9
-        with Store(path) as store:
+        with Store(path, fs=faults.Unsynced()) as store:
             seen = checker.examine(checker.read(path))
             assert all(not one.problems for one in seen), (number, seen)
             assert (seen[-1].marker if seen else None) == expected, (number, fs.dead)
@@ -120,6 +120,8 @@ PROGRAM = """
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.count += 1
+            if name in ("fsync", "syncfs"):
+                return None  # the page cache outlives the process
             return real(self, *arguments, **keywords)
         return method
 
@@ -184,8 +186,8 @@ CALLS_TO_DIE_AT = [
     ("ftruncate", 2, 1),
     ("fsync", 3, 1),
     ("syncfs", 1, 1),
-    ("rename,renameat,renameat2", 1, 1),
-    ("rename,renameat,renameat2", 2, 1),
+    ("rename,renameat", 1, 1),
+    ("renameat2", 1, 1),
 ]
 
 

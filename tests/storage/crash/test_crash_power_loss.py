@@ -83,14 +83,14 @@ def test_the_previous_checkpoint_or_the_new_one(scenario, whole, small_sample, c
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, power, tmp_path):
+def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, faults, power, tmp_path):
     """Lay what a loss leaves on a real disk, open it for reading and for writing, and save on."""
     look = run(scenario, small_sample, checker, power, tmp_path / "path", whole=False)
     for number, _, tree in look.keep[:: max(1, len(look.keep) // 12)]:
         path = tmp_path / f"left-{number}"
         power.lay_down(tree, path)
         expected = [one.marker for one in checker.examine(tree)]
-        with Store(path) as store:
+        with Store(path, fs=faults.Unsynced()) as store:
             entries = listing.list_checkpoints(path, superseded=True)
             assert len(entries) == len(expected)
             if entries:

@@ -1,0 +1,158 @@
+"""What saving costs a training loop: tokens per second with each way to save, interleaved in one run.
+
+In each round every variant trains the same number of steps in a fresh process, in shuffled order, so that
+what the machine does besides hits all of them alike. Figures are medians over rounds; "vs none" is the
+median of the ratios to the unsaved segment of the same round, and "no saving (again)" shows how far
+chance alone goes. `bench/README.md` says how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gpt import SIZES, config_for
+from harness import cores, machine_facts, megabytes, table, write_json
+from train_savers import SAVERS
+
+NONE = "no saving"
+
+
+def main() -> None:
+    wanted = parsed()
+    config = SIZES["tiny" if wanted.quick else "10m"]
+    if wanted.params:
+        config = config_for(wanted.params, context=config.context, batch=config.batch)
+    config = replace(config, batch=wanted.batch or config.batch, context=wanted.context or config.context)
+    variants = [
+        (saver, every)
+        for saver in SAVERS
+        for every in wanted.every
+        if not wanted.only or saver.startswith("no saving") or any(part in saver for part in wanted.only)
+    ]
+    # Without a save, the interval means nothing: one segment of each is enough.
+    variants = [v for v in variants if not v[0].startswith("no saving") or v[1] == wanted.every[0]]
+    facts = machine_facts(wanted.dir)
+    order = random.Random(wanted.seed)
+    segments = []
+    for number in range(wanted.rounds):
+        order.shuffle(variants)
+        for saver, every in variants:
+            result = run(saver, every, wanted, json.dumps(asdict(config)))
+            segments.append({"round": number, **result})
+            speed = result["tokens"] / result["seconds"]
+            print(f"round {number + 1}: {saver}, every {every}: {speed:.0f} tokens/s", file=sys.stderr)
+    rows = [summary(segments, saver, every) for saver, every in sorted(variants, key=place)]
+    if wanted.json != "-":
+        show(rows, segments[0], config.tokens_per_step)
+    if wanted.json:
+        settings = {**vars(wanted), "config": asdict(config)}
+        result = {"bench": "train", "machine": facts, "settings": settings, "summary": rows, "samples": segments}
+        write_json(wanted.json, result)
+
+
+def place(variant: tuple[str, int]) -> tuple[int, int]:
+    """Order the table: by interval, then as the savers are listed."""
+    saver, every = variant
+    return (0 if saver.startswith("no saving") else every, list(SAVERS).index(saver))
+
+
+def run(saver: str, every: int, wanted: argparse.Namespace, config: str) -> dict[str, Any]:
+    """Train one segment in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("train_segment.py")), "--saver", saver]
+    command += ["--every", str(every), "--steps", str(wanted.steps), "--threads", str(wanted.threads)]
+    command += ["--config", config, "--directory", wanted.dir]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def summary(segments: list[dict[str, Any]], saver: str, every: int) -> dict[str, Any]:
+    """Return one variant's medians."""
+    plain = {s["round"]: s for s in segments if s["saver"] == NONE}
+    own = [s for s in segments if s["saver"] == saver and s["every"] == every]
+    saves = [timing for s in own for timing in s["saves"]]
+    ratios = [plain[s["round"]]["seconds"] / s["seconds"] for s in own]
+    extra = [(s["seconds"] - plain[s["round"]]["seconds"]) / len(s["saves"]) for s in own if s["saves"]]
+    durable = [t["durable"] for t in saves if t["durable"] is not None]
+    return {
+        "saver": saver,
+        "every": every if saves else None,
+        "tokens_per_second": median(s["tokens"] / s["seconds"] for s in own),
+        "vs_none": median(ratios),
+        "vs_none_range": [min(ratios), max(ratios)],
+        "exposed_seconds_per_save": median(t["exposed"] for t in saves) if saves else None,
+        "extra_seconds_per_save": median(extra) if extra else None,
+        "durable_seconds": median(durable) if durable else None,
+        "window": median(t["window"] for t in saves) if saves else None,
+        "saves": len(saves),
+        "peak_growth_bytes": median(s["peak_growth_bytes"] for s in own),
+        "drain_seconds": median(s["drain_seconds"] for s in own),
+    }
+
+
+def show(rows: list[dict[str, Any]], segment: dict[str, Any], tokens: int) -> None:
+    """Print the table."""
+    print(
+        f"{segment['parameters'] / 1e6:.1f} M parameters, state {megabytes(segment['state_bytes'])}, "
+        f"{tokens} tokens per step"
+    )
+    header = ["saver", "every", "window", "tokens/s", "vs none", "range"]
+    header += ["exposed/save", "extra/save", "durable after", "peak RSS"]
+    print(table(header, [cells(row) for row in rows]))
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a row as text."""
+
+    def seconds(name: str) -> str:
+        return "-" if row[name] is None else f"{1e3 * row[name]:.1f} ms"
+
+    low, high = row["vs_none_range"]
+    return [
+        row["saver"],
+        "-" if row["every"] is None else str(row["every"]),
+        "-" if row["window"] is None else f"{row['window']:.0f}",
+        f"{row['tokens_per_second']:.0f}",
+        f"{row['vs_none']:.3f}",
+        f"{low:.3f}-{high:.3f}",
+        seconds("exposed_seconds_per_save"),
+        seconds("extra_seconds_per_save"),
+        seconds("durable_seconds"),
+        f"+{megabytes(row['peak_growth_bytes'])}",
+    ]
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=int, help="about this many parameters (default: about 10 million)")
+    parser.add_argument("--batch", type=int, help="sequences per step")
+    parser.add_argument("--context", type=int, help="tokens per sequence")
+    parser.add_argument("--rounds", type=int, help="default: 5; quick: 1")
+    parser.add_argument("--steps", type=int, help="timed steps per segment (default: 50; quick: 20)")
+    parser.add_argument("--every", type=int, nargs="+", help="steps between saves (default: 10 50; quick: 10)")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="only savers with this in their name")
+    parser.add_argument("--threads", type=int, default=min(8, cores()), help="for torch (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    parser.add_argument("--dir", default=tempfile.gettempdir(), help="where to save (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write all samples; '-' is standard output")
+    parser.add_argument("--quick", action="store_true", help="a toy in seconds: shows that it runs, no more")
+    wanted = parser.parse_args()
+    wanted.rounds = wanted.rounds or (1 if wanted.quick else 5)
+    wanted.steps = wanted.steps or (20 if wanted.quick else 50)
+    wanted.every = sorted(set(wanted.every or ([10] if wanted.quick else [10, 50])))
+    if wanted.steps < max(wanted.every):
+        parser.error(f"--steps {wanted.steps} is less than --every {max(wanted.every)}: nothing would be saved")
+    return wanted
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The ways to save that ``bench_train.py`` compares, behind one interface.
+
+Each keeps two checkpoints on disk, and saves model and optimizer as its own documentation shows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gockpt import SaveHandle
+
+__all__ = ["SAVERS", "Saver", "Timing"]
+
+KEEP = 2
+
+
+@dataclass(slots=True)
+class Timing:
+    """What one save took.
+
+    Attributes:
+        step: The step that is saved.
+        exposed: Seconds that training waited for it, as far as the saver knows.
+        durable: Seconds from the call at that step until it survives a power loss; ``None`` if it never does.
+        window: Steps it was spread over.
+    """
+
+    step: int
+    exposed: float
+    durable: float | None = None
+    window: int = 1
+
+
+class Saver(Protocol):
+    """One way to save."""
+
+    timings: list[Timing]
+
+    def tick(self, step: int) -> None:
+        """Tell that a step is complete; saves if it is due."""
+
+    def finish(self) -> None:
+        """Wait until every save is on disk, as far as it ever is."""
+
+    def close(self) -> None:
+        """Let go of everything; the saver can't be used any more."""
+
+
+class Nothing:
+    """Does not save: what everything else is compared with."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.timings: list[Timing] = []
+
+    def tick(self, step: int) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Gockpt:
+    """This project."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        directory: Path,
+        *,
+        every: int,
+        window: Any = "auto",
+    ) -> None:
+        import gockpt
+
+        options = gockpt.Options(window=window, keep=KEEP)
+        self._saver = gockpt.Checkpointer(model, optimizer, directory, every=every, options=options)
+        self._newest: SaveHandle | None = None
+        self._told: dict[int, float] = {}
+        self._ended: list[tuple[float, SaveHandle]] = []
+        self.timings: list[Timing] = []
+
+    def tick(self, step: int) -> None:
+        """Call it at every step, as its users do."""
+        self._told[step] = perf_counter()
+        handle = self._saver.after_step(step)
+        if handle is not None and handle is not self._newest:
+            self._newest = handle
+            handle.add_done_callback(lambda done: self._ended.append((perf_counter(), done)))
+
+    def finish(self) -> None:
+        """Wait for the newest save, and take the figures of all."""
+        self._saver.wait()
+        for at, handle in self._ended:
+            saved = handle.result(0)
+            self.timings.append(
+                Timing(saved.step, saved.exposed_seconds, at - self._told[saved.step], saved.window)
+            )
+        self._ended.clear()
+
+    def close(self) -> None:
+        """Give threads, hooks and memory back."""
+        self._saver.close()
+
+
+class TorchSave:
+    """``torch.save`` inside the loop: into a temporary file, then renamed."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        directory: Path,
+        *,
+        every: int,
+        sync: bool,
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._directory = directory
+        self._every = every
+        self._sync = sync
+        self.timings: list[Timing] = []
+
+    def tick(self, step: int) -> None:
+        """Save when due; ``sync`` waits for the disk, as a durable checkpoint must."""
+        if step % self._every:
+            return
+        began = perf_counter()
+        target = self._directory / f"{step // self._every % KEEP}.pt"
+        temporary = target.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(_state(self._model, self._optimizer, step), file)
+            if self._sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(target)
+        if self._sync:
+            _sync_directory(self._directory)
+        seconds = perf_counter() - began
+        self.timings.append(Timing(step, seconds, seconds if self._sync else None))
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class DcpAsync:
+    """``torch.distributed.checkpoint.async_save`` with its defaults, in a single process."""
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path, *, every: int
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._directory = directory
+        self._every = every
+        self._under_way: Future[Any] | None = None
+        self._kept: list[Path] = []
+        self.timings: list[Timing] = []
+
+    def tick(self, step: int) -> None:
+        """Stage when due, after the previous save has ended: it allows one at a time."""
+        if step % self._every:
+            return
+        import torch.distributed.checkpoint as dcp
+
+        began = perf_counter()
+        self.finish()
+        target = self._directory / str(step)
+        future = dcp.async_save(
+            _state(self._model, self._optimizer, step), checkpoint_id=target, no_dist=True
+        )
+        timing = Timing(step, perf_counter() - began)
+        self.timings.append(timing)
+        future.add_done_callback(self._done(target, timing, began))
+        self._under_way = future
+
+    def _done(self, target: Path, timing: Timing, began: float) -> Callable[[Any], None]:
+        def ended(_: Any) -> None:
+            timing.durable = perf_counter() - began
+            self._kept.append(target)
+            while len(self._kept) > KEEP:
+                shutil.rmtree(self._kept.pop(0))
+
+        return ended
+
+    def finish(self) -> None:
+        """Wait for the save under way."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+
+    def close(self) -> None:
+        """Wait for the save under way: nothing else is held."""
+        self.finish()
+
+
+def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+SAVERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "no saving": (Nothing, {}),
+    "no saving (again)": (Nothing, {}),
+    "gockpt, window auto": (Gockpt, {"window": "auto"}),
+    "gockpt, window 4": (Gockpt, {"window": 4}),
+    "torch.save + fsync": (TorchSave, {"sync": True}),
+    "torch.save, no fsync": (TorchSave, {"sync": False}),
+    "dcp.async_save": (DcpAsync, {}),
+}
+"""By name: the class and its options. The second "no saving" shows how far chance alone goes."""

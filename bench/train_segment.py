@@ -1,0 +1,130 @@
+"""One segment of ``bench_train.py``: a fresh process that trains with one saver, and prints what it measured.
+
+Untimed first: the saver's code is loaded by saving a toy, a few steps train without it (their peak is
+what memory is compared with), and one whole save is made. Then the timed steps, with dues placed in the
+middle of each interval, so that what a save does afterwards falls on timed steps as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from corpus import Loader, standard_library
+from gpt import Config, Training
+from train_savers import SAVERS
+
+SEED = 20
+PLAIN_STEPS = 4
+LEAD = 9
+"""Untimed steps up to and with the first due one."""
+CORPUS_BYTES = 4_000_000
+
+
+def main() -> None:
+    wanted = parsed()
+    torch.set_num_threads(wanted.threads)
+    with tempfile.TemporaryDirectory(dir=wanted.directory, prefix="bench-train-") as directory:
+        result = segment(wanted, Path(directory))
+    # What is still to be written must not slow the next segment.
+    os.sync()
+    print(json.dumps(result))
+
+
+def segment(wanted: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    kind, options = SAVERS[wanted.saver]
+    load_code(kind, options, directory / "toy")
+    config = Config(**json.loads(wanted.config))
+    training = Training(config, steps=1000, seed=SEED)
+    corpus = standard_library(CORPUS_BYTES)
+    loader = Loader(corpus, context=config.context, batch=config.batch, seed=SEED)
+    for _ in range(PLAIN_STEPS):
+        training.step(loader.next()).item()
+    plain_peak = peak_bytes()
+
+    (directory / "run").mkdir()
+    saver = kind(training.model, training.optimizer, directory / "run", every=wanted.every, **options)
+    far = 1000 * wanted.every
+    for step in range(far - LEAD + 1, far + 2):
+        training.step(loader.next()).item()
+        saver.tick(step)
+    saver.finish()
+    saver.timings.clear()
+
+    # Steps that start again at a small number: half an interval before the first due one.
+    first = wanted.every - wanted.every // 2
+    durations = []
+    began = perf_counter()
+    for step in range(first, first + wanted.steps):
+        now = perf_counter()
+        training.step(loader.next()).item()
+        saver.tick(step)
+        durations.append(round(perf_counter() - now, 5))
+    seconds = perf_counter() - began
+    saver.finish()
+    drain = perf_counter() - began - seconds
+    saver.close()
+    return {
+        "saver": wanted.saver,
+        "every": wanted.every,
+        "parameters": training.parameters,
+        "state_bytes": state_bytes(training),
+        "seconds": seconds,
+        "tokens": wanted.steps * config.tokens_per_step,
+        "step_seconds": durations,
+        "saves": [asdict(timing) for timing in saver.timings],
+        "drain_seconds": drain,
+        "plain_peak_bytes": plain_peak,
+        "peak_growth_bytes": peak_bytes() - plain_peak,
+    }
+
+
+def load_code(kind: Any, options: dict[str, Any], directory: Path) -> None:
+    """Make a save of a toy, so that no import and no compilation is measured as memory or time."""
+    directory.mkdir()
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    saver = kind(model, optimizer, directory, every=5, **options)
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+        saver.tick(step)
+    saver.finish()
+    saver.close()
+
+
+def state_bytes(training: Training) -> int:
+    """Return the bytes of every weight and optimizer state."""
+    states = (t for state in training.optimizer.state.values() for t in state.values())
+    return sum(t.nbytes for t in (*training.model.parameters(), *states))
+
+
+def peak_bytes() -> int:
+    """Return the most memory this process ever had resident."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--saver", choices=SAVERS, required=True)
+    parser.add_argument("--every", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--config", required=True, help="fields of gpt.Config, as JSON")
+    parser.add_argument("--directory", required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
