@@ -55,7 +55,13 @@ def main() -> None:
         show(rows, segments[0], config.tokens_per_step)
     if wanted.json:
         settings = {**vars(wanted), "config": asdict(config)}
-        result = {"bench": "train", "machine": facts, "settings": settings, "summary": rows, "samples": segments}
+        result = {
+            "bench": "train",
+            "machine": facts,
+            "settings": settings,
+            "summary": rows,
+            "samples": segments,
+        }
         write_json(wanted.json, result)
 
 
@@ -132,15 +138,19 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--params", type=int, help="about this many parameters (default: about 10 million)")
     parser.add_argument("--batch", type=int, help="sequences per step")
     parser.add_argument("--context", type=int, help="tokens per sequence")
     parser.add_argument("--rounds", type=int, help="default: 5; quick: 1")
     parser.add_argument("--steps", type=int, help="timed steps per segment (default: 50; quick: 20)")
-    parser.add_argument("--every", type=int, nargs="+", help="steps between saves (default: 10 50; quick: 10)")
+    parser.add_argument(
+        "--every", type=int, nargs="+", help="steps between saves (default: 10 50; quick: 10)"
+    )
     parser.add_argument("--only", nargs="+", metavar="PART", help="only savers with this in their name")
-    parser.add_argument("--threads", type=int, default=min(8, cores()), help="for torch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="for torch (default: the usable cores; quick: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     parser.add_argument("--dir", default=tempfile.gettempdir(), help="where to save (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write all samples; '-' is standard output")
@@ -148,9 +158,12 @@ def parsed() -> argparse.Namespace:
     wanted = parser.parse_args()
     wanted.rounds = wanted.rounds or (1 if wanted.quick else 5)
     wanted.steps = wanted.steps or (20 if wanted.quick else 50)
+    wanted.threads = wanted.threads or (1 if wanted.quick else min(8, cores()))
     wanted.every = sorted(set(wanted.every or ([10] if wanted.quick else [10, 50])))
     if wanted.steps < max(wanted.every):
-        parser.error(f"--steps {wanted.steps} is less than --every {max(wanted.every)}: nothing would be saved")
+        parser.error(
+            f"--steps {wanted.steps} is less than --every {max(wanted.every)}: nothing would be saved"
+        )
     return wanted
 
 

@@ -93,7 +93,9 @@ class Loader:
         self._position = 0
         self._sequences = (len(corpus.tokens) - 1) // context
         if self._sequences < batch:
-            msg = f"a batch of {batch} sequences of {context} tokens needs more than {len(corpus.tokens)} bytes"
+            msg = (
+                f"a batch of {batch} sequences of {context} tokens needs more than {len(corpus.tokens)} bytes"
+            )
             raise ValueError(msg)
         self._order = self._shuffled()
 

@@ -1,4 +1,4 @@
-"""What the demo claims, each claim checked: pure comparisons of what the processes reported and the disk holds."""
+"""What the demo claims, each claim checked against what the processes reported and what the disk holds."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def _of_resuming(settings: Settings, reference: Run, resumed: Run) -> list[Claim
     )
     ends = [run.events.get("final", {}).get("digest") for run in (reference, resumed)]
     wrong = None if ends[0] is not None and ends[0] == ends[1] else f"the digests are {ends}"
-    text = "At the last step every weight and every optimizer state equals the uninterrupted run's, bit for bit."
+    text = (
+        "At the last step every weight and every optimizer state equals the uninterrupted run's, bit for bit."
+    )
     return [newest, losses, _claim("state", wrong, text)]
 
 
@@ -149,7 +151,7 @@ def _of_the_files(settings: Settings, reference: Run) -> list[Claim]:
     elif ours.tobytes().hex() != live:
         wrong = "the values are not those of the uninterrupted run"
     text = (
-        f"{name}[{first}:{stop}] is the same {ours.shape[0]} × {ours.shape[1]} numbers through gockpt.open and "
+        f"{name}[{first}:{stop}] is the same {ours.shape[0]} × {ours.shape[1]} numbers through gockpt.open, "
         "through plain zarr, and in the memory of the uninterrupted run."
     )
     return [sound, _claim("slice", wrong, text)]

@@ -94,9 +94,7 @@ class Run:
             self.events[name] = event
 
 
-def train(
-    settings: Settings, *options: str, save: bool, show: Callable[[dict[str, Any]], None]
-) -> Run:
+def train(settings: Settings, *options: str, save: bool, show: Callable[[dict[str, Any]], None]) -> Run:
     """Run one training process to its end, or kill it when it reports that it holds inside a window.
 
     Args:

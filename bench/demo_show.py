@@ -47,7 +47,7 @@ class Stage:
         self._screen = screen
         self._bar = Progress(
             TextColumn("  step {task.completed:>3.0f} of {task.total:.0f}"),
-            BarColumn(30),
+            BarColumn(16),
             TextColumn("{task.description}"),
             console=screen.console,
             transient=not screen.console.is_terminal,
@@ -83,14 +83,14 @@ class Stage:
 
     def _step(self, event: dict[str, Any]) -> None:
         loss = float.fromhex(event["loss"])
-        self._training = f"loss {loss:.3f}, {1e3 * event['seconds']:.0f} ms per step"
+        self._training = f"loss {loss:.3f}, {1e3 * event['seconds']:.0f} ms"
         self._bar.update(self._task, completed=event["step"])
 
     def _progress(self, event: dict[str, Any]) -> None:
         share = 100 * event["done"] / max(1, event["total"])
-        words = {"open": "leaving, window open", "closing": "leaving", "captured": "replay and writing"}
+        words = {"open": "leaving (window open)", "closing": "leaving", "captured": "replay, writing"}
         phase = words.get(event["phase"])
-        self._saving = f"; save of step {event['due']}: {phase}, {share:.0f} %" if phase else ""
+        self._saving = f", save of {event['due']}: {share:.0f} % {phase}" if phase else ""
 
     def _waited(self, event: dict[str, Any]) -> None:
         if event["seconds"] > 0.01:
@@ -100,9 +100,10 @@ class Stage:
 
     def _saved(self, event: dict[str, Any]) -> None:
         exact = "exact to the bit" if event["exact"] else "NOT exact"
+        exposed, hidden = 1e3 * event["exposed_seconds"], 1e3 * event["hidden_seconds"]
         self._screen.say(
             f"  saved step {event['step']:>3}: {megabytes(event['nbytes'])} over {event['window']} steps, "
-            f"{1e3 * event['exposed_seconds']:.0f} ms exposed, {1e3 * event['hidden_seconds']:.0f} ms hidden, {exact}"
+            f"{exposed:.0f} ms exposed, {hidden:.0f} ms hidden, {exact}"
         )
 
     def _failed(self, event: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class Reports:
         self._lock = threading.Lock()
 
     def __call__(self, event: str, **facts: Any) -> None:
+        """Write one event."""
         line = json.dumps({"event": event, **facts}) + "\n"
         with self._lock:
             os.write(self._descriptor, line.encode())

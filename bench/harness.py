@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["cores", "filesystem_of", "machine_facts", "megabytes", "table", "write_json"]
+__all__ = [
+    "cores",
+    "filesystem_of",
+    "machine_facts",
+    "megabytes",
+    "peak_bytes",
+    "reset_peak",
+    "table",
+    "write_json",
+]
 
 PACKAGES = ("gockpt", "torch", "numpy", "numba", "zarr", "awscrt")
 
@@ -62,6 +71,16 @@ def filesystem_of(directory: str | os.PathLike[str]) -> str:
         if wanted.is_relative_to(mount) and len(mount.parts) >= depth:
             found, depth = after.split()[0], len(mount.parts)
     return found
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process had resident since the last :func:`reset_peak`."""
+    return 1024 * int((_field("/proc/self/status", "VmHWM") or "0 kB").split()[0])
+
+
+def reset_peak() -> None:
+    """Make the memory resident now the peak."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +15,8 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
+    from pathlib import Path
 
     from gockpt import SaveHandle
 

@@ -158,7 +158,9 @@ def row(kernel: str, group: dict[str, Any], state: dict[str, Any]) -> tuple[floa
     lr, wd = group["lr"], float(group["weight_decay"])
     if kernel in ("sgd", "momentum"):
         momentum, nesterov = float(group["momentum"]), float(bool(group["nesterov"]))
-        return (sign, wd, momentum, 1 - float(group["dampening"]), nesterov, float(-lr))  # -0 is 0, -0.0 not
+        # For an integer 0: Python's -0 is 0, but fused code negates a double.
+        step = -float(lr) if group["fused"] else float(-lr)
+        return (sign, wd, momentum, 1 - float(group["dampening"]), nesterov, step)
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = float(state["step"])
     first, second = 1 - beta1**step, 1 - beta2**step

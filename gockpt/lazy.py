@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.boxes import Box
-from gockpt.errors import TensorNotFound
+from gockpt.errors import ManifestCorrupt
 from gockpt.tensors import DTYPE_OF, as_bytes
 
 if TYPE_CHECKING:
@@ -148,14 +148,15 @@ def _integer(part: Any) -> int:
 
 
 def read_whole(stored: StoredCheckpoint, name: str) -> torch.Tensor:
-    """Return a stored array as a new CPU tensor.
+    """Return an array that the state document refers to, as a new CPU tensor.
 
     Raises:
-        TensorNotFound: If there is no array of that name.
+        ManifestCorrupt: If there is no array of that name.
         ChunkCorrupt: If its bytes are not what was written.
     """
     if name not in stored.arrays:
-        raise TensorNotFound(not_found(name, list(stored.arrays), stored.step))
+        msg = f"the state document refers to an array {name!r} that the checkpoint does not hold"
+        raise ManifestCorrupt(msg)
     spec = stored.arrays[name].spec
     result = torch.empty(spec.shape, dtype=DTYPE_OF[spec.dtype])
     if spec.numel:

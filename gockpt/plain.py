@@ -224,11 +224,11 @@ class _Encoder:
 
     def moment(self, value: dt.datetime) -> Json:
         text = value.isoformat()
-        again = dt.datetime.fromisoformat(text)
-        same = (again, again.fold, again.tzname()) == (value, value.fold, value.tzname())
+        again = dt.datetime.fromisoformat(text).replace(fold=value.fold)
+        same = (again, again.tzname()) == (value, value.tzname())
         if not same or type(value.tzinfo) not in (type(None), dt.timezone):
             self.refuse(value, "only plain and fixed-offset times are kept; convert it to UTC or to text")
-        return {"$datetime": text}
+        return {"$datetime": text, "fold": 1} if value.fold else {"$datetime": text}
 
     def duration(self, value: dt.timedelta) -> Json:
         return {"$timedelta": [value.days, value.seconds, value.microseconds]}

@@ -24,7 +24,7 @@ _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "dampening")
 _SWITCHES = ("foreach", "fused", "amsgrad", "capturable", "differentiable", "decoupled_weight_decay")
 _TINY = sys.float_info.min
 _NO_BETA = 2.0**-25
-"""Up to here, ``1 - beta1`` is 1 in float32, and torch's vector and scalar code give zeros different signs."""
+"""Up to here ``1 - beta1`` is 1 in float32; torch's vector and scalar code then give zeros other signs."""
 
 
 @dataclass(frozen=True, slots=True)

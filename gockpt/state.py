@@ -27,7 +27,6 @@ __all__ = [
     "OptimizerEntry",
     "ParamEntry",
     "collect",
-    "resolve_optimizers",
 ]
 
 Name = tuple[str, ...]

@@ -150,6 +150,11 @@ def _floating(content: Any) -> float:
     return float(value)
 
 
+def _complex_number(content: Any, _: dict[str, Any], read: Read) -> complex:
+    real, imag = (_decode(part, read) for part in content)
+    return complex(real, imag)
+
+
 def _scalar_type(name: Any) -> Any:
     if name not in NUMPY_SCALARS:
         msg = f"unknown NumPy type {str(name)[:60]!r}"
@@ -182,7 +187,7 @@ def _device(content: Any) -> torch.device:
 _DECODERS: dict[str, Callable[[Any, dict[str, Any], Read], Any]] = {
     "$int": lambda content, _, __: int(content, 16),
     "$float": lambda content, _, __: _floating(content),
-    "$complex": lambda content, _, read: complex(*(_decode(part, read) for part in content)),
+    "$complex": _complex_number,
     "$str": lambda content, _, __: base64.b64decode(content, validate=True).decode("utf-8", "surrogatepass"),
     "$bytes": lambda content, _, read: _binary(content, read),
     "$bytearray": lambda content, _, read: bytearray(_binary(content, read)),
@@ -209,6 +214,8 @@ _DECODERS: dict[str, Callable[[Any, dict[str, Any], Read], Any]] = {
     "$Path": lambda content, _, read: PosixPath(_text(_decode(content, read))),
     "$PurePath": lambda content, _, read: PurePosixPath(_text(_decode(content, read))),
     "$date": lambda content, _, __: dt.date.fromisoformat(content),
-    "$datetime": lambda content, _, __: dt.datetime.fromisoformat(content),
+    "$datetime": lambda content, document, _: dt.datetime.fromisoformat(content).replace(
+        fold=document.get("fold", 0)
+    ),
     "$timedelta": lambda content, _, __: dt.timedelta(*content),
 }

@@ -88,7 +88,7 @@ def _raise(top: np.ndarray, v: np.ndarray) -> None:
 def _raise_tail(top: np.ndarray, v: np.ndarray) -> None:
     """``_raise`` behind the last whole vector: there a NaN in ``v`` is passed over."""
     for i in range(v.size):
-        top[i] = v[i] if top[i] < v[i] else top[i]
+        top[i] = v[i] if top[i] < v[i] else top[i]  # noqa: FURB136 - not max(): this is about NaN
 
 
 @serial

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gockpt.errors import UsageError
+from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.storage import checksum, chunk_writer, files, manifest, names, strict_json, zarr_documents
 from gockpt.storage.failures import storage_errors
 from gockpt.storage.manifest import (
@@ -141,9 +141,20 @@ class Draft:
         self._sync_itself()
 
     def complete(self, content: manifest.Manifest) -> None:
-        """Write the manifest: the mark that all the rest is there."""
+        """Write the manifest: the mark that all the rest is there.
+
+        Raises:
+            UsageError: If readers would refuse it.
+            StorageError: If the disk refuses.
+        """
         fs = self._fs
         data = manifest.encode(content)
+        try:
+            manifest.parse(data, where="the manifest")
+        except ManifestCorrupt as error:
+            # Better no checkpoint than one that no reader accepts.
+            msg = f"this can't be published: {error}"
+            raise UsageError(msg) from error
         with storage_errors("write", os.path.join(self._where, MANIFEST_FILE)):
             fd = files.write_new_file(fs, self._fd, _MANIFEST_IN_THE_MAKING, data)
             try:
@@ -168,6 +179,9 @@ class Draft:
         """Return the array's record; its directory and document are written the first time."""
         array = self._arrays.get(layout.spec.name)
         if array is None:
+            if not manifest.is_regular(layout):
+                msg = f"{layout.spec.public_name!r} is not cut on a regular grid: {layout}"
+                raise UsageError(msg)
             path = self._free_path(layout.spec.name)
             self._make_directory(path)
             document = zarr_documents.array_document(layout.spec, layout.chunk_shape)

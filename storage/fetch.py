@@ -102,9 +102,13 @@ def execute(
                 read, ranges = jobs.popleft()
             except IndexError:
                 return total
-            with source.open(read.chunk) as file:
-                for part in ranges:
-                    total += _read(file, read, part, source, box, out, bounce)
+            try:
+                with source.open(read.chunk) as file:
+                    for part in ranges:
+                        total += _read(file, read, part, source, box, out, bounce)
+            except BaseException:
+                jobs.clear()  # the others end with the job they have
+                raise
 
     planned = sum(part.nbytes for read in plan for part in read.ranges)
     if threads <= 1 or planned < PARALLEL_FROM:
@@ -114,7 +118,7 @@ def execute(
         try:
             return sum(worker.result() for worker in workers)
         finally:
-            jobs.clear()  # after an error or Ctrl-C the others end with the job they have
+            jobs.clear()  # Ctrl-C arrives here
 
 
 def _jobs(plan: Iterable[ChunkRead]) -> Iterator[tuple[ChunkRead, list[ByteRange]]]:

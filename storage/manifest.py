@@ -42,6 +42,7 @@ __all__ = [
     "encode",
     "expected_files",
     "identify",
+    "is_regular",
     "parse",
 ]
 
@@ -205,6 +206,19 @@ def chunked_layout(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> ArrayLayout
             slots.append(Slot(chunk, row, rows, offset, nbytes, slot_bytes(nbytes)))
             offset += slot_bytes(nbytes)
     return ArrayLayout(spec, chunk_shape, tuple(slots))
+
+
+def is_regular(layout: ArrayLayout) -> bool:
+    """Whether an array's chunks are the ones that readers derive from its chunk shape."""
+    shape, chunk = layout.spec.shape, layout.chunk_shape
+    if len(shape) != len(chunk) or chunk[1:] != tuple(max(1, n) for n in shape[1:]):
+        return False
+    if any(not 1 <= rows <= max(1, total) for rows, total in zip(chunk[:1], shape, strict=False)):
+        return False
+    derived = chunked_layout(layout.spec, chunk).slots
+    return [(slot.chunk, slot.row, slot.rows, slot.nbytes) for slot in layout.slots] == [
+        (slot.chunk, slot.row, slot.rows, slot.nbytes) for slot in derived
+    ]
 
 
 def expected_files(paths: Mapping[tuple[str, ...], str]) -> list[str]:

@@ -21,13 +21,29 @@ LAYERS = (
     ("errors", "options"),
     ("boxes", "schema", "layout", "schedule", "lifecycle", "cadence"),
     ("kernels", "storage"),
-    ("arena", "document", "plain", "replay", "rng", "sharding", "state", "tensors", "transfer", "unplain"),
-    ("restore", "engine"),
+    (
+        "arena",
+        "calibration",
+        "document",
+        "naming",
+        "plain",
+        "replay",
+        "rng",
+        "sharding",
+        "state",
+        "tensors",
+        "transfer",
+        "unplain",
+    ),
+    ("checkpoint", "filling", "fitting", "lazy", "optimizer_restore", "restore", "engine"),
     ("checkpointer",),
     ("cli", "integrations"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-STRANGERS = {frozenset({"kernels", "storage"}), frozenset({"restore", "engine"})}
+STRANGERS = {
+    frozenset({"kernels", "storage"}),
+    *(frozenset({name, "engine"}) for name in LAYERS[4] if name != "engine"),
+}
 PURE = set(LAYERS[1])
 
 # What a module may import from outside, beside the standard library; torch layers are free.

@@ -144,7 +144,8 @@ class SaveHandle:
 
     def retarget(self, step: int, why: str) -> None:
         """Move the save to a later step (the engine does)."""
-        self.events.append(f"retargeted from {self._step} to {step}: {why}")
+        what = f"retargeted from {self._step} to" if step != self._step else "captured again at"
+        self.events.append(f"{what} {step}: {why}")
         self._step = step
         self._attempts += 1
 

@@ -219,7 +219,10 @@ class Job:
         if failed and error is not None:
             self._fail(error)
         elif report is not None:
-            report()
+            try:
+                report()
+            except BaseException as caught:  # noqa: BLE001 - a waiting caller must hear of it
+                self._fail(caught)
 
     def _fail(self, error: BaseException) -> None:
         self.abort()

@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from gockpt.storage.transaction import Published
     from gockpt.transfer import Transfer
 
-    Name = tuple[str, ...]
     Distrust = tuple[frozenset[str], frozenset[Name], str]
 
 __all__ = ["Boundary", "Save", "as_save_error"]
 
 _log = logging.getLogger("gockpt")
+
+Name = tuple[str, ...]
 
 MAX_ATTEMPTS = 4
 
@@ -211,8 +212,11 @@ class Save:
             self._settling = False
         self._pace.copied(attempt.copied_bytes, attempt.copy_seconds)
         if lost:
+            # Which arrays lose such a race is chance, so all of their kind are copied at once from now on.
+            kinds = {name[0] for name in lost}
+            racing = frozenset(a.spec.name for a in attempt.layout.arrays if a.spec.name[0] in kinds)
             why = f"{'/'.join(lost[0])} changed before it was copied"
-            self._run(Event.TORN, (frozenset[str](), frozenset(lost), why))
+            self._run(Event.TORN, (frozenset[str](), racing, why))
         else:
             self._run(Event.ARRIVED)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -84,7 +86,7 @@ def test_one_pass_over_pieces_equals_single_updates_of_the_whole(kernel, vector,
     for g, s in zip(grads, scalars, strict=True):
         run(kernel, (vector, 0), whole, whole_states, [g], [s], tail=True)
     edges = sorted({0, n, *(int(cut * n) // ALIGNMENT * ALIGNMENT for cut in cuts)})
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         piece = [s[a:b] for s in states]
         run(kernel, (vector, 0), p[a:b], piece, [g[a:b] for g in grads], scalars, tail=b == n)
     assert bits(p, states) == bits(whole, whole_states)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import shutil
 import struct
 import tempfile
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,21 @@ import torch
 import gockpt
 from gockpt import checkpointer, rng
 from gockpt.kernels import replay
+
+
+MEMORY = Path("/dev/shm")
+"""Where checkpoints of most tests go, if it is there: thousands of synchronised files tire a disk."""
+
+
+def directory() -> str:
+    """Return a new directory for checkpoints, in memory where there is room."""
+    roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 1 << 30
+    made = tempfile.mkdtemp(prefix="gockpt-test-", dir=MEMORY if roomy else ".")
+    _directories.append(made)
+    return made
+
+
+_directories: list[str] = []
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -164,11 +181,16 @@ def closing():
         yield
         gockpt.wait()
     finally:
-        for saver in list(checkpointer._live):
-            with contextlib.suppress(gockpt.GockptError):
-                saver.abort("the test ended")
-            with contextlib.suppress(gockpt.GockptError):
-                saver.close()
+        close_all()
+
+
+def close_all():
+    """Close every checkpointer there is, whatever state it is in."""
+    for saver in list(checkpointer._live):
+        with contextlib.suppress(gockpt.GockptError):
+            saver.abort("the test ended")
+        with contextlib.suppress(gockpt.GockptError):
+            saver.close()
 
 
 @contextlib.contextmanager
@@ -216,7 +238,7 @@ class Loop:
         self.stride = stride
         self.step = start
         self.options = gockpt.Options(**{"when_busy": "wait", "cpu_threads": 2, "nice": 0, **options})
-        self.path = tempfile.mkdtemp(dir=".")
+        self.path = directory()
         self.model, self.optimizer = build()
         self.moments: dict[int, Moment] = {}
         self.handles: list[Any] = []
@@ -261,6 +283,7 @@ class Loop:
         saved = [handle.result(60) for handle in self.handles]
         for result in saved:
             self.check(result.step, load=load)
+        shutil.rmtree(self.path)
         return saved
 
     def check(self, step, *, load=True):
@@ -275,16 +298,14 @@ def harness():
     """Return everything above by name."""
     return SimpleNamespace(
         Loop=Loop, Moment=Moment, Tensors=Tensors, bits=bits, check_load=check_load, check_open=check_open,
-        closing=closing, counting=counting, same=same, take=take,
+        close_all=close_all, closing=closing, counting=counting, directory=directory, same=same, take=take,
     )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _close_everything():
-    """Leave no window open and no thread behind for the next test."""
+    """Leave no window open, no thread and no directory behind for the next test."""
     yield
-    for saver in list(checkpointer._live):
-        with contextlib.suppress(gockpt.GockptError):
-            saver.abort("the test ended")
-        with contextlib.suppress(gockpt.GockptError):
-            saver.close()
+    close_all()
+    while _directories:
+        shutil.rmtree(_directories.pop(), ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +92,7 @@ class Run:
         mine = [a.copy() for a in self.start[i]]
         n = mine[0].size
         edges = sorted({0, n, *(c for c in cuts if 0 < c < n)})
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             p, *states = (x[a:b] for x in mine)
             grads = [g[a:b] for g in self.gradients[i]]
             kernels.run(rule.kernel, rule.flags, p, states, grads, self.rows[i], tail=b == n)
@@ -105,7 +106,7 @@ class Run:
 
 @pytest.fixture(scope="session")  # stateless: safe to share between examples
 def make():
-    """Return a function that builds a stepped optimizer: ``make(kind, implementation, shapes, **options)``."""
+    """Return the builder of a stepped optimizer: ``make(kind, implementation, shapes, **options)``."""
 
     def build(
         kind: str,

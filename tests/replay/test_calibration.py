@@ -155,19 +155,16 @@ def test_on_another_instruction_set_it_is_right_or_refused():
 def test_replay_starts_no_threads_of_its_own():
     # MKL would, for long vectors; a child forked later from such a process hangs.
     script = """
-        import os, threading
+        import os
         import numpy as np, torch
         from gockpt.replay import prepare
         from gockpt.kernels.replay import run
 
         prepare()
         tasks = len(os.listdir("/proc/self/task"))
-        def work():
-            arrays = [np.ones(1 << 20, np.float32) for _ in range(4)]
-            run("adam", (0, 1), arrays[0], arrays[1:3], arrays[3:], [(1, 0, 1, .1, .9, .1, 1, 1e-8, -1)], tail=True)
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
+        arrays = [np.ones(1 << 20, np.float32) for _ in range(4)]
+        row = (1, 0, 1, .1, .9, .1, 1, 1e-8, -1)
+        run("adam", (0, 1), arrays[0], arrays[1:3], arrays[3:], [row], tail=True)
         print(len(os.listdir("/proc/self/task")) - tasks)
     """
     done = subprocess.run(

@@ -50,6 +50,16 @@ def test_a_damaged_tensor_says_what_was_overwritten_and_which_steps_there_are(sa
     assert torch.equal(other[1].weight, model[1].weight)
 
 
+def test_without_another_step_there_is_none_to_load(save):
+    model, optimizer = build()
+    save("ckpts", model, optimizer)
+    flip("ckpts/step-0000000001/optimizer/0.weight/step/c")
+    with pytest.raises(ChunkCorrupt) as caught:
+        gockpt.load("ckpts", model, optimizer)
+    assert "5 tensors had been overwritten" in caught.value.__notes__[0]
+    assert "no other step is there to load" in caught.value.__notes__[0]
+
+
 def test_a_damaged_first_tensor_of_extras_changes_nothing(save):
     model, _ = build()
     save("ckpts", model, extra={"x": torch.ones(3)})
@@ -90,6 +100,7 @@ def test_a_missing_chunk_is_damage(save):
         (lambda d: d["aliases"].update({"model/0.bias": "model/0.weight"}), "the alias 'model/0.bias'"),
         (lambda d: d["extra"].update(x={"$tensor": "name"}), "not in a known form"),
         (lambda d: d["extra"].update(x={"$later": 1}), "newer gockpt"),
+        (lambda d: d["extra"].update(x={"$tensor": ["gone"]}), "refers to an array 'gone'"),
         (lambda d: d.update(rng={"numpy": 3}), "random states"),
         (lambda d: d["optimizers"][0]["groups"].append({}), "params"),
         (

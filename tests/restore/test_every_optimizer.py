@@ -252,3 +252,50 @@ def test_an_optimizer_with_a_mind_of_its_own(save, same):
     assert state["$cash"].dtype == torch.float32, "load_state_dict alone would have cast it"
     assert state["slow"].data_ptr() == state["also slow"].data_ptr(), "one tensor before, one tensor now"
     assert train(other, loaded, range(3, 6)) == losses
+
+
+def test_a_state_that_is_no_mapping(save):
+    model = nn.Linear(2, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight] = torch.full((3,), 2.0)
+    optimizer.state[model.bias] = [1, "x"]
+    save("ckpts", model, optimizer)
+    other = nn.Linear(2, 2)
+    loaded = optim.SGD(other.parameters(), lr=0.1)
+    gockpt.load("ckpts", other, loaded)
+    assert loaded.state[other.weight].tolist() == [2.0] * 3
+    assert loaded.state[other.bias] == [1, "x"]
+
+
+def test_state_under_other_keys_is_replaced(save):
+    model = nn.Linear(2, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["shared"] = {"count": 3}
+    save("ckpts", model, optimizer)
+    optimizer.state["shared"] = {"count": 9}
+    optimizer.state["late"] = 1
+    gockpt.load("ckpts", model, optimizer)
+    assert dict(optimizer.state) == {"shared": {"count": 3}}
+
+
+def test_names_given_to_parameters_stay_the_live_ones(save):
+    model = nn.Linear(2, 2)
+    save("ckpts", model, optim.SGD(model.named_parameters(), lr=0.5))
+    optimizer = optim.SGD([(f"mine.{name}", param) for name, param in model.named_parameters()], lr=0.1)
+    restored = gockpt.load("ckpts", model, optimizer)
+    assert optimizer.param_groups[0]["param_names"] == ["mine.weight", "mine.bias"]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert (restored.options_new, restored.options_kept) == ((), ())
+
+
+@pytest.mark.parametrize(("saved", "live"), [(torch.ones(2), torch.tensor(0.0)), ("text", torch.tensor(0.0))])
+def test_an_option_that_a_live_tensor_can_not_hold_takes_its_place(saved, live, save):
+    model = nn.Linear(2, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["option"] = saved
+    save("ckpts", model, optimizer)
+    optimizer.param_groups[0]["option"] = live
+    gockpt.load("ckpts", model, optimizer)
+    loaded = optimizer.param_groups[0]["option"]
+    assert loaded is not live
+    assert loaded == saved if isinstance(saved, str) else torch.equal(loaded, saved)

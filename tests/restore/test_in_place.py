@@ -218,3 +218,17 @@ def test_a_view_handed_out_by_a_hook_is_live_memory(save):
     assert torch.equal(other.qkv, model.qkv)
     assert torch.equal(loaded.state[other.qkv]["exp_avg"], optimizer.state[model.qkv]["exp_avg"])
     assert {"model/q", "model/kv", "optimizer/qkv/param"} <= set(gockpt.open("ckpts"))
+
+
+def test_a_tensor_that_has_become_extra_state_is_taken_over(save):
+    save("ckpts", {"_extra_state": torch.tensor([7])})
+    model = TensorExtra(0)
+    gockpt.load("ckpts", model)
+    assert model.value == 7
+
+
+def test_extra_state_that_has_become_a_tensor_is_taken_over(save):
+    save("ckpts", TensorExtra(7))
+    live = {"_extra_state": torch.tensor([0])}
+    gockpt.load("ckpts", live)
+    assert live["_extra_state"].item() == 7

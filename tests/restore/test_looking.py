@@ -11,6 +11,7 @@ from torch import nn
 
 import gockpt
 from gockpt.restore import last_loaded_step
+from gockpt.storage.store import Store
 
 
 def test_steps_ascend_and_the_latest_is_the_last_published(save):
@@ -120,3 +121,60 @@ def test_a_loaded_model_can_be_freed(save):
     del model
     gc.collect()
     assert alive() is None
+
+
+class Interrupting(nn.Linear):
+    """A model during whose load the newest checkpoint is replaced, as by a run that goes on saving."""
+
+    def __init__(self, *events):
+        super().__init__(1, 1)
+        self.events = list(events)
+        self.register_state_dict_pre_hook(lambda *_: self.events and self.events.pop(0)())
+
+
+def prune_all_but_the_newest():
+    with Store("ckpts") as store:
+        store.prune(1)
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_loaded_gives_way_to_the_newer_one(save):
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    save("ckpts", first, step=1, extra={"x": torch.ones(1)})
+
+    def publish():
+        save("ckpts", second, step=2)
+        prune_all_but_the_newest()
+
+    model = Interrupting(publish)
+    assert gockpt.load("ckpts", model).step == 2
+    assert torch.equal(model.weight, second.weight)
+
+
+def test_a_wanted_step_that_is_pruned_while_it_is_loaded_is_told(save):
+    save("ckpts", nn.Linear(1, 1), step=1, extra={"x": torch.ones(1)})
+
+    def publish():
+        save("ckpts", nn.Linear(1, 1), step=2)
+        prune_all_but_the_newest()
+
+    with pytest.raises(gockpt.CheckpointPruned, match="open a newer one"):
+        gockpt.load("ckpts", Interrupting(publish), step=1)
+
+
+def test_an_empty_tensor_has_nothing_to_read(save):
+    save("ckpts", {"empty": torch.zeros(3, 0)}, extra={"empty": torch.zeros(0, 2)})
+    restored = gockpt.load("ckpts", {"empty": torch.zeros(3, 0)})
+    assert restored.extra["empty"].shape == (0, 2)
+    with gockpt.open("ckpts") as checkpoint:
+        assert checkpoint["model/empty"][1:].shape == (2, 0)
+        assert checkpoint.extra["empty"].shape == (0, 2)
+
+
+def test_opening_a_damaged_one_leaves_nothing_open(save):
+    import os
+
+    save("ckpts", nn.Linear(1, 1), change=lambda document: document.pop("rng"))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(gockpt.ManifestCorrupt, match="rng"):
+        gockpt.open("ckpts")
+    assert len(os.listdir("/proc/self/fd")) == len(before)

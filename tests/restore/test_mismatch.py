@@ -231,3 +231,31 @@ def test_a_parameter_outside_the_model_of_another_shape_is_a_mismatch(save):
         StateMismatch, match=r"optimizer/group0.param0/param: saved float32 \(9,\), live float32 \(8,\)"
     ):
         gockpt.load("ckpts", model, torch.optim.SGD([nn.Parameter(torch.zeros(8))], lr=0.1))
+
+
+def test_a_parameter_that_left_the_model_is_missing_with_its_optimizer(save):
+    """Its name fits, but the checkpoint holds it in the model."""
+    model = {"a": torch.ones(1), "group0.param0": torch.ones(1)}
+    save("ckpts", model, torch.optim.SGD([model["group0.param0"]], lr=0.1))
+    outside = torch.zeros(1)
+    with pytest.raises(StateMismatch) as caught:
+        gockpt.load("ckpts", {"a": torch.ones(1)}, torch.optim.SGD([outside], lr=0.1))
+    assert caught.value.missing == ("optimizer/group0.param0/param",)
+    assert caught.value.unexpected == ("model/group0.param0",)
+
+
+def test_two_optimizers_that_hold_the_same_parameters(save):
+    def two():
+        model, one = build()
+        return model, [one, torch.optim.AdamW(model.parameters(), lr=0.3)]
+
+    model, optimizers = two()
+    for rate, optimizer in enumerate(optimizers):
+        stepped(model, optimizer)
+        optimizer.param_groups[0]["lr"] = rate
+    save("ckpts", model, optimizers)
+    other, loaded = two()
+    gockpt.load("ckpts", other, loaded)
+    for one, mine in zip(loaded, optimizers, strict=True):
+        assert one.param_groups[0]["lr"] == mine.param_groups[0]["lr"]
+        assert torch.equal(one.state[other[0].weight]["exp_avg"], mine.state[model[0].weight]["exp_avg"])

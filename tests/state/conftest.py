@@ -12,6 +12,15 @@ import torch
 from gockpt.tensors import as_bytes, to_host
 
 
+def word(value):
+    """Return text that is the same for equal values of equal types, in whatever order sets iterate."""
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value)}{sorted(map(word, value))}"
+    if type(value) is tuple:
+        return f"{type(value)}{[*map(word, value)]}"
+    return f"{type(value)}{value!r}"
+
+
 def identical(a, b, where="value"):
     assert type(a) is type(b), f"{where}: {type(a)} and {type(b)}"
     if isinstance(a, torch.Tensor):
@@ -39,7 +48,7 @@ def identical(a, b, where="value"):
         identical(a.real, b.real, where)
         identical(a.imag, b.imag, where)
     elif isinstance(a, (set, frozenset)):
-        identical(sorted(map(repr, a)), sorted(map(repr, b)), where)
+        assert word(a) == word(b), where
     else:
         assert a == b, where
 

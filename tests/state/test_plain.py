@@ -100,7 +100,7 @@ def test_every_value_comes_back(same, value):
     same(through(value), value)
 
 
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=4096, max_size=4099))
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5).map(lambda few: few * 4096))
 def test_long_lists_of_integers_become_one_array(same, value):
     document, found = encode(value, prefix=("x",))
     assert document == {"$list": {"$tensor": ["x"]}}
@@ -233,7 +233,7 @@ class Text(str):  # noqa: SLOT000 - a subclass is the point
         (np.array(["a"]), "dtype <U1"),
         (np.array([1], dtype=">i4"), "dtype >i4"),
         (np.array([None]), "dtype object"),
-        (np.matrix([[1]]), r"np\.array\("),
+        (np.ma.array([1]), r"np\.array\("),
         (np.datetime64("2020"), r"\.item\(\)"),
         (np.longdouble(1), r"\.item\(\)"),
         (np.str_("x"), r"\.item\(\)"),
@@ -258,7 +258,7 @@ def test_quantised_tensors_are_refused():
 
 
 def test_an_array_of_too_many_dimensions():
-    with pytest.raises(UnsupportedState, match="32 dimensions"):
+    with pytest.raises(UnsupportedState, match="33 dimensions"):
         encode(torch.ones((1,) * 33), prefix=("x",))
     if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
         with pytest.raises(UnsupportedState, match="32 dimensions"):
@@ -283,7 +283,7 @@ def test_the_same_value_twice_is_no_cycle(same):
     same(through([part, part, (part,)]), [part, part, (part,)])
 
 
-@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (x,), lambda x: {1: x}, lambda x: {(1, (2,)): x}])
+@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (x,), lambda x: {1: x}, lambda x: {"$": x}])
 def test_nesting_is_limited_to_what_can_be_read_back(same, wrap):
     deep = reduce(lambda value, _: wrap(value), range(MAX_DEPTH), 0)
     same(through(deep), deep)

@@ -12,7 +12,9 @@ import math
 import mmap
 import os
 import re
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ from gockpt.storage.manifest import chunked_layout
 from gockpt.storage.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from gockpt.storage.transaction import Published, Transaction
 
@@ -305,6 +307,16 @@ class KilledAt(Interposer):
                 os.close(result)
             raise Killed
         return result
+
+
+@pytest.fixture
+def scratch(tmp_path) -> Iterator[Path]:
+    """Return an empty directory in memory, where there is one: for tests that make thousands of files."""
+    if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="gockpt-test-", dir="/dev/shm") as directory:
+            yield Path(directory)
+    else:
+        yield tmp_path
 
 
 @pytest.fixture(scope="session")

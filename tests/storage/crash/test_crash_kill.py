@@ -65,15 +65,15 @@ SCENARIOS = ["first", "next", "again", "again without renameat2", "prune"]
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_death_at_every_call(scenario, after, small_sample, checker, faults, tmp_path):
-    template = tmp_path / "template"
+def test_death_at_every_call(scenario, after, small_sample, checker, faults, scratch):
+    template = scratch / "template"
     before = prepare(template, scenario, small_sample, faults)
-    shutil.copytree(template, tmp_path / "count") if before else None
-    total, publishing = landmarks(tmp_path / "count", scenario, small_sample, faults)
+    shutil.copytree(template, scratch / "count") if before else None
+    total, publishing = landmarks(scratch / "count", scenario, small_sample, faults)
     assert total > 30
     empty_records = 0
     for number in range(total):
-        path = tmp_path / f"path-{number}"
+        path = scratch / f"path-{number}"
         shutil.copytree(template, path) if before else None
         fs = as_in(scenario, faults.KilledAt(number, after=after))
         store = None
@@ -145,7 +145,7 @@ def program(tail):
     return textwrap.dedent(PROGRAM) + textwrap.dedent(tail)
 
 
-def test_sigkill_at_every_call(checker, tmp_path):
+def test_sigkill_at_every_call(checker, scratch):
     """Forked children kill themselves for real, one at each call; locks and descriptors go with them."""
     script = program(
         """
@@ -163,10 +163,10 @@ def test_sigkill_at_every_call(checker, tmp_path):
             assert os.WTERMSIG(status) == signal.SIGKILL, (number, status)
         """
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-c", script, str(scratch)], check=True)
     results = []
-    for name in sorted(os.listdir(tmp_path)):
-        path = tmp_path / name
+    for name in sorted(os.listdir(scratch)):
+        path = scratch / name
         with Store(path):
             seen = checker.examine(checker.read(path))
             assert not any(one.problems for one in seen)

@@ -75,19 +75,19 @@ def refuse(*names, dir_fd):
 
 @pytest.mark.parametrize("whole", [True, False], ids=["syncfs", "each file"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_previous_checkpoint_or_the_new_one(scenario, whole, small_sample, checker, power, tmp_path):
-    look = run(scenario, small_sample, checker, power, tmp_path / "path", whole=whole)
+def test_the_previous_checkpoint_or_the_new_one(scenario, whole, small_sample, checker, power, scratch):
+    look = run(scenario, small_sample, checker, power, scratch / "path", whole=whole)
     assert not look.violations, look.violations[:3]
     assert look.calls > 20
     assert look.outcomes == look.calls * 8
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, faults, power, tmp_path):
+def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, faults, power, scratch):
     """Lay what a loss leaves on a real disk, open it for reading and for writing, and save on."""
-    look = run(scenario, small_sample, checker, power, tmp_path / "path", whole=False)
+    look = run(scenario, small_sample, checker, power, scratch / "path", whole=False)
     for number, _, tree in look.keep[:: max(1, len(look.keep) // 12)]:
-        path = tmp_path / f"left-{number}"
+        path = scratch / f"left-{number}"
         power.lay_down(tree, path)
         expected = [one.marker for one in checker.examine(tree)]
         with Store(path, fs=faults.Unsynced()) as store:
@@ -130,13 +130,13 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_protocol_without_one_of_its_syncs_is_caught(mutation, small_sample, checker, power, tmp_path):
+def test_a_protocol_without_one_of_its_syncs_is_caught(mutation, small_sample, checker, power, scratch):
     scenario, forgets = MUTATIONS[mutation]
-    look = run(scenario, small_sample, checker, power, tmp_path / "path", whole=False, forgets=forgets)
+    look = run(scenario, small_sample, checker, power, scratch / "path", whole=False, forgets=forgets)
     assert look.violations
 
 
-def test_a_length_set_after_the_sync_is_caught(small_sample, checker, power, tmp_path):
+def test_a_length_set_after_the_sync_is_caught(small_sample, checker, power, scratch):
     class LateLength(power.Loss):
         late = ()
 
@@ -149,14 +149,14 @@ def test_a_length_set_after_the_sync_is_caught(small_sample, checker, power, tmp
                 if node is self.fds[fd]:
                     node.pending.append(("size", nbytes))
 
-    os.mkdir(tmp_path / "path")
+    os.mkdir(scratch / "path")
     look = Look(checker, seeds=3)
     look.allowed = {None, 9}
-    with Store(tmp_path / "path", fs=LateLength(tmp_path / "path", look=look, whole=False)) as store:
+    with Store(scratch / "path", fs=LateLength(scratch / "path", look=look, whole=False)) as store:
         small_sample.save(store, 1, marker=9)
     assert look.violations
 
 
-def test_syncfs_alone_does_not_cover_the_manifest(small_sample, checker, power, tmp_path):
-    look = run("next", small_sample, checker, power, tmp_path / "path", whole=True, forgets=ends("gockpt.json.tmp"))
+def test_syncfs_alone_does_not_cover_the_manifest(small_sample, checker, power, scratch):
+    look = run("next", small_sample, checker, power, scratch / "path", whole=True, forgets=ends("gockpt.json.tmp"))
     assert look.violations

@@ -20,6 +20,7 @@ from gockpt.errors import (
 from gockpt.storage import listing
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.listing import CheckpointEntry, list_checkpoints, open_checkpoint
+from gockpt.storage.pruned import is_gone
 
 ARRAYS = {("a",): ((4, 3), "float32"), ("b",): ((), "int64")}
 
@@ -139,6 +140,13 @@ def test_what_was_replaced_is_listed_on_request_and_opened_only_in_need(save, tm
     assert opened(path / "step-0000000002.old-00000002") == (2, 2)
 
 
+def test_what_was_replaced_never_comes_before_what_stands_in_its_place(save, tmp_path):
+    save(2, 9, directory="step-0000000002.old-00000009")
+    save(2, 4)
+    assert opened(tmp_path / "ckpts") == opened(tmp_path / "ckpts", 2) == (2, 4)
+    assert [entry.seq for entry in list_checkpoints(tmp_path / "ckpts")] == [4]
+
+
 def test_a_step_is_told_apart_from_its_damaged_successor(save, tmp_path):
     save(2, 2, directory="step-0000000002.old-00000002")
     (save(2, 3).path / "gockpt.json").write_bytes(b"{}\n")
@@ -190,21 +198,22 @@ def test_a_linked_step_is_not_followed(save, tmp_path):
     assert opened(tmp_path / "ckpts/step-0000000002") == (2, 2)
 
 
-def test_pruned_between_looking_and_opening_means_looking_again(save, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", [1, 2])
+def test_pruned_between_looking_and_opening_means_looking_again(save, tmp_path, monkeypatch, when):
     first = save(1, 1)
     real = listing._open_child
     calls = []
 
     def open_child(directory, path, name):
         calls.append(name)
-        if len(calls) == 2:  # it was just found; now its successor comes and retention takes it
+        if len(calls) == when:  # its name was found, or all of it; now its successor comes, and it goes
             save(2, 2)
             shutil.rmtree(first.path)
         return real(directory, path, name)
 
     monkeypatch.setattr(listing, "_open_child", open_child)
     assert opened(tmp_path / "ckpts") == (2, 2)
-    assert calls == ["step-0000000001"] * 2 + ["step-0000000002"] * 2
+    assert calls == ["step-0000000001"] * when + ["step-0000000002"] * 2
 
 
 def test_a_newer_format_is_passed_over_and_named(save, tmp_path, caplog):
@@ -264,6 +273,23 @@ def test_what_is_missing_in_a_checkpoint_that_only_moved_is_damage(save, tmp_pat
         with pytest.raises(ManifestCorrupt, match=r"state\.json is missing"):
             checkpoint.state()
         assert [problem.what for problem in checkpoint.verify().problems].count("missing") == 2
+
+
+def test_where_the_parent_cannot_be_listed_only_a_removed_directory_counts_as_gone(save, monkeypatch):
+    written = save(3, 1)
+    fd = os.open(written.path, os.O_RDONLY)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    try:
+        assert not is_gone(fd)
+        monkeypatch.setattr(os, "listdir", refuse)
+        assert not is_gone(fd)
+        shutil.rmtree(written.path)
+        assert is_gone(fd)
+    finally:
+        os.close(fd)
 
 
 def test_an_unreadable_checkpoint_is_not_silently_passed_over(save, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -226,6 +227,28 @@ def test_bounce_memory_is_bounded(large, monkeypatch):
         sizes.clear()
         read(checkpoint, "rows", Box((1, 0), (5118, 1024)))
         assert max(sizes) < 2 * MIB  # only the ends of whole rows
+
+
+def test_after_an_error_the_other_threads_stop(large, monkeypatch):
+    cleared, calls = threading.Event(), []
+
+    class Jobs(deque):
+        def clear(self):
+            super().clear()
+            cleared.set()
+
+    def fail_first(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise ChunkCorrupt("the first")
+        assert cleared.wait(10)
+        return 0
+
+    monkeypatch.setattr(fetch, "deque", Jobs)
+    monkeypatch.setattr(fetch, "_read", fail_first)
+    with open_checkpoint(large.path, threads=2) as checkpoint, pytest.raises(ChunkCorrupt, match="the first"):
+        read(checkpoint, "rows")
+    assert len(calls) <= 2
 
 
 def test_no_descriptor_is_left_open(large):

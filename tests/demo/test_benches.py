@@ -1,0 +1,92 @@
+"""The benches run and write what they say; no speed is judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MACHINE = {
+    "date",
+    "cpu",
+    "cores",
+    "memory_bytes",
+    "load_before",
+    "kernel",
+    "filesystem",
+    "python",
+    "versions",
+}
+
+
+def run(script, *options):
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--dir", ".", "--json", "result.json", *options],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(Path("result.json").read_text())
+    assert result["machine"].keys() == MACHINE
+    assert result["machine"]["versions"].keys() >= {"gockpt", "torch"}
+    assert [path.name for path in Path().iterdir()] == ["result.json"]  # nothing is left behind
+    return result, done.stdout
+
+
+def test_training_bench(bench):
+    result, printed = run(bench / "bench_train.py", "--steps", "10", "--only", "window 4", "+ fsync", "dcp")
+    savers = ["no saving", "no saving (again)", "gockpt, window 4", "torch.save + fsync", "dcp.async_save"]
+    assert [row["saver"] for row in result["summary"]] == savers
+    assert sorted(sample["saver"] for sample in result["samples"]) == sorted(savers)
+    for row in result["summary"]:
+        assert row["saver"] in printed
+        assert row["tokens_per_second"] > 0
+        low, high = row["vs_none_range"]
+        assert low <= row["vs_none"] <= high
+        if row["saver"].startswith("no saving"):
+            assert (row["every"], row["saves"], row["durable_seconds"]) == (None, 0, None)
+        else:
+            assert (row["every"], row["saves"]) == (10, 1)
+            assert row["exposed_seconds_per_save"] > 0
+            assert row["durable_seconds"] > 0
+    for sample in result["samples"]:
+        assert sample["tokens"] == 10 * 256
+        assert len(sample["step_seconds"]) == 10
+        assert [save["step"] for save in sample["saves"]] in ([], [10])
+    gockpt = next(sample for sample in result["samples"] if sample["saver"].startswith("gockpt"))
+    assert gockpt["saves"][0]["window"] == 4
+
+
+def test_an_interval_that_would_never_come_is_refused(bench):
+    done = subprocess.run(
+        [sys.executable, str(bench / "bench_train.py"), "--steps", "10", "--every", "50"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "nothing would be saved" in done.stderr
+
+
+def test_memory_bench_and_its_bar(bench):
+    result, printed = run(bench / "bench_memory.py")
+    assert [sample["window"] for sample in result["samples"]] == [1, 4]
+    for sample in result["samples"]:
+        assert sample["windows"] == [sample["window"]] * 3
+        assert sample["bar_bytes"] == int(sample["state_bytes"] * 1.15) + sample["ring_bytes"]
+        assert 0 < sample["growth_bytes"] <= sample["bar_bytes"]
+    one, four = result["samples"]
+    assert one["ring_bytes"] == 0 < four["ring_bytes"]
+    assert printed.count("held") == 2
+
+
+@pytest.mark.parametrize("name", ["bench_train.py", "bench_memory.py", "demo.py"])
+def test_each_says_what_it_does(bench, name):
+    done = subprocess.run(
+        [sys.executable, str(bench / name), "--help"], check=True, capture_output=True, text=True
+    )
+    assert "--json" in done.stdout
