@@ -47,20 +47,17 @@ def main() -> int:
         f"{settings.threads} threads, {facts['filesystem']}"
     )
 
-    def stage(title: str, *options: str, save: bool) -> Run:
+    def stage(title: str, *options: str, save: bool = True) -> Run:
         screen.title(title)
-        with Stage(screen, settings.steps) as shown:
+        with Stage(screen, settings.steps, introduce=not save) as shown:
             return train(settings, *options, save=save, show=shown.event)
 
     reference = stage(f"1. The reference: {settings.steps} steps, no saving, never interrupted", save=False)
-    killed = stage(
-        f"2. The same, saved every {settings.every} steps over {settings.window}, and killed in the middle of a save",
-        *("--hold-at", str(settings.killed_at)),
-        save=True,
-    )
+    how = f"a save every {settings.every} steps, each spread over {settings.window}"
+    killed = stage(f"2. The same, {how}; killed inside one", "--hold-at", str(settings.killed_at))
     left_behind = sorted(path.name for path in settings.checkpoints.glob("step-*"))
     screen.say(f"  on disk now: {', '.join(left_behind) or 'nothing'}")
-    resumed = stage("3. A new process resumes from the newest complete checkpoint", "--resume", save=True)
+    resumed = stage("3. A new process resumes from the newest complete checkpoint", "--resume")
 
     screen.title("What was shown")
     checked = claims(settings, reference, killed, resumed)

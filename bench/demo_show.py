@@ -43,7 +43,7 @@ class Screen:
 class Stage:
     """Shows one training process: give it every event, inside a ``with`` block."""
 
-    def __init__(self, screen: Screen, steps: int) -> None:
+    def __init__(self, screen: Screen, steps: int, *, introduce: bool) -> None:
         self._screen = screen
         self._bar = Progress(
             TextColumn("  step {task.completed:>3.0f} of {task.total:.0f}"),
@@ -53,6 +53,7 @@ class Stage:
             transient=not screen.console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=steps)
+        self._introduce = introduce
         self._training = ""
         self._saving = ""
 
@@ -75,7 +76,11 @@ class Stage:
         self._describe()
 
     def _ready(self, event: dict[str, Any]) -> None:
-        self._training = f"a GPT with {event['parameters'] / 1e6:.1f} M parameters"
+        if self._introduce:
+            self._screen.say(
+                f"  a GPT with {event['parameters'] / 1e6:.1f} M parameters reads Python's standard library: "
+                f"{megabytes(event['corpus_bytes'])}, {event['tokens_per_step']} bytes per step"
+            )
 
     def _resumed(self, event: dict[str, Any]) -> None:
         self._bar.update(self._task, completed=event["step"])

@@ -312,7 +312,6 @@ class _Fitter:
                 and tuple(tensor.shape) == spec.shape
                 and tensor.dtype == DTYPE_OF[spec.dtype]
                 and tensor.device == there
-                and saved.more == {}
             ):
                 planned.append((key, Fill(source, tensor, label)))
             else:

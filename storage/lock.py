@@ -8,6 +8,7 @@ is opened only here, and only once; a second writer in the same process is refus
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gockpt.errors import PathBusy
@@ -80,7 +81,8 @@ class WriterLock:
         if _HELD.get(self._key) is self:
             del _HELD[self._key]
         if fd is not None:
-            self._fs.close(fd)
+            with suppress(OSError):  # nothing was written that matters
+                self._fs.close(fd)
 
 
 def _name(data: bytes) -> str:

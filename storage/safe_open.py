@@ -137,13 +137,11 @@ class RegularFile:
         fd: The descriptor.
         path: Its path inside the checkpoint, for messages.
         nbytes: Its size when it was opened.
-        links: How many names the file has.
     """
 
     fd: int
     path: str
     nbytes: int
-    links: int
 
     def __enter__(self) -> Self:
         return self
@@ -207,7 +205,7 @@ def open_regular(directory: int, path: str, *, nbytes: int | None = None) -> Reg
     except BaseException:
         os.close(fd)
         raise
-    return RegularFile(fd, path, status.st_size, status.st_nlink)
+    return RegularFile(fd, path, status.st_size)
 
 
 def read_small(directory: int, path: str, *, limit: int, nbytes: int | None = None) -> bytes:

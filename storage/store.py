@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from gockpt.errors import UsageError
@@ -73,7 +74,8 @@ class Store:
                 self._place.lock.release()
                 raise
         except BaseException:
-            fs.close(fd)
+            with suppress(OSError):
+                fs.close(fd)
             raise
 
     def begin(self, step: int) -> Transaction:
@@ -122,7 +124,8 @@ class Store:
         for transaction in list(self._transactions):
             transaction.abort()
         self._place.lock.release()
-        self._place.fs.close(self._place.fd)
+        with suppress(OSError):
+            self._place.fs.close(self._place.fd)
 
     def __enter__(self) -> Self:
         return self

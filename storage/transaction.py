@@ -116,10 +116,12 @@ class Transaction:
                 self._inode = _inode(fs.fstat(self._fd))
                 self._draft = Draft(fs, self._fd, where)
         except BaseException:
-            # What was made on the disk is found by the next sweep.
             for fd in opened:
                 with suppress(OSError):
                     fs.close(fd)
+            with suppress(OSError):
+                files.remove_tree(fs, place.fd, self._partial)
+                files.remove_tree(fs, place.fd, directory_names.of_owner(attempt))
             raise
 
     def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:

@@ -24,7 +24,7 @@ class Saved:
         step: The step it holds.
         path: Its directory.
         seq: Its place in the order of publications; the highest is the newest.
-        nbytes: Payload bytes.
+        nbytes: Bytes written: tensors, checksums and documents.
         window: Ticks the published attempt was spread over.
         attempts: 1, or more when the save was retargeted.
         exact: Whether it is bit-exact.

@@ -27,7 +27,6 @@ import gockpt
 from gockpt import checkpointer, rng
 from gockpt.kernels import replay
 
-
 MEMORY = Path("/dev/shm")
 """Where checkpoints of most tests go, if it is there: thousands of synchronised files tire a disk."""
 
@@ -225,6 +224,8 @@ class Tensors(torch.nn.Module):
 class Loop:
     """A training loop that keeps a moment of every tick and compares what was published.
 
+    A window always finds the last save written (``when_busy="wait"``), so that each has its full length.
+
     Args:
         build: Returns (model, optimizer) anew, with other values each time but of the same form.
         update: Called with (model, optimizer, tick): everything up to and including the update.
@@ -243,12 +244,8 @@ class Loop:
         self.moments: dict[int, Moment] = {}
         self.handles: list[Any] = []
 
-    @property
-    def window(self):
-        return 1 if self.options.window == "auto" else self.options.window
-
     def tick(self, *, save=True):
-        """One iteration; a window always finds the last save written."""
+        """One iteration."""
         self.step += self.stride
         self.update(self.model, self.optimizer, self.step)
         self.boundary(save=save)
@@ -258,8 +255,6 @@ class Loop:
         self.moments[self.step] = take(self.step, self.model, self.optimizer, self.extra)
         if not save:
             return None
-        if self.handles and self.opens_here():
-            self.handles[-1].result(60)
         handle = gockpt.save_overlapped(
             self.model, self.optimizer, self.path,
             step=self.step, every=self.every, extra=self.extra, options=self.options,
@@ -267,10 +262,6 @@ class Loop:
         if handle is not None and handle not in self.handles:
             self.handles.append(handle)
         return handle
-
-    def opens_here(self):
-        ahead = -self.step % self.every
-        return self.every > 1 and ahead == (self.window - 1) * self.stride
 
     def run(self, ticks):
         for _ in range(ticks):

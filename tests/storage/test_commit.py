@@ -217,7 +217,7 @@ def test_writing_is_cut_into_pieces_the_system_takes(faults):
     assert fs.pieces == [(100, 1 << 30), (100 + (1 << 30), 1 << 30), (100 + (2 << 30), 5)]
 
 
-@given(st.binary(min_size=1, max_size=50), st.lists(st.integers(1, 5), max_size=80), st.integers(0, 9))
+@given(st.binary(min_size=1, max_size=50), st.lists(st.integers(0, 5), max_size=80), st.integers(0, 9))
 def test_short_and_interrupted_writes_are_continued(data, sizes, offset):
     class Reluctant(Filesystem):
         def __init__(self):
@@ -226,7 +226,7 @@ def test_short_and_interrupted_writes_are_continued(data, sizes, offset):
 
         def pwrite(self, fd, piece, at):
             size = self.sizes.pop() if self.sizes else len(piece)
-            if size == 5:
+            if size == 0:
                 raise InterruptedError
             size = min(size, len(piece))
             self.file[at : at + size] = piece[:size]
@@ -378,7 +378,7 @@ def test_an_array_has_one_file_per_chunk_and_few_calls(tmp_path, sampling, fault
         calls = fs.names[before:]
     assert len(calls) < 444 * 16 + 100
     assert calls.count("pwrite") == 444 * 2 + 6
-    assert calls.count("fsync") == 444 * 3 + 11
+    assert calls.count("fsync") == 444 * 3 + 9
     assert calls.count("syncfs") <= 1
 
 
