@@ -116,8 +116,12 @@ def train(settings: Settings, *options: str, save: bool, show: Callable[[dict[st
         command += ["--corpus-bytes", str(settings.corpus_bytes)]
     if save:
         command += ["--checkpoints", str(settings.checkpoints)]
+    # Threads that spin while they wait for each other make a step many times slower on a busy machine.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     # Its standard input is a pipe that nothing is ever written to: reading from it is how it holds.
-    with subprocess.Popen([*command, *options], pass_fds=(writing,), stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*command, *options], pass_fds=(writing,), stdin=subprocess.PIPE, env=environment
+    ) as process:
         os.close(writing)
         run = Run()
         try:

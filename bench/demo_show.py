@@ -50,7 +50,7 @@ class Stage:
             BarColumn(16),
             TextColumn("{task.description}"),
             console=screen.console,
-            transient=not screen.console.is_terminal,
+            disable=not screen.console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=steps)
         self._introduce = introduce
@@ -100,7 +100,7 @@ class Stage:
     def _waited(self, event: dict[str, Any]) -> None:
         if event["seconds"] > 0.01:
             self._screen.say(
-                f"  after step {event['step']} training waited {1e3 * event['seconds']:.0f} ms for the disk"
+                f"  after step {event['step']} the demo waited {1e3 * event['seconds']:.0f} ms for that save to end"
             )
 
     def _saved(self, event: dict[str, Any]) -> None:

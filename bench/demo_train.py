@@ -121,8 +121,8 @@ class Saves:
             self._newest = handle
             handle.add_done_callback(self._done)
         if step % self._arguments.every == self._arguments.every // 2 and not handle.done():
-            # Only on a disk that is slower than half an interval: otherwise the next window would start
-            # late, and be shorter than the one asked for.
+            # Half an interval later it is on disk, unless disk or cores are very busy. Waiting for it here
+            # keeps the demo the same everywhere: else the next window may open late and be shorter.
             began = perf_counter()
             handle.result()
             self._report("waited", step=step, seconds=perf_counter() - began)

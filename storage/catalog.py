@@ -139,6 +139,8 @@ class Catalog:
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest ``keep``; returns the steps deleted, oldest publication first.
 
+        What a newer publication of the same step replaced goes too; it neither counts nor is reported.
+
         Args:
             keep: At least 1.
 
@@ -147,13 +149,19 @@ class Catalog:
         """
         with self._mutex:
             by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
+        newest = {identity.step: name for name, identity in by_age}
+        counted = [name for name, identity in by_age if newest[identity.step] == name]
+        kept = set(counted[-keep:])
         steps = []
-        for name, identity in by_age[:-keep]:
+        for name, identity in by_age:
+            if name in kept:
+                continue
             with storage_errors("delete", self._place.of(name)):
                 # Not what another process put in its place meanwhile.
                 if identify(self._place, name) == identity:
                     remove_entry(self._place, name, identity.attempt)
-                    steps.append(identity.step)
+                    if name in counted:
+                        steps.append(identity.step)
             with self._mutex:
                 self._entries.pop(name, None)
         return steps

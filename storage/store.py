@@ -103,8 +103,10 @@ class Store:
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest ``keep`` checkpoints, by publication; readers survive it.
 
+        What a newer publication of its step replaced is deleted as well, and doesn't count.
+
         Returns:
-            The steps deleted, oldest publication first.
+            The steps that are gone, oldest publication first.
 
         Raises:
             UsageError: If fewer than one would be kept, or the store was closed or forked.

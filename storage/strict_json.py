@@ -23,6 +23,7 @@ STATE_DEPTH = 256
 
 # Possessive, and an unterminated string runs to the end: linear time for whatever bytes come.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_SLICE = 1 << 20
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -38,8 +39,13 @@ def nesting(data: bytes) -> int:
     brackets = np.frombuffer(_STRING.sub(b"", data).translate(None, _NOT_BRACKETS), np.uint8)
     if not brackets.size:
         return 0
-    opening = (brackets == ord("[")) | (brackets == ord("{"))
-    return max(0, int(np.cumsum(np.where(opening, 1, -1)).max()))
+    depth = deepest = 0
+    for start in range(0, brackets.size, _SLICE):
+        part = brackets[start : start + _SLICE]
+        opening = (part == ord("[")) | (part == ord("{"))
+        depths = depth + np.cumsum(np.where(opening, 1, -1))
+        depth, deepest = int(depths[-1]), max(deepest, int(depths.max()))
+    return deepest
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -220,7 +220,8 @@ class Transaction:
                 msg = f"the save of step {self.step} has ended"
                 raise SaveAborted(msg)
             if self._failure is not None:
-                msg = f"the save of step {self.step} failed before: {self._failure}"
+                why = str(self._failure) or type(self._failure).__name__
+                msg = f"the save of step {self.step} failed before: {why}"
                 raise StorageError(msg) from self._failure
             if alone and self._workers:
                 msg = "commit while chunks are being written"

@@ -23,6 +23,8 @@ from gockpt.errors import GockptError, SaveAborted, SaveError, WorkerError
 from gockpt.lifecycle import Command, Event, State, advance
 from gockpt.schedule import make_plan
 
+Name = tuple[str, ...]
+
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["Boundary", "Save", "as_save_error"]
 
 _log = logging.getLogger("gockpt")
-
-Name = tuple[str, ...]
 
 MAX_ATTEMPTS = 4
 

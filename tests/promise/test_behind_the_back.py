@@ -47,7 +47,8 @@ def through_numpy(model, optimizer):
 
 
 def through_storage(model, optimizer):
-    model.a.data.untyped_storage().copy_(torch.randn_like(model.a).untyped_storage())
+    storage = model.a.data.untyped_storage()
+    storage.copy_(torch.randn(storage.nbytes() // 4).untyped_storage())
 
 
 def copy_over(model, optimizer):

@@ -254,6 +254,20 @@ def test_an_optimizer_with_a_mind_of_its_own(save, same):
     assert train(other, loaded, range(3, 6)) == losses
 
 
+def test_a_state_that_the_checkpoint_does_not_have_is_gone(save):
+    model = nn.Linear(2, 2)
+    plain = optim.AdamW(model.parameters())
+    rich = optim.AdamW(model.parameters(), amsgrad=True)
+    for optimizer in (plain, rich):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    save("ckpts", model, plain)
+    gockpt.load("ckpts", model, rich)
+    assert list(rich.state[model.weight]) == ["step", "exp_avg", "exp_avg_sq"]
+    assert rich.param_groups[0]["amsgrad"] is False
+
+
 def test_a_state_that_is_no_mapping(save):
     model = nn.Linear(2, 2)
     optimizer = optim.SGD(model.parameters(), lr=0.1)

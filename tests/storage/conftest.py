@@ -26,11 +26,11 @@ from gockpt.layout import ArrayLayout
 from gockpt.schema import ArraySpec
 from gockpt.storage.filesystem import CALLS, Filesystem
 from gockpt.storage.manifest import chunked_layout
-from gockpt.storage.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from gockpt.storage.store import Store
     from gockpt.storage.transaction import Published, Transaction
 
 Tree = dict[str, bytes | None]
@@ -164,7 +164,11 @@ def problems(tree: Tree) -> list[str]:
         chunk = math.prod(array["chunk"]) * size
         left = math.prod(array["shape"]) * size
         for number in range(-(-left // chunk)):
-            key = "c" if not array["shape"] else ".".join(["c", str(number), *("0" * (len(array["shape"]) - 1))])
+            key = (
+                "c"
+                if not array["shape"]
+                else ".".join(["c", str(number), *("0" * (len(array["shape"]) - 1))])
+            )
             content = compare(f"{array['path']}/{key}", chunk + 4, None)
             if content[-4:] != crc32c(content[:-4]).to_bytes(4, "little"):
                 found.append(f"{array['path']}/{key} has another checksum")
@@ -179,7 +183,9 @@ def problems(tree: Tree) -> list[str]:
     files = {path for path, content in tree.items() if content is not None}
     found += [f"{path} is not in the manifest" for path in sorted(files - expected)]
     folders = {os.path.dirname(path) for path in expected}
-    folders |= {"/".join(folder.split("/")[:n]) for folder in folders for n in range(1, folder.count("/") + 1)}
+    folders |= {
+        "/".join(folder.split("/")[:n]) for folder in folders for n in range(1, folder.count("/") + 1)
+    }
     directories = {path for path, content in tree.items() if content is None}
     found += [f"the directory {path} is not needed" for path in sorted(directories - folders)]
     return found
@@ -226,7 +232,9 @@ class Unsynced(Filesystem):
 class Interposer(Unsynced):
     """Every call goes through :meth:`around`, which by default carries it out."""
 
-    def around(self, name: str, call: Callable[[], Any], arguments: tuple[Any, ...], dir_fd: int | None) -> Any:
+    def around(
+        self, name: str, call: Callable[[], Any], arguments: tuple[Any, ...], dir_fd: int | None
+    ) -> Any:
         return call()
 
 

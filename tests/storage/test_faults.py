@@ -91,7 +91,9 @@ def test_a_failing_file_is_named(small_sample, faults, scratch, at):
     with Store(scratch, fs=fs) as store, store.begin(1) as transaction:
         small_sample.write(transaction, 1)
         fs.count, fs.at = 0, at
-        with pytest.raises(StorageError, match=r"can't write .*/step-0000000001\.partial-[0-9a-f]+/\S+: .*EIO"):
+        with pytest.raises(
+            StorageError, match=r"can't write .*/step-0000000001\.partial-[0-9a-f]+/\S+: .*EIO"
+        ):
             small_sample.commit(transaction, 1)
 
 
@@ -297,7 +299,9 @@ def test_nothing_goes_past_the_seam(module):
     ]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT, errno.ENOTSUP, None])
+@pytest.mark.parametrize(
+    "code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT, errno.ENOTSUP, None]
+)
 def test_a_message_says_where_what_and_what_now(code):
     error = OSError(code, os.strerror(code)) if code else OSError("no number")
     message = str(as_storage_error(error, "write", "/a/b"))

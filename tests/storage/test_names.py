@@ -13,7 +13,21 @@ from gockpt.storage import names
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 # Close neighbours: case, dots, reserved words, escapes that look like escapes.
 tricky = st.text(st.sampled_from("dDcC.~_40h/"), max_size=5) | st.sampled_from(
-    ["zarr.json", "Zarr.JSON", "~44", "con", "CON", "aux.weight", "c.0", "C", "state.json", "ß", "SS", "ſ", "ẞ"]
+    [
+        "zarr.json",
+        "Zarr.JSON",
+        "~44",
+        "con",
+        "CON",
+        "aux.weight",
+        "c.0",
+        "C",
+        "state.json",
+        "ß",
+        "SS",
+        "\u017f",
+        "ẞ",
+    ]
 )
 components = tricky | text
 ALLOWED = set(string.ascii_letters + string.digits + "._=@+,-~")

@@ -224,10 +224,11 @@ class PowerLoss(Filesystem):
 
 
 def _without_data(pending):
-    return [("write", offset, bytes(len(data))) if kind == "write" else (kind, offset, *data)
-            for kind, offset, *data in pending if kind != "write"] + [
-        ("grow", effect[1] + len(effect[2])) for effect in pending if effect[0] == "write"
-    ]
+    return [
+        ("write", offset, bytes(len(data))) if kind == "write" else (kind, offset, *data)
+        for kind, offset, *data in pending
+        if kind != "write"
+    ] + [("grow", effect[1] + len(effect[2])) for effect in pending if effect[0] == "write"]
 
 
 def _torn(chance: random.Random) -> Callable[[Node], list[tuple[Any, ...]]]:

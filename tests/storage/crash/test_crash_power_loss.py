@@ -46,7 +46,9 @@ def run(scenario, small_sample, checker, power, root, *, whole, seeds=3, forgets
     """Play a scenario in the model; returns what was seen."""
     os.mkdir(root)
     look = Look(checker, seeds=seeds)
-    model = power.Loss(root, whole=whole, forgets=lambda call, path: look.allowed_to_forget and forgets(call, path))
+    model = power.Loss(
+        root, whole=whole, forgets=lambda call, path: look.allowed_to_forget and forgets(call, path)
+    )
     look.allowed_to_forget = False
     if scenario == "again without renameat2":
         model.rename_new = model.exchange = refuse
@@ -120,7 +122,10 @@ MUTATIONS = {
     "the manifest is not synced": ("next", ends("gockpt.json.tmp")),
     "an array's directory is not synced": ("next", ends("/model/tall")),
     "a group's directory is not synced": ("next", ends("/model")),
-    "the partial's directory is not synced": ("next", lambda call, path: ".partial-" in path and "/" not in path),
+    "the partial's directory is not synced": (
+        "next",
+        lambda call, path: ".partial-" in path and "/" not in path,
+    ),
     "the path is not synced": ("next", lambda call, path: path == ""),
     "the path is not synced at first": ("first", lambda call, path: path == ""),
     "the path is not synced when a step is replaced": ("again", lambda call, path: path == ""),
@@ -158,5 +163,7 @@ def test_a_length_set_after_the_sync_is_caught(small_sample, checker, power, scr
 
 
 def test_syncfs_alone_does_not_cover_the_manifest(small_sample, checker, power, scratch):
-    look = run("next", small_sample, checker, power, scratch / "path", whole=True, forgets=ends("gockpt.json.tmp"))
+    look = run(
+        "next", small_sample, checker, power, scratch / "path", whole=True, forgets=ends("gockpt.json.tmp")
+    )
     assert look.violations

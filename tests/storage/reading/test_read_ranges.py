@@ -133,6 +133,23 @@ def test_columns_far_apart_are_not_read_as_one_span():
     assert read.ranges == (ByteRange(0, 7 * wide + wide // 4),)
 
 
+def test_blocks_that_touch_are_read_as_one():
+    grid = grid_of((4, 16), 4, 1, 16)
+    (read,) = plan_reads(grid, Box((0, 0), (4, 2)), verify=True, piece=1 << 20, max_gap=0)
+    assert read.ranges == (ByteRange(0, 64),)
+    (read,) = plan_reads(grid, Box((0, 0), (4, 2)), verify=False, piece=1 << 20, max_gap=0)
+    assert read.ranges == tuple(ByteRange(16 * row, 2) for row in range(4))
+
+
+def test_rows_that_only_share_a_block_with_wanted_ones_are_left_alone():
+    grid = grid_of((4, 20), 4, 1, 16)
+    box = Box((1, 1), (2, 18))
+    (read,) = plan = plan_reads(grid, box, verify=True, piece=1 << 20, max_gap=16)
+    assert read.ranges == (ByteRange(16, 48),)  # from within row 0 to within row 3
+    data = contents(grid)
+    assert carry_out(grid, box, plan, data)[0].tobytes() == data[1:3, 1:19].tobytes()
+
+
 def test_a_plan_for_more_than_an_exabyte_is_only_arithmetic():
     rows = 1 << 50
     grid = grid_of((rows, 1024), rows // 4, 4, 1 << 20)

@@ -66,7 +66,7 @@ def test_a_bit_flipped_in_any_byte_of_any_file_is_found(request, kind):
         for file in files_of(written.path):
             with (written.path / file).open("r+b", buffering=0) as raw:
                 data = raw.read()
-                step = max(1, len(data) // 200)
+                step = max(1, len(data) // 60)
                 for at in range(rng.randrange(step), len(data), step):
                     os.pwrite(raw.fileno(), bytes([data[at] ^ 1 << rng.randrange(8)]), at)
                     found = [problem.path for problem in checkpoint.verify().problems]
@@ -133,6 +133,24 @@ def test_a_chunk_with_the_right_bytes_and_the_wrong_native_checksum_is_found(wri
     (problem,) = verify(written.path).problems
     assert problem.what.startswith("its own checksum is 00000000 instead of ")
     assert problem.array == "model/w"
+
+
+def test_chunks_longer_than_a_piece_are_compared_to_their_end(write, tmp_path):
+    written = write(tmp_path, {("a",): ((19, 1 << 20), "uint8"), ("b",): ((3,), "int8")}, chunk_rows=10)
+    assert verify(written.path).ok
+    for name, at in (("c.0.0", (9 << 20) + 5), ("c.1.0", (8 << 20) + 5), ("c.1.0", (9 << 20) + 5)):
+        with (written.path / "a" / name).open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1]))
+        (problem,) = verify(written.path).problems
+        padding = name == "c.1.0" and at > 9 << 20
+        where = "the padding from byte 9437184" if padding else f"the bytes from {at >> 20 << 20} on"
+        assert (problem.path, problem.what[: len(where)]) == (f"a/{name}", where)
+        with (written.path / "a" / name).open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([byte]))
 
 
 def test_a_lost_directory_and_links_are_found(written, tmp_path):
