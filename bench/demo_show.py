@@ -100,7 +100,7 @@ class Stage:
     def _waited(self, event: dict[str, Any]) -> None:
         if event["seconds"] > 0.01:
             self._screen.say(
-                f"  after step {event['step']} the demo waited {1e3 * event['seconds']:.0f} ms for that save to end"
+                f"  after step {event['step']} the demo waited {1e3 * event['seconds']:.0f} ms for that save"
             )
 
     def _saved(self, event: dict[str, Any]) -> None:

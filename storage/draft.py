@@ -118,7 +118,7 @@ class Draft:
             self._move(paths)
             described = {
                 STATE_FILE: strict_json.dumps(
-                    state, what="the state document", depth=strict_json.STATE_DEPTH
+                    dict(state), what="the state document", depth=strict_json.STATE_DEPTH
                 ),
                 BLOCKS_FILE: b"".join(_block_checksums(array) for array in ordered),
             }

@@ -95,18 +95,19 @@ def sync_directory(fs: Filesystem, dir_fd: int, name: str) -> None:
 def remove_tree(fs: Filesystem, dir_fd: int, name: str) -> None:
     """Remove a directory or file and all below it; what is gone already is fine, links aren't followed."""
     try:
-        fs.unlink(name, dir_fd=dir_fd)
+        try:
+            fs.unlink(name, dir_fd=dir_fd)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.EPERM):
+                raise
+        else:
+            return
+        fd = fs.open(name, DIRECTORY, dir_fd=dir_fd)
+        try:
+            for child in fs.listdir(fd):
+                remove_tree(fs, fd, child)
+        finally:
+            fs.close(fd)
+        fs.rmdir(name, dir_fd=dir_fd)
     except FileNotFoundError:
         return
-    except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.EPERM):
-            raise
-    else:
-        return
-    fd = fs.open(name, DIRECTORY, dir_fd=dir_fd)
-    try:
-        for child in fs.listdir(fd):
-            remove_tree(fs, fd, child)
-    finally:
-        fs.close(fd)
-    fs.rmdir(name, dir_fd=dir_fd)

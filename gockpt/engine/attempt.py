@@ -187,9 +187,13 @@ class Attempt:
 
     # -- updates -----------------------------------------------------------------------------
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Let the update go ahead: nothing it overwrites is still needed afterwards."""
         self.settle()
+        for unit in self.cut.units if closure else ():
+            # The closure is yet to compute the gradient that will be consumed.
+            if unit.optimizer is optimizer and unit.rule.gradient_at == "pre" and unit.barred is None:
+                self._bar(unit, "its gradient comes from a closure, and the step overwrites it")
         if self._full:
             for piece, now in of_pieces(self._sent(), self._live_bytes(), self._transfer):
                 self._judge(piece, now)
@@ -237,7 +241,7 @@ class Attempt:
     def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
         if not gradients:
             return []
-        row = replay.scalars(unit.rule, unit.group, unit.optimizer.state[unit.param])
+        row = replay.scalars(unit.rule, unit.group, unit.optimizer.state.get(unit.param, {}))
         if row is None:
             self._bar(unit, "its parameter group's options changed")
             for gradient in gradients:

@@ -70,7 +70,8 @@ class Unit:
         Raises:
             KeyError: If a state is gone.
         """
-        state = self.optimizer.state[self.param]
+        # Not state[param]: torch's is a defaultdict, and looking must leave nothing behind.
+        state = self.optimizer.state.get(self.param, {})
         return [self.param, *(state[key] for key in self.rule.states)]
 
 

@@ -200,7 +200,7 @@ class Engine:
 
     # -- updates, from the hooks: never raise ------------------------------------------------
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Make sure that nothing still needed is overwritten (an optimizer is about to step)."""
         if self._save.attempt is None:
             return
@@ -210,7 +210,7 @@ class Engine:
             if state is State.CLOSING:
                 self._guard(self._save.settle)
             elif state is State.OPEN and attempt is not None and attempt.broken is None:
-                self._guard(lambda: attempt.before_update(optimizer))
+                self._guard(lambda: attempt.before_update(optimizer, closure=closure))
             else:
                 return
             self._save.trace.span("stall", began, perf_counter(), step=self._step, what="before update")

@@ -23,8 +23,8 @@ __all__ = ["Hooks", "Listener"]
 class Listener(Protocol):
     """Who hears of updates."""
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer is about to change parameters."""
+    def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
+        """The optimizer is about to change parameters, after running a closure if it was given one."""
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has changed parameters."""
@@ -68,13 +68,15 @@ class Hooks:
             handle.remove()
         self._handles.clear()
 
-    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         listener = self._listener()
         if listener is None or os.getpid() != self._pid:
             return
         depth = self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
         if depth == 1:
-            listener.before_update(optimizer)
+            # torch hands over the arguments of step() with the optimizer itself first.
+            given = any(value is not None for value in (*args[1:], *kwargs.values()))
+            listener.before_update(optimizer, closure=given)
 
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         listener = self._listener()

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gockpt
 
@@ -28,7 +29,7 @@ def adamw(model):
 
 @pytest.fixture
 def run(harness):
-    """Run a loop whose optimizer is prepared by ``prepare`` and stepped by ``step``; return what was saved."""
+    """Run a loop whose optimizer is prepared by ``prepare`` and stepped by ``step``."""
 
     def go(*, make=adamw, prepare=None, step=None, late=False, ticks=RUN, fresh=None, **options):
         prepared = []
@@ -55,9 +56,13 @@ def run(harness):
     return go
 
 
-def check(saved, *, replayed=None):
-    assert [s.step for s in saved] == [EVERY, 2 * EVERY]
-    assert all(s.attempts == 1 for s in saved)
+def check(saved, *, replayed=None, attempts=1):
+    """Nothing was lost; with ``attempts`` above 1 a save may have had to move to a later step."""
+    assert len(saved) == 2
+    for result, due in zip(saved, (EVERY, 2 * EVERY), strict=True):
+        assert result.attempts <= attempts
+        assert (result.step == due) == (result.attempts == 1)
+        assert due <= result.step <= due + EVERY
     if replayed is not None:
         for result in saved:
             assert (result.window == WINDOW and not result.late_parts) == replayed
@@ -111,8 +116,7 @@ def test_a_post_hook_that_changes_what_the_step_left(run, hook, late):
 
 @pytest.mark.parametrize("hook", [clamp, drop_gradients])
 def test_global_hooks(run, hook):
-    register = torch.optim.optimizer.register_optimizer_step_post_hook
-    handle = register(hook)
+    handle = register_optimizer_step_post_hook(hook)
     try:
         check(run())
     finally:
@@ -132,8 +136,9 @@ def test_step_replaced_on_the_instance(run):
     def prepare(model, optimizer):
         optimizer.step = types.MethodType(own_step, optimizer)
 
-    check(run(prepare=prepare))
-    check(run(prepare=prepare, late=True))
+    # Nothing holds such an update back while a copy is under way: then it is taken again, at once.
+    check(run(prepare=prepare), attempts=2)
+    check(run(prepare=prepare, late=True), attempts=2)
 
 
 def test_step_replaced_inside_the_window(run):
@@ -239,7 +244,7 @@ def test_a_closure_gives_the_gradients(run):
 
 
 def test_a_closure_with_foreach_nesterov(run):
-    """torch writes into .grad there, and what the closure made is never to be seen before."""
+    """torch writes into .grad there, and what the closure made is nowhere to be seen."""
 
     def step(model, optimizer, number):
         def closure():
@@ -251,7 +256,7 @@ def test_a_closure_with_foreach_nesterov(run):
     check(run(
         make=lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True, foreach=True),
         step=step,
-    ))  # fmt: skip
+    ), attempts=2)  # fmt: skip
 
 
 def test_an_optimizer_in_a_wrapper(run, harness):
@@ -359,6 +364,7 @@ def test_adversarial_training_with_two_optimizers(harness):
     assert saved[1].window == WINDOW
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo")  # the compiler's own
 def test_compiled_step(run):
     """A compiled optimizer rounds as it likes: the formula is unknown, the copy is exact."""
 

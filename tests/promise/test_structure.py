@@ -1,4 +1,4 @@
-"""Parameters, groups, states and dtypes that come, go or change inside a window: saved exactly at its close."""
+"""Parameters, groups, states, dtypes that come, go or change inside a window: exact at its close."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def new_parameter_same_name(run):
 
 
 def regroup(run):
-    run.optimizer.param_groups[0]["params"].remove(run.model.b)
+    del run.optimizer.param_groups[0]["params"][1]
     run.optimizer.add_param_group({"params": [run.model.b], "weight_decay": 0.3})
 
 

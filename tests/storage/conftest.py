@@ -219,7 +219,7 @@ def examine(tree: Tree) -> list[Seen]:
 # -- faults ---------------------------------------------------------------------------------------
 
 
-class Unsynced(Filesystem):
+class NoWait(Filesystem):
     """Never waits for the disk: what a process did is seen by the next one, synced or not."""
 
     def fsync(self, fd: int) -> None:
@@ -229,7 +229,7 @@ class Unsynced(Filesystem):
         os.fstat(fd)
 
 
-class Interposer(Unsynced):
+class Interposer(NoWait):
     """Every call goes through :meth:`around`, which by default carries it out."""
 
     def around(
@@ -239,7 +239,7 @@ class Interposer(Unsynced):
 
 
 def _interpose(name: str) -> Callable[..., Any]:
-    real = getattr(Unsynced, name)
+    real = getattr(NoWait, name)
 
     def method(self: Interposer, *arguments: Any, **keywords: Any) -> Any:
         return self.around(
@@ -353,7 +353,7 @@ def checker() -> SimpleNamespace:
 def faults() -> SimpleNamespace:
     """File systems that fail."""
     return SimpleNamespace(
-        Unsynced=Unsynced,
+        NoWait=NoWait,
         Interposer=Interposer,
         Recorder=Recorder,
         FailingAt=FailingAt,

@@ -24,7 +24,7 @@ def prepare(path, scenario, sample, faults):
     """Make what stands there before; returns the marker of the newest."""
     if scenario == "first":
         return None
-    with Store(path, fs=faults.Unsynced()) as store:
+    with Store(path, fs=faults.NoWait()) as store:
         sample.save(store, 1, marker=1)
         if scenario == "prune":
             sample.save(store, 2, marker=2)
@@ -87,7 +87,7 @@ def test_death_at_every_call(scenario, after, small_sample, checker, faults, scr
 
         done = number > publishing or (number == publishing and after)
         expected = before if not done or scenario == "prune" else 9
-        with Store(path, fs=faults.Unsynced()) as store:
+        with Store(path, fs=faults.NoWait()) as store:
             seen = checker.examine(checker.read(path))
             assert all(not one.problems for one in seen), (number, seen)
             assert (seen[-1].marker if seen else None) == expected, (number, fs.dead)

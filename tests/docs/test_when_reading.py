@@ -1,0 +1,172 @@
+"""The table "... while loading and reading" in docs/guarantees.md is true: every row is tried here.
+
+A trial is a function under the name of its row. It returns when all came out exact, and raises what a user
+would see otherwise; the row must name that error.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import zarr
+
+import gockpt
+
+TRIALS = {}
+
+
+def when(row):
+    """Register the trial of a row."""
+    return lambda trial: TRIALS.setdefault(row, trial)
+
+
+def refused(run, *, model=None, optimizer=None, **arguments):
+    """Load the saved run into other objects, which must stay as they were; raise what that raised."""
+    before = copy.deepcopy((model.state_dict() if model else None, optimizer and optimizer.state_dict()))
+    with pytest.raises(gockpt.GockptError) as caught:
+        gockpt.load("ckpts", model, optimizer, **arguments)
+    after = (model.state_dict() if model else None, optimizer and optimizer.state_dict())
+    assert str(before) == str(after)
+    assert model is None or gockpt.load("ckpts", model, optimizer, strict=False).step == run.step
+    raise caught.value
+
+
+@when("There is no such path, or nothing complete in it")
+def _nothing_there(lab):
+    for path in ("nowhere", "empty"):
+        assert (gockpt.steps(path), gockpt.latest(path)) == ([], None)
+        with pytest.raises(gockpt.CheckpointNotFound) as caught:
+            gockpt.open(path)
+        Path("empty").mkdir(exist_ok=True)
+    raise caught.value
+
+
+@when("There is no such step")
+def _no_such_step(lab):
+    run = lab.Run().saved()
+    with pytest.raises(gockpt.CheckpointNotFound, match="there are 1"):
+        gockpt.open("ckpts", step=7)
+    gockpt.load("ckpts", run.model, run.opt, step=7)
+
+
+@when("The path to read from is a file")
+def _read_a_file(lab):
+    Path("ckpts").write_text("mine")
+    gockpt.open("ckpts")
+
+
+@when("The directory holds other things, or a Zarr group of somebody else")
+def _other_things(lab):
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("dear")
+    with pytest.raises(gockpt.NotACheckpoint, match=r"letter\.txt"):
+        gockpt.open("mine")
+    zarr.create_group(store="group")
+    gockpt.open("group")
+
+
+@when("Shapes or dtypes differ")
+def _other_shapes(lab):
+    run = lab.Run().saved()
+    with pytest.raises(gockpt.StateMismatch, match="live bfloat16"):
+        gockpt.load("ckpts", lab.Run().model.bfloat16())
+    refused(run, model=lab.Run(width=25).model)
+
+
+@when("The model has names that the checkpoint lacks, or the other way round")
+def _other_names(lab):
+    run = lab.Run().saved()
+    fewer = lab.Run().model[:1]
+    with pytest.raises(gockpt.StateMismatch) as caught:
+        gockpt.load("ckpts", fewer)
+    assert caught.value.unexpected == ("model/1.weight", "model/1.bias")
+    refused(run, model=lab.Run().model.append(torch.nn.Linear(3, 3)))
+
+
+@when("The optimizer is of another class, or has other groups")
+def _other_optimizer(lab):
+    run = lab.Run().saved()
+    other = lab.Run()
+    groups = [{"params": layer.parameters()} for layer in other.model]
+    with pytest.raises(gockpt.StateMismatch, match="other groups"):
+        gockpt.load("ckpts", other.model, torch.optim.AdamW(groups))
+    other = lab.Run(kind=torch.optim.SGD)
+    refused(run, model=other.model, optimizer=other.opt)
+
+
+@when("An optimizer is loaded without its model")
+def _optimizer_alone(lab):
+    run = lab.Run().saved()
+    refused(run, optimizer=run.opt)
+
+
+@when("An extra is asked for that was not saved")
+def _no_such_extra(lab):
+    run = lab.Run().saved()
+    refused(run, model=run.model, extra={"sched": print})
+
+
+def damage(path):
+    """Flip one bit."""
+    data = bytearray(Path(path).read_bytes())
+    data[7] ^= 1
+    Path(path).write_bytes(data)
+
+
+@when("A chunk is damaged or missing")
+def _chunk_damaged(lab):
+    run = lab.Run().saved().saved()
+    chunk = Path("ckpts/step-0000000002/model/0.weight/c.0.0")
+    damage(chunk)
+    assert [problem.array for problem in gockpt.verify("ckpts").problems] == ["model/0.weight"]
+    with pytest.raises(gockpt.ChunkCorrupt) as caught:
+        gockpt.load("ckpts", run.model, run.opt)
+    assert "model/0.weight" in caught.value.__notes__[0]
+    assert "another step (1)" in caught.value.__notes__[0]
+    assert gockpt.load("ckpts", run.model, run.opt, step=1).step == 1
+    chunk.unlink()
+    gockpt.open("ckpts")["model/0.weight"][...]
+
+
+@when("The newest manifest is damaged")
+def _manifest_damaged(lab):
+    run = lab.Run().saved().saved()
+    damage("ckpts/step-0000000002/gockpt.json")
+    assert gockpt.load("ckpts", run.model, run.opt).step == 1
+    assert not gockpt.verify("ckpts", 2).ok
+
+
+@when("A step is asked for whose manifest is damaged")
+def _that_manifest_damaged(lab):
+    lab.Run().saved().saved()
+    damage("ckpts/step-0000000002/gockpt.json")
+    gockpt.open("ckpts", step=2)
+
+
+@when("A checkpoint is deleted while it is being read")
+def _pruned(lab):
+    lab.Run().saved()
+    held = gockpt.open("ckpts")
+    shutil.rmtree("ckpts/step-0000000001")
+    held["model/0.weight"][...]
+
+
+@when("A tensor's name is misspelt")
+def _misspelt(lab):
+    lab.Run().saved()
+    with pytest.raises(gockpt.TensorNotFound, match="did you mean 'model/0.weight'") as caught:
+        gockpt.open("ckpts")["model/0.weigth"]
+    raise caught.value
+
+
+@pytest.mark.parametrize("row", TRIALS)
+def test_a_row_is_true(row, table, lab):
+    table.judge(table.rows_below("... while loading and reading")[row], TRIALS[row], lab)
+
+
+def test_every_row_is_tried(table):
+    assert table.rows_below("... while loading and reading").keys() == TRIALS.keys()

@@ -1,0 +1,402 @@
+"""The table "... while saving" in docs/guarantees.md is true: every row is tried here.
+
+A trial is a function under the name of its row. It returns when all came out exact, and raises what a user
+would see otherwise; the row must name that error.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import gockpt
+from gockpt import checkpointer
+from gockpt.storage.filesystem import Filesystem
+
+TRIALS = {}
+
+
+def when(row):
+    """Register the trial of a row."""
+    return lambda trial: TRIALS.setdefault(row, trial)
+
+
+@when("The first save comes before the optimizer has state")
+def _before_state(lab):
+    run = lab.Run()
+    run.tick()
+    run.check(0)
+    other = lab.Run()
+    other.train()
+    gockpt.load("ckpts", other.model, other.opt)
+    assert not other.opt.state
+
+
+@when("Optimizer state appears inside a window")
+def _late_state(lab):
+    run = lab.Run()
+    run.model[0].requires_grad_(False)
+    assert run.window(between=lambda: run.model[0].requires_grad_(True)).check().window == 1
+
+
+@when("A parameter group is added inside a window")
+def _group_added(lab):
+    run = lab.Run()
+
+    def add():
+        run.model.append(torch.nn.Linear(24, 24))
+        run.opt.add_param_group({"params": run.model[2].parameters(), "lr": 0.1})
+
+    assert run.window(between=add).check().window == 1
+
+
+@when("There is no optimizer")
+def _no_optimizer(lab):
+    assert lab.Run(optimizer=False).window().check().window == 1
+
+
+@when("A parameter is changed behind the optimizer's back inside a window")
+def _behind_the_back(lab):
+    run = lab.Run()
+    saved = run.window(between=lambda: run.model[0].weight.data.clamp_(-0.01, 0.01)).check()
+    assert (saved.attempts, list(saved.late_parts)) == (1, ["0.weight"])
+
+
+@when("`step` of the optimizer is patched")
+def _patched(lab):
+    run = lab.Run()
+    step = run.opt.step
+    run.opt.step = functools.partial(step)
+    assert run.window().check().window == 1
+
+
+@when("A gradient scaler skips a step inside a window")
+def _skipped(lab):
+    run = lab.Run()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    while run.step < 8:
+        run.opt.zero_grad()
+        loss = run.model(torch.randn(4, 24)).square().mean() * (float("inf") if run.step == 6 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(run.opt)
+        scaler.update()
+        run.step += 1
+        run.tick(every=4, options=lab.WINDOW)
+    assert run.check().window == 4
+    assert float(run.opt.state[run.model[0].weight]["step"]) == 7
+
+
+@when("A closure raises inside `optimizer.step(closure)`, and the loop goes on")
+def _closure_raises(lab):
+    run = lab.Run()
+
+    def between():
+        with pytest.raises(ZeroDivisionError):
+            run.opt.step(lambda: 1 / 0)
+
+    assert run.window(between=between).check().window == 1
+
+
+def closed_and_changed(lab):
+    """Tick at the due step, and change the state while the background is kept from copying it."""
+    run = lab.Run().window(upto=7)
+    run.train()
+    (saver,) = checkpointer._live
+    gate = threading.Event()
+    batch = saver._engine._transfer.submit([gate.wait])
+    run.tick(every=4, options=lab.WINDOW)
+    run.model[1].weight.data.mul_(2)
+    gate.set()
+    batch.finish()
+    return run
+
+
+@when("The state changes right after the closing call, before it was copied")
+def _changed_too_early(lab):
+    run = closed_and_changed(lab)
+    run.train()
+    run.tick(every=4, options=lab.WINDOW)
+    assert run.check(9).attempts == 2
+    assert gockpt.steps("ckpts") == [4, 9]
+
+
+@when("The same, and no further call comes")
+def _changed_and_no_more(lab):
+    run = closed_and_changed(lab)
+    gockpt.wait()
+    assert run.save.done()
+
+
+@when("The optimizer steps after the last call while a window is open")
+def _stepped_on(lab):
+    run = lab.Run().window(upto=6)
+    run.train()
+    gockpt.wait()
+    assert run.save.done()
+
+
+@when("`every` or the options change while a window is open")
+def _other_every(lab):
+    run = lab.Run().window(upto=6)
+    run.train()
+    with pytest.raises(gockpt.SaveAborted) as caught:
+        run.tick(every=7, options=lab.WINDOW)
+    run.tick(every=7, options=lab.WINDOW)
+    run.check(7)
+    raise caught.value
+
+
+@when("Ctrl-C or an exception leaves the `with` block inside a window")
+def _interrupted(lab):
+    run = lab.Run()
+    saves = []
+
+    def block():
+        with gockpt.Checkpointer(run.model, run.opt, "ckpts", every=4, options=lab.WINDOW) as saver:
+            for step in range(1, 7):
+                run.train()
+                saves.append(saver.after_step(step))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert gockpt.steps("ckpts") == [4]
+    saves[-1].result()
+
+
+PROGRAM = """
+import os, signal, torch, gockpt
+model = torch.nn.Linear(24, 24)
+opt = torch.optim.AdamW(model.parameters())
+options = gockpt.Options(window=4, when_busy="wait")
+for step in range(1, 7):
+    model(torch.ones(1, 24)).square().mean().backward()
+    opt.step()
+    save = gockpt.save_overlapped(model, opt, "ckpts", step=step, every=4, options=options)
+    if step == 4:
+        save.result()
+"""
+
+
+def ended(how):
+    """Return how a program ended that leaves its loop inside a window, and the steps it left."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + how], capture_output=True, check=False, timeout=120
+    )
+    assert gockpt.verify("ckpts").ok
+    return done.returncode, gockpt.steps("ckpts")
+
+
+@when("An exception ends the program inside a window")
+def _program_raises(lab):
+    assert ended("raise ValueError") == (1, [4])
+
+
+@when("SIGKILL inside a window")
+def _program_killed(lab):
+    assert ended("os.kill(os.getpid(), signal.SIGKILL)") == (-9, [4])
+
+
+@when("The program ends inside a window without `wait()`")
+def _program_ends(lab):
+    assert ended("") == (0, [4, 6])
+
+
+class Refusing(Filesystem):
+    """Some calls fail with an error number while it is armed."""
+
+    def __init__(self, *calls, code, armed=True):
+        self.code, self.armed = code, armed
+        for call in calls:
+            setattr(self, call, functools.partial(self.refuse, getattr(self, call)))
+
+    def refuse(self, real, *arguments, **keywords):
+        if self.armed:
+            raise OSError(self.code, os.strerror(self.code))
+        return real(*arguments, **keywords)
+
+
+@when("The path is a file")
+def _path_is_a_file(lab):
+    Path("ckpts").write_text("mine")
+    lab.Run().tick()
+
+
+@when("The path may not be written")
+def _path_not_writable(lab):
+    lab.inject(Refusing("mkdir", "lock", code=errno.EACCES))
+    lab.Run().tick()
+
+
+def lost_and_told(run):
+    """Save; the handle has to raise, and the next call as well."""
+    run.train()
+    with pytest.raises(gockpt.StorageError):
+        run.tick().result()
+    run.train()
+    run.tick()
+
+
+@when("The disk is full")
+def _disk_full(lab):
+    fs = Refusing("pwrite", code=errno.ENOSPC, armed=False)
+    lab.inject(fs)
+    run = lab.Run().saved()
+    fs.armed = True
+    with pytest.raises(gockpt.StorageError, match="No space left") as caught:
+        lost_and_told(run)
+    with pytest.raises(gockpt.StorageError):  # that of step 3, whose call told of step 2
+        gockpt.wait()
+    fs.armed = False
+    assert not list(Path("ckpts").glob("*partial*"))
+    run.saved().check(4)
+    assert gockpt.steps("ckpts") == [1, 4]
+    raise caught.value
+
+
+@when("The path is removed while a run saves there")
+def _path_removed(lab):
+    run = lab.Run().saved()
+    shutil.rmtree("ckpts")
+    lost_and_told(run)
+
+
+@when("Something else stands where the step would go")
+def _place_taken(lab):
+    Path("ckpts/step-0000000001").mkdir(parents=True)
+    lost_and_told(lab.Run())
+
+
+@when("Another process saves into the path")
+def _other_process(lab):
+    code = "from gockpt.storage.store import Store; s = Store('ckpts'); print(flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(gockpt.PathBusy, match=f"process {other.pid} on") as caught:
+            lab.Run().tick()
+        other.communicate("\n", timeout=60)
+    raise caught.value
+
+
+@when("Another model of this process saves into the path, and its window is open")
+def _other_model(lab):
+    first = lab.Run().window(upto=6)
+    lab.Run().window(upto=first.step)
+
+
+@when("A forked child calls `save_overlapped`")
+def _forked(lab):
+    run = lab.Run().saved()
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            run.tick()
+        except gockpt.GockptError as error:
+            os.write(write, type(error).__name__.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        raise getattr(gockpt, pipe.read())
+
+
+@when("The same step is saved twice")
+def _twice(lab):
+    run = lab.Run().saved()
+    run.step = 0
+    run.saved().check(1)
+    assert gockpt.steps("ckpts") == [1]
+    assert [name for name in os.listdir("ckpts") if ".old-" in name]
+
+
+@when("A save is due while one is being written")
+def _busy(lab):
+    gate = threading.Event()
+
+    class Slow(Filesystem):
+        def pwrite(self, *arguments):
+            if threading.current_thread().name.startswith("gockpt-worker"):
+                assert gate.wait(60)
+            return super().pwrite(*arguments)
+
+    lab.inject(Slow())
+    run = lab.Run()
+    for _ in range(3):
+        run.train()
+        save = run.tick(options=gockpt.Options())
+    gate.set()
+    assert save.step == 1
+    run.check(1)
+
+
+@when("An extra has no exact form")
+def _odd_extra(lab):
+    with pytest.raises(gockpt.UnsupportedState, match=r"extra/odd is a builtins\.object") as caught:
+        lab.Run().tick(extra={"odd": object()})
+    raise caught.value
+
+
+@when("An extra's `state_dict()` raises")
+def _raising_extra(lab):
+    run = lab.Run()
+    with pytest.raises(ZeroDivisionError):
+        run.tick(extra={"mine": lambda: 1 / 0})
+    assert gockpt.steps("ckpts") == []
+    run.saved().check()
+
+
+@when("A parameter is on the meta device, or lazy")
+def _no_values(lab):
+    with pytest.raises(gockpt.UnsupportedState, match="model/weight"):
+        gockpt.save_overlapped(torch.nn.LazyLinear(3), None, "ckpts")
+    gockpt.save_overlapped(torch.nn.Linear(3, 3, device="meta"), None, "ckpts")
+
+
+@when("`load_state_dict(assign=True)` left the optimizer with lost parameters")
+def _lost(lab):
+    run = lab.Run()
+    run.model.load_state_dict({k: v.clone() for k, v in run.model.state_dict().items()}, assign=True)
+    run.tick()
+
+
+@when("The model no longer exists")
+def _model_gone(lab):
+    run = lab.Run()
+    saver = gockpt.Checkpointer(run.model, run.opt, "ckpts")
+    del run
+    saver.after_step(1)
+
+
+@when("`window=4` without `every`")
+def _window_without_every(lab):
+    lab.Run().tick(options=lab.WINDOW)
+
+
+@when("An option has an impossible value")
+def _impossible(lab):
+    gockpt.Options(keep=1)
+
+
+@when("The state is larger than `host_memory` allows")
+def _too_large(lab):
+    lab.Run(width=2000).tick(options=gockpt.Options(host_memory=1 << 16))
+
+
+@pytest.mark.parametrize("row", TRIALS)
+def test_a_row_is_true(row, table, lab):
+    table.judge(table.rows_below("... while saving")[row], TRIALS[row], lab)
+
+
+def test_every_row_is_tried(table):
+    assert table.rows_below("... while saving").keys() == TRIALS.keys()
