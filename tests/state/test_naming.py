@@ -52,6 +52,11 @@ def test_wrappers_leave_no_trace(wrap):
     assert names(outer) == [f"{key}.{name}" for key in ("a", "module") for name in model.state_dict()]
 
 
+def test_replicas_inside_a_replica_leave_no_trace():
+    model = build()
+    assert names(DataParallel(nn.Sequential(*map(DataParallel, model)))) == list(model.state_dict())
+
+
 @pytest.mark.usefixtures("_process_group")
 def test_distributed_data_parallel_leaves_no_trace():
     model = build()

@@ -190,6 +190,19 @@ def test_arrays_have_natural_names():
     assert list(found) == [("extra", "x")]
 
 
+def test_numbers_and_text_of_the_same_look_as_keys(same):
+    for value in ({7: torch.zeros(1), "7": torch.ones(1)}, {"7": torch.zeros(1), 7: torch.ones(1)}):
+        _, found = encode(value, prefix=("x",))
+        assert len(found) == 2
+        same(through(value), value)
+
+
+@pytest.mark.parametrize("number", [2**53 - 1, 2**53, -(2**53), 10**30])
+def test_integers_that_other_readers_of_json_would_round_are_marked(number):
+    document, _ = encode(number, prefix=("x",))
+    assert document == (number if abs(number) < 2**53 else {"$int": hex(number)})
+
+
 def test_plain_values_are_readable_json():
     value = {"lr": 0.1, "betas": (0.9, 0.999), "names": ["a", None, True], "$odd": 1}
     document, _ = encode({key: value[key] for key in ("lr", "betas", "names")}, prefix=("x",))
