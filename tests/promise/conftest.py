@@ -287,16 +287,19 @@ class Loop:
 @pytest.fixture(scope="session")
 def harness():
     """Return everything above by name."""
-    return SimpleNamespace(
+    yield SimpleNamespace(
         Loop=Loop, Moment=Moment, Tensors=Tensors, bits=bits, check_load=check_load, check_open=check_open,
         close_all=close_all, closing=closing, counting=counting, directory=directory, same=same, take=take,
     )  # fmt: skip
+    for left in _directories:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def _close_everything():
     """Leave no window open, no thread and no directory behind for the next test."""
+    before = len(_directories)
     yield
     close_all()
-    while _directories:
+    while len(_directories) > before:
         shutil.rmtree(_directories.pop(), ignore_errors=True)
