@@ -100,6 +100,7 @@ def summary(segments: list[dict[str, Any]], saver: str, every: int) -> dict[str,
         "durable_seconds": median(durable) if durable else None,
         "window": median(t["window"] for t in saves) if saves else None,
         "saves": len(saves),
+        "due": sum(s["due"] for s in own) if saves else 0,
         "peak_growth_bytes": median(s["peak_growth_bytes"] for s in own),
         "drain_seconds": median(s["drain_seconds"] for s in own),
     }
@@ -111,7 +112,7 @@ def show(rows: list[dict[str, Any]], segment: dict[str, Any], tokens: int) -> No
         f"{segment['parameters'] / 1e6:.1f} M parameters, state {megabytes(segment['state_bytes'])}, "
         f"{tokens} tokens per step"
     )
-    header = ["saver", "every", "window", "tokens/s", "vs none", "range"]
+    header = ["saver", "every", "saves", "window", "tokens/s", "vs none", "range"]
     header += ["exposed/save", "extra/save", "durable after", "peak RSS"]
     print(table(header, [cells(row) for row in rows]))
 
@@ -126,6 +127,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [
         row["saver"],
         "-" if row["every"] is None else str(row["every"]),
+        "-" if not row["due"] else f"{row['saves']} of {row['due']}",
         "-" if row["window"] is None else f"{row['window']:.0f}",
         f"{row['tokens_per_second']:.0f}",
         f"{row['vs_none']:.3f}",

@@ -86,6 +86,7 @@ def segment(wanted: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "seconds": seconds,
         "tokens": wanted.steps * config.tokens_per_step,
         "step_seconds": durations,
+        "due": sum(step % wanted.every == 0 for step in range(first, first + wanted.steps)),
         "saves": [asdict(timing) for timing in saver.timings],
         "drain_seconds": drain,
         "plain_peak_bytes": plain_peak,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gockpt.document import SavedState, parse
 from gockpt.errors import ManifestCorrupt, TensorNotFound, UsageError
 from gockpt.lazy import LazyTensor, not_found, read_whole
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
+from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint
 from gockpt.storage.manifest import MANIFEST_FILE, STATE_FILE
 from gockpt.storage.verify import Problem, VerifyReport
 from gockpt.unplain import decode
@@ -230,6 +230,8 @@ def latest(path: str | os.PathLike[str]) -> int | None:
 def verify(path: str | os.PathLike[str], step: int | None = None) -> VerifyReport:
     """Read every byte of a checkpoint and compare it with what was written.
 
+    Without a step it is the newest whose manifest can be read; those whose manifest can't are reported too.
+
     Returns:
         The report: ``.ok``, and ``.problems`` by file. Damage is reported, not raised.
 
@@ -250,7 +252,14 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> VerifyRepor
                 state_of(stored)
             except ManifestCorrupt as error:
                 return dataclasses.replace(report, problems=(Problem(STATE_FILE, None, str(error)),))
-        return report
+    if step is None:
+        # One of these may be the newest: a path with such a checkpoint in it is not well.
+        damaged = tuple(
+            Problem(f"{name}/{MANIFEST_FILE}", None, str(error))
+            for name, error in damaged_checkpoints(path).items()
+        )
+        report = dataclasses.replace(report, problems=(*report.problems, *damaged))
+    return report
 
 
 def checked_step(step: Any) -> int | None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
+import operator
 import os
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
 from gockpt.engine.engine import Engine
-from gockpt.errors import GockptError, OptionsError, PathBusy, UsageError
+from gockpt.errors import GockptError, OptionsError, PathBusy, SaveAborted, UsageError
 from gockpt.naming import resolve_optimizers
 from gockpt.options import Options
-from gockpt.restore import last_loaded_step
+from gockpt.restore import origin_of
 from gockpt.storage.store import Store
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ _live: set[Checkpointer] = set()
 """Every checkpointer that was not closed: the exit of the interpreter finishes them."""
 _by_call: dict[tuple[tuple[int, ...], str], Checkpointer] = {}
 """Those that ``save_overlapped`` made, by model and path."""
+_gone: deque[Checkpointer] = deque()
+"""Those whose models were collected; closed at the next call of the library."""
 
 
 class Checkpointer:
@@ -50,7 +55,8 @@ class Checkpointer:
         >>> model = torch.nn.Linear(4, 2)
         >>> opt = torch.optim.AdamW(model.parameters())
         >>> with tempfile.TemporaryDirectory() as path:
-        ...     with gockpt.Checkpointer(model, opt, path, every=5) as saver:
+        ...     options = gockpt.Options(when_busy="wait")  # these steps are faster than any disk
+        ...     with gockpt.Checkpointer(model, opt, path, every=5, options=options) as saver:
         ...         for step in range(1, 11):
         ...             model(torch.ones(1, 4)).sum().backward()
         ...             opt.step(); opt.zero_grad()
@@ -89,10 +95,14 @@ class Checkpointer:
         self._extra = dict(extra) if extra is not None else None
         self.path = os.path.realpath(os.fspath(path))
         self._optimizers = resolve_optimizers(optimizer)
-        self._model_ids = _ids(model)
+        self.model_ids = _ids(model)
+        origin = origin_of(model)
         with _lock:
-            _take_over(self.path)
-            store = Store(self.path)
+            _drain()
+            resumed = origin is not None and origin.path == self.path
+            _take_over(self.path, self.model_ids, resumed=resumed)
+            parent = origin.seq if origin is not None and resumed else None
+            store = Store(self.path, parent=parent)
             try:
                 self._engine = Engine(
                     _reference(model),
@@ -100,12 +110,17 @@ class Checkpointer:
                     store,
                     every=self.every,
                     options=self.options,
-                    last_step=last_loaded_step(model) or 0,
+                    last_step=0 if origin is None else origin.step,
+                    updates=0 if origin is None else origin.optimizer_steps,
                 )
             except BaseException:
                 store.close()
                 raise
             _live.add(self)
+            self._model = _reference(model)
+            self._origin = origin
+            for module in _modules(model):
+                weakref.finalize(module, _gone.append, self)
 
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
@@ -130,7 +145,14 @@ class Checkpointer:
             raise UsageError(msg)
         if extra is not None:
             self._extra = dict(extra)
-        return self._engine.tick(_checked_step(step), self._extra)
+        number = _checked_step(step)
+        if number is None:
+            # Calls are counted on from what was loaded meanwhile.
+            origin = origin_of(self._model())
+            if origin is not None and origin is not self._origin:
+                self._engine.count_from(origin.step)
+            self._origin = origin
+        return self._engine.tick(number, self._extra)
 
     def wait(self) -> None:
         """Finish what is in flight; an open window closes at the last step told."""
@@ -151,6 +173,11 @@ class Checkpointer:
     def busy(self) -> bool:
         """Whether a save is in flight."""
         return self._engine.busy
+
+    @property
+    def model_is_gone(self) -> bool:
+        """Whether the model does not exist any more."""
+        return self._model() is None
 
     @property
     def window_open(self) -> bool:
@@ -176,7 +203,7 @@ class Checkpointer:
         """Whether this checkpointer was made for exactly these arguments."""
         return (
             not self.closed
-            and self._model_ids == _ids(model)
+            and self.model_ids == _ids(model)
             and self._optimizers == resolve_optimizers(optimizer)
             and self.every == every
             and self.options == options
@@ -184,7 +211,12 @@ class Checkpointer:
 
     def rebind(self, model: Model) -> None:
         """Save from this object from now on: a mapping or list may be made anew for each call."""
-        self._engine.rebind(_reference(model))
+        self._model = _reference(model)
+        self._engine.rebind(self._model)
+
+    def continue_after(self, former: Checkpointer) -> None:
+        """Count calls on from another checkpointer of the same model."""
+        self._engine.count_from(former._engine.last_step)
 
     def __enter__(self) -> Self:
         return self
@@ -192,6 +224,8 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.of_this_process:
+            return
         if error is None:
             self.close()
             return
@@ -249,9 +283,21 @@ def wait() -> None:
     Raises:
         SaveError: If a save failed.
     """
+    first: GockptError | None = None
     for saver in list(_live):
-        if not saver.closed:
+        if saver.closed or not saver.of_this_process:
+            continue
+        try:
             saver.wait()
+        except GockptError as error:
+            if first is None:
+                first = error
+            else:
+                first.add_note(f"and, of {saver.path}: {error}")
+    with _lock:
+        _drain()
+    if first is not None:
+        raise first
 
 
 def _saver_for(
@@ -263,36 +309,62 @@ def _saver_for(
 ) -> Checkpointer:
     key = (_ids(model), os.path.realpath(os.fspath(path)))
     with _lock:
+        _drain()
         saver = _by_call.get(key)
         if saver is not None and saver.serves(model, optimizer, every, options):
             saver.rebind(model)
             return saver
-        if saver is not None:
-            saver.close()
+        former = saver
+        if former is not None and not former.closed:
+            try:
+                former.close()
+            except SaveAborted as error:
+                _log.warning("other arguments than before: %s", error)
         saver = Checkpointer(model, optimizer, path, every=every, options=options)
+        if former is not None:
+            saver.continue_after(former)
         _by_call[key] = saver
-        if isinstance(model, torch.nn.Module):
-            weakref.finalize(model, _retire, key)
         return saver
 
 
-def _retire(key: tuple[tuple[int, ...], str]) -> None:
-    """Let go of a checkpointer whose model is gone; one in flight is finished at exit."""
-    with _lock:
-        saver = _by_call.pop(key, None)
-        if saver is not None and not saver.busy:
-            saver.close()
-
-
-def _take_over(path: str) -> None:
-    """Let a finished or idle checkpointer of this process hand its path to the next one."""
-    for saver in list(_live):
-        if saver.path != path or saver.closed:
+def _drain() -> None:
+    """Close the checkpointers whose models are gone. Finalizers only note them: they run anywhere."""
+    for _ in range(len(_gone)):
+        saver = _gone.popleft()
+        if saver.closed:
             continue
-        if saver.window_open:
+        if saver.busy:
+            _gone.append(saver)
+            continue
+        for key in [key for key, known in _by_call.items() if known is saver]:
+            del _by_call[key]
+        try:
+            saver.close()
+        except GockptError as error:
+            _log.warning("of a model that is gone: %s", error)
+
+
+def _take_over(path: str, model_ids: tuple[int, ...], *, resumed: bool) -> None:
+    """Let an idle checkpointer of this process hand its path to the next one, where that is meant.
+
+    That is: for the same model, for one that was loaded from this very path, and when the other's model
+    is gone. Two living models would replace each other's checkpoints.
+    """
+    for saver in list(_live):
+        if saver.path != path or saver.closed or not saver.of_this_process:
+            continue
+        meant = resumed or saver.model_ids == model_ids
+        if not meant and not saver.model_is_gone and not saver.window_open:
+            # A save under way keeps its model alive, and so does a reference cycle.
+            try:
+                saver.wait()
+            except GockptError as error:
+                _log.error("of another model's save into %s: %s", path, error)
+            gc.collect()
+        if saver.window_open or not (meant or saver.model_is_gone):
             msg = (
-                f"{path} is being saved into by another checkpointer of this process, whose window is open; "
-                "close() it first, or use another path"
+                f"{path} is being saved into by another checkpointer of this process; close() it, or use "
+                "another path. To save several models together, pass them as one list"
             )
             raise PathBusy(msg)
         saver.close()
@@ -313,6 +385,13 @@ def _reference(model: Model) -> Callable[[], Any]:
     return get
 
 
+def _modules(model: Model) -> list[torch.nn.Module]:
+    """Return the modules that a model is made of; a mapping has none."""
+    if isinstance(model, torch.nn.Module):
+        return [model]
+    return [] if isinstance(model, Mapping) else list(model)
+
+
 def _ids(model: Model) -> tuple[int, ...]:
     """Identify a model, and refuse what is none. Mappings are all one: they may be made anew each call."""
     if isinstance(model, Mapping):
@@ -329,8 +408,11 @@ def _ids(model: Model) -> tuple[int, ...]:
 
 
 def _checked_step(step: int | None) -> int | None:
-    if step is None or (type(step) is int and 0 <= step < 1 << 62):
-        return step
+    if step is None:
+        return None
+    # NumPy's and torch's whole numbers count as such; True and 3.0 do not.
+    if hasattr(step, "__index__") and not isinstance(step, bool) and 0 <= operator.index(step) < 1 << 62:
+        return operator.index(step)
     msg = f"step={step!r}: expected a whole number from 0 up, or None to count calls"
     raise UsageError(msg)
 

@@ -9,9 +9,11 @@ block be damaged, the error says what had been overwritten by then.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +32,6 @@ from gockpt.tensors import may_alias_itself
 from gockpt.unplain import decode
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
     from gockpt.document import SavedState
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     Model = nn.Module | Sequence[nn.Module] | Mapping[str, torch.Tensor] | None
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
-__all__ = ["Restored", "last_loaded_step", "load"]
+__all__ = ["Restored", "load", "origin_of"]
 
 TRIES = 3
 """How often the newest checkpoint may be pruned between its opening and the end of the load."""
@@ -49,7 +50,7 @@ TRIES = 3
 SHOWN = 8
 """Names listed in a message before it counts the rest."""
 
-_last_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +126,29 @@ def load(
     raise AssertionError  # pragma: no cover - the last attempt returned or raised
 
 
-def last_loaded_step(model: Any) -> int | None:
-    """Return the step that was last loaded into this very model; ``None`` if none was."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which checkpoint a model's state came from.
+
+    Attributes:
+        step: Its step.
+        optimizer_steps: Optimizer updates its run had seen.
+        seq: Its place in the order of publications.
+        path: The directory it was published in, links resolved.
+    """
+
+    step: int
+    optimizer_steps: int
+    seq: int
+    path: str
+
+
+def origin_of(model: Any) -> Origin | None:
+    """Return what was last loaded into this very model; ``None`` if nothing was."""
     for anchor in _anchors(model):
-        found = _last_steps.get(anchor)  # type: ignore[no-untyped-call]
+        found = _origins.get(anchor)  # type: ignore[no-untyped-call]
         if found is not None:
-            return int(found)
+            return cast("Origin", found)
     return None
 
 
@@ -202,8 +220,10 @@ class _Load:
             if self.filler.overwritten:
                 error.add_note(self.half_loaded(plan))
             raise
+        home = str(Path(os.path.realpath(self.stored.path)).parent)
+        origin = Origin(self.stored.step, saved.optimizer_steps, self.stored.seq, home)
         for anchor in _anchors(self.model):
-            _last_steps[anchor] = self.stored.step
+            _origins[anchor] = origin
         return self.report(saved, plan, extras, absent)
 
     def report(

@@ -106,7 +106,6 @@ class Batch:
         done: Set when every task ended.
         nbytes: Bytes they move, for the measured rate.
         errors: What tasks raised.
-        busy_seconds: Time spent inside tasks, all threads together.
     """
 
     tasks: deque[Callable[[], None]]
@@ -114,7 +113,6 @@ class Batch:
     on_done: Callable[[], None] | None = None
     done: threading.Event = field(default_factory=threading.Event)
     errors: list[BaseException] = field(default_factory=list)
-    busy_seconds: float = 0.0
     started: float = 0.0
     ended: float = 0.0
     _left: int = 0
@@ -133,7 +131,6 @@ class Batch:
             task = self.tasks.popleft()
         except IndexError:
             return False
-        began = perf_counter()
         try:
             task()
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the batch
@@ -141,15 +138,31 @@ class Batch:
         finally:
             ended = perf_counter()
             with self._lock:
-                self.busy_seconds += ended - began
                 self._left -= 1
                 last = self._left == 0
             if last:
                 self.ended = ended
+                on_done = self.on_done
                 self.done.set()
-                if self.on_done is not None:
-                    self.on_done()
+                if on_done is not None:
+                    on_done()
         return True
+
+    def cancel(self) -> None:
+        """Drop what was not begun and wait for what was: afterwards no task touches any memory."""
+        self.on_done = None
+        dropped = 0
+        while self.tasks:
+            try:
+                self.tasks.popleft()
+            except IndexError:  # the background thread took the last one
+                break
+            dropped += 1
+        with self._lock:
+            self._left -= dropped
+            if self._left == 0:
+                self.done.set()
+        self.done.wait()
 
     def finish(self) -> None:
         """Help until nothing is left, then wait for tasks under way; raise what a task raised."""

@@ -21,7 +21,7 @@ from gockpt.storage.safe_open import GONE, open_below, open_directory
 if TYPE_CHECKING:
     from gockpt.storage.manifest import Manifest
 
-__all__ = ["CheckpointEntry", "list_checkpoints", "open_checkpoint"]
+__all__ = ["CheckpointEntry", "damaged_checkpoints", "list_checkpoints", "open_checkpoint"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,21 @@ def list_checkpoints(path: str | os.PathLike[str], *, superseded: bool = False) 
     finally:
         os.close(directory)
     return [entry for entry in entries if superseded or not entry.superseded]
+
+
+def damaged_checkpoints(path: str | os.PathLike[str]) -> dict[str, ManifestCorrupt]:
+    """Return what is wrong with each checkpoint of a path whose manifest can't be believed, by directory.
+
+    Raises:
+        CheckpointNotFound: If there is no such directory.
+        NotACheckpoint: If ``path`` is no directory.
+    """
+    path = os.fspath(path)
+    directory = _open_path(path)
+    try:
+        return {} if _has_manifest(directory) else _survey(directory, path)[1]
+    finally:
+        os.close(directory)
 
 
 def open_checkpoint(

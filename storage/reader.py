@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -94,6 +95,8 @@ class StoredCheckpoint:
             }
         )
         self._directory = directory
+        # Most callers never close a checkpoint they look into; its descriptor goes with it.
+        self._close_directory = weakref.finalize(self, os.close, directory)
         self._threads = threads
         self._lock = threading.Lock()
         self._crcs: npt.NDArray[np.uint32] | None = None
@@ -114,9 +117,8 @@ class StoredCheckpoint:
 
     def close(self) -> None:
         """Close the directory. Not while another thread reads; again does nothing."""
-        directory, self._directory = self._directory, -1
-        if directory >= 0:
-            os.close(directory)
+        self._directory = -1
+        self._close_directory()
 
     @property
     def step(self) -> int:

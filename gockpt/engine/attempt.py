@@ -49,6 +49,8 @@ class Attempt:
     """The training side of one attempt.
 
     Attributes:
+        ticks: Ticks it was spread over so far.
+        proven: Whether all that was copied last arrived as it was at its boundary.
         broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
 
@@ -76,6 +78,8 @@ class Attempt:
         self.job = job
         self._trace = trace
         self.broken: str | None = None
+        self.ticks = 0
+        self.proven = False
         self.copied_bytes = 0
         self.copy_seconds = 0.0
         self._arena = arena
@@ -96,6 +100,7 @@ class Attempt:
     def send_part(self, live: LiveState) -> None:
         """Start copying the next part; its live bytes of this moment are what must arrive."""
         self.settle()
+        self.ticks += 1
         evidence = self._look(live)
         if self._next_part >= len(self._parts) - 1:
             return
@@ -114,6 +119,7 @@ class Attempt:
             The fingerprints that each replayed piece must arrive at.
         """
         self.settle()
+        self.ticks += 1
         evidence = self._look(live)
         proofs = {p.index: of_piece(evidence, p) for p in self._sent()}
         late = [p for p in self.cut.pieces if p.index not in proofs]
@@ -157,33 +163,45 @@ class Attempt:
     # -- copies under way --------------------------------------------------------------------
 
     def _start(self, on_done: Callable[[], None] | None = None) -> None:
+        self.proven = False
         nbytes = sum(c.source.nbytes for c in self._copies)
         self._batch = self._transfer.submit([c.run for c in self._copies], nbytes=nbytes, on_done=on_done)
 
     def settle(self) -> list[Name]:
         """Finish the copies under way, helping; prove them; retry what was overtaken and came back.
 
+        May be interrupted anywhere and called again: a copy counts only once it is proven.
+
         Returns:
             Names of arrays whose bytes of the boundary are lost. Inside a window their pieces are late
             already; at the close the attempt is void.
         """
-        batch, self._batch = self._batch, None
-        if batch is None:
-            return []
-        batch.finish()
-        self.copied_bytes += batch.nbytes
-        self.copy_seconds += batch.ended - batch.started
-        self._trace.span("copy", batch.started, batch.ended)
-        copies, self._copies = self._copies, []
+        batch = self._batch
+        if batch is not None:
+            batch.finish()
         lost: list[Name] = []
-        for copy in copies:
+        for copy in self._copies:
             if copy.retry():
                 continue
             piece, name = copy.owner
             lost.append(name)
             if piece.sent and piece.late is None:
                 self._make_late(piece, "overtaken by a change while it was copied")
+        if batch is not None:
+            self.copied_bytes += batch.nbytes
+            self.copy_seconds += batch.ended - batch.started
+            self._trace.span("copy", batch.started, batch.ended)
+        self.proven = not lost
+        self._batch = None
+        self._copies = []
         return lost
+
+    def cancel(self) -> None:
+        """Stop copying; afterwards nothing of this attempt writes into the arena any more."""
+        batch, self._batch = self._batch, None
+        self._copies = []
+        if batch is not None:
+            batch.cancel()
 
     # -- updates -----------------------------------------------------------------------------
 
@@ -217,7 +235,7 @@ class Attempt:
             piece.known = now
 
     def _collect(self, optimizer: torch.optim.Optimizer, *, at: str) -> set[int]:
-        gradients: list[Gradient] = []
+        collected: set[int] = set()
         for unit in self.cut.units:
             if unit.optimizer is not optimizer:
                 continue
@@ -233,10 +251,12 @@ class Attempt:
                 continue
             else:
                 got = self._grad_at_pre.pop(id(unit), [])
-            gradients += self._with_scalars(unit, got)
-        if gradients:
-            self.job.gradients(gradients)
-        return {g.piece for g in gradients}
+            gradients = self._with_scalars(unit, got)
+            if gradients:
+                # Unit by unit, so that replay can free the room that later units wait for.
+                self.job.gradients(gradients)
+                collected.update(g.piece for g in gradients)
+        return collected
 
     def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
         if not gradients:
@@ -283,7 +303,7 @@ class Attempt:
         deadline = perf_counter() + RING_PATIENCE
         self.job.hurry(on=True)
         try:
-            while offset is None and self.ring.in_use and perf_counter() < deadline and not self.job.ended:
+            while offset is None and self.job.replaying and perf_counter() < deadline:
                 self.ring.wait_for_room(0.05)
                 offset = self.ring.allocate(nbytes)
         finally:

@@ -45,7 +45,7 @@ class Unit:
         group_index: Its parameter group there.
         rule: How it is replayed.
         names: Array names: the parameter's, then its states' in kernel order.
-        updates: Updates collected since its first piece left.
+        pieces: Its pieces.
         barred: Why its pieces leave at the closing tick after all; ``None`` while they need not.
     """
 

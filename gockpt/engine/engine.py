@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import contextmanager
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gockpt.cadence import Cadence, Moment
 from gockpt.engine.hooks import Hooks
+from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
 from gockpt.engine.pool import Pool
 from gockpt.engine.save import Boundary, Save, as_save_error
@@ -26,7 +28,7 @@ from gockpt.state import collect
 from gockpt.transfer import Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -47,7 +49,7 @@ FIRST_AUTO_EVERY = 10
 class Engine:
     """Saves one model and its optimizers into one store.
 
-    The engine does not keep the model alive; between saves it holds no tensor at all.
+    The engine keeps the optimizers alive, and the model only while a save is under way.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Engine:
         every: int | str,
         options: Options,
         last_step: int = 0,
+        updates: int = 0,
     ) -> None:
         """Attach to a model, given as a function that returns it, or ``None`` once it is gone."""
         self.options = options
@@ -69,7 +72,7 @@ class Engine:
         self._auto_every = every == "auto"
         self._cadence = Cadence(FIRST_AUTO_EVERY if isinstance(every, str) else every)
         self._pid = os.getpid()
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = Lock()
         self._transfer = Transfer()
         self._pool = Pool(options.worker_threads, options.nice)
         self._pace = Pace()
@@ -84,10 +87,12 @@ class Engine:
             on_saved=self._choose_every,
         )
         self._hooks = Hooks(optimizers, self)
-        self._thread = threading.get_ident()
+        self._thread = threading.current_thread()
+        self._inside = False
         self._step = last_step
         self._tick: Boundary | None = None
-        self._updates = 0
+        self._updates = updates
+        self._held: object = None
 
     # -- the public side ---------------------------------------------------------------------
 
@@ -117,25 +122,37 @@ class Engine:
         if not self.of_this_process:
             msg = "this process was forked from the one that saves; only the parent may call gockpt"
             raise UsageError(msg)
-        with self._changed:
-            self._thread = threading.get_ident()
+        with self._changed, self._at_work():
+            self._thread = threading.current_thread()
+            before = self._save.handle
             self._pace.tick(began, idle=not self.busy)
             step = self._step + 1 if step is None else step
             self._step = step
             if self._hooks.reset() and self._save.attempt is not None:
                 self._save.attempt.broken = "an optimizer step ended in an exception"
             self._cadence, moment = self._cadence.tick(step)
-            boundary = self._tick = Boundary(step, self._updates, extra)
+            boundary = self._tick = Boundary(step, self._updates, extra, began)
             try:
                 self._advance(boundary, moment)
             except BaseException as error:
-                self._save.give_up(error)
+                self._save.give_up(error, before)
                 raise
             finally:
+                # A save under way may need the model again, even if the user's last reference goes.
+                self._held = self._model() if self.busy else None
                 if self.busy:
                     self._save.trace.span("stall", began, perf_counter(), step=step, what="tick")
             self._save.raise_pending()
             return self._save.handle
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last tick."""
+        return self._step
+
+    def count_from(self, step: int) -> None:
+        """Count ticks without a step on from ``step``."""
+        self._step = step
 
     def rebind(self, model: Callable[[], Any]) -> None:
         """Save from another object that holds the same state."""
@@ -159,6 +176,7 @@ class Engine:
 
     def abort_window(self, why: str) -> None:
         """Give an open window up; what was captured already goes on to disk."""
+        self._expect_outside()
         with self._changed:
             if self._save.state is State.CLOSING:
                 self._save.settle()
@@ -170,10 +188,20 @@ class Engine:
         """Finish what is in flight and let go of threads, hooks, memory and the path."""
         if self.closed:
             return
+        if not self.of_this_process:
+            msg = "a forked process can't close its parent's checkpointer"
+            raise UsageError(msg)
         try:
             self.wait()
         finally:
             self.closed = True
+            with self._changed:
+                # After an interrupted wait(): nothing may be left that only a tick could end.
+                if self._save.state not in (State.IDLE, State.CAPTURED):
+                    self._save.fail(SaveAborted("the checkpointer was closed"), Event.ABORTED)
+                if self._save.state is State.IDLE:
+                    self._save.drop()
+            self._held = None
             self._hooks.remove()
             self._transfer.close()
             self._pool.join()
@@ -182,21 +210,46 @@ class Engine:
 
     def drive(self, handle: SaveHandle, timeout: float | None) -> None:
         """Do what only the training thread can do so that ``handle`` gets done, then wait for it."""
-        if threading.get_ident() != self._thread or not self.of_this_process:
+        if not self.of_this_process:
+            msg = "this save belongs to the process that forked this one; only the parent can wait for it"
+            raise UsageError(msg)
+        # Another thread may do it once the one that trained has ended.
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
             return
+        self._expect_outside()
         deadline = None if timeout is None else monotonic() + timeout
-        with self._changed:
-            while self._save.handle is handle and not handle.done():
-                state = self._save.state
+        while self._save.handle is handle and not handle.done():
+            with self._changed:
+                state, job = self._save.state, self._save.job
                 if state is State.CLOSING:
                     self._save.settle()
                 elif state in (State.OPEN, State.VOID):
                     self._close_at_last_tick()
-                else:
+                elif state is State.CAPTURED and job is not None and not job.closed:
+                    self._save.fail(SaveAborted("interrupted while it was handed over"), Event.FAILED)
+                elif not handle.done():
                     left = None if deadline is None else deadline - monotonic()
                     if left is not None and left <= 0:
                         return
-                    self._changed.wait(left)
+                    # A handle is resolved just after the lock was let go, and then notified of.
+                    self._changed.wait(1.0 if left is None else min(1.0, left))
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Mark that the training thread is inside a tick or hook, where signal handlers may run too."""
+        outer, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = outer
+
+    def _expect_outside(self) -> None:
+        if self._inside and threading.current_thread() is self._thread:
+            msg = (
+                "waiting for a save, or giving it up, is not possible from a signal handler that interrupted "
+                "the library: set a flag there and call it after the step"
+            )
+            raise UsageError(msg)
 
     # -- updates, from the hooks: never raise ------------------------------------------------
 
@@ -205,7 +258,7 @@ class Engine:
         if self._save.attempt is None:
             return
         began = perf_counter()
-        with self._changed:
+        with self._changed, self._at_work():
             attempt, state = self._save.attempt, self._save.state
             if state is State.CLOSING:
                 self._guard(self._save.settle)
@@ -221,7 +274,7 @@ class Engine:
         if self._save.attempt is None:
             return
         began = perf_counter()
-        with self._changed:
+        with self._changed, self._at_work():
             attempt = self._save.attempt
             if self._save.state is not State.OPEN or attempt is None or attempt.broken is not None:
                 return
@@ -276,7 +329,11 @@ class Engine:
     def _maybe_open(self, boundary: Boundary, moment: Moment) -> None:
         save = self._save
         if save.shape is None:
-            save.prepare(self._collect())
+            live = self._collect()
+            save.prepare(live)
+            if self.options.window not in ("auto", 1):
+                # Kernels are compiled and calibrated now, at the first call, not in the middle of the run.
+                facts_of(live, save.shape_of(live), save.barred, None, None)
         ticks = moment.ticks_left + 1
         if ticks > self._window_ticks():
             return
@@ -329,13 +386,14 @@ class Engine:
             else:
                 save.close(live, boundary, remembered=True)
         except Exception as error:  # noqa: BLE001 - the handle carries it, and the caller raises it
-            save.give_up(error)
+            save.give_up(error, None)
 
     def _looked_at(self, boundary: Boundary) -> bool:
         """Whether the save in flight looked at the whole state at the last tick."""
         return self._save.looked_at is boundary
 
     def _choose_every(self, saved: Saved) -> None:
+        self._held = None
         if not self._auto_every or not self._pace.step_seconds:
             return
         every = choose_every(

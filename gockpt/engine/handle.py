@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class SaveHandle:
         self.durable: Future[Saved] = Future()
         self.plan = plan
         self.events: list[str] = []
+        self.failing = False
         self._step = step
         self._trace = trace
         self._attempts = 1
@@ -122,13 +124,17 @@ class SaveHandle:
             SaveError: If the save failed; nothing of it was published.
             TimeoutError: If ``timeout`` passed; the save goes on.
         """
-        self._drive(self, timeout)
-        return self.durable.result(timeout)
+        return self.durable.result(self._driven(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what :meth:`result` would raise, or ``None``."""
+        return self.durable.exception(self._driven(timeout))
+
+    def _driven(self, timeout: float | None) -> float | None:
+        """Do the training thread's share; return what is left of ``timeout``."""
+        deadline = None if timeout is None else monotonic() + timeout
         self._drive(self, timeout)
-        return self.durable.exception(timeout)
+        return None if deadline is None else max(0.0, deadline - monotonic())
 
     def add_done_callback(self, callback: Callable[[SaveHandle], Any]) -> None:
         """Call ``callback(handle)`` when the save is durable or failed, on whichever thread ends it."""
@@ -148,6 +154,12 @@ class SaveHandle:
         self.events.append(f"{what} {step}: {why}")
         self._step = step
         self._attempts += 1
+
+    def reject(self, error: BaseException) -> None:
+        """Fail both futures (the engine does)."""
+        for future in (self.captured, self.durable):
+            if not future.done():
+                future.set_exception(error)
 
     def move(self, step: int) -> None:
         """Set the step the window really closed at (the engine does)."""

@@ -11,10 +11,11 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Hooks", "Listener"]
@@ -68,9 +69,19 @@ class Hooks:
             handle.remove()
         self._handles.clear()
 
+    def _heard(self) -> Listener | None:
+        """Return who hears of updates: nobody in a forked child, nor while a step is being compiled.
+
+        A compiled step must not have these hooks traced into it; its updates are then not seen, which
+        the ticks notice.
+        """
+        if torch.compiler.is_compiling() or os.getpid() != self._pid:
+            return None
+        return self._listener()
+
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        listener = self._listener()
-        if listener is None or os.getpid() != self._pid:
+        listener = self._heard()
+        if listener is None:
             return
         depth = self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
         if depth == 1:
@@ -79,8 +90,8 @@ class Hooks:
             listener.before_update(optimizer, closure=given)
 
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        listener = self._listener()
-        if listener is None or os.getpid() != self._pid:
+        listener = self._heard()
+        if listener is None:
             return
         depth = self._depth[id(optimizer)] = max(0, self._depth.get(id(optimizer), 0) - 1)
         if depth == 0:

@@ -161,6 +161,17 @@ class Job:
             transaction.abort()
 
     @property
+    def closed(self) -> bool:
+        """Whether the capture was handed over."""
+        return self._capture is not None
+
+    @property
+    def replaying(self) -> bool:
+        """Whether gradients wait for replay or are being replayed, so that ring room will be freed."""
+        with self._changed:
+            return not self._ended and any(p.pending or p.busy for p in self._pieces.values())
+
+    @property
     def ended(self) -> bool:
         """Whether there will be no more tasks."""
         return self._ended

@@ -9,9 +9,14 @@ from __future__ import annotations
 import bisect
 import threading
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "block_bytes"]
 
 _ALIGNMENT = 64
+
+
+def block_bytes(nbytes: int) -> int:
+    """Return the bytes that a block of ``nbytes`` takes."""
+    return max(_ALIGNMENT, -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
 
 
 class Ring:
@@ -38,7 +43,7 @@ class Ring:
 
     def allocate(self, nbytes: int) -> int | None:
         """Return the offset of a free block of ``nbytes`` bytes, or ``None`` if there is none now."""
-        size = max(_ALIGNMENT, -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
+        size = block_bytes(nbytes)
         with self._changed:
             for index, (start, length) in enumerate(self._free):
                 if length >= size:

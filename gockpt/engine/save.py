@@ -17,7 +17,7 @@ from gockpt.document import build_document, capture_extras
 from gockpt.engine.closing import write_additions
 from gockpt.engine.handle import Progress, Saved, SaveHandle
 from gockpt.engine.messages import Capture
-from gockpt.engine.sizing import Memory, Shape, shape_of
+from gockpt.engine.sizing import Memory, Shape, facts_of, shape_of
 from gockpt.engine.trace import Trace
 from gockpt.errors import GockptError, SaveAborted, SaveError, WorkerError
 from gockpt.lifecycle import Command, Event, State, advance
@@ -26,11 +26,11 @@ from gockpt.schedule import make_plan
 Name = tuple[str, ...]
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Mapping, Sequence
 
     from gockpt.engine.attempt import Attempt
     from gockpt.engine.job import Job
+    from gockpt.engine.lock import Lock
     from gockpt.engine.messages import ArrayPlace
     from gockpt.engine.pace import Pace
     from gockpt.engine.pool import Pool
@@ -48,6 +48,8 @@ __all__ = ["Boundary", "Save", "as_save_error"]
 _log = logging.getLogger("gockpt")
 
 MAX_ATTEMPTS = 4
+MOST_REMEMBERED = 16 << 20
+"""Extras up to this many bytes are kept at every tick of a window, so that it can close early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,13 @@ class Boundary:
         step: The user's step.
         updates: Optimizer updates seen so far.
         extra: The user's extras.
+        began: When the call began, in ``perf_counter`` seconds.
     """
 
     step: int
     updates: int
     extra: Mapping[str, Any] | None
+    began: float
 
 
 class Save:
@@ -85,7 +89,7 @@ class Save:
         *,
         store: Store,
         options: Options,
-        lock: threading.Condition,
+        lock: Lock,
         transfer: Transfer,
         pool: Pool,
         pace: Pace,
@@ -145,7 +149,7 @@ class Save:
 
     def open(self, live: LiveState, plan: Plan, due: int, moment: Boundary) -> None:
         """Start a window that will close at step ``due``; the first part leaves now."""
-        self._begin(live, plan, due)
+        self._begin(live, plan, due, moment)
         self._run(Event.OPENED, live)
         self._remember(live, moment)
 
@@ -155,7 +159,9 @@ class Save:
         if attempt is None or self._broken(live):
             return
         self._run(Event.TICKED, live)
-        self._remember(live, moment)
+        self.looked_at = None
+        if sum(a.layout.spec.nbytes for a in self._additions) <= MOST_REMEMBERED:
+            self._remember(live, moment)
 
     def stands_at_tick(self, live: LiveState) -> bool:
         """Whether the state still is what it was at the last tick, as far as this save looked at it."""
@@ -175,11 +181,9 @@ class Save:
                 # What left early is dropped; all of it leaves at this closing tick. Nothing is lost.
                 handle = self.handle
                 self._note(f"all of step {step} leaves at the closing tick: {why}")
-                if self.job is not None:
-                    self.job.abort()
-                self.attempt = None
+                self.drop()
         if self.attempt is None:
-            self._begin(live, self._plan_now(live), step, handle=handle)
+            self._begin(live, self._plan_now(live), step, moment, handle=handle)
         self._take_boundary(live, moment, remembered=remembered)
 
     def retarget(self, live: LiveState, moment: Boundary, *, remembered: bool = False) -> None:
@@ -196,7 +200,7 @@ class Save:
         why = handle.events[-1] if handle.events else "the first attempt did not match"
         handle.retarget(step, why)
         _log.warning("save retargeted to step %d: %s", step, why)
-        self._begin(live, self._plan_now(live), step, handle=handle)
+        self._begin(live, self._plan_now(live), step, moment, handle=handle)
         self._take_boundary(live, moment, remembered=remembered)
 
     def settle(self) -> None:
@@ -227,20 +231,26 @@ class Save:
             self._pool.boost(self.job)
 
     def fail(self, error: BaseException, event: Event) -> None:
-        """End the save in flight with an error."""
-        self._run(event, error)
+        """End the save in flight with an error; its handle is told whatever happens on the way."""
+        try:
+            self._run(event, error)
+        finally:
+            self._fail_handle(error)
 
-    def give_up(self, error: BaseException) -> None:
+    def give_up(self, error: BaseException, before: SaveHandle | None) -> None:
         """After an error inside a tick: no half-made attempt stays, and the handle says why.
 
-        The caller sees this very error now; it is not raised a second time.
+        The caller sees this very error now; it is not raised a second time. A save that was there
+        ``before`` the tick and is out of the training thread's hands goes on.
         """
+        pending = self.error
         if self.state is State.IDLE:
             self._discard(None)
-            self._fail_handle(as_save_error(error))
-        elif self.state is not State.CAPTURED:
+            if self.handle is not before:
+                self._fail_handle(as_save_error(error))
+        elif self.state is not State.CAPTURED or (self.job is not None and not self.job.closed):
             self.fail(as_save_error(error), Event.FAILED)
-        self.error = None
+        self.error = pending
 
     def raise_pending(self) -> None:
         """Raise what failed in the background since the last call."""
@@ -262,9 +272,11 @@ class Save:
 
     # -- the parts of a save -----------------------------------------------------------------
 
-    def _begin(self, live: LiveState, plan: Plan, due: int, *, handle: SaveHandle | None = None) -> None:
+    def _begin(
+        self, live: LiveState, plan: Plan, due: int, moment: Boundary, *, handle: SaveHandle | None = None
+    ) -> None:
         if handle is None:
-            self.trace = Trace()
+            self.trace = Trace(moment.began)
             handle = SaveHandle(due, plan, self.trace, drive=self._drive, progress=self.progress)
         self.handle = handle
         self._boosted = False
@@ -282,7 +294,11 @@ class Save:
         self._pool.serve(self.job)
 
     def _plan_now(self, live: LiveState) -> Plan:
-        facts = self.shape_of(live).rough(self._pace.step_seconds, self._pace.copy_rate)
+        pace, shape = self._pace, self.shape_of(live)
+        if self._options.window in ("auto", 1):
+            facts = shape.rough(pace.step_seconds, pace.copy_rate)
+        else:
+            facts = facts_of(live, shape, self.barred, pace.step_seconds, pace.copy_rate)
         return make_plan(facts, window=self._options.window, ticks=1)
 
     def _broken(self, live: LiveState) -> str | None:
@@ -352,13 +368,14 @@ class Save:
         attempt.start_rest(lambda: self._copies_ended(attempt))
 
     def _hand_over(self, _: object) -> None:
-        _, job, handle = self._started()
-        if self._capture is None:
-            msg = "nothing was captured"
+        attempt, job, handle = self._started()
+        capture = self._capture
+        if capture is None or not attempt.proven:
+            msg = "nothing was captured, or not all of it is proven"
             raise WorkerError(msg)
-        job.close(self._capture, self.memory.arenas)
+        job.close(capture, self.memory.arenas)
         if not handle.captured.done():
-            handle.captured.set_result(self._capture.step)
+            self._lock.put_off(lambda: handle.captured.set_result(capture.step))
 
     def _quarantine(self, distrust: Distrust) -> None:
         barred, racing, why = distrust
@@ -368,10 +385,17 @@ class Save:
         self._note(why)
 
     def _discard(self, _: object) -> None:
+        self._voided = self.attempt
+        self.drop()
+        self._capture = None
+
+    def drop(self) -> None:
+        """End both sides of the attempt: afterwards nothing of it touches the arenas."""
+        if self.attempt is not None:
+            self.attempt.cancel()
         if self.job is not None:
             self.job.abort()
-        self._voided = self.attempt
-        self.attempt = self.job = self._capture = None
+        self.attempt = self.job = None
 
     def _fail_handle(self, error: BaseException) -> None:
         handle, self._voided = self.handle, None
@@ -379,10 +403,11 @@ class Save:
             return
         if not isinstance(error, SaveAborted):
             self.error = error
+        if handle.failing:
+            return
+        handle.failing = True
         _log.error("save of step %s failed: %s", handle.step, error)
-        if not handle.captured.done():
-            handle.captured.set_exception(error)
-        handle.durable.set_exception(error)
+        self._lock.put_off(lambda: handle.reject(error))
 
     def _resolve(self, saved: Saved) -> None:
         self.attempt = self.job = self._capture = self._voided = None
@@ -403,6 +428,8 @@ class Save:
             attempt, _, handle = self._started()
             saved = self._saved(handle, attempt, result)
             self._run(Event.PUBLISHED, saved)
+            # Once the lock is free: callbacks of the handle are the user's code.
+            self._lock.put_off(lambda: handle.durable.set_result(saved))
         _log.info(
             "saved step %d: %.1f MB over %d step(s), %.1f ms exposed, %.1f ms hidden",
             saved.step,
@@ -411,10 +438,6 @@ class Save:
             1e3 * saved.exposed_seconds,
             1e3 * saved.hidden_seconds,
         )
-        # Outside the lock: callbacks of the handle are the user's code.
-        handle.durable.set_result(saved)
-        with self._lock:
-            self._lock.notify_all()
 
     def mismatched(self, job: Job, pieces: Sequence[int]) -> None:
         """A replay did not arrive at the live state: distrust it and wait for the next tick."""
@@ -440,7 +463,7 @@ class Save:
             path=Path(result.path),
             seq=result.seq,
             nbytes=result.nbytes,
-            window=attempt.plan.window,
+            window=attempt.ticks,
             attempts=handle.attempts,
             exact=True,
             exposed_seconds=trace.seconds("stall"),

@@ -9,15 +9,16 @@ from gockpt.arena import Arena
 from gockpt.engine.attempt import Attempt
 from gockpt.engine.cut import cut
 from gockpt.engine.job import Job
-from gockpt.engine.ring import Ring
+from gockpt.engine.ring import Ring, block_bytes
 from gockpt.errors import OptionsError
 from gockpt.layout import ArenaLayout, lay_out
-from gockpt.schedule import RING_GRADIENTS, Facts
+from gockpt.schedule import RING_GRADIENTS, Facts, part_ranges
 from gockpt.schema import ArraySpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gockpt.engine.cut import Cut
     from gockpt.engine.job import Outcome
     from gockpt.engine.trace import Trace
     from gockpt.options import Options
@@ -70,6 +71,14 @@ def facts_of(
     return Facts(shape.nbytes, pieces.replay_bytes, pieces.grad_bytes, step_seconds, copy_rate)
 
 
+def ring_bytes_of(pieces: Cut, plan: Plan) -> int:
+    """Return the room that gradients need: an update never waits for room that it holds itself."""
+    parts = part_ranges([p.nbytes for p in pieces.pieces], plan.shares)
+    early = [pieces.pieces[i] for part in parts[:-1] for i in part]
+    one_update = sum(block_bytes(p.stretches[0].nbytes) for p in early)
+    return min(RING_GRADIENTS, plan.window - 1) * one_update
+
+
 class Memory:
     """The arenas of one engine: state, gradient ring, and what a closing tick adds. Kept between saves."""
 
@@ -120,12 +129,7 @@ class Memory:
     ) -> tuple[Attempt, Job]:
         """Set up one attempt and its background job."""
         pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing)
-        ring_bytes = 0
-        if plan.ring_bytes:
-            # Blocks are rounded up to 64 bytes each.
-            ring_bytes = plan.ring_bytes + 64 * RING_GRADIENTS * len(pieces.pieces)
-            largest = max(p.stretches[0].nbytes for p in pieces.pieces)
-            ring_bytes = max(ring_bytes, largest + 64)
+        ring_bytes = ring_bytes_of(pieces, plan)
         self._check(shape.layout.nbytes + ring_bytes)
         arena = self._state_arena(shape.layout.nbytes)
         if self._ring is None or self._ring.nbytes < ring_bytes:

@@ -31,8 +31,9 @@ class Span:
 class Trace:
     """Collects spans. Thread-safe."""
 
-    def __init__(self) -> None:
-        self.began = perf_counter()
+    def __init__(self, began: float | None = None) -> None:
+        """Start at ``began``, in ``perf_counter`` seconds; now by default."""
+        self.began = perf_counter() if began is None else began
         self._spans: list[Span] = []
         self._lock = threading.Lock()
 

@@ -167,6 +167,16 @@ def test_one_thing_not_as_promised_breaks_that_claim_alone_and_the_exit_status(
     assert [c.name for c in claims if not c.holds] == [claim]
 
 
+def test_a_process_that_fails_is_told_in_plain_words(demo_modules, monkeypatch, capsys):
+    monkeypatch.setattr(demo_modules["demo"], "train", lambda *_, **__: demo_modules["runs"].Run(status=1))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--size", "tiny"])
+    assert demo_modules["demo"].main() == 1
+    printed = capsys.readouterr().out
+    assert printed.count("NOT SO") == 8
+    assert "ended with status 1" in printed
+    assert "CheckpointNotFound" in printed
+
+
 def test_it_empties_no_directory_but_its_own(bench):
     Path("precious").mkdir()
     Path("precious/file").write_text("kept")

@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 import gockpt
-from gockpt.restore import last_loaded_step
+from gockpt.restore import origin_of
 from gockpt.storage.store import Store
+
+
+def last_loaded_step(model):
+    origin = origin_of(model)
+    return None if origin is None else origin.step
 
 
 def test_steps_ascend_and_the_latest_is_the_last_published(save):
