@@ -90,9 +90,9 @@ class Checkpointer:
             PathBusy: If another living writer saves into ``path``.
             StorageError: If ``path`` can't be made or written.
         """
-        self.options = options if options is not None else Options()
+        self.options = _checked_options(options)
         self.every = _checked_every(every, self.options)
-        self._extra = dict(extra) if extra is not None else None
+        self._extra = _checked_extra(extra)
         self.path = os.path.realpath(os.fspath(path))
         self._optimizers = resolve_optimizers(optimizer)
         self.model_ids = _ids(model)
@@ -120,7 +120,7 @@ class Checkpointer:
             self._model = _reference(model)
             self._origin = origin
             for module in _modules(model):
-                weakref.finalize(module, _gone.append, self)
+                weakref.finalize(module, _model_gone, self)
 
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
@@ -144,7 +144,7 @@ class Checkpointer:
             msg = f"the checkpointer of {self.path} is closed; make a new one"
             raise UsageError(msg)
         if extra is not None:
-            self._extra = dict(extra)
+            self._extra = _checked_extra(extra)
         number = _checked_step(step)
         if number is None:
             # Calls are counted on from what was loaded meanwhile.
@@ -214,6 +214,11 @@ class Checkpointer:
         self._model = _reference(model)
         self._engine.rebind(self._model)
 
+    def let_go(self) -> None:
+        """Forget the optimizers of a model that is gone, and with them its parameters."""
+        self._optimizers = []
+        self._engine.let_go()
+
     def continue_after(self, former: Checkpointer) -> None:
         """Count calls on from another checkpointer of the same model."""
         self._engine.count_from(former._engine.last_step)
@@ -269,7 +274,7 @@ def save_overlapped(
         PathBusy: If another living writer saves into ``path``.
         SaveError: If a save failed in the background since the last call.
     """
-    wanted = options if options is not None else Options()
+    wanted = _checked_options(options)
     saver = _saver_for(model, optimizer, path, every, wanted)
     return saver.after_step(step, extra if extra is not None else {})
 
@@ -325,6 +330,12 @@ def _saver_for(
             saver.continue_after(former)
         _by_call[key] = saver
         return saver
+
+
+def _model_gone(saver: Checkpointer) -> None:
+    """Let go of the optimizers at once; takes no lock, since a finalizer may run anywhere."""
+    saver.let_go()
+    _gone.append(saver)
 
 
 def _drain() -> None:
@@ -405,6 +416,24 @@ def _ids(model: Model) -> tuple[int, ...]:
         "or a mapping of names to tensors"
     )
     raise UsageError(msg)
+
+
+def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if extra is None:
+        return None
+    if not isinstance(extra, Mapping):
+        msg = f"extra is a {type(extra).__name__}; pass a mapping of names to values"
+        raise UsageError(msg)
+    return dict(extra)
+
+
+def _checked_options(options: Options | None) -> Options:
+    if options is None:
+        return Options()
+    if not isinstance(options, Options):
+        msg = f"options is a {type(options).__name__}; pass gockpt.Options(...)"
+        raise OptionsError(msg)
+    return options
 
 
 def _checked_step(step: int | None) -> int | None:

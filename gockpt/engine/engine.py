@@ -89,6 +89,7 @@ class Engine:
         self._hooks = Hooks(optimizers, self)
         self._thread = threading.current_thread()
         self._inside = False
+        self._seen = True
         self._step = last_step
         self._tick: Boundary | None = None
         self._updates = updates
@@ -131,6 +132,9 @@ class Engine:
             if self._hooks.reset() and self._save.attempt is not None:
                 self._save.attempt.broken = "an optimizer step ended in an exception"
             self._cadence, moment = self._cadence.tick(step)
+            last, self._seen = self._tick, True
+            if last is not None:
+                self._seen = self._updates > last.updates
             boundary = self._tick = Boundary(step, self._updates, extra, began)
             try:
                 self._advance(boundary, moment)
@@ -153,6 +157,11 @@ class Engine:
     def count_from(self, step: int) -> None:
         """Count ticks without a step on from ``step``."""
         self._step = step
+
+    def let_go(self) -> None:
+        """Forget the optimizers: the model is gone, so nothing is under way. Takes no lock."""
+        self._optimizers = ()
+        self._hooks.let_go()
 
     def rebind(self, model: Callable[[], Any]) -> None:
         """Save from another object that holds the same state."""
@@ -307,7 +316,7 @@ class Engine:
             return
         elif moment.due:
             self._hooks.assert_order()
-            save.close(self._collect(), boundary)
+            save.close(self._collect(), boundary, seen=self._seen)
         elif save.state is State.OPEN:
             save.go_on(self._collect(), boundary)
         else:

@@ -48,7 +48,7 @@ class Hooks:
     def assert_order(self) -> None:
         """Put ours last before and first after the update again. Only outside hooks."""
         for optimizer, pre, post in zip(
-            self._optimizers, self._handles[::2], self._handles[1::2], strict=True
+            self._optimizers, self._handles[::2], self._handles[1::2], strict=False
         ):
             before: Any = getattr(optimizer, "_optimizer_step_pre_hooks", {})
             after: Any = getattr(optimizer, "_optimizer_step_post_hooks", {})
@@ -62,6 +62,10 @@ class Hooks:
         unfinished = any(self._depth.values())
         self._depth.clear()
         return unfinished
+
+    def let_go(self) -> None:
+        """Forget the optimizers; their hooks find nobody to tell any more."""
+        self._optimizers = []
 
     def remove(self) -> None:
         """Take the hooks off."""

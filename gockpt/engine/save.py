@@ -168,9 +168,13 @@ class Save:
         attempt = self.attempt or self._voided
         return attempt is not None and not self._broken(live) and attempt.stands_at_tick(live)
 
-    def close(self, live: LiveState, moment: Boundary, *, remembered: bool = False) -> None:
+    def close(
+        self, live: LiveState, moment: Boundary, *, remembered: bool = False, seen: bool = True
+    ) -> None:
         """Take the closing boundary now, from an open window or from nothing.
 
+        Where no update was ``seen`` since the last tick, none may be seen after this one: then no copy can
+        be finished in time, and all is copied at once.
         With ``remembered``, extras, random states and options are those of the window's last tick: the
         state was shown to be the same as then.
         """
@@ -183,7 +187,7 @@ class Save:
                 self._note(f"all of step {step} leaves at the closing tick: {why}")
                 self.drop()
         if self.attempt is None:
-            self._begin(live, self._plan_now(live), step, moment, handle=handle)
+            self._begin(live, self._plan_now(live), step, moment, handle=handle, at_once=not seen)
         self._take_boundary(live, moment, remembered=remembered)
 
     def retarget(self, live: LiveState, moment: Boundary, *, remembered: bool = False) -> None:
@@ -273,7 +277,14 @@ class Save:
     # -- the parts of a save -----------------------------------------------------------------
 
     def _begin(
-        self, live: LiveState, plan: Plan, due: int, moment: Boundary, *, handle: SaveHandle | None = None
+        self,
+        live: LiveState,
+        plan: Plan,
+        due: int,
+        moment: Boundary,
+        *,
+        handle: SaveHandle | None = None,
+        at_once: bool = False,
     ) -> None:
         if handle is None:
             self.trace = Trace(moment.began)
@@ -285,7 +296,7 @@ class Save:
             self.shape_of(live),
             plan,
             barred=self.barred,
-            racing=self.racing,
+            racing=None if at_once else self.racing,
             transfer=self._transfer,
             begin=self._store.begin,
             outcome=self,

@@ -147,12 +147,11 @@ def _stepped_on(lab):
 @when("`every` or the options change while a window is open")
 def _other_every(lab):
     run = lab.Run().window(upto=6)
+    given_up = run.save
     run.train()
-    with pytest.raises(gockpt.SaveAborted) as caught:
-        run.tick(every=7, options=lab.WINDOW)
     run.tick(every=7, options=lab.WINDOW)
     run.check(7)
-    raise caught.value
+    given_up.result(0)
 
 
 @when("Ctrl-C or an exception leaves the `with` block inside a window")

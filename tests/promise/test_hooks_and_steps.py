@@ -366,9 +366,9 @@ def test_adversarial_training_with_two_optimizers(harness):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo")  # the compiler's own
 def test_compiled_step(run):
-    """A compiled optimizer rounds as it likes: the formula is unknown, the copy is exact."""
+    """A compiled step rounds as it likes and runs no hooks: nothing of it is replayed, the copy is exact."""
 
     def prepare(model, optimizer):
         optimizer.step = torch.compile(optimizer.step, backend="eager")
 
-    check(run(prepare=prepare))
+    check(run(prepare=prepare), attempts=2)
