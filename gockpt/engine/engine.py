@@ -262,6 +262,21 @@ class Engine:
 
     # -- updates, from the hooks: never raise ------------------------------------------------
 
+    def before_hooks(self) -> None:
+        """Finish copying before a user's own pre-hook can change what is copied."""
+        if self._save.attempt is None:
+            return
+        began = perf_counter()
+        with self._changed, self._at_work():
+            attempt, state = self._save.attempt, self._save.state
+            if state is State.CLOSING:
+                self._guard(self._save.settle)
+            elif state is State.OPEN and attempt is not None and attempt.broken is None:
+                self._guard(attempt.settle)
+            else:
+                return
+            self._save.trace.span("stall", began, perf_counter(), step=self._step, what="before update")
+
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Make sure that nothing still needed is overwritten (an optimizer is about to step)."""
         if self._save.attempt is None:

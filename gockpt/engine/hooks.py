@@ -24,6 +24,9 @@ __all__ = ["Hooks", "Listener"]
 class Listener(Protocol):
     """Who hears of updates."""
 
+    def before_hooks(self) -> None:
+        """Other pre-hooks, which may change parameters, are about to run."""
+
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """The optimizer is about to change parameters, after running a closure if it was given one."""
 
@@ -42,18 +45,20 @@ class Hooks:
         self._depth: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
         for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._first))
             self._handles.append(optimizer.register_step_pre_hook(self._before))
             self._handles.append(optimizer.register_step_post_hook(self._after))
+        self.assert_order()
 
     def assert_order(self) -> None:
-        """Put ours last before and first after the update again. Only outside hooks."""
-        for optimizer, pre, post in zip(
-            self._optimizers, self._handles[::2], self._handles[1::2], strict=False
-        ):
+        """Put ours first and last before the update, and first after it, again. Only outside hooks."""
+        for index, optimizer in enumerate(self._optimizers):
+            first, last, post = self._handles[3 * index : 3 * index + 3]
             before: Any = getattr(optimizer, "_optimizer_step_pre_hooks", {})
             after: Any = getattr(optimizer, "_optimizer_step_post_hooks", {})
-            if pre.id in before:
-                before.move_to_end(pre.id)
+            if first.id in before and last.id in before:
+                before.move_to_end(first.id, last=False)
+                before.move_to_end(last.id)
             if post.id in after:
                 after.move_to_end(post.id, last=False)
 
@@ -82,6 +87,11 @@ class Hooks:
         if torch.compiler.is_compiling() or os.getpid() != self._pid:
             return None
         return self._listener()
+
+    def _first(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        listener = self._heard()
+        if listener is not None:
+            listener.before_hooks()
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         listener = self._heard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import faulthandler
 import os
 import signal
 import subprocess
@@ -318,7 +319,7 @@ def forked(child):
     process = os.fork()
     if not process:
         os.close(read)
-        signal.alarm(60)
+        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
         try:
             os.write(write, repr(child()).encode())
         except BaseException as error:  # noqa: BLE001 - told to the parent
