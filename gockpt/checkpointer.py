@@ -342,13 +342,13 @@ def _drain() -> None:
     """Close the checkpointers whose models are gone. Finalizers only note them: they run anywhere."""
     for _ in range(len(_gone)):
         saver = _gone.popleft()
-        if saver.closed:
-            continue
         if saver.busy:
             _gone.append(saver)
             continue
         for key in [key for key, known in _by_call.items() if known is saver]:
             del _by_call[key]
+        if saver.closed:
+            continue
         try:
             saver.close()
         except GockptError as error:

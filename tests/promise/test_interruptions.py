@@ -1,0 +1,200 @@
+"""Interrupted anywhere, by Ctrl-C, an error or abort(): what was not proven is never published."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from time import sleep
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gockpt
+from gockpt import transfer
+from gockpt.engine.job import Job
+from gockpt.storage.transaction import Transaction
+
+LAYERS, WIDTH = 8, 200
+
+
+@pytest.fixture
+def link(monkeypatch):
+    """A link to the arena that is slow from the background thread while ``slow`` is set.
+
+    ``in_main`` runs once, inside the first copy that the main thread helps with.
+    """
+    found = SimpleNamespace(slow=False, in_main=None, copies=0)
+    original = transfer.copy_fingerprint
+
+    def copy(*args):
+        if threading.current_thread() is threading.main_thread():
+            action, found.in_main = found.in_main, None
+            if action is not None:
+                action()
+        elif found.slow:
+            sleep(0.02)
+        found.copies += 1
+        return original(*args)
+
+    monkeypatch.setattr(transfer, "copy_fingerprint", copy)
+    return found
+
+
+def build(optimizer=torch.optim.AdamW):
+    model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    return model, optimizer(model.parameters(), lr=0.1)
+
+
+def update(model, optimizer):
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_published(path, step, expected):
+    checkpoint = gockpt.open(path, step=step)
+    for name, value in expected.items():
+        assert torch.equal(checkpoint[f"model/{name}"][...], value), name
+    assert gockpt.verify(path, step=step).ok
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_interrupted_while_wait_helps_with_the_last_copies(harness, link):
+    """As Ctrl-C and the exit of the interpreter do it: the state stands, so it is published, whole."""
+    model, optimizer = build(torch.optim.SGD)
+    path = harness.directory()
+    saver = gockpt.Checkpointer(model, optimizer, path, options=gockpt.Options(window=1))
+    link.slow = True
+    saver.after_step(1)
+    expected = values(model)
+    link.in_main = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        saver.wait()
+    saver.abort("the program ended by an exception")
+    saver.close()
+    assert gockpt.steps(path) == [1]
+    assert_published(path, 1, expected)
+
+
+@pytest.mark.parametrize("how", ["abort", "extra"])
+def test_copies_of_a_given_up_window_do_not_reach_the_next_save(harness, link, monkeypatch, how):
+    original = Transaction.write_chunk
+
+    def write_chunk(transaction, *args):
+        seen = -1
+        while link.slow and link.copies != seen:
+            seen = link.copies
+            sleep(0.1)
+        return original(transaction, *args)
+
+    monkeypatch.setattr(Transaction, "write_chunk", write_chunk)
+    model, optimizer = build()
+    path = harness.directory()
+    state = {"broken": False}
+
+    def extra():
+        if state["broken"]:
+            msg = "flaky extra"
+            raise RuntimeError(msg)
+        return 1
+
+    saver = gockpt.Checkpointer(
+        model, optimizer, path, every=4, extra={"x": extra}, options=gockpt.Options(window=3)
+    )
+    for step in range(1, 6):
+        update(model, optimizer)
+        saver.after_step(step)
+    saver.wait()
+    link.slow = True
+    update(model, optimizer)
+    if how == "abort":
+        saver.after_step(6)
+        assert saver.window_open
+        saver.abort()
+    else:
+        state["broken"] = True
+        with pytest.raises(RuntimeError, match="flaky extra"):
+            saver.after_step(6)
+        state["broken"] = False
+    saver.after_step(8)
+    expected = values(model)
+    update(model, optimizer)
+    saver.close()
+    assert_published(path, 8, expected)
+
+
+def test_a_second_interrupt_while_the_first_gives_the_window_up(harness, monkeypatch):
+    """The handle is told, and close() neither hangs nor leaves anything behind."""
+    model, optimizer = build()
+    saver = gockpt.Checkpointer(
+        model, optimizer, harness.directory(), every=10, options=gockpt.Options(window=4)
+    )
+    for step in range(1, 8):
+        update(model, optimizer)
+        handle = saver.after_step(step)
+    original, times = Job.abort, iter([interrupt])
+    monkeypatch.setattr(Job, "abort", lambda job: next(times, lambda: original(job))())
+    with pytest.raises(KeyboardInterrupt):
+        saver.after_step(8, {"x": interrupt})
+    assert handle.done()
+    assert isinstance(handle.exception(), gockpt.SaveAborted)
+    closing = threading.Thread(target=saver.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
+def test_wait_in_a_signal_handler_inside_the_library_says_so(harness, link):
+    """It would wait for itself. The save under way is not hurt."""
+    told = []
+
+    def handler(*_):
+        try:
+            gockpt.wait()
+        except gockpt.UsageError as error:
+            told.append(str(error))
+
+    former = signal.signal(signal.SIGTERM, handler)
+    try:
+        model, optimizer = build(torch.optim.SGD)
+        path = harness.directory()
+        saver = gockpt.Checkpointer(model, optimizer, path)
+        link.slow = True
+        saver.after_step(1)
+        expected = values(model)
+        link.in_main = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        update(model, optimizer)
+        saver.close()
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert len(told) == 1
+    assert "set a flag" in told[0]
+    assert_published(path, 1, expected)
+
+
+def test_wait_in_a_signal_handler_between_steps(harness):
+    """As a cluster's notice of preemption does it."""
+    former = signal.signal(signal.SIGTERM, lambda *_: gockpt.wait())
+    try:
+        model, optimizer = build()
+        path = harness.directory()
+        saver = gockpt.Checkpointer(model, optimizer, path, every=10, options=gockpt.Options(window=4))
+        for step in range(1, 9):
+            update(model, optimizer)
+            saver.after_step(step)
+        expected = values(model)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert gockpt.steps(path) == [8]
+        saver.close()
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert_published(path, 8, expected)
