@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -287,10 +288,10 @@ def _other_process(lab):
     raise caught.value
 
 
-@when("Another model of this process saves into the path, and its window is open")
+@when("Another living model of this process saves into the path")
 def _other_model(lab):
-    first = lab.Run().window(upto=6)
-    lab.Run().window(upto=first.step)
+    lab.others = [lab.Run().saved()]
+    lab.Run().saved()
 
 
 @when("A forked child calls `save_overlapped`")
@@ -308,6 +309,27 @@ def _forked(lab):
     os.close(write)
     with os.fdopen(read) as pipe:
         raise getattr(gockpt, pipe.read())
+
+
+@when("A signal handler that interrupted gockpt itself calls `wait()`")
+def _wait_in_a_handler(lab):
+    told = []
+
+    def handler(*_):
+        try:
+            gockpt.wait()
+        except gockpt.UsageError as error:
+            told.append(error)
+
+    former = signal.signal(signal.SIGTERM, handler)
+    try:
+        run = lab.Run()
+        run.train()
+        run.tick(extra={"in the call": lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    run.check()
+    raise told[0]
 
 
 @when("The same step is saved twice")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import signal
@@ -319,7 +318,8 @@ def forked(child):
     process = os.fork()
     if not process:
         os.close(read)
-        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
         try:
             os.write(write, repr(child()).encode())
         except BaseException as error:  # noqa: BLE001 - told to the parent
