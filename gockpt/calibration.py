@@ -122,10 +122,12 @@ def register_root() -> None:
         return
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:
-            root = ctypes.CDLL(str(library)).vmsSqrt
+            mkl = ctypes.CDLL(str(library))
+            root, limit = mkl.vmsSqrt, mkl.MKL_Set_Num_Threads_Local
         except (OSError, AttributeError):
             continue
-        vml.use(ctypes.cast(root, ctypes.c_void_p).value)
+        limit.argtypes, limit.restype = [ctypes.c_int], ctypes.c_int
+        vml.use(ctypes.cast(root, ctypes.c_void_p).value, limit)
         return
 
 

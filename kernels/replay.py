@@ -6,6 +6,7 @@ number of pieces the tensor was cut into, and never writes to a gradient.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,7 +81,8 @@ def run(
             msg = "this process does not know MKL's square root: call gockpt.replay.prepare() first"
             raise RuntimeError(msg)
         top = states[2] if count == 3 else _NONE
-        adam_file.adam(p, states[0], states[1], top, addresses, table, last, function)
+        with vml.alone() if root else nullcontext():
+            adam_file.adam(p, states[0], states[1], top, addresses, table, last, function)
     else:
         sgd_file.sgd(p, states[0] if count else _NONE, addresses, table, last)
 

@@ -6,38 +6,63 @@ function torch calls. Nothing here knows torch: whoever does passes the address 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gockpt.kernels.native import call_vml, serial
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import numpy as np
 
-__all__ = ["address", "sqrt_into", "use"]
+    Limit = Callable[[int], int]
+
+__all__ = ["address", "alone", "known", "sqrt_into", "use"]
 
 MODE = 0x00140102
 """High accuracy, denormals kept, errors ignored: ``VML_HA | VML_FTZDAZ_OFF | VML_ERRMODE_IGNORE``."""
 
-PIECE = 4096
-"""Elements per call. MKL starts OpenMP threads for long vectors (seen from 12000 on); never for these."""
-
 _address = 0
+_limit: Limit | None = None
 
 
-def use(function: int | None) -> None:
-    """Set the address of ``vmsSqrt(int n, const float*, float*, int64 mode)``; ``None`` forgets it."""
-    global _address  # noqa: PLW0603 - one process has one MKL
-    _address = function or 0
+def use(function: int | None, limit: Limit | None = None) -> None:
+    """Register the root; ``None`` forgets it.
+
+    Args:
+        function: Address of ``vmsSqrt(int n, const float*, float*, int64 mode)``.
+        limit: ``MKL_Set_Num_Threads_Local``: sets how many threads MKL uses for calls from this thread and
+            returns what it was, 0 for no limit of its own.
+    """
+    global _address, _limit
+    _address, _limit = function or 0, limit
+
+
+def known() -> tuple[int, Limit | None]:
+    """Return what was given to :func:`use`."""
+    return _address, _limit
 
 
 def address() -> int:
-    """Return the address given to :func:`use`, or 0 when there is none."""
+    """Return the root's address, or 0 when there is none."""
     return _address
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Keep MKL on the calling thread: it would start OpenMP threads of its own for each call."""
+    if _limit is None:
+        yield
+        return
+    before = _limit(1)
+    try:
+        yield
+    finally:
+        _limit(before)
 
 
 @serial
 def sqrt_into(function: int, source: np.ndarray, target: np.ndarray) -> None:
-    """Write the root of each ``source`` element into ``target``, piece by piece, on this thread alone."""
-    for first in range(0, source.size, PIECE):
-        count = min(PIECE, source.size - first)
-        call_vml(function, count, source[first:].ctypes.data, target[first:].ctypes.data, MODE)
+    """Write the root of each ``source`` element into ``target``."""
+    call_vml(function, source.size, source.ctypes.data, target.ctypes.data, MODE)

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt"]
 
+CHANGED = "changed outside optimizer.step()"
+OVERTAKEN = "overtaken by a change while it was copied"
+
 RING_PATIENCE = 30.0
 """Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
 
@@ -66,6 +69,7 @@ class Attempt:
         ring_arena: Arena,
         transfer: Transfer,
         options: Options,
+        racing: frozenset[Name] | None,
         job: Job,
         trace: Trace,
     ) -> None:
@@ -86,6 +90,7 @@ class Attempt:
         self._ring_arena = ring_arena
         self._transfer = transfer
         self._full = options.verify == "full"
+        self._racing = racing
         self._parts = part_ranges([p.nbytes for p in cut.pieces], plan.shares)
         self._next_part = 0
         self._copies: list[Copy] = []
@@ -125,7 +130,15 @@ class Attempt:
         late = [p for p in self.cut.pieces if p.index not in proofs]
         self.job.discard(p.index for p in late)
         self._copies = [self._copy(p, s) for p in (*late, *self.cut.loose) for s in p.stretches]
+        restless = {p.index for unit in self.cut.units if self._restless(unit) for p in unit.pieces}
+        self._transfer.run([c.run for c in self._copies if c.owner[0].index in restless])
         return proofs
+
+    def _restless(self, unit: Unit) -> bool:
+        """Whether a copy behind the closing tick is likely to be overtaken, as another one was."""
+        if self._racing is None or not self._racing.isdisjoint(unit.names):
+            return True
+        return any(piece.late in (CHANGED, OVERTAKEN) for piece in unit.pieces)
 
     def stands_at_tick(self, live: LiveState) -> bool:
         """Whether the whole state still is, bit for bit, what it was at the last tick looked at."""
@@ -144,7 +157,7 @@ class Attempt:
         if now is None:
             self._make_late(piece, "its tensors were replaced")
         elif piece.known is not None and now != piece.known:
-            self._make_late(piece, "changed outside optimizer.step()")
+            self._make_late(piece, CHANGED)
         piece.known = now
 
     def _sent(self) -> list[Piece]:
@@ -164,8 +177,9 @@ class Attempt:
 
     def _start(self, on_done: Callable[[], None] | None = None) -> None:
         self.proven = False
-        nbytes = sum(c.source.nbytes for c in self._copies)
-        self._batch = self._transfer.submit([c.run for c in self._copies], nbytes=nbytes, on_done=on_done)
+        copies = [c for c in self._copies if c.arrived is None]
+        nbytes = sum(c.source.nbytes for c in copies)
+        self._batch = self._transfer.submit([c.run for c in copies], nbytes=nbytes, on_done=on_done)
 
     def settle(self) -> list[Name]:
         """Finish the copies under way, helping; prove them; retry what was overtaken and came back.
@@ -186,7 +200,7 @@ class Attempt:
             piece, name = copy.owner
             lost.append(name)
             if piece.sent and piece.late is None:
-                self._make_late(piece, "overtaken by a change while it was copied")
+                self._make_late(piece, OVERTAKEN)
         if batch is not None:
             self.copied_bytes += batch.nbytes
             self.copy_seconds += batch.ended - batch.started

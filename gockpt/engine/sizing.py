@@ -155,6 +155,7 @@ class Memory:
             ring_arena=self._ring,
             transfer=transfer,
             options=self._options,
+            racing=racing,
             job=job,
             trace=trace,
         )

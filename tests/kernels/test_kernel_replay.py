@@ -121,13 +121,13 @@ def test_inner_piece_must_be_whole_vectors():
 
 def test_missing_root_is_said():
     p, states, grads, scalars = problem(0, "adam", 16, 1)
-    before, known = bits(p, states), vml.address()
+    before, known = bits(p, states), vml.known()
     vml.use(None)
     try:
         with pytest.raises(RuntimeError, match="prepare"):
             run("adam", (0, 1), p, states, grads, scalars, tail=True)
     finally:
-        vml.use(known)
+        vml.use(*known)
     assert bits(p, states) == before
 
 

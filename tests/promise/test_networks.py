@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from time import sleep
+
 import pytest
 import torch
 from torch import nn
 
 import gockpt
+from gockpt import transfer
 
 EVERY, WINDOW = 5, 4
 RUN = 2 * EVERY + 1
@@ -105,8 +109,19 @@ def test_tied_weights_are_stored_once_and_found_under_both_names(harness):
     assert saved[1].nbytes < 1.2 * 4 * 3 * (60 * 32 + 33 * 32) + 30_000
 
 
-def test_an_embedding_that_renormalises_in_forward(harness):
-    """max_norm rewrites the weight in forward, after the tick and before the step."""
+def test_an_embedding_that_renormalises_in_forward(harness, monkeypatch):
+    """max_norm rewrites the weight in forward, after the tick and before the step.
+
+    A copy behind the closing tick would lose that race, all the more over a slow link.
+    """
+    original = transfer.copy_fingerprint
+
+    def copy_fingerprint(*args):
+        if threading.current_thread() is not threading.main_thread():
+            sleep(0.01)
+        return original(*args)
+
+    monkeypatch.setattr(transfer, "copy_fingerprint", copy_fingerprint)
 
     def build():
         model = nn.Sequential(nn.Embedding(200, 16, max_norm=0.5), nn.Linear(16, 1))

@@ -138,6 +138,7 @@ def test_calls_are_counted_on_from_a_checkpoint_loaded_meanwhile(harness):
     gockpt.save_overlapped(model, optimizer, path, step=20)
     gockpt.wait()
     gockpt.save_overlapped(model, optimizer, path)
+    gockpt.wait()
     gockpt.load(path, model, optimizer, step=20)
     gockpt.save_overlapped(model, optimizer, path)
     gockpt.wait()

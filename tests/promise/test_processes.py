@@ -320,6 +320,8 @@ def forked(child):
         os.close(read)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(60)
+        # As data loader workers do: OpenMP's threads do not survive a fork, and who calls them hangs.
+        torch.set_num_threads(1)
         try:
             os.write(write, repr(child()).encode())
         except BaseException as error:  # noqa: BLE001 - told to the parent

@@ -68,12 +68,12 @@ def test_one_wrong_bit_is_rejected(monkeypatch, kernel, victim):
 
 
 def test_without_mkl_nothing_that_needs_it_is_believed():
-    known = vml.address()
+    known = vml.known()
     vml.use(None)
     try:
         found = calibrate(Case(ADAMW, "adam", foreach=False, fused=None), [(0, 1)])
     finally:
-        vml.use(known)
+        vml.use(*known)
     assert isinstance(found, str)
 
 
@@ -175,3 +175,42 @@ def test_replay_starts_no_threads_of_its_own():
         check=True,
     )
     assert done.stdout == "0\n"
+
+
+ALONE = """
+import os, threading
+import numpy as np
+import torch
+from gockpt import replay
+from gockpt.kernels import replay as kernels
+
+# From this call on, MKL starts threads even for short vectors.
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.randn(100_000))
+optimizer = torch.optim.AdamW([p], foreach=False)
+p.grad = torch.randn_like(p)
+optimizer.step()
+group, state = optimizer.param_groups[0], optimizer.state[p]
+rule = replay.rule_for(optimizer, group, p, state)
+assert rule.flags == (0, 1), rule
+row = replay.scalars(rule, group, state)
+arrays = [t.detach().numpy().copy() for t in (p, state["exp_avg"], state["exp_avg_sq"], p.grad)]
+
+def threads():
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+def work():
+    before = threads()
+    kernels.run(rule.kernel, rule.flags, arrays[0], arrays[1:3], arrays[3:], [row], tail=True)
+    print(len(threads() - before))
+
+for _ in range(2):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_replay_with_mkls_root_starts_no_threads():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["0", "0"], "")
