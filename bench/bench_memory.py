@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from corpus import Loader, standard_library
 from gpt import Training, config_for
-from harness import machine_facts, megabytes, peak_bytes, reset_peak, table, write_json
+from harness import machine_facts, megabytes, peak_bytes, reset_peak, settings_of, table, write_json
 from train_savers import Gockpt
 from train_segment import load_code, state_bytes
 
@@ -42,7 +42,8 @@ def main() -> int:
         print(table(HEADER, [cells(row) for row in rows]))
     if wanted.json:
         write_json(
-            wanted.json, {"bench": "memory", "machine": facts, "settings": vars(wanted), "samples": rows}
+            wanted.json,
+            {"bench": "memory", "machine": facts, "settings": settings_of(wanted), "samples": rows},
         )
     return 0 if all(row["held"] for row in rows) else 1
 

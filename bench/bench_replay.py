@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from harness import machine_facts, table, write_json
+from harness import machine_facts, settings_of, table, write_json
 
 from gockpt import replay
 from gockpt.kernels.replay import run
@@ -59,7 +59,7 @@ def main() -> int:
     if wanted.json != "-":
         show(samples, bars, wanted.params)
     if wanted.json:
-        settings = {**vars(wanted), "updates": UPDATES, **OPTIONS}
+        settings = settings_of(wanted, updates=UPDATES, **OPTIONS)
         result = {"bench": "replay", "machine": facts, "settings": settings, "bars": bars, "seconds": samples}
         write_json(wanted.json, result)
     return 0 if wanted.quick or all(bar["held"] for bar in bars) else 1

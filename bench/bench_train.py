@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from gpt import SIZES, config_for
-from harness import cores, machine_facts, megabytes, table, write_json
+from harness import cores, machine_facts, megabytes, settings_of, table, write_json
 from train_savers import SAVERS
 
 NONE = "no saving"
@@ -54,7 +54,7 @@ def main() -> None:
     if wanted.json != "-":
         show(rows, segments[0], config.tokens_per_step)
     if wanted.json:
-        settings = {**vars(wanted), "config": asdict(config)}
+        settings = settings_of(wanted, config=asdict(config))
         result = {
             "bench": "train",
             "machine": facts,

@@ -6,12 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "megabytes",
     "peak_bytes",
     "reset_peak",
+    "settings_of",
     "table",
     "write_json",
 ]
@@ -41,6 +44,7 @@ def machine_facts(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": cores(),
         "memory_bytes": 1024 * int((_field("/proc/meminfo", "MemTotal") or "0 kB").split()[0]),
@@ -50,6 +54,28 @@ def machine_facts(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def settings_of(wanted: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Return what was asked for, without the paths, which mean nothing elsewhere."""
+    paths = ("dir", "directory", "json", "inside")
+    return {**{name: value for name, value in vars(wanted).items() if name not in paths}, **more}
+
+
+def _commit() -> str | None:
+    """Return what was measured: the commit, with a plus sign if the work tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout else "")
 
 
 def _field(path: str, name: str) -> str | None:
