@@ -15,6 +15,7 @@ MACHINE = {
     "cores",
     "memory_bytes",
     "load_before",
+    "commit",
     "kernel",
     "filesystem",
     "python",
