@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from gockpt.engine.attempt import Attempt
     from gockpt.engine.handle import Saved, SaveHandle
     from gockpt.options import Options
     from gockpt.state import LiveState
@@ -264,21 +265,14 @@ class Engine:
 
     def before_hooks(self) -> None:
         """Finish copying before a user's own pre-hook can change what is copied."""
-        if self._save.attempt is None:
-            return
-        began = perf_counter()
-        with self._changed, self._at_work():
-            attempt, state = self._save.attempt, self._save.state
-            if state is State.CLOSING:
-                self._guard(self._save.settle)
-            elif state is State.OPEN and attempt is not None and attempt.broken is None:
-                self._guard(attempt.settle)
-            else:
-                return
-            self._save.trace.span("stall", began, perf_counter(), step=self._step, what="before update")
+        self._hold_up(lambda attempt: attempt.settle())
 
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Make sure that nothing still needed is overwritten (an optimizer is about to step)."""
+        self._hold_up(lambda attempt: attempt.before_update(optimizer, closure=closure))
+
+    def _hold_up(self, in_window: Callable[[Attempt], object]) -> None:
+        """Let the update wait for the last copies of a closing tick, or for what a window needs."""
         if self._save.attempt is None:
             return
         began = perf_counter()
@@ -287,7 +281,7 @@ class Engine:
             if state is State.CLOSING:
                 self._guard(self._save.settle)
             elif state is State.OPEN and attempt is not None and attempt.broken is None:
-                self._guard(lambda: attempt.before_update(optimizer, closure=closure))
+                self._guard(lambda: in_window(attempt))
             else:
                 return
             self._save.trace.span("stall", began, perf_counter(), step=self._step, what="before update")

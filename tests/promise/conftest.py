@@ -303,3 +303,53 @@ def _close_everything():
     close_all()
     while len(_directories) > before:
         shutil.rmtree(_directories.pop(), ignore_errors=True)
+
+
+@pytest.fixture
+def run(harness):
+    """A run with one checkpoint, of step 4, already written."""
+
+    class Run:
+        def __init__(self):
+            self.path = harness.directory()
+            self.model, self.optimizer = self.build()
+            self.step = 0
+            self.go(4)
+            gockpt.wait()
+            assert gockpt.steps(self.path) == [4]
+
+        @staticmethod
+        def build():
+            model = harness.Tensors({"a": torch.randn(1500), "b": torch.randn(40, 41)})
+            return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+
+        def update(self):
+            for p in self.model.parameters():
+                p.grad = torch.randn_like(p)
+            self.optimizer.step()
+            self.step += 1
+
+        def save(self, **more):
+            arguments = {"step": self.step, "every": 4, "options": gockpt.Options(window=3, nice=0), **more}
+            return gockpt.save_overlapped(self.model, self.optimizer, self.path, **arguments)
+
+        def go(self, ticks, **more):
+            handle = None
+            for _ in range(ticks):
+                self.update()
+                self.moment = harness.take(self.step, self.model, self.optimizer, more.get("extra"))
+                handle = self.save(**more)
+            return handle
+
+        def check_nothing_lost(self):
+            """What was there is there and sound, and the next saves work and are exact."""
+            assert gockpt.verify(self.path, 4).ok
+            gockpt.load(self.path, *self.build(), step=4)
+            with harness.closing():
+                self.step += -self.step % 4
+                handle = self.go(4, options=gockpt.Options(window=3, nice=0, when_busy="wait"))
+                assert handle.result(30).step == self.step
+            harness.check_open(self.path, self.moment)
+            harness.check_load(self.path, self.moment, *self.build())
+
+    return Run()
