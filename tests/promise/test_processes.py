@@ -20,6 +20,9 @@ import ctypes, hashlib, json, os, random, select, signal, sys, threading
 import torch
 import gockpt
 
+# A process that was started in the background of a script ignores Ctrl-C, and so would this one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 EVERY = 3
 
 def build():
