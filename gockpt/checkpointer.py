@@ -119,8 +119,7 @@ class Checkpointer:
             _live.add(self)
             self._model = _reference(model)
             self._origin = origin
-            for module in _modules(model):
-                weakref.finalize(module, _model_gone, self)
+            self._farewells = [weakref.finalize(m, _model_gone, self) for m in _modules(model)]
 
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
@@ -146,12 +145,11 @@ class Checkpointer:
         if extra is not None:
             self._extra = _checked_extra(extra)
         number = _checked_step(step)
-        if number is None:
-            # Calls are counted on from what was loaded meanwhile.
-            origin = origin_of(self._model())
-            if origin is not None and origin is not self._origin:
-                self._engine.count_from(origin.step)
-            self._origin = origin
+        # Calls and updates are counted on from what was loaded meanwhile.
+        origin = origin_of(self._model())
+        if origin is not None and origin is not self._origin:
+            self._engine.count_from(origin.step, origin.optimizer_steps)
+        self._origin = origin
         return self._engine.tick(number, self._extra)
 
     def wait(self) -> None:
@@ -163,7 +161,11 @@ class Checkpointer:
         try:
             self._engine.close()
         finally:
-            _live.discard(self)
+            if self.closed:
+                _live.discard(self)
+                self.let_go()
+                if self not in _by_call.values():
+                    self.forget_model()
 
     def abort(self, why: str = "abort() was called") -> None:
         """Give an open window up; what was captured already goes on to disk."""
@@ -219,9 +221,14 @@ class Checkpointer:
         self._optimizers = []
         self._engine.let_go()
 
+    def forget_model(self) -> None:
+        """Take no notice of the model's end any more: as long as it lives, it would keep this alive."""
+        for farewell in self._farewells:
+            farewell.detach()
+
     def continue_after(self, former: Checkpointer) -> None:
         """Count calls on from another checkpointer of the same model."""
-        self._engine.count_from(former._engine.last_step)
+        self._engine.count_from(*former._engine.counted)
 
     def __enter__(self) -> Self:
         return self
@@ -234,8 +241,8 @@ class Checkpointer:
         if error is None:
             self.close()
             return
-        self.abort(f"{type(error).__name__} left the with block")
         try:
+            self.abort(f"{type(error).__name__} left the with block")
             self.close()
         except Exception as failure:  # noqa: BLE001 - the error under way is the one that matters
             error.add_note(f"gockpt: the save in flight failed as well: {failure}")
@@ -328,6 +335,7 @@ def _saver_for(
         saver = Checkpointer(model, optimizer, path, every=every, options=options)
         if former is not None:
             saver.continue_after(former)
+            former.forget_model()
         _by_call[key] = saver
         return saver
 
@@ -472,5 +480,5 @@ def _at_exit() -> None:
             if failed:
                 saver.abort("the program ended by an exception")
             saver.close()
-        except GockptError as error:
+        except Exception as error:  # noqa: BLE001 - the others must be finished as well
             _log.error("at exit: %s", error)

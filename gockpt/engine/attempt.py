@@ -54,6 +54,7 @@ class Attempt:
     Attributes:
         ticks: Ticks it was spread over so far.
         proven: Whether all that was copied last arrived as it was at its boundary.
+        lost: Names of arrays of which the last copies arrived otherwise.
         broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
 
@@ -84,6 +85,7 @@ class Attempt:
         self.broken: str | None = None
         self.ticks = 0
         self.proven = False
+        self.lost: list[Name] = []
         self.copied_bytes = 0
         self.copy_seconds = 0.0
         self._arena = arena
@@ -177,18 +179,16 @@ class Attempt:
 
     def _start(self, on_done: Callable[[], None] | None = None) -> None:
         self.proven = False
+        self.lost = []
         copies = [c for c in self._copies if c.arrived is None]
         nbytes = sum(c.source.nbytes for c in copies)
         self._batch = self._transfer.submit([c.run for c in copies], nbytes=nbytes, on_done=on_done)
 
-    def settle(self) -> list[Name]:
+    def settle(self) -> None:
         """Finish the copies under way, helping; prove them; retry what was overtaken and came back.
 
-        May be interrupted anywhere and called again: a copy counts only once it is proven.
-
-        Returns:
-            Names of arrays whose bytes of the boundary are lost. Inside a window their pieces are late
-            already; at the close the attempt is void.
+        May be interrupted anywhere and called again: a copy counts only once it is proven. What is in
+        ``lost`` afterwards is late already inside a window; at the close the attempt is void.
         """
         batch = self._batch
         if batch is not None:
@@ -205,10 +205,11 @@ class Attempt:
             self.copied_bytes += batch.nbytes
             self.copy_seconds += batch.ended - batch.started
             self._trace.span("copy", batch.started, batch.ended)
-        self.proven = not lost
+        # Added, not replaced: after an interrupt below this is what the next call goes by.
+        self.lost = [*self.lost, *lost]
+        self.proven = not self.lost
         self._batch = None
         self._copies = []
-        return lost
 
     def cancel(self) -> None:
         """Stop copying; afterwards nothing of this attempt writes into the arena any more."""

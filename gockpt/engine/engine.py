@@ -20,6 +20,7 @@ from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
 from gockpt.engine.pool import Pool
 from gockpt.engine.save import Boundary, Save, as_save_error
+from gockpt.engine.signals import deferred, let_through
 from gockpt.engine.sizing import facts_of
 from gockpt.errors import SaveAborted, UsageError
 from gockpt.lifecycle import Event, State
@@ -45,6 +46,9 @@ __all__ = ["Engine"]
 _log = logging.getLogger("gockpt")
 
 FIRST_AUTO_EVERY = 10
+
+POLL = 0.1
+"""Seconds between two looks whether a signal came, or the training thread ended, while waiting."""
 
 
 class Engine:
@@ -124,7 +128,8 @@ class Engine:
         if not self.of_this_process:
             msg = "this process was forked from the one that saves; only the parent may call gockpt"
             raise UsageError(msg)
-        with self._changed, self._at_work():
+        self._expect_outside()
+        with deferred(), self._changed, self._at_work():
             self._thread = threading.current_thread()
             before = self._save.handle
             self._pace.tick(began, idle=not self.busy)
@@ -151,13 +156,14 @@ class Engine:
             return self._save.handle
 
     @property
-    def last_step(self) -> int:
-        """The step of the last tick."""
-        return self._step
+    def counted(self) -> tuple[int, int]:
+        """The step of the last tick, and the updates seen so far."""
+        return self._step, self._updates
 
-    def count_from(self, step: int) -> None:
-        """Count ticks without a step on from ``step``."""
+    def count_from(self, step: int, updates: int) -> None:
+        """Count ticks without a step, and updates, on from these, which held at the last tick."""
         self._step = step
+        self._updates = updates + (0 if self._tick is None else self._updates - self._tick.updates)
 
     def let_go(self) -> None:
         """Forget the optimizers: the model is gone, so nothing is under way. Takes no lock."""
@@ -181,13 +187,13 @@ class Engine:
             if error is not None:
                 self._save.error = None
                 raise error
-        with self._changed:
+        with deferred(), self._changed:
             self._save.raise_pending()
 
     def abort_window(self, why: str) -> None:
         """Give an open window up; what was captured already goes on to disk."""
         self._expect_outside()
-        with self._changed:
+        with deferred(), self._changed:
             if self._save.state is State.CLOSING:
                 self._save.settle()
             if self.window_open:
@@ -201,11 +207,12 @@ class Engine:
         if not self.of_this_process:
             msg = "a forked process can't close its parent's checkpointer"
             raise UsageError(msg)
+        self._expect_outside()
         try:
             self.wait()
         finally:
             self.closed = True
-            with self._changed:
+            with deferred(), self._changed:
                 # After an interrupted wait(): nothing may be left that only a tick could end.
                 if self._save.state not in (State.IDLE, State.CAPTURED):
                     self._save.fail(SaveAborted("the checkpointer was closed"), Event.ABORTED)
@@ -214,22 +221,27 @@ class Engine:
             self._held = None
             self._hooks.remove()
             self._transfer.close()
-            self._pool.join()
-            self._save.memory.release()
-            self.store.close()
+            try:
+                self._pool.join()
+            finally:
+                self._save.memory.release()
+                self.store.close()
 
-    def drive(self, handle: SaveHandle, timeout: float | None) -> None:
-        """Do what only the training thread can do so that ``handle`` gets done, then wait for it."""
+    def drive(self, handle: SaveHandle, done: Callable[[], bool], timeout: float | None) -> None:
+        """Do what only the training thread can do so that ``done`` comes true, then wait for it."""
         if not self.of_this_process:
             msg = "this save belongs to the process that forked this one; only the parent can wait for it"
             raise UsageError(msg)
-        # Another thread may do it once the one that trained has ended.
-        if threading.current_thread() is not self._thread and self._thread.is_alive():
-            return
-        self._expect_outside()
         deadline = None if timeout is None else monotonic() + timeout
-        while self._save.handle is handle and not handle.done():
-            with self._changed:
+        # Another thread may do it once the one that trained has ended.
+        while threading.current_thread() is not self._thread and self._thread.is_alive():
+            left = None if deadline is None else deadline - monotonic()
+            if done() or (left is not None and left <= 0):
+                return
+            self._thread.join(POLL if left is None else min(POLL, left))
+        self._expect_outside()
+        while self._save.handle is handle and not done():
+            with deferred(), self._changed:
                 state, job = self._save.state, self._save.job
                 if state is State.CLOSING:
                     self._save.settle()
@@ -237,12 +249,12 @@ class Engine:
                     self._close_at_last_tick()
                 elif state is State.CAPTURED and job is not None and not job.closed:
                     self._save.fail(SaveAborted("interrupted while it was handed over"), Event.FAILED)
-                elif not handle.done():
+                elif not done():
                     left = None if deadline is None else deadline - monotonic()
                     if left is not None and left <= 0:
                         return
                     # A handle is resolved just after the lock was let go, and then notified of.
-                    self._changed.wait(1.0 if left is None else min(1.0, left))
+                    self._changed.wait(POLL if left is None else min(POLL, left))
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -256,8 +268,8 @@ class Engine:
     def _expect_outside(self) -> None:
         if self._inside and threading.current_thread() is self._thread:
             msg = (
-                "waiting for a save, or giving it up, is not possible from a signal handler that interrupted "
-                "the library: set a flag there and call it after the step"
+                "this call came from inside the library, as from an extra or a signal handler: "
+                "set a flag there, and call it after the step"
             )
             raise UsageError(msg)
 
@@ -276,7 +288,7 @@ class Engine:
         if self._save.attempt is None:
             return
         began = perf_counter()
-        with self._changed, self._at_work():
+        with deferred(), self._changed, self._at_work():
             attempt, state = self._save.attempt, self._save.state
             if state is State.CLOSING:
                 self._guard(self._save.settle)
@@ -292,7 +304,7 @@ class Engine:
         if self._save.attempt is None:
             return
         began = perf_counter()
-        with self._changed, self._at_work():
+        with deferred(), self._changed, self._at_work():
             attempt = self._save.attempt
             if self._save.state is not State.OPEN or attempt is None or attempt.broken is not None:
                 return
@@ -340,7 +352,8 @@ class Engine:
             self._save.hurry()
         if self.options.when_busy == "wait":
             while self._save.state is State.CAPTURED:
-                self._changed.wait()
+                self._changed.wait(POLL)
+                let_through()
         elif moment.due:
             _log.info("step %d is due, but step %s is still being written: skipped", step, self._save.step)
 
@@ -405,6 +418,11 @@ class Engine:
                 save.close(live, boundary, remembered=True)
         except Exception as error:  # noqa: BLE001 - the handle carries it, and the caller raises it
             save.give_up(error, None)
+        except BaseException:
+            # The next tick may go on, but not with what was half closed here.
+            if save.state is State.OPEN and save.attempt is not None:
+                save.attempt.broken = "closing it at the last call was interrupted"
+            raise
 
     def _looked_at(self, boundary: Boundary) -> bool:
         """Whether the save in flight looked at the whole state at the last tick."""

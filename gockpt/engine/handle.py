@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gockpt.schedule import Plan
 
 __all__ = ["Progress", "SaveHandle", "Saved"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,28 @@ class Progress:
     total: int
 
 
+class _Driven(Future[_T]):
+    """A future that does the training thread's share of the work when the training thread waits for it."""
+
+    def __init__(self, drive: Callable[[Callable[[], bool], float | None], None]) -> None:
+        super().__init__()
+        self._drive = drive
+
+    def result(self, timeout: float | None = None) -> _T:
+        return super().result(self._driven(timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        return super().exception(self._driven(timeout))
+
+    def _driven(self, timeout: float | None) -> float | None:
+        """Do that share; return what is left of ``timeout``."""
+        if self.done():
+            return timeout
+        deadline = None if timeout is None else monotonic() + timeout
+        self._drive(self.done, timeout)
+        return None if deadline is None else max(0.0, deadline - monotonic())
+
+
 class SaveHandle:
     """One save, from its first tick until it is durable.
 
@@ -83,18 +107,17 @@ class SaveHandle:
         plan: Plan,
         trace: Trace,
         *,
-        drive: Callable[[SaveHandle, float | None], None],
+        drive: Callable[[SaveHandle, Callable[[], bool], float | None], None],
         progress: Callable[[SaveHandle], Progress],
     ) -> None:
-        self.captured: Future[int] = Future()
-        self.durable: Future[Saved] = Future()
+        self.captured: Future[int] = _Driven(lambda done, timeout: drive(self, done, timeout))
+        self.durable: Future[Saved] = _Driven(lambda done, timeout: drive(self, done, timeout))
         self.plan = plan
         self.events: list[str] = []
         self.failing = False
         self._step = step
         self._trace = trace
         self._attempts = 1
-        self._drive = drive
         self._progress = progress
 
     @property
@@ -124,17 +147,11 @@ class SaveHandle:
             SaveError: If the save failed; nothing of it was published.
             TimeoutError: If ``timeout`` passed; the save goes on.
         """
-        return self.durable.result(self._driven(timeout))
+        return self.durable.result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what :meth:`result` would raise, or ``None``."""
-        return self.durable.exception(self._driven(timeout))
-
-    def _driven(self, timeout: float | None) -> float | None:
-        """Do the training thread's share; return what is left of ``timeout``."""
-        deadline = None if timeout is None else monotonic() + timeout
-        self._drive(self, timeout)
-        return None if deadline is None else max(0.0, deadline - monotonic())
+        return self.durable.exception(timeout)
 
     def add_done_callback(self, callback: Callable[[SaveHandle], Any]) -> None:
         """Call ``callback(handle)`` when the save is durable or failed, on whichever thread ends it."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
@@ -40,9 +41,10 @@ class Hooks:
     def __init__(self, optimizers: Sequence[Any], listener: Listener) -> None:
         # Optimizers of another make have no hooks: their updates are not seen, and so not replayed.
         self._optimizers = [o for o in optimizers if hasattr(o, "_optimizer_step_post_hooks")]
-        self._listener = weakref.ref(listener)
+        self._listener: Callable[[], Listener | None] = weakref.ref(listener)
         self._pid = os.getpid()
         self._depth: dict[int, int] = {}
+        self._calling = 0
         self._handles: list[RemovableHandle] = []
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._first))
@@ -74,6 +76,10 @@ class Hooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
+        if self._calling:
+            # torch is going through the hooks now. These stay, and find nobody to tell any more.
+            self._listener = _nobody
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -91,7 +97,8 @@ class Hooks:
     def _first(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         listener = self._heard()
         if listener is not None:
-            listener.before_hooks()
+            with self._call():
+                listener.before_hooks()
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         listener = self._heard()
@@ -101,7 +108,8 @@ class Hooks:
         if depth == 1:
             # torch hands over the arguments of step() with the optimizer itself first.
             given = any(value is not None for value in (*args[1:], *kwargs.values()))
-            listener.before_update(optimizer, closure=given)
+            with self._call():
+                listener.before_update(optimizer, closure=given)
 
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         listener = self._heard()
@@ -109,4 +117,17 @@ class Hooks:
             return
         depth = self._depth[id(optimizer)] = max(0, self._depth.get(id(optimizer), 0) - 1)
         if depth == 0:
-            listener.after_update(optimizer)
+            with self._call():
+                listener.after_update(optimizer)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        self._calling += 1
+        try:
+            yield
+        finally:
+            self._calling -= 1
+
+
+def _nobody() -> None:
+    """Stand in for a weak reference to a listener that is gone."""

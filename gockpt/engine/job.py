@@ -7,6 +7,7 @@ piece was proven equal to the live state of the boundary.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from gockpt.storage.transaction import Published, Transaction
 
 __all__ = ["Job", "Outcome"]
+
+_log = logging.getLogger("gockpt")
 
 BATCH = 2
 """Gradients of one piece that are replayed in one pass while the window is open."""
@@ -100,8 +103,12 @@ class Job:
         with self._changed:
             for gradient in gradients:
                 state = self._pieces.get(gradient.piece)
-                if state is None:  # the job failed meanwhile; the training side has yet to hear of it
+                if state is None:
                     self._ring.free(gradient.offset)
+                    # A job that failed has forgotten them; the training side has yet to hear of it.
+                    if not self._ended:
+                        msg = f"a gradient came for piece {gradient.piece}, which is not replayed"
+                        raise WorkerError(msg)
                 else:
                     state.pending.append(gradient)
             self._changed.notify_all()
@@ -133,6 +140,9 @@ class Job:
             arenas: State arena, ring arena, and the arena of what the closing tick added.
         """
         with self._changed:
+            if not self._ended and capture.proofs.keys() != self._pieces.keys():
+                msg = "what is to be proven is not what is replayed"
+                raise WorkerError(msg)
             self._arenas = arenas
             owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
             for index, state in self._pieces.items():
@@ -297,8 +307,11 @@ class Job:
             self._ended = True
             transaction, self._transaction = self._transaction, None
             self._changed.notify_all()
-        if transaction is not None:
-            transaction.abort()
+        try:
+            if transaction is not None:
+                transaction.abort()
+        except Exception:  # noqa: BLE001 - the partial is in nobody's way, and the mismatch must be told
+            _log.warning("what a void save had written could not be removed", exc_info=True)
         return lambda: self._outcome.mismatched(self, wrong)
 
     def _write(self, place: ArrayPlace, slot: Slot) -> Report | None:

@@ -49,8 +49,8 @@ class Pool:
 
     def _start(self, source: Source, name: str, nice: int) -> None:
         thread = threading.Thread(target=_work, args=(source, nice), name=name, daemon=True)
-        self._running.append(thread)
         thread.start()
+        self._running.append(thread)
 
 
 def _work(source: Source, nice: int) -> None:

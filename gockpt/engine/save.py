@@ -93,7 +93,7 @@ class Save:
         transfer: Transfer,
         pool: Pool,
         pace: Pace,
-        drive: Callable[[SaveHandle, float | None], None],
+        drive: Callable[[SaveHandle, Callable[[], bool], float | None], None],
         on_saved: Callable[[Saved], None],
     ) -> None:
         self.state = State.IDLE
@@ -149,6 +149,7 @@ class Save:
 
     def open(self, live: LiveState, plan: Plan, due: int, moment: Boundary) -> None:
         """Start a window that will close at step ``due``; the first part leaves now."""
+        self._clear()
         self._begin(live, plan, due, moment)
         self._run(Event.OPENED, live)
         self._remember(live, moment)
@@ -179,6 +180,7 @@ class Save:
         state was shown to be the same as then.
         """
         handle, step = None, moment.step
+        self._clear()
         if self.state is State.OPEN and self.attempt is not None:
             why = self._broken(live)
             if why is not None:
@@ -195,6 +197,7 @@ class Save:
         handle, step = self.handle, moment.step
         if handle is None:
             return
+        self._clear()
         if handle.attempts >= MAX_ATTEMPTS:
             failure = SaveError(f"step {handle.step} could not be captured in {MAX_ATTEMPTS} attempts")
             self.fail(failure, Event.FAILED)
@@ -215,10 +218,11 @@ class Save:
         # Helping with the last copy reports its end on this very thread.
         self._settling = True
         try:
-            lost = attempt.settle()
+            attempt.settle()
         finally:
             self._settling = False
         self._pace.copied(attempt.copied_bytes, attempt.copy_seconds)
+        lost = attempt.lost
         if lost:
             # Which arrays lose such a race is chance, so all of their kind are copied at once from now on.
             kinds = {name[0] for name in lost}
@@ -381,7 +385,7 @@ class Save:
     def _hand_over(self, _: object) -> None:
         attempt, job, handle = self._started()
         capture = self._capture
-        if capture is None or not attempt.proven:
+        if capture is None or not attempt.proven or job.ended:
             msg = "nothing was captured, or not all of it is proven"
             raise WorkerError(msg)
         job.close(capture, self.memory.arenas)
@@ -399,6 +403,11 @@ class Save:
         self._voided = self.attempt
         self.drop()
         self._capture = None
+
+    def _clear(self) -> None:
+        """Drop what an interrupt inside :meth:`drop` left of an attempt that ended."""
+        if self.state in (State.IDLE, State.VOID):
+            self.drop()
 
     def drop(self) -> None:
         """End both sides of the attempt: afterwards nothing of it touches the arenas."""

@@ -311,17 +311,10 @@ def _forked(lab):
         raise getattr(gockpt, pipe.read())
 
 
-@when("A signal handler that interrupted gockpt itself calls `wait()`")
-def _wait_in_a_handler(lab):
-    told = []
-
-    def handler(*_):
-        try:
-            gockpt.wait()
-        except gockpt.UsageError as error:
-            told.append(error)
-
-    former = signal.signal(signal.SIGTERM, handler)
+@when("Ctrl-C or another signal arrives while gockpt works")
+def _signal_inside(lab):
+    steps = []
+    former = signal.signal(signal.SIGTERM, lambda *_: steps.append(gockpt.wait() or gockpt.steps("ckpts")))
     try:
         run = lab.Run()
         run.train()
@@ -329,7 +322,14 @@ def _wait_in_a_handler(lab):
     finally:
         signal.signal(signal.SIGTERM, former)
     run.check()
-    raise told[0]
+    assert steps == [[1]]
+
+
+@when("An extra calls `wait()` or `save_overlapped`")
+def _call_inside(lab):
+    run = lab.Run()
+    run.train()
+    run.tick(extra={"odd": gockpt.wait})
 
 
 @when("The same step is saved twice")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from concurrent.futures import Future
 from time import sleep
 
 import pytest
@@ -76,6 +77,19 @@ def test_an_error_of_the_next_tick_is_not_that_of_a_save_just_published(harness,
     assert gockpt.steps(path) == [1]
 
 
+def test_waiting_for_the_capture_closes_the_window(harness):
+    """Nobody else could: the thread that waits is the one that trains."""
+    model, optimizer = build(torch.optim.AdamW)
+    options = gockpt.Options(window=4)
+    saver = gockpt.Checkpointer(model, optimizer, harness.directory(), every=8, options=options)
+    for step in range(1, 7):
+        update(model, optimizer)
+        handle = saver.after_step(step)
+    assert saver.window_open
+    assert handle.captured.result(20) == 6
+    saver.close()
+
+
 def test_a_timeout_is_for_the_whole_of_result(harness, monkeypatch):
     go = threading.Event()
     original = Transaction.write_chunk
@@ -88,7 +102,7 @@ def test_a_timeout_is_for_the_whole_of_result(harness, monkeypatch):
     model, optimizer = build()
     handle = gockpt.save_overlapped(model, optimizer, harness.directory(), step=1)
     left = []
-    monkeypatch.setattr(handle.durable, "result", left.append)
+    monkeypatch.setattr(Future, "result", lambda _, timeout: left.append(timeout))
     handle.result(timeout=0.3)
     assert left == [0.0]
     monkeypatch.undo()

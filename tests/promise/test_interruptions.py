@@ -13,7 +13,9 @@ import torch
 
 import gockpt
 from gockpt import transfer
+from gockpt.engine.attempt import Attempt
 from gockpt.engine.job import Job
+from gockpt.engine.pace import Pace
 from gockpt.storage.transaction import Transaction
 
 LAYERS, WIDTH = 8, 200
@@ -153,32 +155,127 @@ def test_a_second_interrupt_while_the_first_gives_the_window_up(harness, monkeyp
     assert not closing.is_alive()
 
 
-def test_wait_in_a_signal_handler_inside_the_library_says_so(harness, link):
-    """It would wait for itself. The save under way is not hurt."""
+@pytest.mark.parametrize("action", ["wait", "close", "save"])
+def test_a_signal_inside_the_library_is_handled_when_it_is_done(harness, link, action):
+    """Its handler may then do what it likes: nothing is half done."""
+    model, optimizer = build(torch.optim.SGD)
+    path = harness.directory()
+    saver = gockpt.Checkpointer(model, optimizer, path)
     told = []
 
     def handler(*_):
-        try:
-            gockpt.wait()
-        except gockpt.UsageError as error:
-            told.append(str(error))
+        {"wait": saver.wait, "close": saver.close, "save": lambda: saver.after_step(2)}[action]()
+        told.append(gockpt.steps(path))
 
     former = signal.signal(signal.SIGTERM, handler)
     try:
-        model, optimizer = build(torch.optim.SGD)
-        path = harness.directory()
-        saver = gockpt.Checkpointer(model, optimizer, path)
         link.slow = True
         saver.after_step(1)
         expected = values(model)
         link.in_main = lambda: os.kill(os.getpid(), signal.SIGTERM)
         update(model, optimizer)
         saver.close()
+        assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, former)
     assert len(told) == 1
-    assert "set a flag" in told[0]
+    assert action == "save" or told == [[1]]
     assert_published(path, 1, expected)
+
+
+def test_a_second_signal_is_handled_at_once(harness, link):
+    """Who presses Ctrl-C twice does not want to wait."""
+    model, optimizer = build(torch.optim.SGD)
+    saver = gockpt.Checkpointer(model, optimizer, harness.directory())
+    times = []
+
+    def handler(*_):
+        times.append(saver.handle.captured.done())
+
+    former = signal.signal(signal.SIGTERM, handler)
+    try:
+        link.slow = True
+        saver.after_step(1)
+
+        def twice():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        link.in_main = twice
+        update(model, optimizer)
+        saver.close()
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert times == [False, True]
+
+
+def test_ctrl_c_while_a_window_is_closed_early_and_the_loop_goes_on(harness, monkeypatch):
+    """As in a notebook. What was half closed is not gone on with."""
+    model, optimizer = build()
+    path = harness.directory()
+    saver = gockpt.Checkpointer(model, optimizer, path, every=8, options=gockpt.Options(window=4))
+    for step in range(1, 14):
+        update(model, optimizer)
+        handle = saver.after_step(step)
+        if step == 8:
+            handle.result(30)
+    original, times = Attempt._restless, iter([interrupt])
+    monkeypatch.setattr(Attempt, "_restless", lambda self, unit: next(times, lambda: original(self, unit))())
+    with pytest.raises(KeyboardInterrupt):
+        handle.result(30)
+    for step in (14, 15, 16):
+        update(model, optimizer)
+        saver.after_step(step)
+    expected = values(model)
+    saver.close()
+    assert_published(path, 16, expected)
+
+
+def test_ctrl_c_right_after_a_copy_was_lost(harness, monkeypatch):
+    """The loss is not forgotten: there is nothing to publish any more."""
+    model, optimizer = build()
+    path = harness.directory()
+    saver = gockpt.Checkpointer(model, optimizer, path, options=gockpt.Options(window=1))
+    held = threading.Event()
+    original = transfer.copy_fingerprint
+    monkeypatch.setattr(transfer, "copy_fingerprint", lambda *args: (held.wait(20), original(*args))[1])
+    update(model, optimizer)
+    saver.after_step(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    times = iter([interrupt])
+    copied = Pace.copied
+    monkeypatch.setattr(Pace, "copied", lambda *args: next(times, lambda: copied(*args))())
+    held.set()
+    with pytest.raises(KeyboardInterrupt):
+        saver.wait()
+    with pytest.raises(gockpt.SaveAborted):
+        saver.wait()
+    saver.close()
+    assert gockpt.steps(path) == []
+
+
+def test_saving_goes_on_after_two_interrupts(harness, monkeypatch):
+    """The second one inside what gives the save up."""
+    model, optimizer = build()
+    path = harness.directory()
+    saver = gockpt.Checkpointer(model, optimizer, path)
+    original = Job.abort
+
+    def abort(job):
+        monkeypatch.setattr(Job, "abort", original)
+        original(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "abort", abort)
+    with pytest.raises(KeyboardInterrupt):
+        saver.after_step(1, {"x": interrupt})
+    for step in (2, 3):
+        update(model, optimizer)
+        saver.after_step(step, {}).result(30)
+    saver.close()
+    assert gockpt.steps(path) == [2, 3]
 
 
 def test_wait_in_a_signal_handler_between_steps(harness):

@@ -70,6 +70,68 @@ def test_the_thread_that_trained_has_ended(harness):
     assert gockpt.steps(path) == [8]
 
 
+def test_waiting_for_a_thread_that_ends_inside_a_window(harness):
+    """Whoever waits already takes over."""
+    path = harness.directory()
+    kept, opened, go = build(), threading.Event(), threading.Event()
+    handles = []
+
+    def train():
+        for step in range(1, 9):
+            update(*kept)
+            handle = gockpt.save_overlapped(
+                *kept, path, step=step, every=10, options=gockpt.Options(window=4)
+            )
+        handles.append(handle)
+        opened.set()
+        go.wait(20)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert opened.wait(20)
+    waiting = threading.Thread(target=handles[0].result, daemon=True)
+    waiting.start()
+    sleep(0.05)
+    go.set()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert gockpt.steps(path) == [8]
+
+
+def test_closed_checkpointers_do_not_live_as_long_as_the_model(harness):
+    """One for each phase of a long run, each with an optimizer of its own."""
+    model = torch.nn.Linear(8, 8)
+    optimizers = []
+    for _ in range(3):
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizers.append(weakref.ref(optimizer))
+        with gockpt.Checkpointer(model, optimizer, harness.directory()) as saver:
+            update(model, optimizer)
+            saver.after_step(1)
+    del optimizer, saver
+    gc.collect()
+    assert [o() for o in optimizers] == [None, None, None]
+
+
+def test_updates_are_counted_on(harness):
+    """When arguments change, and after a load into the same model."""
+    path = harness.directory()
+    model, optimizer = build()
+
+    def held(step, **more):
+        for number in range(step - 4, step + 1):
+            update(model, optimizer)
+            gockpt.save_overlapped(model, optimizer, path, step=number, **more)
+        gockpt.wait()
+        return gockpt.open(path).metadata.optimizer_steps
+
+    before = held(5, every=5)
+    assert held(10, every=5) == before + 5
+    assert held(15, every=15) == before + 10
+    gockpt.load(path, model, optimizer, step=10)
+    assert held(15, every=15) == before + 10
+
+
 def test_a_model_is_collected_on_any_thread_at_any_moment(harness, monkeypatch):
     """The collector runs wherever something is allocated: also inside a worker, and inside our locks."""
     path = harness.directory()
