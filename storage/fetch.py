@@ -17,7 +17,6 @@ import numpy as np
 from gockpt.errors import ChunkCorrupt
 from gockpt.storage.checksum import BLOCK, crc32c
 from gockpt.storage.ranges import ByteRange, ChunkRead, Grid, scatter
-from gockpt.storage.safe_open import RegularFile, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.boxes import Box
+    from gockpt.storage.folder import File, Folder
     from gockpt.storage.manifest import ArrayEntry
 
 __all__ = ["PARALLEL_FROM", "PIECE", "Source", "execute", "first_bad_block"]
@@ -41,12 +41,12 @@ class Source:
     """Where an array's chunk files are, and what their blocks must hash to.
 
     Attributes:
-        directory: Descriptor of the checkpoint's directory.
+        folder: The checkpoint's directory.
         entry: The array, from the manifest.
         crcs: The checksum of every block of the array, or ``None`` to take the bytes as they are.
     """
 
-    directory: int
+    folder: Folder
     entry: ArrayEntry
     crcs: npt.NDArray[np.uint32] | None
 
@@ -55,10 +55,10 @@ class Source:
         """The array's chunks."""
         return Grid(self.entry.spec, self.entry.chunk_shape, BLOCK)
 
-    def open(self, chunk: int) -> RegularFile:
+    def open(self, chunk: int) -> File:
         """Open a chunk's file, which must have exactly the size that follows from the grid."""
         nbytes = self.entry.chunk_file_nbytes
-        return open_regular(self.directory, self.entry.chunk_path(chunk), nbytes=nbytes)
+        return self.folder.open(self.entry.chunk_path(chunk), nbytes=nbytes)
 
 
 class _Bounce:
@@ -136,7 +136,7 @@ def _jobs(plan: Iterable[ChunkRead]) -> Iterator[tuple[ChunkRead, list[ByteRange
 
 
 def _read(
-    file: RegularFile,
+    file: File,
     read: ChunkRead,
     part: ByteRange,
     source: Source,

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
 from gockpt.storage import directory_names
+from gockpt.storage.folder import LocalFolder
 from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE
 from gockpt.storage.reader import StoredCheckpoint, read_manifest
 from gockpt.storage.safe_open import GONE, open_below, open_directory
 
 if TYPE_CHECKING:
+    from gockpt.storage.folder import Folder
     from gockpt.storage.manifest import Manifest
 
 __all__ = ["CheckpointEntry", "damaged_checkpoints", "list_checkpoints", "open_checkpoint"]
@@ -66,7 +68,8 @@ def list_checkpoints(path: str | os.PathLike[str], *, superseded: bool = False) 
         return []
     try:
         if _has_manifest(directory):
-            return [_entry(path, read_manifest(directory, path))]
+            with _open_itself(directory, path, None, threads=1) as stored:
+                return [_entry(path, stored.manifest)]
         entries, _ = _survey(directory, path)
     finally:
         os.close(directory)
@@ -153,11 +156,16 @@ def _open_itself(directory: int, path: str, step: int | None, *, threads: int) -
     if known is not None and known.kind in ("partial", "trash"):
         msg = f"{path!r} is a checkpoint that was never published, or is being deleted"
         raise NotACheckpoint(msg)
-    manifest = read_manifest(directory, path)
-    if step not in (None, manifest.step):
-        msg = f"{path!r} is the checkpoint of step {manifest.step}, not of {step}"
-        raise CheckpointNotFound(msg)
-    return StoredCheckpoint(os.dup(directory), path, manifest, threads=threads)
+    folder = LocalFolder(os.dup(directory))
+    try:
+        manifest = read_manifest(folder, path)
+        if step not in (None, manifest.step):
+            msg = f"{path!r} is the checkpoint of step {manifest.step}, not of {step}"
+            raise CheckpointNotFound(msg)
+    except BaseException:
+        folder.close()
+        raise
+    return StoredCheckpoint(folder, path, manifest, threads=threads)
 
 
 def _entry(path: str, manifest: Manifest) -> CheckpointEntry:
@@ -185,7 +193,7 @@ def _survey(
                 damaged[name] = error
                 continue
             if found is not None:
-                os.close(found[0])
+                found[0].close()
                 entry = _entry(os.path.join(path, name), found[1])
                 (published if kind == "step" else replaced).append(entry)
         looked_at, names = names, _candidates(directory, step)
@@ -209,7 +217,7 @@ def _candidates(directory: int, step: int | None) -> dict[str, str]:
     }
 
 
-def _open_child(directory: int, path: str, name: str) -> tuple[int, Manifest] | None:
+def _open_child(directory: int, path: str, name: str) -> tuple[Folder, Manifest] | None:
     """Open one published checkpoint of a path; ``None`` if it is incomplete or gone.
 
     Raises:
@@ -217,7 +225,7 @@ def _open_child(directory: int, path: str, name: str) -> tuple[int, Manifest] | 
     """
     child = os.path.join(path, name)
     try:
-        fd = open_below(directory, name, is_directory=True)
+        folder = LocalFolder(open_below(directory, name, is_directory=True))
     except CheckpointCorrupt as error:
         msg = f"{child}: {error}; to read it, give its own path"
         raise ManifestCorrupt(msg) from error
@@ -226,17 +234,17 @@ def _open_child(directory: int, path: str, name: str) -> tuple[int, Manifest] | 
             return None
         raise
     try:
-        manifest = read_manifest(fd, child)
+        manifest = read_manifest(folder, child)
         known = directory_names.parse(name)
         if known is None or known.step != manifest.step or known.attempt not in (None, manifest.attempt):
             msg = f"{child} holds step {manifest.step}, attempt {manifest.attempt}: it was renamed"
             raise ManifestCorrupt(msg)
     except BaseException as error:
-        os.close(fd)
+        folder.close()
         if isinstance(error, OSError) and error.errno in GONE:
             return None
         raise
-    return fd, manifest
+    return folder, manifest
 
 
 def _nothing_found(directory: int, path: str, step: int | None) -> CheckpointNotFound | NotACheckpoint:

@@ -7,7 +7,6 @@ Zarr's documents are never consulted: the manifest says everything.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from contextlib import contextmanager
@@ -29,10 +28,10 @@ from gockpt.errors import (
 from gockpt.storage import strict_json
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.fetch import PIECE, Source, execute
+from gockpt.storage.folder import read_small
 from gockpt.storage.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, ArrayEntry, Manifest, parse
-from gockpt.storage.pruned import is_gone
 from gockpt.storage.ranges import plan_reads
-from gockpt.storage.safe_open import GONE, read_small
+from gockpt.storage.safe_open import GONE
 from gockpt.storage.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES, VerifyReport, verify_files
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
     from gockpt.layout import ArrayLayout
     from gockpt.schema import ArraySpec
+    from gockpt.storage.folder import Folder
 
 __all__ = ["StoredArray", "StoredCheckpoint", "read_manifest"]
 
@@ -84,8 +84,8 @@ class StoredCheckpoint:
         arrays: Every stored array by its public name, in the manifest's order.
     """
 
-    def __init__(self, directory: int, path: str, manifest: Manifest, *, threads: int) -> None:
-        """Take over the descriptor of a checkpoint's directory; large reads use up to ``threads``."""
+    def __init__(self, folder: Folder, path: str, manifest: Manifest, *, threads: int) -> None:
+        """Take over the folder of a checkpoint; large reads use up to ``threads``."""
         self.path = path
         self.manifest = manifest
         self.arrays: Mapping[str, StoredArray] = MappingProxyType(
@@ -94,9 +94,9 @@ class StoredCheckpoint:
                 for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False)
             }
         )
-        self._directory = directory
-        # Most callers never close a checkpoint they look into; its descriptor goes with it.
-        self._close_directory = weakref.finalize(self, os.close, directory)
+        self._folder = folder
+        # Most callers never close a checkpoint they look into; its folder is closed with it.
+        self._close = weakref.finalize(self, folder.close)
         self._threads = threads
         self._lock = threading.Lock()
         self._crcs: npt.NDArray[np.uint32] | None = None
@@ -116,9 +116,8 @@ class StoredCheckpoint:
         )
 
     def close(self) -> None:
-        """Close the directory. Not while another thread reads; again does nothing."""
-        self._directory = -1
-        self._close_directory()
+        """Close the folder. Not while another thread reads; again does nothing."""
+        self._close()
 
     @property
     def step(self) -> int:
@@ -183,7 +182,7 @@ class StoredCheckpoint:
             crcs = None
             if verify and box.numel:
                 crcs = self._block_crcs()[array.first_block :][: array.entry.block_count]
-            source = Source(self._open_directory(), array.entry, crcs)
+            source = Source(self._open_folder(), array.entry, crcs)
             plan = plan_reads(source.grid, box, verify=verify, piece=PIECE, max_gap=MAX_GAP)
             got = execute(plan, source, box, out, threads=self._threads)
         with self._lock:
@@ -196,17 +195,17 @@ class StoredCheckpoint:
         Raises:
             CheckpointPruned: If the checkpoint was removed meanwhile.
         """
-        directory = self._open_directory()
-        report = verify_files(directory, self.path, self.manifest, threads=self._threads)
-        if report.problems and is_gone(directory):
+        folder = self._open_folder()
+        report = verify_files(folder, self.path, self.manifest, threads=self._threads)
+        if report.problems and folder.is_gone():
             raise CheckpointPruned(self._pruned())
         return report
 
-    def _open_directory(self) -> int:
-        if self._directory < 0:
+    def _open_folder(self) -> Folder:
+        if not self._close.alive:
             msg = f"the checkpoint {self.path!r} is closed; open it again"
             raise UsageError(msg)
-        return self._directory
+        return self._folder
 
     def _array(self, name: str) -> StoredArray:
         try:
@@ -228,9 +227,9 @@ class StoredCheckpoint:
     def _document(self, path: str, *, limit: int) -> bytes:
         """Return a file that the manifest vouches for, checked."""
         entry = self.manifest.file(path)
-        directory = self._open_directory()
+        folder = self._open_folder()
         with self._explained(path, ManifestCorrupt):
-            data = read_small(directory, path, limit=limit, nbytes=entry.size)
+            data = read_small(folder, path, limit=limit, nbytes=entry.size)
             found = crc32c(data)
             if found != entry.crc32c:
                 msg = f"{path} is damaged: its checksum is {found:08x} instead of {entry.crc32c:08x}"
@@ -250,7 +249,7 @@ class StoredCheckpoint:
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            if is_gone(self._directory):
+            if self._folder.is_gone():
                 raise CheckpointPruned(self._pruned()) from error
             msg = f"{what}: {error.filename or 'a file'} is missing (in {self.path})"
             raise kind(msg) from error
@@ -262,8 +261,8 @@ class StoredCheckpoint:
         )
 
 
-def read_manifest(directory: int, path: str) -> Manifest:
-    """Return the manifest of the checkpoint in a directory.
+def read_manifest(folder: Folder, path: str) -> Manifest:
+    """Return the manifest of the checkpoint in a folder.
 
     Raises:
         FileNotFoundError: If there is none: the directory is no complete checkpoint.
@@ -271,7 +270,7 @@ def read_manifest(directory: int, path: str) -> Manifest:
     """
     where = f"{path}/{MANIFEST_FILE}"
     try:
-        data = read_small(directory, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+        data = read_small(folder, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     except CheckpointCorrupt as error:
         msg = f"{path}: {error}"
         raise ManifestCorrupt(msg) from error

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-__all__ = ["GONE", "RegularFile", "open_below", "open_directory", "open_regular", "read_small"]
+__all__ = ["GONE", "RegularFile", "open_below", "open_directory", "open_regular"]
 
 GONE = frozenset({errno.ENOENT, errno.ESTALE})
 """The errors that say "no such file (any more)", the network file systems' one included."""
@@ -206,19 +206,3 @@ def open_regular(directory: int, path: str, *, nbytes: int | None = None) -> Reg
         os.close(fd)
         raise
     return RegularFile(fd, path, status.st_size)
-
-
-def read_small(directory: int, path: str, *, limit: int, nbytes: int | None = None) -> bytes:
-    """Return the whole content of a file that must not be larger than ``limit`` bytes.
-
-    Raises:
-        CheckpointCorrupt: If it is larger, and as for :func:`open_regular`; nothing is allocated then.
-        OSError: As for :func:`open_below`.
-    """
-    with open_regular(directory, path, nbytes=nbytes) as file:
-        if file.nbytes > limit:
-            msg = f"{path} has {file.nbytes} bytes; more than {limit} can't be right"
-            raise CheckpointCorrupt(msg)
-        data = bytearray(file.nbytes)
-        file.read_into([memoryview(data)], 0)
-    return bytes(data)

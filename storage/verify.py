@@ -8,8 +8,6 @@ that other readers see the same arrays. What can't be told is a checkpoint rewri
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage import strict_json, zarr_documents
 from gockpt.storage.checksum import BLOCK, crc32c
 from gockpt.storage.fetch import PIECE, Source, first_bad_block
+from gockpt.storage.folder import Folder, read_small
 from gockpt.storage.manifest import (
     BLOCKS_FILE,
     GROUP_FILE,
@@ -34,7 +33,7 @@ from gockpt.storage.manifest import (
     chunk_key,
     parse,
 )
-from gockpt.storage.safe_open import GONE, open_below, read_small
+from gockpt.storage.safe_open import GONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,23 +107,23 @@ class _Task:
     check: Callable[[npt.NDArray[np.uint8]], str | None]
 
 
-def verify_files(directory: int, path: str, manifest: Manifest, *, threads: int) -> VerifyReport:
-    """Check the checkpoint in an open directory against the manifest it was opened with.
+def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int) -> VerifyReport:
+    """Check the checkpoint in a folder against the manifest it was opened with.
 
     Args:
-        directory: Its descriptor.
+        folder: Where it is.
         path: Where it is, for the report.
         manifest: Its manifest.
         threads: How many files are read at once; each thread takes one piece of memory.
     """
-    problems = list(_surplus(directory, path, manifest))
+    problems = list(_surplus(folder, path, manifest))
     blocks = manifest.file(BLOCKS_FILE)
     crcs: npt.NDArray[np.uint32] | None = None
     try:
-        crcs = np.frombuffer(_checked_bytes(directory, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
+        crcs = np.frombuffer(_checked_bytes(folder, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
     except (CheckpointCorrupt, OSError) as error:
         problems.append(Problem(BLOCKS_FILE, None, _words(error, BLOCKS_FILE)))
-    tasks = _tasks(directory, manifest, crcs)
+    tasks = _tasks(folder, manifest, crcs)
     lock = threading.Lock()
 
     def work() -> list[Problem]:
@@ -163,60 +162,55 @@ def _words(error: CheckpointCorrupt | OSError, path: str) -> str:
     return "missing" if error.errno in GONE else f"can't be read: {error.strerror}"
 
 
-def _surplus(directory: int, path: str, manifest: Manifest) -> Iterator[Problem]:
+def _surplus(root: Folder, where: str, manifest: Manifest) -> Iterator[Problem]:
     """Yield everything that is there and should not be; what is absent shows when it is read."""
     expected: dict[str, set[str]] = {"": {MANIFEST_FILE, STATE_FILE, BLOCKS_FILE}}
     arrays = {entry.path: entry for entry in manifest.arrays}
     for file in (*manifest.files, *(entry.meta for entry in manifest.arrays)):
-        folder, _, name = file.path.rpartition("/")
-        expected.setdefault(folder, set()).add(name)
-        if folder:
-            above, _, name = folder.rpartition("/")
+        path, _, name = file.path.rpartition("/")
+        expected.setdefault(path, set()).add(name)
+        if path:
+            above, _, name = path.rpartition("/")
             expected.setdefault(above, set()).add(name)
     linked = 0
-    for folder, names in expected.items():
-        entry = arrays.get(folder)
+    for path, names in expected.items():
+        entry = arrays.get(path)
         if entry is not None:
             names.update(chunk_key(chunk, len(entry.chunk_shape)) for chunk in range(entry.chunks))
         try:
-            fd = open_below(directory, folder, is_directory=True) if folder else os.dup(directory)
+            present = root.names(path)
         except (CheckpointCorrupt, OSError) as error:
-            yield Problem(folder, None, _words(error, folder))
+            yield Problem(path, None, _words(error, path))
             continue
-        try:
-            for name in os.listdir(fd):
-                if name not in names:
-                    array = entry.spec.public_name if entry else None
-                    yield Problem(f"{folder}/{name}".lstrip("/"), array, "not part of the checkpoint")
-                else:
-                    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    linked += stat.S_ISREG(status.st_mode) and status.st_nlink > 1
-        finally:
-            os.close(fd)
+        linked += present.linked
+        for name in present:
+            if name not in names:
+                array = entry.spec.public_name if entry else None
+                yield Problem(f"{path}/{name}".lstrip("/"), array, "not part of the checkpoint")
     if linked:
         _log.warning(
-            "%d files of %s have other hard links: writing there changes the checkpoint", linked, path
+            "%d files of %s have other hard links: writing there changes the checkpoint", linked, where
         )
 
 
-def _tasks(directory: int, manifest: Manifest, crcs: npt.NDArray[np.uint32] | None) -> Iterator[_Task]:
+def _tasks(folder: Folder, manifest: Manifest, crcs: npt.NDArray[np.uint32] | None) -> Iterator[_Task]:
     """Yield a task for every file but the block checksums."""
-    yield _Task(MANIFEST_FILE, None, lambda _: _check_manifest(directory, manifest))
+    yield _Task(MANIFEST_FILE, None, lambda _: _check_manifest(folder, manifest))
     for file in manifest.files:
         if file.path != BLOCKS_FILE:
-            yield _Task(file.path, None, partial(_check_file, directory, manifest, file))
+            yield _Task(file.path, None, partial(_check_file, folder, manifest, file))
     for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False):
         name = entry.spec.public_name
-        yield _Task(entry.meta.path, name, partial(_check_array_document, directory, entry))
+        yield _Task(entry.meta.path, name, partial(_check_array_document, folder, entry))
         own = None if crcs is None else crcs[first : first + entry.block_count]
-        source = Source(directory, entry, own)
+        source = Source(folder, entry, own)
         for chunk in range(entry.chunks):
             yield _Task(entry.chunk_path(chunk), name, partial(_check_chunk, source, chunk))
 
 
-def _checked_bytes(directory: int, file: FileEntry, *, limit: int = strict_json.MAX_BYTES) -> bytes:
+def _checked_bytes(folder: Folder, file: FileEntry, *, limit: int = strict_json.MAX_BYTES) -> bytes:
     """Return a file's bytes, which must have the size and checksum that the manifest says."""
-    data = read_small(directory, file.path, limit=limit, nbytes=file.size)
+    data = read_small(folder, file.path, limit=limit, nbytes=file.size)
     found = crc32c(data)
     if found != file.crc32c:
         msg = f"its checksum is {found:08x} instead of {file.crc32c:08x}"
@@ -224,13 +218,13 @@ def _checked_bytes(directory: int, file: FileEntry, *, limit: int = strict_json.
     return data
 
 
-def _check_manifest(directory: int, manifest: Manifest) -> str | None:
-    data = read_small(directory, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+def _check_manifest(folder: Folder, manifest: Manifest) -> str | None:
+    data = read_small(folder, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     return None if parse(data, where=MANIFEST_FILE) == manifest else "not the manifest it was opened with"
 
 
-def _check_file(directory: int, manifest: Manifest, file: FileEntry, _: object) -> str | None:
-    data = _checked_bytes(directory, file)
+def _check_file(folder: Folder, manifest: Manifest, file: FileEntry, _: object) -> str | None:
+    data = _checked_bytes(folder, file)
     if not file.path.endswith(GROUP_FILE):
         return None
     document = strict_json.loads(data, what="it")
@@ -259,8 +253,8 @@ def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
     return f"its consolidated metadata has {surplus[0]!r}, the manifest has not" if surplus else None
 
 
-def _check_array_document(directory: int, entry: ArrayEntry, _: object) -> str | None:
-    document = strict_json.loads(_checked_bytes(directory, entry.meta), what="it")
+def _check_array_document(folder: Folder, entry: ArrayEntry, _: object) -> str | None:
+    document = strict_json.loads(_checked_bytes(folder, entry.meta), what="it")
     key = _differing(document, _array_document(entry))
     return None if key is None else f"its {key} is not the one that follows from the manifest"
 
