@@ -134,10 +134,7 @@ class Draft:
 
     def sync(self) -> None:
         """Make every file and every directory durable, children before parents."""
-        self._unsynced.sync()
-        for directory in reversed(self._directories):
-            with storage_errors("write", os.path.join(self._where, directory)):
-                files.sync_directory(self._fs, self._fd, directory)
+        self._unsynced.sync(reversed(self._directories))
         self._sync_itself()
 
     def complete(self, content: manifest.Manifest) -> None:

@@ -14,9 +14,12 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from gockpt.storage import files
 from gockpt.storage.failures import as_storage_error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from gockpt.storage.filesystem import Filesystem
 
 __all__ = ["Unsynced"]
@@ -78,19 +81,27 @@ class Unsynced:
             self._open = [(_moved(file, before, new_name), fd) for file, fd in self._open]
             self._shut = [_moved(file, before, new_name) for file in self._shut]
 
-    def sync(self) -> None:
-        """Sync and close everything.
+    def sync(self, directories: Iterable[str] = ()) -> None:
+        """Sync and close everything, the directories that hold it last, in the order given.
 
         Raises:
             StorageError: Names the first file that failed. It must not be tried again: the next sync would
                 say "done" while the disk holds something else.
         """
+        if self._syncfs_tells:
+            try:
+                self._fs.syncfs(self.dir_fd)
+            except OSError as error:
+                self._sync_each(directories)  # one of these knows which file it was
+                raise as_storage_error(error, "write", self._where) from error
+            self.close()
+            self._shut.clear()
+        else:
+            self._sync_each(directories)
+
+    def _sync_each(self, directories: Iterable[str]) -> None:
         where = self._where
         try:
-            # All at once first: the many small syncs after it then find nothing to do, and only name the
-            # file that failed.
-            if self._syncfs_tells:
-                self._fs.syncfs(self.dir_fd)
             while self._open:
                 name, fd = self._open.pop()
                 where = os.path.join(self._where, name)
@@ -106,6 +117,9 @@ class Unsynced:
                 finally:
                     self._fs.close(fd)
             self._shut.clear()
+            for name in directories:
+                where = os.path.join(self._where, name)
+                files.sync_directory(self._fs, self.dir_fd, name)
         except OSError as error:
             raise as_storage_error(error, "write", where) from error
 

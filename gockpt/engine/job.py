@@ -35,6 +35,9 @@ __all__ = ["Job", "Outcome"]
 
 _log = logging.getLogger("gockpt")
 
+LARGE = 1 << 20
+"""Chunks from this many bytes on are also written by threads that do nothing else, several at once."""
+
 BATCH = 2
 """Gradients of one piece that are replayed in one pass while the window is open."""
 
@@ -149,8 +152,9 @@ class Job:
                 for stretch in state.piece.stretches:
                     owners[stretch.name].add(index)
             self._waiting = owners
-            self._chunks = [(place, slot) for place in capture.arrays for slot in place.layout.slots]
-            self._chunks.reverse()
+            chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
+            # By size, so that the largest go first on one side and the smallest on the other.
+            self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes)
             self.total_bytes = sum(slot.nbytes for _, slot in self._chunks)
             self._capture = capture
             self._changed.notify_all()
@@ -190,11 +194,18 @@ class Job:
 
     def take(self) -> Callable[[], None] | None:
         """Return the next task, waiting for one; ``None`` once the job ended."""
+        return self._take(self._next)
+
+    def take_write(self) -> Callable[[], None] | None:
+        """Do as :meth:`take`, but only for large chunks that are to be written: the disk is waited for."""
+        return self._take(lambda: self._next_chunk(reversed(range(len(self._chunks))), LARGE))
+
+    def _take(self, find: Callable[[], Task | None]) -> Callable[[], None] | None:
         with self._changed:
             while True:
                 if self._ended:
                     return None
-                task = self._next()
+                task = find()
                 if task is not None:
                     self._running += 1
                     return lambda: self._run(task)
@@ -212,15 +223,22 @@ class Job:
                 return lambda: self._replay(state, gradients, prove=closed)
         if not closed or self._wrong:
             return self._end_wrong() if closed and not self._running else None
-        for position in range(len(self._chunks) - 1, -1, -1):
-            place, slot = self._chunks[position]
-            if not self._waiting.get(place.layout.spec.name):
-                del self._chunks[position]
-                return lambda: self._write(place, slot)
-        if self._chunks or self._running or self._commit_taken:
-            return None
+        task = self._next_chunk(range(len(self._chunks)), 0)
+        if task is not None or self._chunks or self._running or self._commit_taken:
+            return task
         self._commit_taken = True
         return self._commit
+
+    def _next_chunk(self, positions: Iterable[int], least: int) -> Task | None:
+        """Return the writing of the first chunk of that size whose replay, if any, is proven."""
+        if self._wrong:
+            return None
+        for position in positions:
+            place, slot = self._chunks[position]
+            if slot.nbytes >= least and not self._waiting.get(place.layout.spec.name):
+                del self._chunks[position]
+                return lambda: self._write(place, slot)
+        return None
 
     def _run(self, task: Task) -> None:
         error: BaseException | None = None

@@ -5,21 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from collections.abc import Callable
+from typing import Protocol
 
 __all__ = ["Pool", "Source"]
 
 _log = logging.getLogger("gockpt")
 
 
+WRITERS = 2
+"""Threads beside the workers that write large chunks: with two of them the disk always has work."""
+
+Task = Callable[[], None]
+
+
 class Source(Protocol):
     """Where threads get their work."""
 
-    def take(self) -> Callable[[], None] | None:
+    def take(self) -> Task | None:
         """Return the next task, waiting for one; ``None`` when there never will be one again."""
+
+    def take_write(self) -> Task | None:
+        """Do the same for tasks that mostly wait for the disk."""
 
 
 class Pool:
@@ -34,11 +41,13 @@ class Pool:
         """Work on ``source`` behind the caller until it ends."""
         self._running = [t for t in self._running if t.is_alive()]
         for number in range(self._threads):
-            self._start(source, f"gockpt-worker-{number}", self._nice)
+            self._start(source.take, f"gockpt-worker-{number}", self._nice)
+        for number in range(WRITERS):
+            self._start(source.take_write, f"gockpt-worker-write-{number}", self._nice)
 
     def boost(self, source: Source) -> None:
         """Add a thread of normal priority: a niced one can't be raised again without privilege."""
-        self._start(source, "gockpt-worker-boost", 0)
+        self._start(source.take, "gockpt-worker-boost", 0)
 
     def join(self) -> None:
         """Wait until every thread ended."""
@@ -47,18 +56,18 @@ class Pool:
                 thread.join()
         self._running.clear()
 
-    def _start(self, source: Source, name: str, nice: int) -> None:
-        thread = threading.Thread(target=_work, args=(source, nice), name=name, daemon=True)
+    def _start(self, take: Callable[[], Task | None], name: str, nice: int) -> None:
+        thread = threading.Thread(target=_work, args=(take, nice), name=name, daemon=True)
         thread.start()
         self._running.append(thread)
 
 
-def _work(source: Source, nice: int) -> None:
+def _work(take: Callable[[], Task | None], nice: int) -> None:
     if nice:
         try:
             # On Linux the priority belongs to the thread, not to the process.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
         except OSError as error:  # pragma: no cover - lowering one's own priority is always allowed
             _log.debug("worker thread keeps its priority: %s", error)
-    while (task := source.take()) is not None:
+    while (task := take()) is not None:
         task()

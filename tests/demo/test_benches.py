@@ -85,7 +85,17 @@ def test_memory_bench_and_its_bar(bench):
     assert printed.count("held") == 2
 
 
-@pytest.mark.parametrize("name", ["bench_train.py", "bench_memory.py", "demo.py"])
+def test_store_bench(bench):
+    result, printed = run(bench / "bench_store.py")
+    (tiny,) = result["results"]
+    assert (tiny["state"], tiny["arrays"]) == ("tiny", 84)
+    assert {"gockpt", "one file, direct", "torch.save + fsync"} < tiny["seconds"].keys()
+    assert all(len(taken) == 1 and taken[0] > 0 for taken in tiny["seconds"].values())
+    assert [bar["bar"] for bar in tiny["bars"]][:5] == [0.9, 0.9, 1.8, 1.3, 2.2]
+    assert all(bar["against"] in printed for bar in tiny["bars"])
+
+
+@pytest.mark.parametrize("name", ["bench_train.py", "bench_memory.py", "bench_store.py", "demo.py"])
 def test_each_says_what_it_does(bench, name):
     done = subprocess.run(
         [sys.executable, str(bench / name), "--help"], check=True, capture_output=True, text=True

@@ -259,6 +259,24 @@ def test_any_other_error_is_a_worker_error_with_its_cause(bench, monkeypatch):
     assert made.ring.in_use == 0
 
 
+def test_writers_take_the_large_proven_chunks_and_nothing_else(bench, monkeypatch):
+    made = bench()
+    large = 8 * ELEMENTS  # the two replayed arrays; the loose one is small
+    monkeypatch.setattr(job_module, "LARGE", large)
+    made.close()
+    assert made.job._next_chunk(range(3), large) is None  # they are not proven yet
+    for _ in made.pieces:
+        made.job.take()()
+    for _ in range(2):
+        made.job.take_write()()
+    assert {write[0] for write in made.transactions[0].writes} == {("model", "a"), ("model", "b")}
+    assert made.job._next_chunk(range(1), large) is None
+    for _ in range(2):  # the small one and the commit
+        made.job.take()()
+    assert made.outcome.wait() == ("published", "published")
+    assert made.job.take_write() is None
+
+
 def test_after_a_kernel_failed_in_the_window_the_training_side_is_never_stuck(bench, monkeypatch):
     """Posting and discarding pieces of a job that failed return, and give the ring's room back."""
 

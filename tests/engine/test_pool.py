@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 
-from gockpt.engine.pool import Pool
+from gockpt.engine.pool import WRITERS, Pool
 
 
 class Source:
@@ -14,9 +14,19 @@ class Source:
 
     def __init__(self):
         self.tasks = queue.Queue()
+        self.writes = queue.Queue()
 
     def take(self):
         return self.tasks.get(timeout=30)
+
+    def take_write(self):
+        return self.writes.get(timeout=30)
+
+    def end(self, workers):
+        for _ in range(workers):
+            self.tasks.put(None)
+        for _ in range(WRITERS):
+            self.writes.put(None)
 
 
 def niceness():
@@ -29,8 +39,7 @@ def test_threads_work_until_their_source_ends():
     for number in range(20):
         source.tasks.put(lambda n=number: done.put(n))
     assert sorted(done.get(timeout=30) for _ in range(20)) == list(range(20))
-    for _ in range(3):
-        source.tasks.put(None)
+    source.end(3)
     pool.join()
     assert not any(t.name.startswith("gockpt-worker") for t in threading.enumerate())
 
@@ -41,7 +50,9 @@ def test_workers_are_nice_and_the_boost_is_not():
     pool.serve(source)
     source.tasks.put(lambda: seen.put(niceness()))
     assert seen.get(timeout=30) == max(before, 7)
-    source.tasks.put(None)
+    source.writes.put(lambda: seen.put(niceness()))
+    assert seen.get(timeout=30) == max(before, 7)
+    source.end(1)
     pool.join()
     pool.boost(source)
     source.tasks.put(lambda: seen.put(niceness()))
@@ -61,17 +72,16 @@ def test_join_from_a_worker_does_not_wait_for_itself():
         joined.set()
 
     source.tasks.put(leave)
+    source.end(1)
     assert joined.wait(30)
-    source.tasks.put(None)
 
 
 def test_ended_threads_are_forgotten_when_the_next_save_starts():
     pool, source = Pool(2, 0), Source()
     for _ in range(3):
         pool.serve(source)
-        source.tasks.put(None)
-        source.tasks.put(None)
+        source.end(2)
         for thread in list(pool._running):
             thread.join(30)
-    assert len(pool._running) <= 2
+    assert len(pool._running) <= 2 + WRITERS
     pool.join()

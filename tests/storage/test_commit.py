@@ -147,15 +147,24 @@ def test_a_file_system_that_ignores_case_never_sees_two_alike(store, sampling, f
         sampling.make(COLLIDING).save(inner, 1, marker=3)
 
 
-def test_an_array_has_one_file_per_chunk_and_few_calls(tmp_path, sampling, faults):
+def recorder(faults, *, whole):
+    class Recorder(faults.Recorder):
+        def syncfs_reports_errors(self, fd):
+            return whole
+
+    return Recorder()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["syncfs", "each file"])
+def test_an_array_has_one_file_per_chunk_and_few_calls(whole, tmp_path, sampling, faults):
     """444 small arrays in well under a second: what costs time is calls."""
     sample = sampling.make([(("model", f"layers.{i}.w"), (8, 4), "float32", 8) for i in range(444)])
-    fs = faults.Recorder()
+    fs = recorder(faults, whole=whole)
     with Store(tmp_path / "path", fs=fs) as store:
         before = len(fs.calls)
         sample.save(store, 1, marker=1)
         calls = fs.names[before:]
-    assert len(calls) < 444 * 16 + 100
+    assert len(calls) < 444 * (8 if whole else 16) + 100
     assert calls.count("pwrite") == 444 * 2 + 6
-    assert calls.count("fsync") == 444 * 3 + 9
-    assert calls.count("syncfs") <= 1
+    assert calls.count("fsync") == (4 if whole else 444 * 3 + 9)
+    assert calls.count("syncfs") == whole

@@ -1,0 +1,328 @@
+"""How fast a checkpoint becomes durable, against the disk itself and against others, in one run.
+
+Every round writes the same state once in each way, in an order shuffled anew, until it survives a power
+loss; ratios are medians of the rounds' ratios. Files of former rounds are emptied, and removed only at the
+end: a file system that has just removed thousands of files creates new ones more slowly. Exits with 1 if a
+bar is broken:
+
+* at least 0.90 of one file written directly, and of fio with 8 MB blocks at queue depth 8 where fio is
+  installed (else of eight threads that do the same);
+* at least 1.8 x torch.save with fsync for state A, 1.4 x for state B;
+* at least 1.3 x the best torch.distributed.checkpoint.save, 2.2 x zarr-python's LocalStore;
+* at most 0.2 s of CPU time per 1.5 GB, checksums not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+import zarr
+from harness import machine_facts, settings_of, table, write_json
+from states import STATES, filled
+
+from gockpt.arena import Arena
+from gockpt.layout import CHUNK_TARGET, lay_out
+from gockpt.schema import ArraySpec
+from gockpt.storage.checksum import crc32c_blocks
+from gockpt.storage.filesystem import Filesystem
+from gockpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gockpt.layout import ArrayLayout, Slot
+
+PIECE = 8 << 20
+GOCKPT = "gockpt"
+RAW = "one file, direct"
+QUEUE = "8 MB, 8 in flight"
+TORCH = "torch.save + fsync"
+ZARR = "zarr-python LocalStore + syncfs"
+CPU_BAR = 0.2 / 1.5e9
+
+
+class Subject:
+    """One state, twice: as ordinary tensors, and in an arena as a save has it."""
+
+    def __init__(self, kind: str) -> None:
+        self.tensors = filled(STATES[kind]())
+        specs = [ArraySpec(name, tuple(tensor.shape), "float32") for name, tensor in self.tensors.items()]
+        self.layout = lay_out(specs)
+        self.arena = Arena(self.layout.nbytes)
+        self.arena.prefault()
+        for array in self.layout.arrays:
+            flat = self.tensors[array.spec.name].numpy().reshape(-1).view(np.uint8)
+            at = 0
+            for slot in array.slots:
+                self.arena.view(slot.offset, slot.nbytes)[:] = flat[at : at + slot.nbytes]
+                at += slot.nbytes
+        self.nbytes = sum(array.spec.nbytes for array in self.layout.arrays)
+        self.named = {"/".join(name): tensor for name, tensor in self.tensors.items()}
+
+    def checksum_seconds(self) -> float:
+        """Return the CPU time that one thread takes for the checksums of all chunks."""
+        began = time.thread_time()
+        for array in self.layout.arrays:
+            for slot in array.slots:
+                crc32c_blocks(self.arena.view(slot.offset, slot.nbytes).data)
+        return time.thread_time() - began
+
+
+def write_gockpt(subject: Subject, path: Path, *, threads: int) -> None:
+    """Write as the background of a save does: one thread from the small end, the others from the large."""
+    chunks = [(array, slot) for array in subject.layout.arrays for slot in array.slots]
+    left = deque(sorted(chunks, key=lambda chunk: chunk[1].nbytes))
+    with Store(path) as store, store.begin(1) as transaction:
+
+        def work(take: Callable[[], tuple[ArrayLayout, Slot]]) -> None:
+            with suppress(IndexError):  # nothing is left
+                while True:
+                    array, slot = take()
+                    buffer = subject.arena.view(slot.offset, slot.capacity).data
+                    transaction.write_chunk(array, slot, buffer)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, [left.popleft, *[left.pop] * (threads - 1)]))
+        transaction.commit(subject.layout.arrays, state={}, attributes={}, exact=True)
+
+
+def write_raw(subject: Subject, path: Path, *, threads: int) -> None:
+    """Write the arena's bytes into one file, directly: what the disk takes."""
+    nbytes = subject.nbytes // 4096 * 4096
+    data = subject.arena.data[:nbytes].data
+    fd = os.open(path / "raw", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+
+        def write(start: int) -> None:
+            if os.pwrite(fd, data[start : start + PIECE], start) != min(PIECE, nbytes - start):
+                msg = "a short write"
+                raise OSError(msg)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(write, range(0, nbytes, PIECE)))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_fio(subject: Subject, path: Path) -> float:
+    """Let fio write as many bytes; returns the seconds that it says it took, its fsync included."""
+    command = ["fio", "--name=write", f"--filename={path / 'fio'}", "--rw=write", "--bs=8M", "--iodepth=8"]
+    command += ["--ioengine=io_uring", "--direct=1", "--end_fsync=1", "--output-format=json"]
+    command += [f"--size={subject.nbytes // PIECE * PIECE}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    write = json.loads(done.stdout)["jobs"][0]["write"]
+    return subject.nbytes / write["bw_bytes"]
+
+
+def write_torch(subject: Subject, path: Path) -> None:
+    with (path / "state.pt").open("wb") as file:
+        torch.save(subject.named, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(path)
+
+
+def write_dcp(subject: Subject, path: Path, *, threads: int) -> None:
+    writer = dcp.FileSystemWriter(
+        path / "dcp", thread_count=threads, sync_files=True, single_file_per_rank=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs in one process only
+        dcp.save(dict(subject.named), storage_writer=writer, no_dist=True)
+    _sync_directory(path / "dcp")
+
+
+def write_zarr(subject: Subject, path: Path) -> None:
+    group = zarr.open_group(path / "zarr", mode="w")
+    for name, tensor in subject.named.items():
+        shape = tuple(tensor.shape)
+        row = tensor.nbytes // max(1, shape[0])
+        chunk = (max(1, min(shape[0], CHUNK_TARGET // max(1, row))), *shape[1:])
+        array = group.create_array(name, shape=shape, chunks=chunk, dtype="float32", compressors=None)
+        array[...] = tensor.numpy()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        Filesystem().syncfs(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def arms_of(subject: Subject, threads: int) -> dict[str, Callable[[Path], float | None]]:
+    """Return what is timed, by name; one that keeps its own clock returns seconds."""
+    arms: dict[str, Callable[[Path], float | None]] = {
+        GOCKPT: lambda path: write_gockpt(subject, path, threads=threads),
+        f"{GOCKPT}, 1 thread": lambda path: write_gockpt(subject, path, threads=1),
+        RAW: lambda path: write_raw(subject, path, threads=threads),
+        TORCH: lambda path: write_torch(subject, path),
+        "dcp.save, 1 thread": lambda path: write_dcp(subject, path, threads=1),
+        "dcp.save, 2 threads": lambda path: write_dcp(subject, path, threads=2),
+        "dcp.save, 4 threads": lambda path: write_dcp(subject, path, threads=4),
+        ZARR: lambda path: write_zarr(subject, path),
+    }
+    if shutil.which("fio"):
+        arms["fio 8 MB, depth 8"] = lambda path: write_fio(subject, path)
+    else:
+        arms[QUEUE] = lambda path: write_raw(subject, path, threads=8)
+    return arms
+
+
+def measure(kind: str, wanted: argparse.Namespace) -> dict[str, Any]:
+    """Return every sample of one state."""
+    subject = Subject(kind)
+    arms = arms_of(subject, wanted.threads)
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    cpu: dict[str, list[float]] = {name: [] for name in arms}
+    order = random.Random(0)
+    with tempfile.TemporaryDirectory(dir=wanted.dir, prefix="bench-store-") as top:
+        for number in range(-1, wanted.rounds):  # one round to warm up
+            names = list(arms)
+            order.shuffle(names)
+            for name in names:
+                path = Path(top, f"{number}-{names.index(name)}")
+                path.mkdir()
+                os.sync()
+                before, began = _cpu_seconds(), time.perf_counter()
+                own = arms[name](path)
+                took = time.perf_counter() - began
+                if number >= 0:
+                    seconds[name].append(took if own is None else own)
+                    cpu[name].append(_cpu_seconds() - before)
+                _empty(path)
+    checksums = median(subject.checksum_seconds() for _ in range(3))
+    return {
+        "state": kind,
+        "arrays": len(subject.tensors),
+        "nbytes": subject.nbytes,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "checksum_cpu_seconds": checksums,
+    }
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _empty(path: Path) -> None:
+    """Give the disk space back, and keep the files."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+
+
+def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each bar with what was measured."""
+    seconds = result["seconds"]
+    ours = seconds[GOCKPT]
+    best_dcp = min(
+        (name for name in seconds if name.startswith("dcp")), key=lambda name: median(seconds[name])
+    )
+    queue = next(name for name in seconds if name == QUEUE or name.startswith("fio"))
+    wanted = [
+        (RAW, 0.9),
+        (queue, 0.9),
+        (TORCH, 1.4 if result["state"] == "B" else 1.8),
+        (best_dcp, 1.3),
+        (ZARR, 2.2),
+    ]
+    bars = []
+    for other, bar in wanted:
+        ratio = median(theirs / mine for theirs, mine in zip(seconds[other], ours, strict=True))
+        bars.append({"against": other, "ratio": ratio, "bar": bar, "held": ratio >= bar})
+    cpu = median(result["cpu_seconds"][GOCKPT]) - result["checksum_cpu_seconds"]
+    limit = CPU_BAR * result["nbytes"]
+    bars.append(
+        {"against": "CPU seconds, checksums not counted", "ratio": cpu, "bar": limit, "held": cpu <= limit}
+    )
+    return bars
+
+
+def show(result: dict[str, Any]) -> None:
+    nbytes = result["nbytes"]
+    print(
+        f"\nState {result['state']}: {result['arrays']} arrays, {nbytes / 1e9:.2f} GB, written until durable"
+    )
+    rows = [
+        [
+            name,
+            f"{nbytes / median(taken) / 1e9:.2f}",
+            f"{nbytes / min(taken) / 1e9:.2f}",
+            f"{median(result['cpu_seconds'][name]):.2f}",
+        ]
+        for name, taken in sorted(result["seconds"].items(), key=lambda pair: median(pair[1]))
+    ]
+    print(table(["way", "median GB/s", "best GB/s", "CPU s"], rows))
+    print(f"checksums alone: {result['checksum_cpu_seconds']:.2f} s of CPU\n")
+    cells = [
+        [bar["against"], f"{bar['ratio']:.2f}", f"{bar['bar']:.2f}", "held" if bar["held"] else "BROKEN"]
+        for bar in result["bars"]
+    ]
+    print(table([f"{GOCKPT} against", "ratio", "bar", ""], cells))
+
+
+def main() -> int:
+    wanted = parsed()
+    facts = machine_facts(wanted.dir)
+    results = []
+    for kind in wanted.states:
+        result = measure(kind, wanted)
+        result["bars"] = judge(result)
+        results.append(result)
+        if wanted.json != "-":
+            show(result)
+    if wanted.json:
+        write_json(
+            wanted.json,
+            {"bench": "store", "machine": facts, "settings": settings_of(wanted), "results": results},
+        )
+    return 0 if wanted.quick or all(bar["held"] for result in results for bar in result["bars"]) else 1
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--states", nargs="+", choices=list(STATES), help="default: A B; quick: tiny")
+    parser.add_argument("--rounds", type=int, help="default: 7; quick: 1")
+    parser.add_argument("--threads", type=int, default=4, help="that write (default: %(default)s)")
+    parser.add_argument("--dir", default=".", help="where to write (default: here)")
+    parser.add_argument("--json", metavar="FILE", help="write all samples; '-' is standard output")
+    parser.add_argument("--quick", action="store_true", help="a toy in seconds: shows that it runs, no more")
+    wanted = parser.parse_args()
+    wanted.states = wanted.states or (["tiny"] if wanted.quick else ["A", "B"])
+    wanted.rounds = wanted.rounds or (1 if wanted.quick else 7)
+    return wanted
+
+
+if __name__ == "__main__":
+    sys.exit(main())
