@@ -31,6 +31,7 @@ __all__ = ["DIRECT_FROM", "WrittenChunk", "write_chunk"]
 DIRECT_FROM = 256 << 10
 """Smaller chunks go through the page cache, where many leave as one; direct I/O waits for each."""
 
+_BOUNCE = 8 << 20
 _RESERVE_FROM = 1 << 20
 _NO_RESERVATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 
@@ -90,7 +91,8 @@ def write_chunk(
         slot: Which chunk.
         buffer: The whole slot: writable bytes, ``slot.capacity`` of them. What lies behind the real
             rows is overwritten.
-        direct: Whether to try direct I/O; a file system or buffer that refuses it is written buffered.
+        direct: Whether to try direct I/O; where the file system refuses it, the page cache is used. Memory
+            that isn't page-aligned is copied by pieces of 8 MiB.
 
     Raises:
         ValueError: If the buffer is not the slot's size.
@@ -117,14 +119,14 @@ def write_chunk(
         start = max(end, whole // ALIGNMENT * ALIGNMENT)
         pieces.append((_trailer(crc_bytes, whole, start), start))
 
-    wanted = direct and end >= DIRECT_FROM and _is_aligned(buffer)
+    wanted = direct and end >= DIRECT_FROM
     fd, direct = _create(fs, dir_fd, name, direct=wanted)
     try:
         if end >= _RESERVE_FROM:
             _reserve(fs, fd, end)
         for piece, offset in pieces:
             try:
-                files.write_all(fs, fd, piece, offset)
+                _write(fs, fd, piece, offset, direct=direct)
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
@@ -141,16 +143,32 @@ def write_chunk(
     return WrittenChunk(fd, blocks, real + CHECKSUM_BYTES, direct, refused=wanted and not direct)
 
 
+def _write(fs: Filesystem, fd: int, piece: memoryview, offset: int, *, direct: bool) -> None:
+    """Write whole pages; direct I/O takes them from aligned memory only, so others are copied there first."""
+    if not direct or _is_aligned(piece):
+        files.write_all(fs, fd, piece, offset)
+        return
+    bounce = memoryview(mmap.mmap(-1, min(_BOUNCE, piece.nbytes)))
+    for start in range(0, piece.nbytes, _BOUNCE):
+        part = piece[start : start + _BOUNCE]
+        bounce[: part.nbytes] = part
+        files.write_all(fs, fd, bounce[: part.nbytes], offset + start)
+
+
 def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool) -> tuple[int, bool]:
     if direct:
         try:
-            return fs.open(name, files.NEW_FILE | os.O_DIRECT, dir_fd=dir_fd), True
+            fd = fs.open(name, files.NEW_FILE | os.O_DIRECT, dir_fd=dir_fd)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # The kernel may have created the file before its file system refused the flag.
-            with contextlib.suppress(FileNotFoundError):
-                fs.unlink(name, dir_fd=dir_fd)
+        else:
+            if 0 < fs.direct_alignment(fd) <= ALIGNMENT:
+                return fd, True
+            fs.close(fd)
+        # Refused, or only in larger units than pages. The file may have been created all the same.
+        with contextlib.suppress(FileNotFoundError):
+            fs.unlink(name, dir_fd=dir_fd)
     return fs.open(name, files.NEW_FILE, dir_fd=dir_fd), False
 
 

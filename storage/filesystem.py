@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import mmap
 import os
 from typing import Any
 
@@ -37,12 +38,15 @@ CALLS = (
     "fstat",
     "touch",
     "lock",
+    "direct_alignment",
     "syncfs_reports_errors",
 )
 """The names of all calls, for tests that enumerate them."""
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
 _EXT4, _XFS, _BTRFS = 0xEF53, 0x58465342, 0x9123683E
 _SYNCFS_REPORTS_ERRORS_SINCE = (5, 8)
 
@@ -149,6 +153,24 @@ class Filesystem:
                 return False
             raise
         return True
+
+    def direct_alignment(self, fd: int) -> int:
+        """Return what addresses, offsets and lengths of direct I/O must be multiples of for an open file.
+
+        0 where the file system says that it has none; a page where it says nothing (Linux before 6.1).
+        Source: ``statx(2)``, ``STATX_DIOALIGN``.
+        """
+        buffer = ctypes.create_string_buffer(256)  # struct statx
+        try:
+            _call("statx", fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
+                raise
+            return mmap.PAGESIZE
+        mask, memory, offset = (ctypes.c_uint32.from_buffer(buffer, at).value for at in (0, 152, 156))
+        if not mask & _STATX_DIOALIGN:
+            return mmap.PAGESIZE
+        return max(memory, offset) if memory and offset else 0
 
     def syncfs_reports_errors(self, fd: int) -> bool:
         """Whether :meth:`syncfs` here is complete and says so when a write failed.

@@ -131,7 +131,7 @@ class Transaction:
             layout: The chunk's array.
             slot: Which of its chunks.
             buffer: The whole slot, writable. The bytes behind the real rows are overwritten: checksum, zeros.
-                From page-aligned memory they go to the disk directly, from other memory through the cache.
+                Page-aligned memory goes to the disk as it stands, other memory through a copy.
 
         Raises:
             StorageError: If the disk refuses.

@@ -147,9 +147,31 @@ def test_direct_io_is_given_up_where_it_is_refused(refusal, off, edge, tmp_path,
     slot = layout.slots[-1] if edge else layout.slots[0]
     content, data, written = write_one(tmp_path, layout, slot, off=off, fs=Refusing())
     assert data == expected_file(content, layout)
-    refused = off == 0 and refusal != "never" and (edge or refusal != "second write")
+    refused = refusal != "never" and (edge or refusal != "second write")
     assert written.refused == refused
-    assert written.direct == (off == 0 and not refused)
+    assert written.direct == (not refused)
+
+
+@pytest.mark.parametrize(("alignment", "direct"), [(0, False), (512, True), (4096, True), (65536, False)])
+def test_the_kernel_says_how_direct_io_must_be_aligned(alignment, direct, tmp_path, faults):
+    class Said(faults.Recorder):
+        def direct_alignment(self, fd):
+            return alignment
+
+    layout = chunked_layout(ArraySpec(("a",), (500_001,), "uint8"), (500_001,))
+    content, data, written = write_one(tmp_path, layout, layout.slots[0], fs=Said())
+    assert data == expected_file(content, layout)
+    assert (written.direct, written.refused) == (direct, not direct)
+
+
+def test_unaligned_memory_is_written_directly_by_pieces(tmp_path, faults, monkeypatch):
+    monkeypatch.setattr(chunk_writer, "_BOUNCE", 128 << 10)
+    layout = chunked_layout(ArraySpec(("a",), (500_001,), "uint8"), (500_001,))
+    fs = faults.Recorder()
+    content, data, written = write_one(tmp_path, layout, layout.slots[0], off=64, fs=fs)
+    assert data == expected_file(content, layout)
+    assert written.direct
+    assert fs.names.count("pwrite") == 4
 
 
 def test_other_errors_at_a_direct_open_are_errors(tmp_path, faults):

@@ -178,7 +178,7 @@ class PowerLoss(Filesystem):
     def did_nothing(self, *arguments, **keywords):
         pass
 
-    did_pread = did_listdir = did_stat = did_fstat = did_touch = did_lock = did_nothing
+    did_pread = did_listdir = did_stat = did_fstat = did_touch = did_lock = did_direct_alignment = did_nothing
 
     def syncfs_reports_errors(self, fd):
         return self.whole
