@@ -6,6 +6,7 @@
 #   make bench    the measurements
 #   make docs     the documentation, into site/
 #   make soak     the long tests
+#   make powerloss  pull the plug of disks under real file systems; as root, see CONTRIBUTING.md
 #   make clean    remove what was built; `make distclean` also removes the environments
 #
 # PYTHON=python3.12 picks another interpreter, ARGS="..." is handed to what the verb runs.
@@ -31,7 +32,7 @@ PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,g
 
 export HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: demo test check lint types unit test-storage-newest coverage bench docs soak format clean distclean
+.PHONY: demo test check lint types unit test-storage-newest coverage bench docs soak powerloss format clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo.py $(ARGS)
@@ -53,6 +54,10 @@ unit: $(VENV)/.installed
 soak: export HYPOTHESIS_PROFILE := soak
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+powerloss: $(VENV)/.installed
+	$(BIN)/python $(PIP) mfusepy
+	$(BIN)/python -m pytest -m powerloss --log-cli-level=INFO $(ARGS)
 
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)

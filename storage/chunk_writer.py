@@ -163,7 +163,12 @@ def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool) -> tuple[in
             if error.errno != errno.EINVAL:
                 raise
         else:
-            if 0 < fs.direct_alignment(fd) <= ALIGNMENT:
+            try:
+                fits = 0 < fs.direct_alignment(fd) <= ALIGNMENT
+            except BaseException:
+                fs.close(fd)
+                raise
+            if fits:
                 return fd, True
             fs.close(fd)
         # Refused, or only in larger units than pages. The file may have been created all the same.

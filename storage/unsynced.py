@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gockpt.storage import files
-from gockpt.storage.failures import as_storage_error
+from gockpt.storage.failures import as_storage_error, storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -94,7 +94,9 @@ class Unsynced:
             except OSError as error:
                 self._sync_each(directories)  # one of these knows which file it was
                 raise as_storage_error(error, "write", self._where) from error
-            self.close()
+            with storage_errors("write", self._where):
+                while self._open:
+                    self._fs.close(self._open.pop()[1])
             self._shut.clear()
         else:
             self._sync_each(directories)
