@@ -35,17 +35,20 @@ if TYPE_CHECKING:
         NotFoundError,
         OptionsError,
         PathBusy,
+        RemoteError,
         SaveAborted,
         SaveError,
         StateMismatch,
         StorageError,
         TensorNotFound,
         UnsupportedState,
+        UploadError,
         UsageError,
         WorkerError,
     )
     from gockpt.options import Options
     from gockpt.restore import Restored, load
+    from gockpt.uploads import upload
 
 __all__ = [
     "Checkpoint",
@@ -61,6 +64,7 @@ __all__ = [
     "Options",
     "OptionsError",
     "PathBusy",
+    "RemoteError",
     "Restored",
     "SaveAborted",
     "SaveError",
@@ -69,6 +73,7 @@ __all__ = [
     "StorageError",
     "TensorNotFound",
     "UnsupportedState",
+    "UploadError",
     "UsageError",
     "WorkerError",
     "latest",
@@ -76,6 +81,7 @@ __all__ = [
     "open",
     "save_overlapped",
     "steps",
+    "upload",
     "verify",
     "wait",
 ]
@@ -93,6 +99,7 @@ _HOME = {
     "open": "gockpt.checkpoint",
     "save_overlapped": "gockpt.checkpointer",
     "steps": "gockpt.checkpoint",
+    "upload": "gockpt.uploads",
     "verify": "gockpt.checkpoint",
     "wait": "gockpt.checkpointer",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +24,7 @@ from gockpt.unplain import decode
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from gockpt.storage.objects import Where
     from gockpt.storage.reader import StoredCheckpoint
 
 __all__ = [
@@ -185,7 +185,7 @@ def metadata_of(stored: StoredCheckpoint, state: SavedState) -> Metadata:
     )
 
 
-def open(path: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
+def open(path: Where, step: int | None = None) -> Checkpoint:
     """Open a checkpoint for looking into it; reads names, shapes and metadata, no tensor.
 
     Args:
@@ -205,7 +205,7 @@ def open(path: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
         raise
 
 
-def steps(path: str | os.PathLike[str]) -> list[int]:
+def steps(path: Where) -> list[int]:
     """Return the steps of the complete checkpoints in a path, ascending; none if it does not exist.
 
     Raises:
@@ -214,7 +214,7 @@ def steps(path: str | os.PathLike[str]) -> list[int]:
     return sorted({entry.step for entry in list_checkpoints(path)})
 
 
-def latest(path: str | os.PathLike[str]) -> int | None:
+def latest(path: Where) -> int | None:
     """Return the step of the newest complete checkpoint, ``None`` if there is none.
 
     The newest is the one published last: after a run went back to step 1000 and saved 1100, that is
@@ -227,7 +227,7 @@ def latest(path: str | os.PathLike[str]) -> int | None:
     return entries[-1].step if entries else None
 
 
-def verify(path: str | os.PathLike[str], step: int | None = None) -> VerifyReport:
+def verify(path: Where, step: int | None = None) -> VerifyReport:
     """Read every byte of a checkpoint and compare it with what was written.
 
     Without a step it is the newest whose manifest can be read; those whose manifest can't are reported too.
@@ -244,7 +244,7 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> VerifyRepor
     except ManifestCorrupt as error:
         problem = Problem(MANIFEST_FILE, None, str(error))
         unknown = -1
-        return VerifyReport(os.fspath(path), unknown if step is None else step, unknown, 0, 0, (problem,))
+        return VerifyReport(str(path), unknown if step is None else step, unknown, 0, 0, (problem,))
     with stored:
         report = stored.verify()
         if report.ok:

@@ -16,9 +16,11 @@
     │   ├── ManifestCorrupt
     │   └── ChunkCorrupt
     ├── PathBusy                       another process saves into this path
+    ├── RemoteError                    an object store refused or can't be reached: credentials, URL, network
     └── SaveError                      the run goes on; this save is lost, older ones are intact
         ├── StorageError               the disk refused: full, read-only, gone
         ├── SaveAborted                the window was given up (exception, Ctrl-C, unclosed step)
+        ├── UploadError                a copy in the object store is missing; the checkpoint on disk stays
         └── WorkerError                a defect in the background; please report it
 """
 
@@ -35,12 +37,14 @@ __all__ = [
     "NotFoundError",
     "OptionsError",
     "PathBusy",
+    "RemoteError",
     "SaveAborted",
     "SaveError",
     "StateMismatch",
     "StorageError",
     "TensorNotFound",
     "UnsupportedState",
+    "UploadError",
     "UsageError",
     "WorkerError",
 ]
@@ -125,6 +129,10 @@ class PathBusy(GockptError):
     """Another living writer holds this path. Use another path, or wait for it."""
 
 
+class RemoteError(GockptError):
+    """An object store refused, or can't be reached. Names the URL; nothing complete was changed there."""
+
+
 class SaveError(GockptError):
     """A save failed in the background. Training and older checkpoints are not affected."""
 
@@ -139,3 +147,7 @@ class SaveAborted(SaveError):
 
 class WorkerError(SaveError):
     """An unexpected error in the background worker."""
+
+
+class UploadError(SaveError):
+    """A checkpoint could not be uploaded. It is complete on disk; the next upload is tried afresh."""

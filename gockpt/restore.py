@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gockpt.document import SavedState
     from gockpt.fitting import Plan
     from gockpt.state import LiveState
+    from gockpt.storage.objects import Where
     from gockpt.storage.reader import StoredCheckpoint
 
     Model = nn.Module | Sequence[nn.Module] | Mapping[str, torch.Tensor] | None
@@ -83,7 +84,7 @@ class Restored:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: Where,
     model: Model,
     optimizer: Optimizers = None,
     *,
@@ -95,7 +96,7 @@ def load(
     """Load a checkpoint into a model, its optimizers and extras, in place and bit for bit.
 
     Args:
-        path: Where checkpoints are saved, or one checkpoint's own directory.
+        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
         model: A module, a list of modules, or a ``{name: tensor}`` mapping; their memory is overwritten.
         optimizer: One optimizer or several; ``None`` loads the model alone.
         step: The wanted step; ``None`` for the newest (published last, whatever its step).
@@ -134,7 +135,7 @@ class Origin:
         step: Its step.
         optimizer_steps: Optimizer updates its run had seen.
         seq: Its place in the order of publications.
-        path: The directory it was published in, links resolved.
+        path: The directory it was published in, links resolved; or the URL it was uploaded to.
     """
 
     step: int
@@ -152,6 +153,11 @@ def origin_of(model: Any) -> Origin | None:
     return None
 
 
+def _home(path: str) -> str:
+    """Return where a checkpoint was published: the directory or URL above its own."""
+    return path.rpartition("/")[0] if "://" in path else str(Path(os.path.realpath(path)).parent)
+
+
 def _anchors(model: Any) -> list[Any]:
     """Return the objects by which a model is known again, also inside another wrapper."""
     anchors: list[Any] = []
@@ -165,7 +171,7 @@ class _Load:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Where,
         stored: StoredCheckpoint,
         model: Any,
         optimizer: Any,
@@ -220,7 +226,7 @@ class _Load:
             if self.filler.overwritten:
                 error.add_note(self.half_loaded(plan))
             raise
-        home = str(Path(os.path.realpath(self.stored.path)).parent)
+        home = _home(self.stored.path)
         origin = Origin(self.stored.step, saved.optimizer_steps, self.stored.seq, home)
         for anchor in _anchors(self.model):
             _origins[anchor] = origin

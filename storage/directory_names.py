@@ -12,7 +12,19 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["LOCK_FILE", "DirectoryName", "of_old", "of_owner", "of_partial", "of_step", "of_trash", "parse"]
+__all__ = [
+    "LOCK_FILE",
+    "DirectoryName",
+    "UploadedName",
+    "of_old",
+    "of_owner",
+    "of_partial",
+    "of_step",
+    "of_trash",
+    "of_uploaded",
+    "parse",
+    "parse_uploaded",
+]
 
 LOCK_FILE = ".gockpt.lock"
 
@@ -23,6 +35,8 @@ _NAME = re.compile(
     r"|\.(?P<aside>trash|owner)-(?P<of>[0-9a-f]{8,64})",
     re.ASCII,
 )
+
+_UPLOADED = re.compile(r"step-([0-9]{10,19})-([0-9]{1,19})-([0-9a-f]{8,64})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +52,21 @@ class DirectoryName:
     kind: Kind
     step: int | None
     attempt: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedName:
+    """What the prefix of an uploaded checkpoint says.
+
+    Attributes:
+        step: The step.
+        seq: Which publication it was.
+        attempt: The attempt.
+    """
+
+    step: int
+    seq: int
+    attempt: str
 
 
 def of_step(step: int) -> str:
@@ -90,3 +119,27 @@ def parse(name: str) -> DirectoryName | None:
         return None  # more zeros than are ever written: two names would mean one step
     kind: Kind = match["kind"] or "step"  # type: ignore[assignment]
     return DirectoryName(kind, step, match["attempt"])
+
+
+def of_uploaded(step: int, seq: int, attempt: str) -> str:
+    """Return the prefix of a checkpoint in an object store, which nothing is ever renamed to or from.
+
+    Examples:
+        >>> of_uploaded(1200, 12, "00ff00ff")
+        'step-0000001200-12-00ff00ff'
+    """
+    return f"{of_step(step)}-{seq}-{attempt}"
+
+
+def parse_uploaded(name: str) -> UploadedName | None:
+    """Return what the prefix of an uploaded checkpoint says, or ``None`` if gockpt never makes such a one.
+
+    Examples:
+        >>> parse_uploaded("step-0000001200-12-00ff00ff")
+        UploadedName(step=1200, seq=12, attempt='00ff00ff')
+    """
+    match = _UPLOADED.fullmatch(name)
+    if not match:
+        return None
+    found = UploadedName(int(match[1]), int(match[2]), match[3])
+    return found if of_uploaded(found.step, found.seq, found.attempt) == name else None

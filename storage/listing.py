@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
-from gockpt.storage import directory_names
+from gockpt.storage import directory_names, remote_listing
 from gockpt.storage.folder import LocalFolder
 from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE
+from gockpt.storage.objects import objects_at
 from gockpt.storage.reader import StoredCheckpoint, read_manifest
 from gockpt.storage.safe_open import GONE, open_below, open_directory
 
 if TYPE_CHECKING:
     from gockpt.storage.folder import Folder
     from gockpt.storage.manifest import Manifest
+    from gockpt.storage.objects import Objects, Where
 
 __all__ = ["CheckpointEntry", "damaged_checkpoints", "list_checkpoints", "open_checkpoint"]
 
@@ -51,18 +53,21 @@ class CheckpointEntry:
     superseded: bool = False
 
 
-def list_checkpoints(path: str | os.PathLike[str], *, superseded: bool = False) -> list[CheckpointEntry]:
+def list_checkpoints(path: Where, *, superseded: bool = False) -> list[CheckpointEntry]:
     """Return the complete checkpoints in a path, oldest publication first.
 
     Args:
-        path: Where checkpoints are saved, or one checkpoint's own directory; may not exist (yet).
+        path: Where checkpoints are saved, or one checkpoint's own directory; may not exist (yet). Or a URL.
         superseded: Whether to include those that a newer publication of their step replaced.
 
     Raises:
         NotACheckpoint: If ``path`` is no directory.
     """
-    path = os.fspath(path)
     try:
+        objects = objects_at(path)
+        if objects is not None:
+            return _list_remote(objects, superseded=superseded)
+        path = os.fspath(cast("str", path))
         directory = _open_path(path)
     except CheckpointNotFound:
         return []
@@ -76,14 +81,17 @@ def list_checkpoints(path: str | os.PathLike[str], *, superseded: bool = False) 
     return [entry for entry in entries if superseded or not entry.superseded]
 
 
-def damaged_checkpoints(path: str | os.PathLike[str]) -> dict[str, ManifestCorrupt]:
+def damaged_checkpoints(path: Where) -> dict[str, ManifestCorrupt]:
     """Return what is wrong with each checkpoint of a path whose manifest can't be believed, by directory.
 
     Raises:
         CheckpointNotFound: If there is no such directory.
         NotACheckpoint: If ``path`` is no directory.
     """
-    path = os.fspath(path)
+    objects = objects_at(path)
+    if objects is not None:
+        return remote_listing.damaged(objects)
+    path = os.fspath(cast("str", path))
     directory = _open_path(path)
     try:
         return {} if _has_manifest(directory) else _survey(directory, path)[1]
@@ -91,22 +99,23 @@ def damaged_checkpoints(path: str | os.PathLike[str]) -> dict[str, ManifestCorru
         os.close(directory)
 
 
-def open_checkpoint(
-    path: str | os.PathLike[str], step: int | None = None, *, threads: int = THREADS
-) -> StoredCheckpoint:
+def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THREADS) -> StoredCheckpoint:
     """Open the newest complete checkpoint in a path, or that of one step; reads only manifests.
 
     Args:
-        path: Where checkpoints are saved, or one checkpoint's own directory, under any name.
+        path: Where checkpoints are saved, or one checkpoint's own directory, under any name. Or a URL.
         step: The wanted step; ``None`` for the newest publication.
-        threads: How many threads a large read may use.
+        threads: How many threads a large read may use; from an object store it is always more.
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         NotACheckpoint: If ``path`` is a file, or a directory that gockpt didn't write.
         ManifestCorrupt: If that step's is damaged; without a step, if every one is.
     """
-    path = os.fspath(path)
+    objects = objects_at(path)
+    if objects is not None:
+        return remote_listing.open_at(objects, step)
+    path = os.fspath(cast("str", path))
     directory = _open_path(path)
     try:
         if _has_manifest(directory):
@@ -128,6 +137,19 @@ def open_checkpoint(
         raise _nothing_found(directory, path, step)
     finally:
         os.close(directory)
+
+
+def _list_remote(objects: Objects, *, superseded: bool) -> list[CheckpointEntry]:
+    """Return the complete checkpoints below a URL, oldest publication first."""
+    if remote_listing.has_manifest(objects):
+        with remote_listing.open_at(objects, None) as stored:
+            return [_entry(objects.url, stored.manifest)]
+    found = [
+        _entry(objects.url_of(at.name), manifest) for at, manifest in remote_listing.manifests(objects)[0]
+    ]
+    newest = {entry.step: entry.path for entry in found}
+    entries = [replace(entry, superseded=entry.path != newest[entry.step]) for entry in found]
+    return [entry for entry in entries if superseded or not entry.superseded]
 
 
 def _open_path(path: str) -> int:

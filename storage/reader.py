@@ -120,6 +120,11 @@ class StoredCheckpoint:
         self._close()
 
     @property
+    def folder(self) -> Folder:
+        """Where its files are read from."""
+        return self._open_folder()
+
+    @property
     def step(self) -> int:
         """The user's step."""
         return self.manifest.step

@@ -35,7 +35,7 @@ LAYERS = (
         "transfer",
         "unplain",
     ),
-    ("checkpoint", "filling", "fitting", "lazy", "optimizer_restore", "restore", "engine"),
+    ("checkpoint", "filling", "fitting", "lazy", "optimizer_restore", "restore", "uploads", "engine"),
     ("checkpointer",),
     ("cli", "integrations"),
 )
