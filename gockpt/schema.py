@@ -53,6 +53,7 @@ DTYPES: dict[str, DType] = {
         DType("float8_e5m2", 1, 0.0, core=False),
         DType("float8_e4m3fnuz", 1, 0.0, core=False),
         DType("float8_e5m2fnuz", 1, 0.0, core=False),
+        DType("float8_e8m0fnu", 1, 2.0**-127, core=False),  # its bits are an exponent: it has no zero
     )
 }
 """Every dtype that is stored, by name. Others are refused by name, never cast."""

@@ -32,6 +32,7 @@ __all__ = [
     "Float8E4M3FNUZ",
     "Float8E5M2",
     "Float8E5M2FNUZ",
+    "Float8E8M0FNU",
     "register_zarr",
 ]
 
@@ -43,7 +44,7 @@ def register_zarr() -> None:
 
     Calling it again changes nothing, and a data type that zarr-python already knows is left alone.
     """
-    for cls in (BFloat16, Float8E4M3FN, Float8E5M2, Float8E4M3FNUZ, Float8E5M2FNUZ):
+    for cls in (BFloat16, Float8E4M3FN, Float8E5M2, Float8E4M3FNUZ, Float8E5M2FNUZ, Float8E8M0FNU):
         if cls._zarr_v3_name not in data_type_registry.contents:
             data_type_registry.register(cls._zarr_v3_name, cls)
 
@@ -185,3 +186,14 @@ class Float8E5M2FNUZ(_Float8):
     """5 bits of exponent, 2 of mantissa, no infinities, no negative zero."""
 
     _zarr_v3_name: ClassVar[str] = "float8_e5m2fnuz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8E8M0FNU(_Float8):
+    """8 bits of exponent and nothing else: positive powers of two and NaN, neither zero nor sign."""
+
+    _zarr_v3_name: ClassVar[str] = "float8_e8m0fnu"
+
+    def default_scalar(self) -> np.generic:
+        """Return the smallest number, whose bits are zero."""
+        return self.from_json_scalar("0x00", zarr_format=3)

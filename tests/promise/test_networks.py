@@ -164,7 +164,7 @@ def test_a_model_with_every_dtype_that_is_stored(harness):
     names = (
         "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float64 complex64 complex128"
     )
-    eights = "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
+    eights = "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
 
     def build():
         model = harness.Tensors({"p": torch.randn(500)})

@@ -220,7 +220,7 @@ class TestRefused:
         [
             (torch.ones(2).to_sparse(), "to_dense"),
             (torch.empty(2, device="meta"), "materialise"),
-            (torch.ones(2, dtype=torch.float8_e8m0fnu), "float8_e8m0fnu"),
+            (torch.ones(2, dtype=torch.int8).view(torch.uint4), "uint4"),
             (torch.ones(2, dtype=torch.complex64).conj(), "resolve_conj"),
             (torch.ones((1,) * 33), "33 dimensions"),
             (nn.UninitializedParameter(), "run one forward"),

@@ -241,7 +241,7 @@ class Text(str):  # noqa: SLOT000 - a subclass is the point
         (torch.nn.Linear(1, 1), r"state_dict\(\)"),
         (torch.ones(2).to_sparse(), r"sparse_coo; convert it with \.to_dense\(\)"),
         (torch.empty(2, device="meta"), "meta"),
-        (torch.ones(2, dtype=torch.float8_e8m0fnu), "float8_e8m0fnu"),
+        (torch.ones(2, dtype=torch.int8).view(torch.uint4), "uint4"),
         (torch.nn.UninitializedParameter(), "not initialised"),
         (np.array(["a"]), "dtype <U1"),
         (np.array([1], dtype=">i4"), "dtype >i4"),
