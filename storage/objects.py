@@ -125,20 +125,20 @@ class Objects:
 
         noted = {CRC_ATTRIBUTE: f"{crc:08x}"}
         while True:
-            content = data()
+            content, attributes = data(), noted if self._attributes else None
             with self._explained("write", path):
                 try:
                     obstore.put(
                         self._store,
                         path,
                         content,
-                        attributes=noted if self._attributes else None,
+                        attributes=attributes,
                         use_multipart=not isinstance(content, bytes),
                         chunk_size=part,
                         max_concurrency=parallel,
                     )
                 except (NotImplementedError, obstore.exceptions.NotSupportedError):
-                    if not self._attributes:
+                    if attributes is None:
                         raise
                     self._attributes = False  # a directory can't note anything
                 else:
