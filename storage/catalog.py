@@ -91,9 +91,14 @@ def remove_entry(place: Place, name: str, attempt: str) -> None:
 
 
 class Catalog:
-    """The complete checkpoints of a place; safe to use from several threads."""
+    """The complete checkpoints of a place; safe to use from several threads.
 
-    __slots__ = ("_entries", "_mutex", "_place", "_seq")
+    Attributes:
+        turn: Held while a checkpoint gets its number and its name, and while some are removed: between a look
+            at a name and its renaming nobody else may rename it.
+    """
+
+    __slots__ = ("_entries", "_mutex", "_place", "_seq", "turn")
 
     def __init__(self, place: Place) -> None:
         """Look at every name in the directory.
@@ -103,6 +108,7 @@ class Catalog:
         """
         self._place = place
         self._mutex = threading.Lock()
+        self.turn = threading.Lock()
         self._entries: dict[str, manifest.Identity] = {}
         self._seq = 0
         with storage_errors("look through", place.path):

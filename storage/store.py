@@ -116,7 +116,8 @@ class Store:
         if type(keep) is not int or keep < 1:
             msg = f"keep must be at least 1, got {keep!r}: the newest checkpoint is never deleted"
             raise UsageError(msg)
-        return self._catalog.prune(keep)
+        with self._catalog.turn:
+            return self._catalog.prune(keep)
 
     def close(self) -> None:
         """Abort what was begun and not committed, and let others write here. Again is fine."""

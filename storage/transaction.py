@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
@@ -106,7 +106,8 @@ class Transaction:
         opened: list[int] = []
         try:
             with storage_errors("begin", where):
-                publish.expect_replaceable(place, directory_names.of_step(step))
+                with catalog.turn:
+                    publish.expect_replaceable(place, directory_names.of_step(step))
                 who = owner.encode(owner.myself())
                 self._owner_fd = files.write_new_file(fs, place.fd, directory_names.of_owner(attempt), who)
                 opened.append(self._owner_fd)
@@ -162,25 +163,27 @@ class Transaction:
             UsageError: If chunks are missing, names can't stand together, or ``state`` or ``attributes`` have
                 no exact form as JSON.
         """
-        with self._work(alone=True):
-            entries, documents = self._draft.write_documents(arrays, state=state, attributes=attributes)
-            self._draft.sync()
-            content = manifest.Manifest(
-                step=self.step,
-                seq=self._catalog.next_seq(),
-                attempt=self.attempt,
-                run=self._lineage.run,
-                parent=self._lineage.parent,
-                exact=exact,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                writer={"gockpt": __version__},
-                attributes=attributes,
-                arrays=entries,
-                files=documents,
-            )
-            self._draft.complete(content)
-            replaced = self._publish()
-        self._record(content, replaced)
+        with ExitStack() as turn:
+            with self._work(alone=True):
+                entries, documents = self._draft.write_documents(arrays, state=state, attributes=attributes)
+                self._draft.sync()
+                turn.enter_context(self._catalog.turn)
+                content = manifest.Manifest(
+                    step=self.step,
+                    seq=self._catalog.next_seq(),
+                    attempt=self.attempt,
+                    run=self._lineage.run,
+                    parent=self._lineage.parent,
+                    exact=exact,
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                    writer={"gockpt": __version__},
+                    attributes=attributes,
+                    arrays=entries,
+                    files=documents,
+                )
+                self._draft.complete(content)
+                replaced = self._publish()
+            self._record(content, replaced)
         self._let_go()
         path = self._place.of(directory_names.of_step(self.step))
         return Published(self.step, content.seq, self.attempt, path, self._draft.nbytes)
