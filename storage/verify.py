@@ -44,6 +44,9 @@ __all__ = ["Problem", "VerifyReport", "verify_files"]
 
 _log = logging.getLogger(__name__)
 
+_OPTIONAL: dict[str, Any] = {"attributes": {}, "storage_transformers": []}
+"""What a Zarr document means that leaves these out."""
+
 MAX_BLOCKS_BYTES = 1 << 30  # the block checksums of 256 TiB
 MAX_MANIFEST_BYTES = strict_json.MAX_BYTES + 64
 
@@ -267,7 +270,14 @@ def _differing(document: Any, expected: dict[str, Any], ignored: tuple[str, ...]
     """Return the first key that a document has otherwise than expected, or ``None``."""
     if type(document) is not dict:
         return "document"
-    return next((key for key in expected if key not in ignored and document.get(key) != expected[key]), None)
+    return next(
+        (
+            key
+            for key in expected
+            if key not in ignored and document.get(key, _OPTIONAL.get(key)) != expected[key]
+        ),
+        None,
+    )
 
 
 def _check_chunk(source: Source, chunk: int, buffer: npt.NDArray[np.uint8]) -> str | None:
