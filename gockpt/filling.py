@@ -9,6 +9,7 @@ import torch
 from gockpt.errors import StateMismatch
 from gockpt.fitting import Create, Fill
 from gockpt.lazy import read_whole
+from gockpt.storage.reader import Wanted
 from gockpt.tensors import DTYPE_OF, as_bytes, may_alias_itself
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class Filler:
         self._stored = stored
         self._targets: dict[str, torch.Tensor] = {}
         self._staged: dict[str, torch.Tensor] = {}
+        # By id of a part, which the caller's plan keeps alive.
+        self._filled: set[int] = set()
+        self._new: dict[int, torch.Tensor] = {}
 
     def read(self, name: tuple[str, ...]) -> torch.Tensor:
         """Return an array as a new CPU tensor."""
@@ -60,11 +64,49 @@ class Filler:
                 raise StateMismatch(msg, mismatched=(what,))
             self._staged[fill.name] = collapsed
 
+    def fill_many(self, parts: Iterable[Fill | Create]) -> None:
+        """Read all that goes straight into CPU memory at once, by several threads.
+
+        :meth:`fill` and :meth:`create` of the same parts then find it done, and do the rest. Memory that
+        several parts share gets its values in the order of the parts, as without this.
+        """
+        fills: list[tuple[Fill, int]] = []
+        for part in parts:
+            if isinstance(part, Fill):
+                fill = part
+            elif part.source in self._targets:
+                continue  # it may become a view of that one
+            else:
+                self._new[id(part)] = new = self._empty(part)
+                fill = Fill(part.source, new, part.name)
+            self._targets.setdefault(fill.source, fill.target)
+            fills.append((fill, id(part)))
+        later = _overlapping([fill.target for fill, _ in fills])
+        straight = [
+            (fill, part)
+            for index, (fill, part) in enumerate(fills)
+            if index not in later and fill.target.numel() and _goes_straight(fill.target)
+        ]
+        wanted = [Wanted(fill.source, None, as_bytes(fill.target)) for fill, _ in straight]
+        begun: dict[int, None] = {}  # in order and each once, though several threads add to it
+        try:
+            self._stored.read_many(wanted, begun=begun.setdefault)
+        finally:
+            for index in begun:
+                self._written(straight[index][0])
+        self._filled.update(part for _, part in straight)
+
     def fill(self, fill: Fill) -> None:
         """Overwrite live memory; directly where its bytes stand in the file's order."""
         target = fill.target
         self._targets.setdefault(fill.source, target)
-        if not target.numel():
+        if not target.numel() or id(fill) in self._filled:
+            return
+        if _goes_straight(target):
+            try:
+                self._stored.read_into(fill.source, None, as_bytes(target))
+            finally:
+                self._written(fill)
             return
         self.overwritten.append(fill.name)
         if fill.name in self._staged:
@@ -72,28 +114,36 @@ class Filler:
             for dim, size in enumerate(staged.shape):
                 target = target.narrow(dim, 0, size)
             copy_into(target, staged)
-        elif target.device.type == "cpu" and target.is_contiguous():
-            self._stored.read_into(fill.source, None, as_bytes(target))
-            if not target.is_inference():
-                # Written behind autograd's back: whoever saved this tensor for backward must notice.
-                torch.autograd.graph.increment_version(target)
         else:
             copy_into(target, read_whole(self._stored, fill.source))
 
     def create(self, create: Create) -> torch.Tensor:
         """Return a new tensor with an array's values; a view of what shared its memory when saved."""
-        shared = self._targets.get(create.source)
-        if shared is not None and shared.device == create.device:
-            return shared.detach()
+        new = self._new.pop(id(create), None)
+        if new is not None and id(create) in self._filled:
+            return new
+        if new is None:
+            shared = self._targets.get(create.source)
+            if shared is not None and shared.device == create.device:
+                return shared.detach()
+            new = self._empty(create)
+        self.fill(Fill(create.source, new, create.name))
+        return new
+
+    def _empty(self, create: Create) -> torch.Tensor:
         spec = self._stored.arrays[create.source].spec
         dtype = DTYPE_OF[spec.dtype]
         if spec.shape == tuple(create.like.shape):
             # The parameter's memory order: where fused kernels' tails fall depends on it.
-            new = torch.empty_like(create.like, dtype=dtype, device=create.device, requires_grad=False)
-        else:
-            new = torch.empty(spec.shape, dtype=dtype, device=create.device)
-        self.fill(Fill(create.source, new, create.name))
-        return new
+            return torch.empty_like(create.like, dtype=dtype, device=create.device, requires_grad=False)
+        return torch.empty(spec.shape, dtype=dtype, device=create.device)
+
+    def _written(self, fill: Fill) -> None:
+        """Note that a tensor's bytes were written behind autograd's back, or begun to be."""
+        self.overwritten.append(fill.name)
+        if not fill.target.is_inference():
+            # Whoever saved this tensor for backward must notice.
+            torch.autograd.graph.increment_version(fill.target)
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -104,3 +154,32 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(as_bytes(tensor.contiguous()))
+
+
+def _goes_straight(target: torch.Tensor) -> bool:
+    """Whether an array's bytes stand in a tensor's memory as they do in the file."""
+    return target.device.type == "cpu" and target.is_contiguous()
+
+
+def _overlapping(targets: list[torch.Tensor]) -> set[int]:
+    """Return the indices of all that share memory with others, but for the first of those that do.
+
+    Whoever shares memory only by way of a third one counts as sharing it.
+    """
+    stretches = []
+    for index, target in enumerate(targets):
+        if target.device.type == "cpu" and target.numel():
+            pairs = zip(target.shape, target.stride(), strict=True)
+            elements = 1 + sum((size - 1) * stride for size, stride in pairs)
+            start = target.data_ptr()
+            stretches.append((start, start + elements * target.element_size(), index))
+    later: set[int] = set()
+    end, first = 0, -1
+    for start, stop, index in sorted(stretches):
+        if start < end:
+            later.add(max(first, index))
+            first = min(first, index)
+        else:
+            first = index
+        end = max(end, stop)
+    return later

@@ -53,11 +53,22 @@ class OptimizerRestore:
                 if isinstance(part, Value):
                     self._values[id(part)] = decode(part.document, filler.reader_to(part.device))
 
+    def arrays(self) -> list[Fill | Create]:
+        """Return the states that are arrays of their own."""
+        parts = (part for param in self._plan.params for _, part in _parts(param))
+        return [part for part in parts if not isinstance(part, Value)]
+
+    @property
+    def replaces_states(self) -> bool:
+        """Whether the optimizer's own ``load_state_dict`` is called, and so has to come first."""
+        return bool(self._more)
+
     def apply(self, optimizer: Any, report: OptionsReport) -> None:
         """Change the live optimizer."""
         if self._more:
             # It replaces groups and states by casts of themselves: everything else comes after it.
             optimizer.load_state_dict({**optimizer.state_dict(), **self._more})
+            self._filler.fill_many(self.arrays())
         for index, options in enumerate(self._options):
             if options is not None:
                 where = f"optimizer {self._plan.index}, group {index}"

@@ -211,7 +211,9 @@ class _Load:
         self.filler.stage(plan.fills)
         optimizers = [OptimizerRestore(part, self.filler) for part in plan.optimizers]
 
+        at_once = [part for each in optimizers if not each.replaces_states for part in each.arrays()]
         try:
+            self.filler.fill_many([*plan.fills, *at_once])
             for fill in plan.fills:
                 self.filler.fill(fill)
             for part, restore in zip(plan.optimizers, optimizers, strict=True):

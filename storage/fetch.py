@@ -1,8 +1,8 @@
 """Carry out a read plan: open chunk files, read, check, and put the bytes where they belong.
 
-Promise: every element of the wanted box is written, from bytes that agree with their checksums where
-that was asked for; or an error is raised, and then the target's content is undefined. Memory beside
-the target stays within one piece per thread.
+Promise: every element of the wanted boxes is written, from bytes that agree with their checksums where
+that was asked for; or an error is raised, and then the targets' content is undefined. Memory beside
+the targets stays within one piece, and a few pages, per thread.
 """
 
 from __future__ import annotations
@@ -12,28 +12,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from gockpt.errors import ChunkCorrupt
 from gockpt.storage.checksum import BLOCK, crc32c
 from gockpt.storage.ranges import ByteRange, ChunkRead, Grid, scatter
+from gockpt.storage.scratch import PIECE, Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
+    import numpy as np
     import numpy.typing as npt
 
     from gockpt.boxes import Box
     from gockpt.storage.folder import File, Folder
     from gockpt.storage.manifest import ArrayEntry
 
-__all__ = ["PARALLEL_FROM", "PIECE", "Source", "execute", "first_bad_block"]
-
-PIECE = 8 << 20
-"""Bytes of one read, and of one thread's bounce buffer."""
+__all__ = ["PARALLEL_FROM", "PARALLEL_JOBS", "PIECE", "Source", "Task", "execute", "first_bad_block"]
 
 PARALLEL_FROM = 16 << 20
-"""Smaller plans are carried out in the caller's thread: starting others would take longer."""
+PARALLEL_JOBS = 32
+"""Plans of fewer bytes and jobs are carried out in the caller's thread: starting others takes longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +54,49 @@ class Source:
         """The array's chunks."""
         return Grid(self.entry.spec, self.entry.chunk_shape, BLOCK)
 
-    def open(self, chunk: int) -> File:
-        """Open a chunk's file, which must have exactly the size that follows from the grid."""
+    def open(self, chunk: int, scratch: Scratch | None = None) -> File:
+        """Open a chunk's file, which must have exactly the size that follows from the grid.
+
+        With the calling thread's ``scratch`` it is read past the page cache where that is sooner.
+        """
         nbytes = self.entry.chunk_file_nbytes
-        return self.folder.open(self.entry.chunk_path(chunk), nbytes=nbytes)
+        return self.folder.open(self.entry.chunk_path(chunk), nbytes=nbytes, scratch=scratch)
 
 
-class _Bounce:
-    """One thread's buffer for bytes that don't go straight to the target; grows to its largest use."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One region of one array to read.
 
-    def __init__(self) -> None:
-        self._buffer = np.empty(0, np.uint8)
+    Attributes:
+        name: What the array is called.
+        source: Its files.
+        box: The wanted region.
+        plan: What to read, from :func:`~gockpt.storage.ranges.plan_reads`.
+        out: The target: 1-D ``uint8``, C-contiguous, exactly the box's bytes; no other task's.
+    """
 
-    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Return ``nbytes`` bytes of undefined content; what was taken before is void."""
-        if nbytes > self._buffer.nbytes:
-            self._buffer = np.empty(nbytes, np.uint8)
-        return self._buffer[:nbytes]
+    name: str
+    source: Source
+    box: Box
+    plan: tuple[ChunkRead, ...]
+    out: npt.NDArray[np.uint8]
 
 
 def execute(
-    plan: Sequence[ChunkRead], source: Source, box: Box, out: npt.NDArray[np.uint8], *, threads: int
+    tasks: Sequence[Task],
+    *,
+    threads: int,
+    explained: Callable[[str], AbstractContextManager[None]],
+    begun: Callable[[int], None],
 ) -> int:
-    """Fill ``out`` with the bytes of ``box`` as planned.
+    """Fill every task's target as planned; all tasks together are one list of jobs for all threads.
 
     Args:
-        plan: What to read, from :func:`~gockpt.storage.ranges.plan_reads`.
-        source: The array's files.
-        box: The wanted region.
-        out: The target: 1-D ``uint8``, C-contiguous, exactly the box's bytes.
+        tasks: What to read.
         threads: How many threads may work on a large plan.
+        explained: Returns what is entered around each job, given the array's name: it may turn errors
+            into others.
+        begun: Called before each job, in its thread, with the index of its task.
 
     Returns:
         The bytes read from files.
@@ -93,28 +105,34 @@ def execute(
         CheckpointCorrupt: If a file is not what it must be, or a block differs from its checksum.
         OSError: If a file isn't there or can't be opened.
     """
-    jobs = deque(_jobs(plan))
+    jobs = deque(
+        (index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task.plan)
+    )
 
     def work() -> int:
-        bounce, total = _Bounce(), 0
+        scratch, total = Scratch(), 0
         while True:
             try:
-                read, ranges = jobs.popleft()
+                index, read, ranges = jobs.popleft()
             except IndexError:
                 return total
+            task = tasks[index]
             try:
-                with source.open(read.chunk) as file:
-                    for part in ranges:
-                        total += _read(file, read, part, source, box, out, bounce)
+                with explained(task.name):
+                    begun(index)
+                    with task.source.open(read.chunk, scratch) as file:
+                        for part in ranges:
+                            total += _read(file, read, part, task, scratch)
             except BaseException:
                 jobs.clear()  # the others end with the job they have
                 raise
 
-    planned = sum(part.nbytes for read in plan for part in read.ranges)
-    if threads <= 1 or planned < PARALLEL_FROM:
+    planned = sum(part.nbytes for _, _, ranges in jobs for part in ranges)
+    threads = min(threads, len(jobs))
+    if threads <= 1 or (planned < PARALLEL_FROM and len(jobs) < PARALLEL_JOBS):
         return work()
-    with ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="gockpt-read") as pool:
-        workers = [pool.submit(work) for _ in range(min(threads, len(jobs)))]
+    with ThreadPoolExecutor(threads, thread_name_prefix="gockpt-read") as pool:
+        workers = [pool.submit(work) for _ in range(threads)]
         try:
             return sum(worker.result() for worker in workers)
         finally:
@@ -135,23 +153,16 @@ def _jobs(plan: Iterable[ChunkRead]) -> Iterator[tuple[ChunkRead, list[ByteRange
         yield read, batch
 
 
-def _read(
-    file: File,
-    read: ChunkRead,
-    part: ByteRange,
-    source: Source,
-    box: Box,
-    out: npt.NDArray[np.uint8],
-    bounce: _Bounce,
-) -> int:
-    """Read one range: straight into the target where it can stand there, else through the bounce."""
+def _read(file: File, read: ChunkRead, part: ByteRange, task: Task, scratch: Scratch) -> int:
+    """Read one range: straight into the target where it can stand there, else through the scratch."""
+    source, out = task.source, task.out
     if read.run is None:
-        views = [bounce.take(part.nbytes)]
+        views = [scratch.take(part.nbytes, part.start)]
     else:
         # Only the ends of a range, widened to whole blocks, lie outside the wanted run.
         low, high = max(part.start, read.run.start), min(part.stop, read.run.stop)
         lead, trail = low - part.start, part.stop - high
-        ends = bounce.take(lead + trail)
+        ends = scratch.take(lead + trail)
         at = read.target + low - read.run.start
         views = [ends[:lead], out[at : at + high - low], ends[lead:]]
     got = file.read_into([view.data for view in views], part.start)
@@ -164,7 +175,7 @@ def _read(
             msg = f"{file.path}: the bytes from {start} on differ from the checksum of their block"
             raise ChunkCorrupt(msg)
     if read.run is None:
-        scatter(source.grid, box, read, part.start, views[0], out)
+        scatter(source.grid, task.box, read, part.start, views[0], out)
     return got
 
 

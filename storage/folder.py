@@ -13,12 +13,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, Self
 
 from gockpt.errors import CheckpointCorrupt
+from gockpt.storage.direct import DirectFile, ReadCalls
 from gockpt.storage.pruned import is_gone
 from gockpt.storage.safe_open import open_below, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
+
+    from gockpt.storage.scratch import Scratch
 
 __all__ = ["File", "Folder", "LocalFolder", "Names", "read_small"]
 
@@ -36,6 +39,8 @@ class File(Protocol):
 
     def read_into(self, views: Sequence[memoryview], offset: int) -> int:
         """Fill every view, in order, from ``offset`` on; returns the bytes read, never less than wanted.
+
+        It may read more than wanted, by up to two pages, where only whole pages can be had.
 
         Raises:
             CheckpointCorrupt: If the file ends too early or can't be read there.
@@ -61,8 +66,11 @@ class Names(list[str]):
 class Folder(Protocol):
     """Where the files of one checkpoint are read from."""
 
-    def open(self, path: str, *, nbytes: int | None = None) -> File:
-        """Open a file, which must have that size if one is given."""
+    def open(self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None) -> File:
+        """Open a file, which must have that size if one is given.
+
+        With ``scratch`` much of it will be read, by one thread; the file may use what that has left.
+        """
 
     def names(self, path: str) -> Names:
         """Return what stands in a directory; ``""`` is the checkpoint's own."""
@@ -81,12 +89,15 @@ class LocalFolder:
         fd: The descriptor; -1 once it is closed.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, calls: ReadCalls | None = None) -> None:
+        """Take over a descriptor; ``calls`` is how files are read past the page cache."""
         self.fd = fd
+        self._calls = calls or ReadCalls()
 
-    def open(self, path: str, *, nbytes: int | None = None) -> File:
+    def open(self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None) -> File:
         """Open a regular file below; see :func:`~gockpt.storage.safe_open.open_regular`."""
-        return open_regular(self.fd, path, nbytes=nbytes)
+        file = open_regular(self.fd, path, nbytes=nbytes)
+        return file if scratch is None else DirectFile(file, scratch, self._calls)
 
     def names(self, path: str) -> Names:
         """Return what stands in a directory below."""

@@ -27,7 +27,7 @@ from gockpt.errors import (
 )
 from gockpt.storage import strict_json
 from gockpt.storage.checksum import crc32c
-from gockpt.storage.fetch import PIECE, Source, execute
+from gockpt.storage.fetch import PIECE, Source, Task, execute
 from gockpt.storage.folder import read_small
 from gockpt.storage.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, ArrayEntry, Manifest, parse
 from gockpt.storage.ranges import plan_reads
@@ -35,7 +35,7 @@ from gockpt.storage.safe_open import GONE
 from gockpt.storage.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES, VerifyReport, verify_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     import numpy.typing as npt
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gockpt.schema import ArraySpec
     from gockpt.storage.folder import Folder
 
-__all__ = ["StoredArray", "StoredCheckpoint", "read_manifest"]
+__all__ = ["StoredArray", "StoredCheckpoint", "Wanted", "read_manifest"]
 
 MAX_GAP = 64 << 10
 """Gaps between wanted bytes below this are read along: a seek would cost as much."""
@@ -71,6 +71,21 @@ class StoredArray:
     def layout(self) -> ArrayLayout:
         """The geometry of its chunks, computed anew; slot offsets count from 0."""
         return self.entry.layout()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A region of an array, and where it goes.
+
+    Attributes:
+        name: Public name of the array.
+        box: The region; ``None`` for the whole array.
+        out: 1-D ``uint8``, C-contiguous, writable, exactly the region's bytes; need not be aligned.
+    """
+
+    name: str
+    box: Box | None
+    out: npt.NDArray[np.uint8]
 
 
 class StoredCheckpoint:
@@ -141,7 +156,7 @@ class StoredCheckpoint:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of chunk files read so far, over all calls of :meth:`read_into`."""
+        """Bytes of chunk files read so far, by all calls; what direct I/O read beside them included."""
         return self._bytes_read
 
     def state(self) -> dict[str, Any]:
@@ -180,16 +195,52 @@ class StoredCheckpoint:
             ChunkCorrupt: If bytes are missing or wrong; the content of ``out`` is undefined then.
             CheckpointPruned: If the checkpoint was removed meanwhile.
         """
-        array = self._array(name)
-        box = _checked_box(array.spec, box)
-        _check_target(array.spec, box, out)
-        with self._explained(name, ChunkCorrupt):
-            crcs = None
-            if verify and box.numel:
-                crcs = self._block_crcs()[array.first_block :][: array.entry.block_count]
-            source = Source(self._open_folder(), array.entry, crcs)
+        return self.read_many([Wanted(name, box, out)], verify=verify)
+
+    def read_many(
+        self,
+        wanted: Sequence[Wanted],
+        *,
+        verify: bool = True,
+        begun: Callable[[int], None] = lambda _: None,
+    ) -> int:
+        """Fill many targets, which must not overlap, by one set of threads.
+
+        Nothing is read before all of it is known to fit. Memory beside the targets is one piece of 8 MB
+        per thread at most.
+
+        Args:
+            wanted: What to read, and where it goes; read about in this order.
+            verify: As for :meth:`read_into`.
+            begun: Called with an index into ``wanted`` before anything is written there; perhaps several
+                times, and from several threads.
+
+        Returns:
+            The bytes read from chunk files.
+
+        Raises:
+            GockptError: As for :meth:`read_into`; the content of all that was begun is undefined then.
+        """
+        folder = self._open_folder()
+        fitting = []
+        for one in wanted:
+            array = self._array(one.name)
+            box = _checked_box(array.spec, one.box)
+            _check_target(array.spec, box, one.out)
+            fitting.append((array, box, one.out))
+        blocks = self._block_crcs() if verify and any(box.numel for _, box, _ in fitting) else None
+        tasks = []
+        for array, box, out in fitting:
+            crcs = None if blocks is None else blocks[array.first_block :][: array.entry.block_count]
+            source = Source(folder, array.entry, crcs)
             plan = plan_reads(source.grid, box, verify=verify, piece=PIECE, max_gap=MAX_GAP)
-            got = execute(plan, source, box, out, threads=self._threads)
+            tasks.append(Task(array.spec.public_name, source, box, plan, out))
+        got = execute(
+            tasks,
+            threads=self._threads,
+            explained=lambda name: self._explained(name, ChunkCorrupt),
+            begun=begun,
+        )
         with self._lock:
             self._bytes_read += got
         return got

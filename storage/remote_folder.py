@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from gockpt.storage.folder import File
     from gockpt.storage.objects import Objects
+    from gockpt.storage.scratch import Scratch
 
 __all__ = ["RemoteFolder"]
 
@@ -82,7 +83,7 @@ class RemoteFolder:
         self._base = base
         self._tree: dict[str, set[str]] = {}
 
-    def open(self, path: str, *, nbytes: int | None = None) -> File:
+    def open(self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None) -> File:  # noqa: ARG002 - the contract's
         """Open an object. With a size given nothing is asked of the store before the first read."""
         if any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
             msg = f"{path!r} is not a plain path inside the checkpoint"

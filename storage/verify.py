@@ -34,6 +34,7 @@ from gockpt.storage.manifest import (
     parse,
 )
 from gockpt.storage.safe_open import GONE
+from gockpt.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,12 +103,12 @@ class _Task:
     Attributes:
         path: Relative to the checkpoint.
         array: The public name of its array, or ``None``.
-        check: Returns what is wrong, or ``None``; gets a buffer of one piece.
+        check: Returns what is wrong, or ``None``; gets its thread's memory.
     """
 
     path: str
     array: str | None
-    check: Callable[[npt.NDArray[np.uint8]], str | None]
+    check: Callable[[Scratch], str | None]
 
 
 def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int) -> VerifyReport:
@@ -130,7 +131,7 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
     lock = threading.Lock()
 
     def work() -> list[Problem]:
-        buffer = np.empty(PIECE, np.uint8)
+        scratch = Scratch()
         found: list[Problem] = []
         while True:
             with lock:
@@ -138,7 +139,7 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
             if task is None:
                 return found
             try:
-                what = task.check(buffer)
+                what = task.check(scratch)
             except (CheckpointCorrupt, OSError) as error:
                 what = _words(error, task.path)
             if what is not None:
@@ -280,9 +281,10 @@ def _differing(document: Any, expected: dict[str, Any], ignored: tuple[str, ...]
     )
 
 
-def _check_chunk(source: Source, chunk: int, buffer: npt.NDArray[np.uint8]) -> str | None:
+def _check_chunk(source: Source, chunk: int, scratch: Scratch) -> str | None:
     """Say what is wrong with one chunk file: its rows by blocks, its padding, its own checksum."""
-    with source.open(chunk) as file:
+    buffer = scratch.take(PIECE)
+    with source.open(chunk, scratch) as file:
         real, whole = source.grid.real_nbytes(chunk), file.nbytes - CHECKSUM_BYTES
         first = source.grid.first_block(chunk)
         value = 0

@@ -18,6 +18,7 @@ from gockpt.boxes import Box
 from gockpt.errors import ChunkCorrupt, GockptError, TensorNotFound, UsageError
 from gockpt.storage import fetch, reader
 from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.scratch import Scratch
 
 
 def read(checkpoint, name, box=None, **options):
@@ -219,8 +220,8 @@ def test_wrong_calls_are_refused_by_name(large):
 
 def test_bounce_memory_is_bounded(large, monkeypatch):
     sizes = []
-    real = fetch._Bounce.take
-    monkeypatch.setattr(fetch._Bounce, "take", lambda self, n: sizes.append(n) or real(self, n))
+    real = Scratch.take
+    monkeypatch.setattr(Scratch, "take", lambda self, n, *at: sizes.append(n) or real(self, n, *at))
     with open_checkpoint(large.path) as checkpoint:
         read(checkpoint, "rows", Box((0, 1), (5120, 1000)))
         assert max(sizes) <= fetch.PIECE
