@@ -28,7 +28,7 @@ STORAGE_TESTS = tests/storage $(wildcard tests/pure)
 STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout
 
 # What is plain arithmetic and tables has every branch tested.
-PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,gockpt/schedule.py,gockpt/schema.py
+PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,gockpt/retention.py,gockpt/schedule.py,gockpt/schema.py
 
 export HYPOTHESIS_PROFILE ?= ci
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
-    from gockpt.options import Options
+    from gockpt.options import Keep, Options
     from gockpt.restore import Restored, load
     from gockpt.uploads import upload
 
@@ -58,6 +58,7 @@ __all__ = [
     "Checkpointer",
     "ChunkCorrupt",
     "GockptError",
+    "Keep",
     "ManifestCorrupt",
     "NotACheckpoint",
     "NotFoundError",
@@ -91,6 +92,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpoint": "gockpt.checkpoint",
     "Checkpointer": "gockpt.checkpointer",
+    "Keep": "gockpt.options",
     "Options": "gockpt.options",
     "Restored": "gockpt.restore",
     "SaveHandle": "gockpt.engine.handle",

@@ -44,6 +44,7 @@ __all__ = [
     "SavedState",
     "build_document",
     "capture_extras",
+    "metrics_of",
     "parse",
 ]
 
@@ -77,6 +78,16 @@ def capture_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
         else:
             values[name] = source() if callable(source) else source
     return values
+
+
+def metrics_of(document: Mapping[str, Any]) -> dict[str, float]:
+    """Return the plain finite numbers among the extras of a state document, by name."""
+    found: dict[str, float] = {}
+    for name, value in document["extra"].items():
+        number: Any = value.get("value") if isinstance(value, dict) and "$numpy" in value else value
+        if type(number) in (int, float):
+            found[name] = number
+    return found
 
 
 def build_document(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from gockpt.errors import OptionsError
 
-__all__ = ["MAX_WINDOW", "Options"]
+__all__ = ["MAX_WINDOW", "Keep", "Options"]
 
 MAX_WINDOW = 16
 MIN_HOST_MEMORY = 1 << 16
@@ -17,6 +17,41 @@ MIN_HOST_MEMORY = 1 << 16
 
 def _half_the_cores() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Which checkpoints stay when old ones are removed: all that at least one of the rules names.
+
+    Attributes:
+        newest: The newest this many, by publication. A run that went back to an older step and published
+            again has abandoned the higher steps before it; these count last.
+        every: Also each one whose step is a multiple of this; ``None`` for no such rule.
+        best: Also the best this many by ``metric``.
+        metric: Name of a plain number among the save's extras, as in ``extra={"val_loss": 0.3}``. A
+            checkpoint without it, or with a NaN or an infinity, is never among the best.
+        mode: ``"min"`` if the lowest is the best, ``"max"`` if the highest.
+    """
+
+    newest: int = 2
+    every: int | None = None
+    best: int = 0
+    metric: str | None = None
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.newest, 1, 1 << 31):
+            _refuse("newest", self.newest, "a whole number of at least 1: the newest is never removed")
+        if self.every is not None and not _is_int(self.every, 1, 1 << 62):
+            _refuse("every", self.every, "None or a whole number of at least 1")
+        if not _is_int(self.best, 0, 1 << 31):
+            _refuse("best", self.best, "a whole number from 0")
+        if self.metric is not None and (not isinstance(self.metric, str) or not self.metric):
+            _refuse("metric", self.metric, "None or the name of an extra")
+        if (self.metric is None) != (not self.best):
+            _refuse("metric", self.metric, f"a name if and only if best (now {self.best!r}) is above 0")
+        if self.mode not in ("min", "max"):
+            _refuse("mode", self.mode, '"min" or "max"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +68,8 @@ class Options:
             ``"close"``: only at the closing step; such a change then costs a second attempt. Both
             publish only what was proven equal.
         keep: Keep the newest this many checkpoints and remove older ones after each publication;
-            ``None`` keeps all. At least 2: a damaged newest one needs a predecessor.
+            ``None`` keeps all. At least 2: a damaged newest one needs a predecessor. A :class:`Keep`
+            also keeps milestones and the best.
         host_memory: Upper bound in bytes for the arena and the gradient ring together; ``None``
             bounds it by the state's own size plus at most two full gradients. A state that can't
             fit is refused when the save starts.
@@ -51,7 +87,7 @@ class Options:
     window: int | Literal["auto"] = "auto"
     when_busy: Literal["skip", "wait"] = "skip"
     verify: Literal["full", "close"] = "full"
-    keep: int | None = None
+    keep: int | Keep | None = None
     host_memory: int | None = None
     device_memory: int | None = None
     cpu_threads: int | None = None
@@ -67,8 +103,9 @@ class Options:
             _refuse("when_busy", self.when_busy, '"skip" or "wait"')
         if self.verify not in ("full", "close"):
             _refuse("verify", self.verify, '"full" or "close"')
-        if self.keep is not None and not _is_int(self.keep, 2, 1 << 31):
-            _refuse("keep", self.keep, "None (keep all) or a whole number of at least 2")
+        least = self.keep.newest if isinstance(self.keep, Keep) else self.keep
+        if least is not None and not _is_int(least, 2, 1 << 31):
+            _refuse("keep", self.keep, "None (keep all), a whole number of at least 2, or a Keep of such")
         for name in ("host_memory", "device_memory"):
             value = getattr(self, name)
             if value is not None and not _is_int(value, MIN_HOST_MEMORY, 1 << 62):

@@ -7,20 +7,25 @@ by its name and its manifest is not in the catalog, so it is neither counted nor
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gockpt import retention
 from gockpt.errors import ManifestCorrupt
-from gockpt.storage import directory_names, files, manifest, strict_json
+from gockpt.storage import directory_names, files, manifest, strict_json, verified
 from gockpt.storage.failures import storage_errors
 
 if TYPE_CHECKING:
+    from gockpt.options import Keep
     from gockpt.storage.filesystem import Filesystem
     from gockpt.storage.lock import WriterLock
 
 __all__ = ["Catalog", "Place", "identify", "remove_entry"]
+
+_log = logging.getLogger(__name__)
 
 # A line of JSON and its checksum line.
 _MANIFEST_LIMIT = strict_json.MAX_BYTES + 4096
@@ -142,32 +147,57 @@ class Catalog:
         with self._mutex:
             self._entries.pop(name, None)
 
-    def prune(self, keep: int) -> list[int]:
-        """Delete all but the newest ``keep``; returns the steps deleted, oldest publication first.
+    def prune(self, keep: Keep) -> list[int]:
+        """Delete what need not be kept; returns the steps deleted, oldest publication first.
 
-        What a newer publication of the same step replaced goes too; it neither counts nor is reported.
-
-        Args:
-            keep: At least 1.
+        What a newer publication of the same step replaced goes too; it neither counts nor is reported. The
+        newest are looked at once more before anything goes: what is no complete checkpoint any more
+        doesn't count.
 
         Raises:
             StorageError: If the disk refuses; what was deleted until then is deleted.
         """
+        with storage_errors("look through", self._place.path):
+            going = self._expendable(keep)
         with self._mutex:
-            by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
-        newest = {identity.step: name for name, identity in by_age}
-        counted = [name for name, identity in by_age if newest[identity.step] == name]
-        kept = set(counted[-keep:])
+            replaced = retention.superseded(self._publications(keep))
         steps = []
-        for name, identity in by_age:
-            if name in kept:
-                continue
+        for name, identity in going:
             with storage_errors("delete", self._place.of(name)):
                 # Not what another process put in its place meanwhile.
                 if identify(self._place, name) == identity:
                     remove_entry(self._place, name, identity.attempt)
-                    if name in counted:
+                    if identity.seq not in replaced:
                         steps.append(identity.step)
-            with self._mutex:
-                self._entries.pop(name, None)
+            self.forget(name)
         return steps
+
+    def _publications(self, keep: Keep) -> list[retention.Publication]:
+        """Return what retention needs to know of each entry; the caller holds the mutex."""
+        return [
+            retention.Publication(
+                seq=identity.seq,
+                step=identity.step,
+                metric=None if keep.metric is None else identity.metrics.get(keep.metric),
+                verified=verified.is_known(identity.attempt),
+            )
+            for identity in self._entries.values()
+        ]
+
+    def _expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
+        """Return what may go, oldest first, after a look at whether the newest that stay are still whole."""
+        while True:
+            with self._mutex:
+                by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
+                going = retention.expendable(self._publications(keep), keep)
+            if not going:
+                return []
+            staying = [entry for entry in by_age if entry[1].seq not in going]
+            lost = [
+                name for name, identity in staying[-keep.newest :] if identify(self._place, name) != identity
+            ]
+            if not lost:
+                return [entry for entry in by_age if entry[1].seq in going]
+            for name in lost:
+                _log.warning("%s is no complete checkpoint any more: it is not counted", self._place.of(name))
+                self.forget(name)

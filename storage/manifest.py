@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ __all__ = [
     "expected_files",
     "identify",
     "is_regular",
+    "metrics_of",
     "parse",
 ]
 
@@ -175,11 +176,25 @@ class Identity:
         step: The user's step.
         seq: Which publication in its path it was.
         attempt: Unique to this writing of the step.
+        metrics: Numbers among its extras, by name; not part of which checkpoint it is.
     """
 
     step: int
     seq: int
     attempt: str
+    metrics: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+
+def metrics_of(attributes: Any) -> dict[str, float]:
+    """Return the numbers among a checkpoint's extras, as the root group's attributes list them.
+
+    What isn't a finite number there is left out: attributes are anybody's.
+    """
+    own = attributes.get(FORMAT) if isinstance(attributes, dict) else None
+    metrics = own.get("metrics") if isinstance(own, dict) else None
+    if not isinstance(metrics, dict):
+        return {}
+    return {name: value for name, value in metrics.items() if type(value) in (int, float)}
 
 
 def chunk_key(chunk: int, ndim: int) -> str:
@@ -299,6 +314,7 @@ def identify(data: bytes, *, where: str) -> Identity:
             step=checked.integer(document.get("step"), "step"),
             seq=checked.integer(document.get("seq"), "seq"),
             attempt=checked.identifier(document.get("attempt"), "attempt"),
+            metrics=metrics_of(document.get("attributes")),
         )
     except Broken as error:
         msg = f"{where}: {error}"

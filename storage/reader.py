@@ -25,7 +25,7 @@ from gockpt.errors import (
     TensorNotFound,
     UsageError,
 )
-from gockpt.storage import strict_json
+from gockpt.storage import strict_json, verified
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.fetch import PIECE, Source, Task, execute
 from gockpt.storage.folder import read_small
@@ -255,6 +255,7 @@ class StoredCheckpoint:
         report = verify_files(folder, self.path, self.manifest, threads=self._threads)
         if report.problems and folder.is_gone():
             raise CheckpointPruned(self._pruned())
+        verified.remember(self.manifest.attempt, ok=report.ok)
         return report
 
     def _open_folder(self) -> Folder:

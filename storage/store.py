@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from gockpt.errors import UsageError
+from gockpt.options import Keep
 from gockpt.storage import directory_names, files, owner
 from gockpt.storage.catalog import Catalog, Place, identify, remove_entry
 from gockpt.storage.checked import MAX_INTEGER
@@ -100,10 +101,11 @@ class Store:
         self._transactions.add(transaction)
         return transaction
 
-    def prune(self, keep: int) -> list[int]:
+    def prune(self, keep: int | Keep) -> list[int]:
         """Delete all but the newest ``keep`` checkpoints, by publication; readers survive it.
 
-        What a newer publication of its step replaced is deleted as well, and doesn't count.
+        What a newer publication of its step replaced is deleted as well, and doesn't count. What stays
+        beyond the newest, :mod:`gockpt.retention` says.
 
         Returns:
             The steps that are gone, oldest publication first.
@@ -113,9 +115,11 @@ class Store:
             StorageError: If the disk refuses; nothing that was to be kept is touched.
         """
         self._expect_usable()
-        if type(keep) is not int or keep < 1:
-            msg = f"keep must be at least 1, got {keep!r}: the newest checkpoint is never deleted"
-            raise UsageError(msg)
+        if not isinstance(keep, Keep):
+            if type(keep) is not int or keep < 1:
+                msg = f"keep must be at least 1, got {keep!r}: the newest checkpoint is never deleted"
+                raise UsageError(msg)
+            keep = Keep(newest=keep)
         with self._catalog.turn:
             return self._catalog.prune(keep)
 

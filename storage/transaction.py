@@ -265,7 +265,8 @@ class Transaction:
         self._catalog.forget(name)
         if replaced is not None:
             self._catalog.add(*publish.set_aside(self._place, replaced, self.step))
-        self._catalog.add(name, manifest.Identity(content.step, content.seq, content.attempt))
+        metrics = manifest.metrics_of(content.attributes)
+        self._catalog.add(name, manifest.Identity(content.step, content.seq, content.attempt, metrics))
         self._lineage.parent = content.seq
 
     def _is_ours(self, name: str) -> bool:

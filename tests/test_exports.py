@@ -17,7 +17,7 @@ import gockpt.errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FACE = {
-    *("Checkpointer", "Options", "SaveHandle", "save_overlapped", "wait"),
+    *("Checkpointer", "Keep", "Options", "SaveHandle", "save_overlapped", "wait"),
     *("Checkpoint", "Restored", "latest", "load", "open", "steps", "upload", "verify"),
 }
 HOMES = {**dict.fromkeys(gockpt.errors.__all__, "gockpt.errors"), **gockpt._HOME}

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gockpt import rng
-from gockpt.document import build_document, capture_extras
+from gockpt.document import build_document, capture_extras, metrics_of
 from gockpt.engine.closing import write_additions
 from gockpt.engine.handle import Progress, Saved, SaveHandle
 from gockpt.engine.messages import Capture
@@ -21,6 +21,7 @@ from gockpt.engine.sizing import Memory, Shape, facts_of, shape_of
 from gockpt.engine.trace import Trace
 from gockpt.errors import GockptError, SaveAborted, SaveError, WorkerError
 from gockpt.lifecycle import Command, Event, State, advance
+from gockpt.options import Keep
 from gockpt.schedule import make_plan
 
 Name = tuple[str, ...]
@@ -121,6 +122,7 @@ class Save:
         self._additions: tuple[ArrayPlace, ...] = ()
         self._boosted = False
         self._settling = False
+        self._told_of_metric = False
         self._commands: dict[Command, Callable[[Any], None]] = {
             Command.SEND_PART: self._send_part,
             Command.SEND_REST: self._send_rest,
@@ -344,10 +346,25 @@ class Save:
         if not remembered:
             self._remember(live, moment)
         proofs = attempt.close(live)
-        attributes = {"gockpt": {"step": moment.step, "optimizer_steps": moment.updates, "exact": True}}
+        known = {"step": moment.step, "optimizer_steps": moment.updates, "exact": True}
+        attributes = {"gockpt": {**known, **self._metrics(moment.step)}}
         arrays = attempt.places(live) + self._additions
         self._capture = Capture(moment.step, arrays, proofs, self._document, attributes, exact=True)
         self._run(Event.DUE)
+
+    def _metrics(self, step: int) -> dict[str, Any]:
+        """Return the numbers among the extras, which retention can read without reading data."""
+        metrics = metrics_of(self._document)
+        keep = self._options.keep
+        if isinstance(keep, Keep) and keep.metric is not None and keep.metric not in metrics:
+            if not self._told_of_metric:
+                _log.warning(
+                    "step %d has no finite number named %r among its extras, so it can't be among the best: "
+                    "pass extra={%r: float(...)} (told once)",
+                    *(step, keep.metric, keep.metric),
+                )
+            self._told_of_metric = True
+        return {"metrics": metrics} if metrics else {}
 
     def _copies_ended(self, attempt: Attempt) -> None:
         """Hand over as soon as all has arrived, on whichever thread finished it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 import shutil
 import signal
@@ -359,6 +360,31 @@ def _busy(lab):
     gate.set()
     assert save.step == 1
     run.check(1)
+
+
+@when("A run that resumed from an older step prunes")
+def _abandoned(lab):
+    run = lab.Run()
+    for _ in range(4):
+        run.saved()
+    gockpt.wait()
+    gockpt.load("ckpts", run.model, run.opt, step=2)
+    run.step = 2
+    run.train()
+    run.tick(options=gockpt.Options(keep=3, window=1)).result()
+    assert gockpt.steps("ckpts") == [1, 2, 3]
+    run.check(3)
+
+
+@when("The metric of `Keep` is missing or NaN")
+def _no_metric(lab):
+    run, keep = lab.Run(), gockpt.Keep(best=1, metric="loss")
+    options = gockpt.Options(window=1, keep=keep)
+    for loss in (math.nan, 2.0, None, 3.0, 3.0):
+        run.train()
+        run.tick(options=options, extra={"loss": loss}).result()
+    assert gockpt.steps("ckpts") == [2, 4, 5]
+    run.check()
 
 
 @when("An extra has no exact form")

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from gockpt.errors import OptionsError, UsageError
-from gockpt.options import MAX_WINDOW, Options
+from gockpt.options import MAX_WINDOW, Keep, Options
 
 GOOD = [
     *[("window", n) for n in (1, 2, MAX_WINDOW, "auto")],
@@ -16,6 +16,8 @@ GOOD = [
     ("verify", "close"),
     ("keep", 2),
     ("keep", None),
+    ("keep", Keep()),
+    ("keep", Keep(newest=3, every=1000, best=2, metric="val_loss", mode="max")),
     ("host_memory", 1 << 16),
     ("device_memory", 1 << 40),
     ("cpu_threads", 1),
@@ -28,7 +30,7 @@ BAD = [
     *[("window", v) for v in (0, -1, MAX_WINDOW + 1, 2.0, True, "4", None, [])],
     *[("when_busy", v) for v in ("later", None, 1)],
     *[("verify", v) for v in ("none", False)],
-    *[("keep", v) for v in (0, 1, -3, 2.5, True, "all")],
+    *[("keep", v) for v in (0, 1, -3, 2.5, True, "all", Keep(newest=1))],
     *[(name, v) for name in ("host_memory", "device_memory") for v in (0, -1, 1.5, 65535, "1GB", True)],
     *[("cpu_threads", v) for v in (0, -1, 257, 1.0, True)],
     *[("nice", v) for v in (-1, 20, 1.5, None)],
@@ -50,6 +52,22 @@ def test_a_bad_value_is_refused_by_name(name, value):
     text = str(caught.value)
     assert repr(value) in text
     assert any(way in text for way in ("expected", "use ", "with ")), text
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *[("newest", {"newest": v}) for v in (0, -1, 2.0, True, None)],
+        *[("every", {"every": v}) for v in (0, -5, 1.5, True)],
+        *[("best", {"best": v, "metric": "loss"}) for v in (-1, 1.0, True, None)],
+        *[("metric", {"best": 1, "metric": v}) for v in (None, "", 3)],
+        ("metric", {"metric": "loss"}),
+        ("mode", {"mode": "lowest"}),
+    ],
+)
+def test_a_bad_rule_for_keeping_is_refused_by_name(name, given):
+    with pytest.raises(OptionsError, match=f"{name}="):
+        Keep(**given)
 
 
 def test_an_options_error_is_a_usage_error_and_a_value_error():
@@ -76,6 +94,8 @@ def test_replace_changes_a_copy_and_checks_it():
 
 
 def test_every_field_is_documented():
+    for field in dataclasses.fields(Keep):
+        assert f"        {field.name}:" in Keep.__doc__
     for field in dataclasses.fields(Options):
         assert f"        {field.name}" in Options.__doc__ or f"        {field.name}:" in Options.__doc__
 

@@ -1,0 +1,91 @@
+"""Which checkpoints may go: pure arithmetic on what was published.
+
+Promise: the newest publication is never among them, nor the newest that is known to be whole, nor
+anything that a rule of :class:`~gockpt.options.Keep` names. The order is that of publication; steps only
+say what replaced what, and what was abandoned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gockpt.options import Keep
+
+__all__ = ["Publication", "abandoned", "expendable", "superseded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What retention needs to know of one complete checkpoint.
+
+    Attributes:
+        seq: Which publication of its path it was; no two are equal.
+        step: The user's step.
+        metric: The number that the best are chosen by, if it has one.
+        verified: Whether all its bytes are known to have been read and found right.
+    """
+
+    seq: int
+    step: int
+    metric: float | None = None
+    verified: bool = False
+
+
+def superseded(publications: Iterable[Publication]) -> frozenset[int]:
+    """Return the ``seq`` of each one whose step was published again later."""
+    by_age = sorted(publications, key=lambda one: one.seq)
+    newest = {one.step: one.seq for one in by_age}
+    return frozenset(one.seq for one in by_age if newest[one.step] != one.seq)
+
+
+def abandoned(publications: Iterable[Publication]) -> frozenset[int]:
+    """Return the ``seq`` of each one whose run went back to a lower step and published there.
+
+    Examples:
+        >>> went_back = [Publication(1, 1000), Publication(2, 1500), Publication(3, 1100)]
+        >>> sorted(abandoned(went_back))
+        [2]
+    """
+    found = []
+    lowest_since: float = math.inf
+    for one in sorted(publications, key=lambda one: one.seq, reverse=True):
+        if one.step > lowest_since:
+            found.append(one.seq)
+        lowest_since = min(lowest_since, one.step)
+    return frozenset(found)
+
+
+def expendable(publications: Iterable[Publication], keep: Keep) -> frozenset[int]:
+    """Return the ``seq`` of each one that may go.
+
+    Superseded ones don't count and always may go; abandoned ones go before others of the newest; the
+    newest of those known to be whole stays whatever it is.
+
+    Args:
+        publications: All complete checkpoints of a path.
+        keep: The rules; what one of them names, stays.
+    """
+    everything = list(publications)
+    replaced = superseded(everything)
+    counted = [one for one in everything if one.seq not in replaced]
+    left = abandoned(counted)
+    counted.sort(key=lambda one: (one.seq not in left, one.seq), reverse=True)
+    stay = {one.seq for one in counted[: keep.newest]}
+    if keep.every is not None:
+        stay.update(one.seq for one in counted if one.step % keep.every == 0)
+    sign = 1 if keep.mode == "min" else -1
+    ranked = sorted(
+        (sign * one.metric, -one.seq, one.seq)
+        for one in counted
+        if one.metric is not None and math.isfinite(one.metric)
+    )
+    stay.update(seq for _, _, seq in ranked[: keep.best])
+    whole = [one.seq for one in everything if one.verified]
+    if whole:
+        stay.add(max(whole))
+    return frozenset(one.seq for one in everything) - stay

@@ -1,0 +1,126 @@
+"""Retention on the disk: what the rules name stays, what was checked is deleted, readers survive."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+from gockpt.options import Keep
+from gockpt.storage import directory_names, verified
+from gockpt.storage.listing import list_checkpoints, open_checkpoint
+from gockpt.storage.store import Store
+
+
+@pytest.fixture
+def save(small_sample):
+    """Write one checkpoint with a loss, and return what was published."""
+
+    def save(store, step, loss=None):
+        with store.begin(step) as transaction:
+            small_sample.write(transaction, step)
+            own = {"step": step, "optimizer_steps": step, "exact": True}
+            own |= {} if loss is None else {"metrics": {"loss": loss}}
+            return transaction.commit(
+                small_sample.layouts, state={"marker": step}, attributes={"gockpt": own}, exact=True
+            )
+
+    return save
+
+
+def steps_in(path):
+    return [entry.step for entry in list_checkpoints(path, superseded=True)]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_milestones_the_best_and_the_newest_stay(scratch, save, faults, restart):
+    keep = Keep(newest=2, every=30, best=1, metric="loss")
+    fs = faults.NoWait()
+    with Store(scratch, fs=fs) as store:
+        for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 4.0), (50, None), (60, 9.0)):
+            save(store, step, loss)
+        gone = [] if restart else store.prune(keep)
+    if restart:  # what counts is on the disk
+        with Store(scratch, fs=fs) as store:
+            gone = store.prune(keep)
+    assert gone == [10, 40]
+    assert steps_in(scratch) == [20, 30, 50, 60]
+
+
+def test_an_abandoned_branch_goes_first(scratch, save, faults):
+    with Store(scratch, fs=faults.NoWait()) as store:
+        for step in (1000, 1500):
+            save(store, step)
+        assert store.prune(Keep(newest=2)) == []
+        save(store, 1100)
+        assert store.prune(Keep(newest=2)) == [1500]
+    assert steps_in(scratch) == [1000, 1100]
+
+
+def test_the_last_one_that_was_verified_here_stays(scratch, save, faults):
+    with Store(scratch, fs=faults.NoWait()) as store:
+        for step in (1, 2):
+            save(store, step)
+        with open_checkpoint(scratch, 1) as stored:
+            assert not verified.is_known(stored.manifest.attempt)
+            assert stored.verify().ok
+            assert verified.is_known(stored.manifest.attempt)
+        for step in (3, 4):
+            save(store, step)
+        assert store.prune(2) == [2]
+        with open_checkpoint(scratch, 4) as stored:
+            assert stored.verify().ok
+        assert store.prune(2) == [1]
+
+
+def test_a_verification_that_failed_is_no_reason_to_stay(scratch, save, faults):
+    with Store(scratch, fs=faults.NoWait()) as store:
+        one = save(store, 1)
+        with open_checkpoint(scratch, 1) as stored:
+            assert stored.verify().ok
+            os.truncate(f"{one.path}/blocks.crc32c", 0)
+            assert not stored.verify().ok
+        assert not verified.is_known(one.attempt)
+        for step in (2, 3):
+            save(store, step)
+        assert store.prune(2) == [1]
+
+
+@pytest.mark.parametrize("harm", ["flip", "gone"])
+def test_what_is_no_checkpoint_any_more_does_not_count_as_the_newest(scratch, save, faults, caplog, harm):
+    with Store(scratch, fs=faults.NoWait()) as store:
+        paths = [save(store, step).path for step in (1, 2, 3, 4)]
+        manifest = os.path.join(paths[3], "gockpt.json")
+        if harm == "gone":
+            os.unlink(manifest)
+        else:
+            with open(manifest, "r+b") as file:
+                file.write(b"?")
+        with caplog.at_level(logging.WARNING):
+            assert store.prune(2) == [1]
+        assert "no complete checkpoint any more" in caplog.text
+        assert os.path.isdir(paths[3])  # damaged: not ours to delete
+        assert store.prune(2) == []
+    assert sorted(name for name in os.listdir(scratch) if name.startswith("step")) == [
+        directory_names.of_step(step) for step in (2, 3, 4)
+    ]
+
+
+def test_when_all_that_would_stay_is_damaged_nothing_goes(scratch, save, faults):
+    with Store(scratch, fs=faults.NoWait()) as store:
+        paths = [save(store, step).path for step in (1, 2, 3)]
+        for path in paths[1:]:
+            os.unlink(os.path.join(path, "gockpt.json"))
+        assert store.prune(1) == []
+    assert all(os.path.isdir(path) for path in paths)
+
+
+def test_a_reader_of_what_is_pruned_goes_on_or_is_told(scratch, save, faults):
+    with Store(scratch, fs=faults.NoWait()) as store:
+        save(store, 10)
+        with open_checkpoint(scratch) as stored:
+            for step in (20, 30):
+                save(store, step)
+            assert store.prune(Keep(newest=2)) == [10]
+            assert stored.folder.is_gone()
