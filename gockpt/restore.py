@@ -9,11 +9,13 @@ block be damaged, the error says what had been overwritten by then.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -21,7 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gockpt import rng as generators
 from gockpt.checkpoint import Metadata, checked_step, metadata_of, state_of, steps
-from gockpt.errors import CheckpointPruned, GockptError, StateMismatch, UsageError
+from gockpt.errors import CheckpointCorrupt, CheckpointPruned, GockptError, StateMismatch, UsageError
+from gockpt.fallback import newest_whole
 from gockpt.filling import Filler
 from gockpt.fitting import fit
 from gockpt.naming import bare_module, models_of
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gockpt.document import SavedState
+    from gockpt.fallback import PassedOver
     from gockpt.fitting import Plan
     from gockpt.state import LiveState
     from gockpt.storage.objects import Where
@@ -50,6 +54,10 @@ TRIES = 3
 
 SHOWN = 8
 """Names listed in a message before it counts the rest."""
+
+PREVIOUS = 'pass on_damage="previous" for the newest that verifies'
+
+_log = logging.getLogger("gockpt")
 
 _origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -69,6 +77,8 @@ class Restored:
         options_kept: Options of live param groups that the checkpoint lacks; left as they were.
         rng_absent: Saved random generators that this machine does not have, such as ``"cuda:3"``.
         metadata: Everything else that is known about the checkpoint.
+        passed_over: With ``on_damage="previous"``: damaged checkpoints that were not loaded, each with
+            ``step``, ``path`` and ``why``.
     """
 
     step: int
@@ -81,6 +91,7 @@ class Restored:
     options_kept: tuple[str, ...]
     rng_absent: tuple[str, ...]
     metadata: Metadata
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 def load(
@@ -92,6 +103,7 @@ def load(
     strict: bool = True,
     extra: Mapping[str, Any] | None = None,
     rng: bool = True,
+    on_damage: Literal["raise", "previous"] = "raise",
 ) -> Restored:
     """Load a checkpoint into a model, its optimizers and extras, in place and bit for bit.
 
@@ -105,6 +117,9 @@ def load(
         extra: Objects by name to restore with their ``load_state_dict``, or functions to call with
             the saved value.
         rng: Whether to set the random generators; done last.
+        on_damage: ``"raise"``, or ``"previous"``: read all of the newest first, compare it with what was
+            written, and take the one before if it is damaged, and so on; ``passed_over`` and a WARNING say
+            so. Takes a second reading, and no ``step``.
 
     Returns:
         The step, the plain values of all extras, and what did not fit.
@@ -117,13 +132,31 @@ def load(
         UsageError: If an argument is of no usable kind.
     """
     wanted = checked_step(step)
+    if on_damage not in ("raise", "previous") or (on_damage == "previous" and step is not None):
+        msg = (
+            f'on_damage={on_damage!r} with step={step!r}: expected "raise", or "previous" without a step, '
+            "which chooses the step itself"
+        )
+        raise UsageError(msg)
     for attempt in range(1, TRIES + 1):
         try:
-            with open_checkpoint(path, wanted) as stored:
-                return _Load(path, stored, model, optimizer, strict=strict, extra=extra, rng=rng).run()
+            if on_damage == "previous":
+                stored, passed_over = newest_whole(path)
+            else:
+                stored, passed_over = open_checkpoint(path, wanted), ()
+            with stored:
+                load_into = _Load(path, stored, model, optimizer, strict=strict, extra=extra, rng=rng)
+                restored = load_into.run()
+            if passed_over:
+                _log.warning("loaded step %d; passed over: %s", restored.step, _some(_steps_of(passed_over)))
+            return dataclasses.replace(restored, passed_over=passed_over)
         except CheckpointPruned:
             if wanted is not None or attempt == TRIES:
                 raise
+        except CheckpointCorrupt as error:
+            if not getattr(error, "__notes__", None) and on_damage == "raise":
+                error.add_note(f"nothing was changed. What now: load another step, or {PREVIOUS}")
+            raise
     raise AssertionError  # pragma: no cover - the last attempt returned or raised
 
 
@@ -281,6 +314,7 @@ class _Load:
         except GockptError:
             others = []
         older = f"load another step ({_some(others)})" if others else "no other step is there to load"
+        older += f", or {PREVIOUS}" if others else ""
         return (
             f"{len(done)} tensors had been overwritten ({_some(done)}), of {len(plan.fills)} in the model: "
             f"the objects are part old, part loaded. Before training on, {older}, or build them anew"
@@ -330,6 +364,10 @@ def _hand_over(target: Any, value: Any) -> None:
 
 def _overlaps(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and may_alias_itself(value)
+
+
+def _steps_of(passed_over: tuple[PassedOver, ...]) -> list[str]:
+    return [f"step {one.step}" for one in passed_over]
 
 
 def _some(names: list[str]) -> str:

@@ -35,7 +35,17 @@ LAYERS = (
         "transfer",
         "unplain",
     ),
-    ("checkpoint", "filling", "fitting", "lazy", "optimizer_restore", "restore", "uploads", "engine"),
+    (
+        "checkpoint",
+        "fallback",
+        "filling",
+        "fitting",
+        "lazy",
+        "optimizer_restore",
+        "restore",
+        "uploads",
+        "engine",
+    ),
     ("checkpointer",),
     ("cli", "integrations"),
 )

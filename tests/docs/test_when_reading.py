@@ -132,6 +132,14 @@ def _chunk_damaged(lab):
     gockpt.open("ckpts")["model/0.weight"][...]
 
 
+@when('The same, with `on_damage="previous"`')
+def _chunk_damaged_previous(lab):
+    run = lab.Run().saved().saved()
+    damage("ckpts/step-0000000002/model/0.weight/c.0.0")
+    restored = gockpt.load("ckpts", run.model, run.opt, on_damage="previous")
+    assert (restored.step, [one.step for one in restored.passed_over]) == (1, [2])
+
+
 @when("The newest manifest is damaged")
 def _manifest_damaged(lab):
     run = lab.Run().saved().saved()
