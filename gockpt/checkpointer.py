@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from gockpt.engine.engine import Engine
-from gockpt.errors import GockptError, OptionsError, PathBusy, SaveAborted, UsageError
+from gockpt.errors import GockptError, OptionsError, PathBusy, SaveAborted, UploadError, UsageError
 from gockpt.naming import resolve_optimizers
 from gockpt.options import Options
 from gockpt.restore import origin_of
 from gockpt.storage.store import Store
+from gockpt.uploads import Uploads
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from gockpt.engine.handle import SaveHandle
+    from gockpt.engine.handle import Saved, SaveHandle
+    from gockpt.uploads import UploadStatus
 
     Model = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.Tensor]
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -89,6 +91,7 @@ class Checkpointer:
             UsageError: If an argument can't work; names it and the way out.
             PathBusy: If another living writer saves into ``path``.
             StorageError: If ``path`` can't be made or written.
+            RemoteError: If ``options.remote`` can't be reached.
         """
         self.options = _checked_options(options)
         self.every = _checked_every(every, self.options)
@@ -96,14 +99,19 @@ class Checkpointer:
         self.path = os.path.realpath(os.fspath(path))
         self._optimizers = resolve_optimizers(optimizer)
         self.model_ids = _ids(model)
+        self._uploads: Uploads | None = None
         origin = origin_of(model)
         with _lock:
             _drain()
             resumed = origin is not None and origin.path == self.path
             _take_over(self.path, self.model_ids, resumed=resumed)
-            parent = origin.seq if origin is not None and resumed else None
+            remote = self.options.remote
+            homes = (self.path, None if remote is None else remote.rstrip("/"))
+            parent = origin.seq if origin is not None and origin.path in homes else None
             store = Store(self.path, parent=parent)
             try:
+                if remote is not None:
+                    self._uploads = Uploads(remote, self.path, store, nice=self.options.nice)
                 self._engine = Engine(
                     _reference(model),
                     self._optimizers,
@@ -112,6 +120,7 @@ class Checkpointer:
                     options=self.options,
                     last_step=0 if origin is None else origin.step,
                     updates=0 if origin is None else origin.optimizer_steps,
+                    on_published=self._upload,
                 )
             except BaseException:
                 store.close()
@@ -153,13 +162,21 @@ class Checkpointer:
         return self._engine.tick(number, self._extra)
 
     def wait(self) -> None:
-        """Finish what is in flight; an open window closes at the last step told."""
-        self._engine.wait()
+        """Finish what is in flight, uploads too; an open window closes at the last step told."""
+        try:
+            self._engine.wait()
+        finally:
+            if self._uploads is not None:
+                self._uploads.wait()
 
     def close(self) -> None:
-        """Finish what is in flight, then let go of threads, memory and the path."""
+        """Finish what is in flight, uploads too, then let go of threads, memory and the path."""
         try:
-            self._engine.close()
+            try:
+                self._engine.close()
+            finally:
+                if self._uploads is not None:
+                    self._uploads.wait()
         finally:
             if self.closed:
                 _live.discard(self)
@@ -175,6 +192,11 @@ class Checkpointer:
     def busy(self) -> bool:
         """Whether a save is in flight."""
         return self._engine.busy
+
+    @property
+    def uploads(self) -> UploadStatus | None:
+        """How far the copies in the object store are; ``None`` without ``Options.remote``."""
+        return None if self._uploads is None else self._uploads.status
 
     @property
     def model_is_gone(self) -> bool:
@@ -229,6 +251,10 @@ class Checkpointer:
     def continue_after(self, former: Checkpointer) -> None:
         """Count calls on from another checkpointer of the same model."""
         self._engine.count_from(*former._engine.counted)
+
+    def _upload(self, saved: Saved) -> None:
+        if self._uploads is not None:
+            self._uploads.offer(saved.step, saved.seq, str(saved.path))
 
     def __enter__(self) -> Self:
         return self
@@ -293,7 +319,7 @@ def wait() -> None:
     anyone else; normal exit of the interpreter does the same.
 
     Raises:
-        SaveError: If a save failed.
+        SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
     """
     first: GockptError | None = None
     for saver in list(_live):
@@ -330,7 +356,7 @@ def _saver_for(
         if former is not None and not former.closed:
             try:
                 former.close()
-            except SaveAborted as error:
+            except (SaveAborted, UploadError) as error:
                 _log.warning("other arguments than before: %s", error)
         saver = Checkpointer(model, optimizer, path, every=every, options=options)
         if former is not None:
@@ -350,7 +376,7 @@ def _drain() -> None:
     """Close the checkpointers whose models are gone. Finalizers only note them: they run anywhere."""
     for _ in range(len(_gone)):
         saver = _gone.popleft()
-        if saver.busy:
+        if saver.busy or (saver.uploads is not None and saver.uploads.active is not None):
             _gone.append(saver)
             continue
         for key in [key for key, known in _by_call.items() if known is saver]:
@@ -386,7 +412,10 @@ def _take_over(path: str, model_ids: tuple[int, ...], *, resumed: bool) -> None:
                 "another path. To save several models together, pass them as one list"
             )
             raise PathBusy(msg)
-        saver.close()
+        try:
+            saver.close()
+        except UploadError as error:
+            _log.warning("of the checkpointer before: %s", error)
 
 
 def _reference(model: Model) -> Callable[[], Any]:

@@ -82,6 +82,8 @@ class Options:
         grad_dtype: ``None`` sends gradients as they are. ``"fp16"`` and ``"bf16"`` are for device
             transfers and are refused for state on the CPU.
         compression: ``None`` stores raw bytes. Nothing else is supported yet.
+        remote: URL of an object store, such as ``"s3://bucket/run"``, that checkpoints are copied to in the
+            background once they are durable; ``None`` copies nothing. Needs ``gockpt[remote]``.
     """
 
     window: int | Literal["auto"] = "auto"
@@ -95,6 +97,7 @@ class Options:
     overhead: float = 0.01
     grad_dtype: Literal["fp16", "bf16"] | None = None
     compression: str | None = None
+    remote: str | None = None
 
     def __post_init__(self) -> None:
         if self.window != "auto" and not _is_int(self.window, 1, MAX_WINDOW):
@@ -127,6 +130,8 @@ class Options:
         if self.compression is not None:
             msg = f"compression={self.compression!r} is not supported by this version; use compression=None"
             raise OptionsError(msg)
+        if self.remote is not None and (not isinstance(self.remote, str) or "://" not in self.remote):
+            _refuse("remote", self.remote, 'None or a URL such as "s3://bucket/run"')
 
     @property
     def worker_threads(self) -> int:

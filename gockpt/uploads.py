@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gockpt.checkpoint import checked_step
-from gockpt.errors import UsageError
-from gockpt.storage.listing import open_checkpoint
+from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
+from gockpt.storage import remote_listing
+from gockpt.storage.listing import list_checkpoints, open_checkpoint
 from gockpt.storage.objects import objects_at
 from gockpt.storage.upload import Uploaded, upload_checkpoint
 
 if TYPE_CHECKING:
     from gockpt.storage.objects import Objects, Where
+    from gockpt.storage.store import Store
 
-__all__ = ["Uploaded", "upload"]
+__all__ = ["UploadStatus", "Uploads", "upload"]
+
+_log = logging.getLogger("gockpt")
 
 
 def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
@@ -48,3 +56,185 @@ def store_at(url: Where) -> Objects:
         msg = f"{url!r} is no URL of an object store, such as 's3://bucket/run' or 'gs://bucket/run'"
         raise UsageError(msg)
     return objects
+
+
+@dataclass(frozen=True, slots=True)
+class UploadStatus:
+    """How far the copies of one path's checkpoints are.
+
+    Attributes:
+        url: Where they go.
+        newest: The last one that became complete there since this writer began, if any.
+        active: The step that is being uploaded, or ``None``.
+        waiting: The step that comes next, or ``None``.
+        done: Bytes of the active one that are there.
+        total: Bytes that it has.
+        error: What the last upload failed of, in words; ``None`` if it went well.
+    """
+
+    url: str
+    newest: Uploaded | None
+    active: int | None
+    waiting: int | None
+    done: int
+    total: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    step: int
+    seq: int
+    path: str
+
+
+class Uploads:
+    """Copies the newest checkpoint of a path into an object store whenever there is a newer one.
+
+    One at a time, on a thread of its own. Of several that became complete meanwhile only the newest is
+    uploaded. A failure is logged and disturbs nobody; :meth:`wait` tries once more, and raises.
+    """
+
+    def __init__(self, url: Where, path: str, store: Store, *, nice: int) -> None:
+        """Look into the store once, so that what can't work shows at once.
+
+        Numbers of publications go on above those that are there, and the path's newest checkpoint is
+        uploaded if it isn't there yet, or not as a whole.
+
+        Raises:
+            UsageError: If the URL can't be used.
+            RemoteError: If the store refuses or can't be reached.
+        """
+        self._objects = store_at(url)
+        self._store = store
+        self._nice = nice
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._active: _Job | None = None
+        self._waiting: _Job | None = None
+        self._failed: _Job | None = None
+        self._failure: BaseException | None = None
+        self._newest: Uploaded | None = None
+        self._progress = (0, 0)
+        there = remote_listing.candidates(self._objects)
+        highest = max((other.seq for other in there), default=0)
+        store.continue_after(highest)
+        mine = list_checkpoints(path)[-1:]
+        for entry in mine:
+            if entry.seq > highest or any(other.attempt == entry.attempt for other in there):
+                self.offer(entry.step, entry.seq, entry.path)
+
+    @property
+    def status(self) -> UploadStatus:
+        """How far it is."""
+        with self._changed:
+            return UploadStatus(
+                url=self._objects.url,
+                newest=self._newest,
+                active=None if self._active is None else self._active.step,
+                waiting=None if self._waiting is None else self._waiting.step,
+                done=self._progress[0],
+                total=self._progress[1],
+                error=None if self._failure is None else str(self._failure),
+            )
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being uploaded."""
+        return self._active is not None
+
+    def offer(self, step: int, seq: int, path: str) -> None:
+        """Upload a checkpoint next; returns at once. One that has waited until now is left out."""
+        with self._changed:
+            if self._waiting is not None:
+                _log.info(
+                    "step %d is not uploaded: step %d is newer, and step %s is still on its way",
+                    self._waiting.step,
+                    step,
+                    "another" if self._active is None else self._active.step,
+                )
+            self._waiting, self._failed = _Job(step, seq, path), None
+            self._start()
+
+    def wait(self) -> None:
+        """Return when nothing is being uploaded. What failed is tried once more.
+
+        Raises:
+            UploadError: If the newest checkpoint could not be uploaded; raised once.
+        """
+        if os.getpid() != self._pid:
+            return  # the thread is the parent's
+        with self._changed:
+            if self._failed is not None:
+                self._waiting, self._failed = self._failed, None
+                self._start()
+            self._changed.wait_for(lambda: self._active is None)
+            failed, self._failed = self._failed, None
+            failure = self._failure
+        if failed is not None:
+            msg = (
+                f"the checkpoint of step {failed.step} is complete in {failed.path}, but could not be "
+                f"uploaded: {failure}. To try again: gockpt.upload({failed.path!r}, {self._objects.url!r})"
+            )
+            raise UploadError(msg) from failure
+
+    def _start(self) -> None:
+        """Begin with what waits, unless something is on its way; the lock is held."""
+        if self._active is None and self._waiting is not None:
+            self._active, self._waiting = self._waiting, None
+            try:
+                threading.Thread(target=self._run, name="gockpt-upload", daemon=True).start()
+            except RuntimeError as error:  # no thread to be had: the save has gone well all the same
+                self._failure, self._failed, self._active = error, self._active, None
+
+    def _run(self) -> None:
+        self._be_nice()
+        while True:
+            job, self._progress = self._active, (0, 0)
+            if job is None:
+                return
+            failure: BaseException | None = None
+            try:
+                done = self._upload(job)
+            except BaseException as error:  # noqa: BLE001 - wait() raises it
+                failure = error
+                _log.warning(
+                    "step %d was not uploaded to %s: %s; the next checkpoint will be, or this one by wait()",
+                    job.step,
+                    self._objects.url,
+                    error,
+                )
+                if not isinstance(error, GockptError):
+                    _log.debug("of this upload", exc_info=True)
+            with self._changed:
+                if failure is None:
+                    self._newest = done or self._newest
+                self._failure, self._failed = failure, None if failure is None else job
+                self._active, self._waiting = self._waiting, None
+                self._changed.notify_all()
+
+    def _upload(self, job: _Job) -> Uploaded | None:
+        """Upload one checkpoint; ``None`` if it is gone, or another one stands in its place."""
+        with self._store.holding(job.seq):
+            try:
+                with open_checkpoint(job.path) as stored:
+                    if stored.seq == job.seq:
+                        done = upload_checkpoint(
+                            stored,
+                            self._objects,
+                            prepare_thread=self._be_nice,
+                            on_progress=self._show,
+                        )
+                        _log.info("uploaded step %d to %s: %.1f MB", done.step, done.url, done.sent / 1e6)
+                        return done
+            except NotFoundError:  # CheckpointPruned is one, too
+                pass
+        _log.warning("step %d was removed from %s before it was uploaded", job.step, job.path)
+        return None
+
+    def _show(self, done: int, total: int) -> None:
+        self._progress = (done, total)
+
+    def _be_nice(self) -> None:
+        # On Linux the priority belongs to the thread, not to the process.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from gockpt.storage import directory_names, files, manifest, strict_json, verifi
 from gockpt.storage.failures import storage_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gockpt.options import Keep
     from gockpt.storage.filesystem import Filesystem
     from gockpt.storage.lock import WriterLock
@@ -103,7 +106,7 @@ class Catalog:
             at a name and its renaming nobody else may rename it.
     """
 
-    __slots__ = ("_entries", "_mutex", "_place", "_seq", "turn")
+    __slots__ = ("_entries", "_held", "_mutex", "_place", "_seq", "turn")
 
     def __init__(self, place: Place) -> None:
         """Look at every name in the directory.
@@ -116,6 +119,7 @@ class Catalog:
         self.turn = threading.Lock()
         self._entries: dict[str, manifest.Identity] = {}
         self._seq = 0
+        self._held: set[int] = set()
         with storage_errors("look through", place.path):
             for name in place.fs.listdir(place.fd):
                 known = directory_names.parse(name)
@@ -137,6 +141,22 @@ class Catalog:
             self._seq += 1
             return self._seq
 
+    def continue_after(self, seq: int) -> None:
+        """Give out only numbers above ``seq`` from now on."""
+        with self._mutex:
+            self._seq = max(self._seq, seq)
+
+    @contextmanager
+    def holding(self, seq: int) -> Iterator[None]:
+        """Spare a publication, whatever is pruned meanwhile; a later pruning takes it."""
+        with self._mutex:
+            self._held.add(seq)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._held.discard(seq)
+
     def add(self, name: str, identity: manifest.Identity) -> None:
         """Enter what was just published."""
         with self._mutex:
@@ -152,7 +172,7 @@ class Catalog:
 
         What a newer publication of the same step replaced goes too; it neither counts nor is reported. The
         newest are looked at once more before anything goes: what is no complete checkpoint any more
-        doesn't count.
+        doesn't count. What is held is left for the next time.
 
         Raises:
             StorageError: If the disk refuses; what was deleted until then is deleted.
@@ -163,6 +183,9 @@ class Catalog:
             replaced = retention.superseded(self._publications(keep))
         steps = []
         for name, identity in going:
+            with self._mutex:
+                if identity.seq in self._held:
+                    continue
             with storage_errors("delete", self._place.of(name)):
                 # Not what another process put in its place meanwhile.
                 if identify(self._place, name) == identity:

@@ -304,9 +304,13 @@ def _expect_unforked() -> None:
 
 
 def _name_of(store: Any) -> str:
-    """Return what messages call a store; its own words hold no credentials."""
+    """Return what messages call a store: its URL, where its own words tell, which hold no credentials."""
     text = str(store)
-    return f"{type(store).__name__}()" if text.startswith("<") else text
+    match = re.match(r'(S3|GCS|Azure)Store\((?:bucket|container)\w*="([^"]*)"(?:, prefix="([^"]*)")?', text)
+    if match is None:
+        return f"{type(store).__name__}()" if text.startswith("<") else text
+    scheme = {"S3": "s3", "GCS": "gs", "Azure": "az"}[match[1]]
+    return f"{scheme}://{match[2]}" + (f"/{match[3]}" if match[3] else "")
 
 
 def _words(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from gockpt.storage.lock import WriterLock
 from gockpt.storage.transaction import Lineage, Transaction
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
 __all__ = ["Store"]
@@ -122,6 +123,14 @@ class Store:
             keep = Keep(newest=keep)
         with self._catalog.turn:
             return self._catalog.prune(keep)
+
+    def continue_after(self, seq: int) -> None:
+        """Number publications from above ``seq`` on, which was given out elsewhere."""
+        self._catalog.continue_after(seq)
+
+    def holding(self, seq: int) -> AbstractContextManager[None]:
+        """Keep :meth:`prune` from deleting a publication while the context is open."""
+        return self._catalog.holding(seq)
 
     def close(self) -> None:
         """Abort what was begun and not committed, and let others write here. Again is fine."""

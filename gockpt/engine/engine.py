@@ -67,13 +67,18 @@ class Engine:
         options: Options,
         last_step: int = 0,
         updates: int = 0,
+        on_published: Callable[[Saved], None] = lambda _: None,
     ) -> None:
-        """Attach to a model, given as a function that returns it, or ``None`` once it is gone."""
+        """Attach to a model, given as a function that returns it, or ``None`` once it is gone.
+
+        ``on_published`` is called for each checkpoint once it is durable, on a worker; it must not wait.
+        """
         self.options = options
         self.store = store
         self.closed = False
         self._model = model
         self._optimizers = optimizers
+        self._on_published = on_published
         self._auto_every = every == "auto"
         self._cadence = Cadence(FIRST_AUTO_EVERY if isinstance(every, str) else every)
         self._pid = os.getpid()
@@ -89,7 +94,7 @@ class Engine:
             pool=self._pool,
             pace=self._pace,
             drive=self.drive,
-            on_saved=self._choose_every,
+            on_saved=self._published,
         )
         self._hooks = Hooks(optimizers, self)
         self._thread = threading.current_thread()
@@ -428,8 +433,12 @@ class Engine:
         """Whether the save in flight looked at the whole state at the last tick."""
         return self._save.looked_at is boundary
 
-    def _choose_every(self, saved: Saved) -> None:
+    def _published(self, saved: Saved) -> None:
         self._held = None
+        self._on_published(saved)
+        self._choose_every(saved)
+
+    def _choose_every(self, saved: Saved) -> None:
         if not self._auto_every or not self._pace.step_seconds:
             return
         every = choose_every(

@@ -54,10 +54,10 @@ class Run:
             self.tick(every=4, options=WINDOW)
         return self
 
-    def saved(self):
+    def saved(self, **how):
         """Train one step and save it."""
         self.train()
-        self.tick().result()
+        self.tick(**how).result()
         return self
 
     def check(self, step=None):

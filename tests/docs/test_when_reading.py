@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import zarr
 
 import gockpt
+from gockpt.storage.objects import Objects
 
 TRIALS = {}
 
@@ -169,6 +172,45 @@ def _misspelt(lab):
     with pytest.raises(gockpt.TensorNotFound, match="did you mean 'model/0.weight'") as caught:
         gockpt.open("ckpts")["model/0.weigth"]
     raise caught.value
+
+
+def uploaded(lab):
+    """Return the URL of an uploaded checkpoint, and the directory that stands for the store."""
+    lab.Run().saved()
+    url = gockpt.upload("ckpts", f"file://{Path.cwd()}/there").url
+    return url, Path(url.removeprefix("file://"))
+
+
+@when("An object of an uploaded checkpoint is missing or damaged")
+def _object_damaged(lab):
+    url, place = uploaded(lab)
+    held = gockpt.open(url)
+    damage(place / "model/0.weight/c.0.0")
+    (place / "model/1.weight/c.0.0").unlink()
+    with pytest.raises(gockpt.ChunkCorrupt, match="missing"):
+        held["model/1.weight"][...]
+    held["model/0.weight"][...]
+
+
+@when("An uploaded checkpoint is deleted, manifest first, while it is being read")
+def _object_pruned(lab):
+    url, place = uploaded(lab)
+    held = gockpt.open(url)
+    shutil.rmtree(place)
+    held["model/0.weight"][...]
+
+
+@when("The object store can't be reached, or refuses")
+def _no_store(lab):
+    url, _ = uploaded(lab)
+    with mock.patch.object(Objects, "stat", side_effect=gockpt.RemoteError("403")):
+        gockpt.open(url)
+
+
+@when("A URL is read without obstore")
+def _no_obstore(lab):
+    with mock.patch.dict(sys.modules, {"obstore": None}):
+        gockpt.open("s3://bucket/run")
 
 
 @pytest.mark.parametrize("row", TRIALS)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import torch
 import gockpt
 from gockpt import checkpointer
 from gockpt.storage.filesystem import Filesystem
+from gockpt.storage.objects import Objects
 
 TRIALS = {}
 
@@ -438,6 +440,80 @@ def _impossible(lab):
 @when("The state is larger than `host_memory` allows")
 def _too_large(lab):
     lab.Run(width=2000).tick(options=gockpt.Options(host_memory=1 << 16))
+
+
+@when("The object store can't be reached, or refuses, when a run begins")
+def _no_store(lab):
+    refuse = mock.patch.object(Objects, "children", side_effect=gockpt.RemoteError("503"))
+    with refuse:
+        lab.Run().saved(options=lab.ONE.replace(remote=there()))
+
+
+@when("An upload fails")
+def _failed_upload(lab):
+    run, options = lab.Run(), lab.ONE.replace(remote=there())
+    with mock.patch.object(Objects, "create", side_effect=gockpt.RemoteError("503")):
+        run.saved(options=options).saved(options=options)
+        with pytest.raises(gockpt.UploadError) as caught:
+            gockpt.wait()
+        assert gockpt.steps("ckpts") == [1, 2]
+    run.saved(options=options).check()
+    assert gockpt.latest(there()) == 3
+    raise caught.value
+
+
+@when("An upload is cut short")
+def _cut_upload(lab):
+    run = lab.Run().saved()
+    with (
+        mock.patch.object(Objects, "create", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        gockpt.upload("ckpts", there())
+    assert gockpt.steps(there()) == []
+    gockpt.upload("ckpts", there())
+    assert gockpt.verify(there()).ok
+    run.check()
+
+
+@when("A checkpoint is due to be deleted while it is being uploaded")
+def _pruned_upload(lab):
+    run, options = lab.Run(), lab.ONE.replace(remote=there(), keep=2)
+    reached, go_on = threading.Event(), threading.Event()
+    create = Objects.create
+
+    def gated(objects, path, data):
+        reached.set()
+        assert go_on.wait(60)
+        create(objects, path, data)
+
+    with mock.patch.object(Objects, "create", gated):
+        run.saved(options=options)
+        assert reached.wait(60)
+        for _ in range(3):
+            run.saved(options=options)
+        assert gockpt.steps("ckpts") == [1, 3, 4]
+        go_on.set()
+        gockpt.wait()
+    assert gockpt.verify(there(), 1).ok
+    run.saved(options=options).check()
+    assert gockpt.steps("ckpts") == [4, 5]
+
+
+@when("A damaged checkpoint is uploaded")
+def _damaged_upload(lab):
+    lab.Run().saved()
+    chunk = Path("ckpts/step-0000000001/model/0.weight/c.0.0")
+    chunk.write_bytes(b"x" + chunk.read_bytes()[1:])
+    with pytest.raises(gockpt.ChunkCorrupt) as caught:
+        gockpt.upload("ckpts", there())
+    assert gockpt.steps(there()) == []
+    raise caught.value
+
+
+def there():
+    """Return the URL of a directory that stands for an object store."""
+    return f"file://{Path.cwd()}/there"
 
 
 @pytest.mark.parametrize("row", TRIALS)

@@ -104,7 +104,7 @@ def tensors(marker: int = 0) -> dict[str, torch.Tensor]:
     """Return a small state: several chunks of one array, a padded last one, one without elements."""
     generator = torch.Generator().manual_seed(marker)
     return {
-        "tall": torch.randn(67, 64, generator=generator),
+        "tall": torch.randn(100, 64, generator=generator),
         "w": torch.randn(5, 3, generator=generator).bfloat16(),
         "scale": torch.full((), float(marker)),
         "none": torch.empty(0, 4),

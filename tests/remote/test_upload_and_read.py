@@ -37,6 +37,15 @@ def test_a_round_trip_keeps_every_bit(save, url, tmp_path):
     assert report.path == done.url
 
 
+def test_a_store_does_as_well_as_its_url(save, url, bucket, quick, tmp_path):
+    held = save(tmp_path / "ckpts", 7)
+    done = gockpt.upload(tmp_path / "ckpts", quick(bucket))
+    assert done.url == f"{url}/step-0000000007-1-{done.attempt}"
+    with gockpt.open(quick(bucket)) as checkpoint:
+        assert equal(checkpoint, held)
+        assert checkpoint.metadata.path == done.url
+
+
 def test_every_dtype_round_trips(save, url, tmp_path):
     every = {}
     for number, dtype in enumerate(DTYPE_OF.values()):
