@@ -241,7 +241,7 @@ def test_a_run_killed_while_it_uploads_goes_on_at_the_next_start(url, bucket, s3
     script = (
         "import os, signal, sys, torch, gockpt\n"
         "from gockpt.storage.objects import Objects\n"
-        "put, left = Objects.put, [4]\n"
+        "put, left = Objects.put, [7]\n"
         "def counted(self, *given, **more):\n"
         "    left[0] -= 1\n"
         "    if left[0] == 0:\n"
