@@ -28,7 +28,7 @@ from gockpt.errors import (
 from gockpt.storage import strict_json, verified
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.fetch import PIECE, Source, Task, execute
-from gockpt.storage.folder import read_small
+from gockpt.storage.folder import LocalFolder, read_small
 from gockpt.storage.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, ArrayEntry, Manifest, parse
 from gockpt.storage.ranges import plan_reads
 from gockpt.storage.safe_open import GONE
@@ -255,7 +255,8 @@ class StoredCheckpoint:
         report = verify_files(folder, self.path, self.manifest, threads=self._threads)
         if report.problems and folder.is_gone():
             raise CheckpointPruned(self._pruned())
-        verified.remember(self.manifest.attempt, ok=report.ok)
+        if isinstance(folder, LocalFolder):  # a copy in an object store says nothing about the one on disk
+            verified.remember(self.manifest.attempt, ok=report.ok)
         return report
 
     def _open_folder(self) -> Folder:
