@@ -21,6 +21,7 @@ from gockpt.errors import GockptError, OptionsError, PathBusy, SaveAborted, Uplo
 from gockpt.naming import resolve_optimizers
 from gockpt.options import Options
 from gockpt.restore import origin_of
+from gockpt.storage.compression import Compression
 from gockpt.storage.store import Store
 from gockpt.uploads import Uploads
 
@@ -108,7 +109,8 @@ class Checkpointer:
             remote = self.options.remote
             homes = (self.path, None if remote is None else remote.rstrip("/"))
             parent = origin.seq if origin is not None and origin.path in homes else None
-            store = Store(self.path, parent=parent)
+            compression = Compression(self.options.compression, threads=self.options.worker_threads)
+            store = Store(self.path, parent=parent, compression=compression)
             try:
                 if remote is not None:
                     self._uploads = Uploads(remote, self.path, store, nice=self.options.nice)

@@ -70,9 +70,9 @@ class Options:
         keep: Keep the newest this many checkpoints and remove older ones after each publication;
             ``None`` keeps all. At least 2: a damaged newest one needs a predecessor. A :class:`Keep`
             also keeps milestones and the best.
-        host_memory: Upper bound in bytes for the arena and the gradient ring together; ``None``
-            bounds it by the state's own size plus at most two full gradients. A state that can't
-            fit is refused when the save starts.
+        host_memory: Upper bound in bytes for the arena, the gradient ring and compression together;
+            ``None`` bounds it by the state's own size plus at most two full gradients, and what
+            compression takes. A state that can't fit is refused when the save starts.
         device_memory: Upper bound in bytes of device memory for snapshots and staging. State on
             the CPU needs none, so this has no effect there.
         cpu_threads: Background threads for replay, checksums and writing; ``None`` is half the
@@ -81,7 +81,11 @@ class Options:
         overhead: For ``every="auto"``: the largest share of training time that saving may take.
         grad_dtype: ``None`` sends gradients as they are. ``"fp16"`` and ``"bf16"`` are for device
             transfers and are refused for state on the CPU.
-        compression: ``None`` stores raw bytes. Nothing else is supported yet.
+        compression: ``None`` stores raw bytes. ``"zstd"`` (level 1) and ``"blosc"`` (zstd level 1 over sorted
+            bits or bytes) encode arrays of 4 KiB and more; a slice is then read by decoding whole chunks.
+            ``"auto"`` writes the first checkpoint raw, measures disk and codecs meanwhile, and from then on
+            encodes the kinds of tensor whose encoding makes a save shorter. Encoding takes host memory of its
+            own: at most three times the largest chunk for each of ``cpu_threads``, and three times more.
         remote: URL of an object store, such as ``"s3://bucket/run"``, that checkpoints are copied to in the
             background once they are durable; ``None`` copies nothing. Needs ``gockpt[remote]``.
     """
@@ -96,7 +100,7 @@ class Options:
     nice: int = 19
     overhead: float = 0.01
     grad_dtype: Literal["fp16", "bf16"] | None = None
-    compression: str | None = None
+    compression: Literal["zstd", "blosc", "auto"] | None = None
     remote: str | None = None
 
     def __post_init__(self) -> None:
@@ -127,9 +131,8 @@ class Options:
                 "not make yet: state on the CPU is saved exactly with grad_dtype=None"
             )
             raise OptionsError(msg)
-        if self.compression is not None:
-            msg = f"compression={self.compression!r} is not supported by this version; use compression=None"
-            raise OptionsError(msg)
+        if self.compression not in (None, "zstd", "blosc", "auto"):
+            _refuse("compression", self.compression, 'None, "zstd", "blosc" or "auto"')
         if self.remote is not None and (not isinstance(self.remote, str) or "://" not in self.remote):
             _refuse("remote", self.remote, 'None or a URL such as "s3://bucket/run"')
 

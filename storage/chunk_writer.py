@@ -1,9 +1,9 @@
-"""Write one chunk from its arena slot to its file, without copying it.
+"""Write one chunk to its file: from its arena slot, without copying it, or encoded.
 
 Promise: the file holds the real rows, zeros up to the whole chunk (sparse) and the checksum of all of
-that, little-endian; its length is exact; and no byte of stale memory reaches the disk, because the slot
-is zeroed behind the rows first. What is written are whole pages at page offsets, so that the same calls
-serve direct and buffered I/O; the length is set last. Nothing is synced here.
+that, little-endian; or the encoded chunk and its checksum. Its length is exact; and no byte of stale memory
+reaches the disk, because the slot is zeroed behind the rows first. What is written are whole pages at page
+offsets, so that the same calls serve direct and buffered I/O; the length is set last. Nothing is synced here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from gockpt.layout import ALIGNMENT, CHECKSUM_BYTES
 from gockpt.storage import checksum, files
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from gockpt.layout import ArrayLayout, Slot
     from gockpt.storage.filesystem import Filesystem
 
-__all__ = ["DIRECT_FROM", "WrittenChunk", "write_chunk"]
+__all__ = ["DIRECT_FROM", "WrittenChunk", "write_chunk", "write_encoded"]
 
 DIRECT_FROM = 256 << 10
 """Smaller chunks go through the page cache, where many leave as one; direct I/O waits for each."""
@@ -42,7 +44,7 @@ class WrittenChunk:
 
     Attributes:
         fd: Its open file: only this descriptor is sure to be told of a failed write.
-        blocks: crc32c of each block of its real bytes, little-endian uint32.
+        blocks: crc32c of each block of its real or encoded bytes, little-endian uint32.
         nbytes: Bytes of the file that were really written, padding excluded.
         direct: Whether it went past the page cache.
         refused: Whether the file system refused that.
@@ -63,11 +65,10 @@ def _is_aligned(buffer: memoryview) -> bool:
     return bool(np.frombuffer(buffer, np.uint8).ctypes.data % ALIGNMENT == 0)
 
 
-def _trailer(crc: bytes, at: int, start: int) -> memoryview:
-    """Return the pages from file offset ``start`` on that hold the end of ``crc``, written at ``at``."""
-    pages = mmap.mmap(-1, _pages(at + CHECKSUM_BYTES - start))
-    begin = max(at, start)
-    pages[begin - start : at + CHECKSUM_BYTES - start] = crc[begin - at :]
+def _trailer(data: bytes, lead: int = 0) -> memoryview:
+    """Return whole pages with ``data`` behind ``lead`` zero bytes."""
+    pages = mmap.mmap(-1, _pages(lead + len(data)))
+    pages[lead : lead + len(data)] = data
     return memoryview(pages)
 
 
@@ -117,8 +118,57 @@ def write_chunk(
     pieces = [(buffer[:end], 0)]
     if not fits:
         start = max(end, whole // ALIGNMENT * ALIGNMENT)
-        pieces.append((_trailer(crc_bytes, whole, start), start))
+        begin = max(whole, start)
+        pieces.append((_trailer(crc_bytes[begin - whole :], begin - start), start))
 
+    fd, used, refused = _write_pieces(
+        fs, dir_fd, name, pieces, end=end, nbytes=whole + CHECKSUM_BYTES, direct=direct
+    )
+    return WrittenChunk(fd, blocks, real + CHECKSUM_BYTES, used, refused)
+
+
+def write_encoded(fs: Filesystem, dir_fd: int, name: str, *, data: bytes, direct: bool) -> WrittenChunk:
+    """Create the file ``name`` and write an encoded chunk into it.
+
+    Args:
+        fs: The file system.
+        dir_fd: The directory that ``name`` is relative to.
+        name: The file, which must not exist.
+        data: The chunk as encoded.
+        direct: As for :func:`write_chunk`.
+
+    Raises:
+        OSError: What the system says. The file is of no use then.
+    """
+    view = memoryview(data)
+    blocks = checksum.crc32c_blocks(view)
+    crc = checksum.chain(blocks.tolist(), view.nbytes).to_bytes(CHECKSUM_BYTES, "little")
+    # All but the last pages are written as they stand; those take the checksum, and zeros behind it.
+    body = view.nbytes // ALIGNMENT * ALIGNMENT
+    last = _trailer(data[body:] + crc)
+    pieces = [(view[:body], 0), (last, body)] if body else [(last, 0)]
+    nbytes = view.nbytes + CHECKSUM_BYTES
+    fd, used, refused = _write_pieces(
+        fs, dir_fd, name, pieces, end=_pages(nbytes), nbytes=nbytes, direct=direct
+    )
+    return WrittenChunk(fd, blocks, nbytes, used, refused)
+
+
+def _write_pieces(
+    fs: Filesystem,
+    dir_fd: int,
+    name: str,
+    pieces: Sequence[tuple[memoryview, int]],
+    *,
+    end: int,
+    nbytes: int,
+    direct: bool,
+) -> tuple[int, bool, bool]:
+    """Create a file of ``nbytes`` with these whole pages at their offsets, no hole before ``end``.
+
+    Returns:
+        The open file, whether it was written directly, and whether the file system refused that.
+    """
     wanted = direct and end >= DIRECT_FROM
     fd, direct = _create(fs, dir_fd, name, direct=wanted)
     try:
@@ -136,11 +186,11 @@ def write_chunk(
                 fd = fs.open(name, os.O_WRONLY | os.O_NOFOLLOW, dir_fd=dir_fd)
                 fs.close(refusing)
                 files.write_all(fs, fd, piece, offset)
-        fs.ftruncate(fd, whole + CHECKSUM_BYTES)
+        fs.ftruncate(fd, nbytes)
     except BaseException:
         fs.close(fd)
         raise
-    return WrittenChunk(fd, blocks, real + CHECKSUM_BYTES, direct, refused=wanted and not direct)
+    return fd, direct, wanted and not direct
 
 
 def _write(fs: Filesystem, fd: int, piece: memoryview, offset: int, *, direct: bool) -> None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gockpt.errors import ManifestCorrupt, UsageError
+from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage import checksum, chunk_writer, files, manifest, names, strict_json, zarr_documents
+from gockpt.storage.codecs import Coded
 from gockpt.storage.failures import storage_errors
 from gockpt.storage.manifest import (
     BLOCKS_FILE,
@@ -25,6 +27,7 @@ from gockpt.storage.manifest import (
     ArrayEntry,
     FileEntry,
 )
+from gockpt.storage.stopwatch import Stopwatch
 from gockpt.storage.unsynced import Unsynced
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.layout import ArrayLayout, Slot
+    from gockpt.storage.compression import Compression
     from gockpt.storage.filesystem import Filesystem
 
 __all__ = ["Draft"]
@@ -42,13 +46,18 @@ _MANIFEST_IN_THE_MAKING = f"{MANIFEST_FILE}.tmp"
 
 @dataclass(slots=True)
 class _Array:
-    """An array whose directory and document were written; ``blocks`` has a key for each chunk begun."""
+    """An array whose directory and document were written; ``blocks`` has a key for each chunk begun.
+
+    Where it has a codec, ``stored`` has the encoded length of each chunk written.
+    """
 
     layout: ArrayLayout
     path: str
     document: dict[str, Any]
     meta: FileEntry
+    codec: str | None
     blocks: dict[int, npt.NDArray[np.uint32] | None] = field(default_factory=dict)
+    stored: dict[int, int] = field(default_factory=dict)
 
 
 class Draft:
@@ -58,13 +67,14 @@ class Draft:
         nbytes: Bytes written so far: real rows, checksums, documents.
     """
 
-    def __init__(self, fs: Filesystem, dir_fd: int, where: str) -> None:
+    def __init__(self, fs: Filesystem, dir_fd: int, where: str, compression: Compression) -> None:
         """Start in an empty directory.
 
         Args:
             fs: The file system.
             dir_fd: The directory; stays the caller's.
             where: Its path, for messages.
+            compression: Which arrays are encoded.
 
         Raises:
             OSError: If the file system can't be identified.
@@ -73,6 +83,8 @@ class Draft:
         self._fs = fs
         self._fd = dir_fd
         self._where = where
+        self._compression = compression
+        self._stopwatch = Stopwatch()
         self._mutex = threading.Lock()
         self._unsynced = Unsynced(fs, dir_fd, where)
         self._arrays: dict[tuple[str, ...], _Array] = {}
@@ -90,14 +102,25 @@ class Draft:
             array.blocks[slot.chunk] = None
         name = f"{array.path}/{manifest.chunk_key(slot.chunk, len(layout.chunk_shape))}"
         with storage_errors("write", os.path.join(self._where, name)):
-            written = chunk_writer.write_chunk(
-                self._fs, self._fd, name, layout=layout, slot=slot, buffer=buffer, direct=self._direct
-            )
+            written = self._write(name, array, slot, buffer)
             self._unsynced.add(name, written.fd)
         with self._mutex:
             array.blocks[slot.chunk] = written.blocks
+            array.stored[slot.chunk] = written.nbytes - CHECKSUM_BYTES
             self.nbytes += written.nbytes
             self._direct = self._direct and not written.refused
+
+    def _write(self, name: str, array: _Array, slot: Slot, buffer: memoryview) -> chunk_writer.WrittenChunk:
+        """Write a chunk's file, raw or encoded."""
+        layout = array.layout
+        if array.codec is None:
+            self._compression.sample(layout, slot, buffer)
+            with self._stopwatch:
+                return chunk_writer.write_chunk(
+                    self._fs, self._fd, name, layout=layout, slot=slot, buffer=buffer, direct=self._direct
+                )
+        with self._compression.encoded(array.codec, layout, slot, buffer) as data, self._stopwatch:
+            return chunk_writer.write_encoded(self._fs, self._fd, name, data=data, direct=self._direct)
 
     def write_documents(
         self, arrays: Sequence[ArrayLayout], *, state: Mapping[str, Any], attributes: Mapping[str, Any]
@@ -134,8 +157,14 @@ class Draft:
 
     def sync(self) -> None:
         """Make every file and every directory durable, children before parents."""
-        self._unsynced.sync(reversed(self._directories))
-        self._sync_itself()
+        with self._stopwatch:
+            self._unsynced.sync(reversed(self._directories))
+            self._sync_itself()
+
+    def learn(self) -> None:
+        """Let later checkpoints profit from how fast this one, synced now, was written."""
+        layouts = [array.layout for array in self._arrays.values()]
+        self._compression.learn(layouts, nbytes=self.nbytes, seconds=self._stopwatch.seconds)
 
     def complete(self, content: manifest.Manifest) -> None:
         """Write the manifest: the mark that all the rest is there.
@@ -181,9 +210,10 @@ class Draft:
                 raise UsageError(msg)
             path = self._free_path(layout.spec.name)
             self._make_directory(path)
-            document = zarr_documents.array_document(layout.spec, layout.chunk_shape)
+            codec = self._compression.codec_for(layout)
+            document = zarr_documents.array_document(layout.spec, layout.chunk_shape, codec)
             meta = self._write_file(f"{path}/{GROUP_FILE}", zarr_documents.dump(document))
-            array = self._arrays[layout.spec.name] = _Array(layout, path, document, meta)
+            array = self._arrays[layout.spec.name] = _Array(layout, path, document, meta, codec)
         elif array.layout is not layout and array.layout != layout:
             msg = f"{layout.spec.public_name!r} has another layout than when it was first written"
             raise UsageError(msg)
@@ -274,7 +304,10 @@ class Draft:
 
 
 def _entry(array: _Array) -> ArrayEntry:
-    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, array.meta)
+    coded = None
+    if array.codec is not None:
+        coded = Coded(array.codec, tuple(array.stored[slot.chunk] for slot in array.layout.slots))
+    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, array.meta, coded)
 
 
 def _block_checksums(array: _Array) -> bytes:

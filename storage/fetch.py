@@ -2,7 +2,7 @@
 
 Promise: every element of the wanted boxes is written, from bytes that agree with their checksums where
 that was asked for; or an error is raised, and then the targets' content is undefined. Memory beside
-the targets stays within one piece, and a few pages, per thread.
+the targets stays within one piece, and a few pages, per thread; of encoded arrays, one chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from gockpt.errors import ChunkCorrupt
 from gockpt.storage.checksum import BLOCK, crc32c
+from gockpt.storage.encoded import read_chunk
 from gockpt.storage.ranges import ByteRange, ChunkRead, Grid, scatter
 from gockpt.storage.scratch import PIECE, Scratch
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.boxes import Box
+    from gockpt.storage.codecs import Coded
     from gockpt.storage.folder import File, Folder
     from gockpt.storage.manifest import ArrayEntry
 
@@ -55,11 +57,11 @@ class Source:
         return Grid(self.entry.spec, self.entry.chunk_shape, BLOCK)
 
     def open(self, chunk: int, scratch: Scratch | None = None) -> File:
-        """Open a chunk's file, which must have exactly the size that follows from the grid.
+        """Open a chunk's file, which must have exactly the size that follows from the manifest.
 
         With the calling thread's ``scratch`` it is read past the page cache where that is sooner.
         """
-        nbytes = self.entry.chunk_file_nbytes
+        nbytes = self.entry.file_nbytes(chunk)
         return self.folder.open(self.entry.chunk_path(chunk), nbytes=nbytes, scratch=scratch)
 
 
@@ -105,9 +107,7 @@ def execute(
         CheckpointCorrupt: If a file is not what it must be, or a block differs from its checksum.
         OSError: If a file isn't there or can't be opened.
     """
-    jobs = deque(
-        (index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task.plan)
-    )
+    jobs = deque((index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task))
 
     def work() -> int:
         scratch, total = Scratch(), 0
@@ -121,6 +121,9 @@ def execute(
                 with explained(task.name):
                     begun(index)
                     with task.source.open(read.chunk, scratch) as file:
+                        if task.source.entry.coded is not None:
+                            total += _read_encoded(file, read, task, task.source.entry.coded)
+                            continue
                         for part in ranges:
                             total += _read(file, read, part, task, scratch)
             except BaseException:
@@ -139,9 +142,12 @@ def execute(
             jobs.clear()  # Ctrl-C arrives here
 
 
-def _jobs(plan: Iterable[ChunkRead]) -> Iterator[tuple[ChunkRead, list[ByteRange]]]:
-    """Yield ranges of one chunk each, together at most a piece."""
-    for read in plan:
+def _jobs(task: Task) -> Iterator[tuple[ChunkRead, Sequence[ByteRange]]]:
+    """Yield ranges of one chunk each, together at most a piece; of encoded arrays, all of a chunk."""
+    for read in task.plan:
+        if task.source.entry.coded is not None:
+            yield read, read.ranges
+            continue
         batch: list[ByteRange] = []
         nbytes = 0
         for part in read.ranges:
@@ -177,6 +183,22 @@ def _read(file: File, read: ChunkRead, part: ByteRange, task: Task, scratch: Scr
     if read.run is None:
         scatter(source.grid, task.box, read, part.start, views[0], out)
     return got
+
+
+def _read_encoded(file: File, read: ChunkRead, task: Task, coded: Coded) -> int:
+    """Read and decode a whole chunk: straight into the target if all of it is wanted there."""
+    source, run, out = task.source, read.run, task.out
+    entry = source.entry
+    if run is not None and run.nbytes == entry.chunk_nbytes:
+        place = out[read.target : read.target + run.nbytes]
+        read_chunk(file, entry, coded, read.chunk, source.crcs, place)
+        return file.nbytes
+    chunk = read_chunk(file, entry, coded, read.chunk, source.crcs)
+    if run is not None:
+        out[read.target : read.target + run.nbytes] = chunk[run.start : run.stop]
+    else:
+        scatter(source.grid, task.box, read, 0, chunk[: source.grid.real_nbytes(read.chunk)], out)
+    return file.nbytes
 
 
 def first_bad_block(views: Iterable[npt.NDArray[np.uint8]], crcs: npt.NDArray[np.uint32]) -> int | None:

@@ -1,11 +1,13 @@
 """The manifest: what a checkpoint consists of, and the mark that it is complete.
 
 Promise: :func:`parse` accepts exactly what :func:`encode` writes. Every number it returns is in range,
-every size follows from shapes and chunks, every path is the one its name leads to and lies inside the
-checkpoint, and the names are distinct; whoever wrote the bytes. Readers trust nothing else.
+every size follows from shapes and chunks or is bounded by them, every path is the one its name leads to and
+lies inside the checkpoint, and the names are distinct; whoever wrote the bytes. Readers trust nothing else.
 
-Format version 1, file ``gockpt.json``: one line with a JSON object, one line ``{"crc32c": "xxxxxxxx"}``
-with the checksum of the first line, its newline included.
+File ``gockpt.json``: one line with a JSON object, one line ``{"crc32c": "xxxxxxxx"}`` with the checksum of
+the first line, its newline included. Format version 1 knows raw chunks only. A checkpoint with an encoded
+array, and no other, is of version 2: a reader of version 1 then says that it is too old, not that the
+checkpoint is damaged.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from gockpt.layout import CHECKSUM_BYTES, ArrayLayout, Slot, slot_bytes
 from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
 from gockpt.storage import checked, checksum, names, strict_json
 from gockpt.storage.checked import Broken, expect
+from gockpt.storage.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,7 +51,8 @@ __all__ = [
 ]
 
 FORMAT = "gockpt"
-VERSION = 1
+VERSION = 2
+"""The newest version; written only where something of it is used."""
 MANIFEST_FILE = "gockpt.json"
 STATE_FILE = "state.json"
 BLOCKS_FILE = "blocks.crc32c"
@@ -63,6 +67,7 @@ _TOP_KEYS = (
     *("attributes", "arrays", "files"),
 )
 _ARRAY_KEYS = ("name", "path", "shape", "dtype", "chunk", "meta")
+_CODED_KEYS = ("codec", "stored")
 _CHECK_LINE = re.compile(rb'\{"crc32c": "([0-9a-f]{8})"\}\n')
 _CHECK_LINE_NBYTES = len(b'{"crc32c": "00000000"}\n')
 
@@ -91,12 +96,14 @@ class ArrayEntry:
         path: Its directory, relative to the checkpoint's; equals the escaped name.
         chunk_shape: Shape of a whole chunk; only dimension 0 is ever cut.
         meta: Its ``zarr.json``.
+        coded: How its chunks are encoded; ``None``: raw.
     """
 
     spec: ArraySpec
     path: str
     chunk_shape: tuple[int, ...]
     meta: FileEntry
+    coded: Coded | None = None
 
     @property
     def chunks(self) -> int:
@@ -106,19 +113,45 @@ class ArrayEntry:
         return -(-self.spec.shape[0] // self.chunk_shape[0]) if self.spec.shape else 1
 
     @property
-    def chunk_file_nbytes(self) -> int:
-        """Length of each chunk file: the whole chunk, padding included, and its checksum."""
-        return math.prod(self.chunk_shape) * self.spec.itemsize + CHECKSUM_BYTES
+    def codec(self) -> str | None:
+        """What its chunks are encoded with; ``None``: raw."""
+        return None if self.coded is None else self.coded.codec
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one whole chunk, padding included, decoded."""
+        return math.prod(self.chunk_shape) * self.spec.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Length of all chunk files together."""
+        if self.coded is not None:
+            return sum(self.coded.nbytes) + self.chunks * CHECKSUM_BYTES
+        return self.chunks * (self.chunk_nbytes + CHECKSUM_BYTES)
+
+    def file_nbytes(self, chunk: int) -> int:
+        """Return the length of a chunk's file: the whole chunk or what it is encoded to, and its checksum."""
+        content = self.chunk_nbytes if self.coded is None else self.coded.nbytes[chunk]
+        return content + CHECKSUM_BYTES
+
+    def covered_nbytes(self, chunk: int) -> int:
+        """Return how many bytes of a chunk's file have block checksums: its real rows, or what is encoded."""
+        if self.coded is not None:
+            return self.coded.nbytes[chunk]
+        return min(self.chunk_nbytes, self.spec.nbytes - chunk * self.chunk_nbytes)
+
+    def first_block(self, chunk: int) -> int:
+        """Return how many blocks the chunks before ``chunk`` have; behind the last: how many there are."""
+        if self.coded is not None:
+            return self.coded.first_blocks[chunk]
+        before = min(chunk, max(0, self.chunks - 1))
+        last = checksum.block_count(self.covered_nbytes(before)) if chunk > before else 0
+        return before * checksum.block_count(self.chunk_nbytes) + last
 
     @property
     def block_count(self) -> int:
         """How many entries of the block checksums belong to this array."""
-        chunks = self.chunks
-        if chunks < 2:
-            return checksum.block_count(self.spec.nbytes)
-        whole = self.chunk_file_nbytes - CHECKSUM_BYTES
-        last = self.spec.nbytes - (chunks - 1) * whole
-        return (chunks - 1) * checksum.block_count(whole) + checksum.block_count(last)
+        return self.first_block(self.chunks)
 
     def layout(self) -> ArrayLayout:
         """Return the geometry of its chunks; slot offsets count from 0."""
@@ -253,7 +286,7 @@ def encode(manifest: Manifest) -> bytes:
     """
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": _version(manifest.arrays),
         "step": manifest.step,
         "seq": manifest.seq,
         "attempt": manifest.attempt,
@@ -263,17 +296,7 @@ def encode(manifest: Manifest) -> bytes:
         "created": manifest.created,
         "writer": dict(manifest.writer),
         "attributes": dict(manifest.attributes),
-        "arrays": [
-            {
-                "name": entry.spec.name,
-                "path": entry.path,
-                "shape": entry.spec.shape,
-                "dtype": entry.spec.dtype,
-                "chunk": entry.chunk_shape,
-                "meta": {"size": entry.meta.size, "crc32c": f"{entry.meta.crc32c:08x}"},
-            }
-            for entry in manifest.arrays
-        ],
+        "arrays": [_array_object(entry) for entry in manifest.arrays],
         "files": [
             {"path": entry.path, "size": entry.size, "crc32c": f"{entry.crc32c:08x}"}
             for entry in manifest.files
@@ -281,6 +304,24 @@ def encode(manifest: Manifest) -> bytes:
     }
     line = strict_json.dumps(document, what=MANIFEST_FILE) + b"\n"
     return line + json.dumps({"crc32c": f"{checksum.crc32c(line):08x}"}).encode() + b"\n"
+
+
+def _version(arrays: Sequence[ArrayEntry]) -> int:
+    return VERSION if any(entry.coded is not None for entry in arrays) else 1
+
+
+def _array_object(entry: ArrayEntry) -> dict[str, Any]:
+    array = {
+        "name": entry.spec.name,
+        "path": entry.path,
+        "shape": entry.spec.shape,
+        "dtype": entry.spec.dtype,
+        "chunk": entry.chunk_shape,
+        "meta": {"size": entry.meta.size, "crc32c": f"{entry.meta.crc32c:08x}"},
+    }
+    if entry.coded is not None:
+        array.update(codec=entry.coded.codec, stored=entry.coded.nbytes)
+    return array
 
 
 def parse(data: bytes, *, where: str) -> Manifest:
@@ -340,13 +381,15 @@ def _document(data: bytes, where: str) -> Any:
 def _expect_readable(document: Any) -> None:
     expect(type(document) is dict and document.get("format") == FORMAT, "it is no gockpt manifest")
     version = checked.integer(document.get("version"), "the format version")
-    if version != VERSION:
-        msg = f"format version {version} is unknown (this gockpt reads {VERSION}); upgrade gockpt"
+    if not 1 <= version <= VERSION:
+        msg = f"format version {version} is unknown (this gockpt reads up to {VERSION}); upgrade gockpt"
         raise Broken(msg)
 
 
 def _array(value: Any) -> ArrayEntry:
-    name, path, shape, dtype, chunk, meta = checked.fields(value, "an array", _ARRAY_KEYS)
+    is_coded = type(value) is dict and _CODED_KEYS[0] in value
+    keys = _ARRAY_KEYS + _CODED_KEYS if is_coded else _ARRAY_KEYS
+    name, path, shape, dtype, chunk, meta, *coded = checked.fields(value, "an array", keys)
     parts = checked.items(name, "a name", names.MAX_COMPONENTS)
     components = tuple(checked.text(part, "a component of a name") for part in parts)
     what = f"the array {'/'.join(components)!r}"
@@ -371,7 +414,24 @@ def _array(value: Any) -> ArrayEntry:
         size=checked.integer(size, f"the meta size of {what}"),
         crc32c=checked.crc(crc, f"the meta crc32c of {what}"),
     )
-    return ArrayEntry(spec, directory, pieces, document)
+    entry = ArrayEntry(spec, directory, pieces, document)
+    return replace(entry, coded=_coded(entry, *coded, what=what)) if coded else entry
+
+
+def _coded(entry: ArrayEntry, codec: Any, stored: Any, *, what: str) -> Coded:
+    """Return how the chunks of a raw ``entry`` are encoded: to no more than they could ever get."""
+    expect(checked.text(codec, f"the codec of {what}") in CODECS, f"{what} has the unknown codec {codec!r}")
+    sizes = tuple(
+        checked.integer(n, f"a stored length of {what}") for n in checked.items(stored, what, MAX_CHUNKS)
+    )
+    whole, limit = entry.chunk_nbytes, most_nbytes(entry.chunk_nbytes)
+    expect(whole <= MAX_CHUNK_NBYTES, f"{what} has chunks of {whole} bytes, too large to be encoded")
+    expect(
+        len(sizes) == entry.chunks > 0, f"{what} has {len(sizes)} stored lengths for {entry.chunks} chunks"
+    )
+    for size in sizes:
+        expect(1 <= size <= limit, f"{what} has a chunk of {whole} bytes encoded to {size}")
+    return Coded(codec, sizes)
 
 
 def _file(value: Any) -> FileEntry:
@@ -402,8 +462,8 @@ def _check_set(arrays: Sequence[ArrayEntry], files: Sequence[FileEntry]) -> None
 
 def _manifest(document: Any) -> Manifest:
     _expect_readable(document)
-    _, _, step, seq, attempt, run, parent, exact, created, writer, attributes, arrays, files = checked.fields(
-        document, "the manifest", _TOP_KEYS
+    _, version, step, seq, attempt, run, parent, exact, created, writer, attributes, arrays, files = (
+        checked.fields(document, "the manifest", _TOP_KEYS)
     )
     expect(type(exact) is bool, "exact is neither true nor false")
     expect(type(attributes) is dict, "attributes is no object")
@@ -411,6 +471,7 @@ def _manifest(document: Any) -> Manifest:
     for value in writer.values():
         checked.text(value, "a value of writer")
     entries = tuple(_array(value) for value in checked.items(arrays, "arrays", MAX_ARRAYS))
+    expect(version == _version(entries), f"version {version} is not the one for what it describes")
     documents = tuple(_file(value) for value in checked.items(files, "files", MAX_ARRAYS))
     _check_set(entries, documents)
     number = checked.integer(seq, "seq")

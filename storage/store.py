@@ -16,6 +16,7 @@ from gockpt.options import Keep
 from gockpt.storage import directory_names, files, owner
 from gockpt.storage.catalog import Catalog, Place, identify, remove_entry
 from gockpt.storage.checked import MAX_INTEGER
+from gockpt.storage.compression import Compression
 from gockpt.storage.failures import storage_errors
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.lock import WriterLock
@@ -43,6 +44,7 @@ class Store:
         fs: Filesystem | None = None,
         run: str | None = None,
         parent: int | None = None,
+        compression: Compression | None = None,
     ) -> None:
         """Make the directory if need be, take its writer lock, and sweep up after writers that died.
 
@@ -51,6 +53,7 @@ class Store:
             fs: The file system; the real one by default.
             run: Hexadecimal id of the run; a new one by default.
             parent: ``seq`` of the checkpoint that the run resumed from, if it did.
+            compression: What is encoded, and how; nothing by default.
 
         Raises:
             PathBusy: If another process, or another store of this one, writes there.
@@ -61,6 +64,7 @@ class Store:
         fs = fs or Filesystem()
         self._pid = os.getpid()
         self._lineage = Lineage(self.run, parent)
+        self._compression = compression or Compression(None, threads=1)
         self._transactions: set[Transaction] = set()
         self._closed = False
         with storage_errors("save into", self.path):
@@ -95,6 +99,7 @@ class Store:
             self._place,
             self._catalog,
             self._lineage,
+            self._compression,
             step=step,
             attempt=secrets.token_hex(16),
             on_end=self._transactions.discard,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from gockpt.layout import ArrayLayout, Slot
     from gockpt.storage.catalog import Catalog, Place
+    from gockpt.storage.compression import Compression
 
 __all__ = ["Lineage", "Published", "Transaction"]
 
@@ -56,7 +57,8 @@ class Published:
         seq: Which publication in its path it is; the highest is the newest.
         attempt: Hexadecimal, unique to this writing of the step.
         path: Its directory.
-        nbytes: Bytes written: real rows, checksums and documents; no padding.
+        nbytes: Bytes written: real rows or encoded chunks, checksums and documents; no padding.
+        encoding_memory: The most bytes that encoding has held so far, beside the slots; 0 if all is raw.
     """
 
     step: int
@@ -64,6 +66,7 @@ class Published:
     attempt: str
     path: str
     nbytes: int
+    encoding_memory: int
 
 
 class Transaction:
@@ -79,6 +82,7 @@ class Transaction:
         place: Place,
         catalog: Catalog,
         lineage: Lineage,
+        compression: Compression,
         *,
         step: int,
         attempt: str,
@@ -94,6 +98,7 @@ class Transaction:
         self._place = place
         self._catalog = catalog
         self._lineage = lineage
+        self._compression = compression
         self._on_end = on_end
         self._pid = os.getpid()
         self._partial = directory_names.of_partial(step, attempt)
@@ -115,7 +120,7 @@ class Transaction:
                 self._fd = fs.open(self._partial, files.DIRECTORY, dir_fd=place.fd)
                 opened.append(self._fd)
                 self._inode = _inode(fs.fstat(self._fd))
-                self._draft = Draft(fs, self._fd, where)
+                self._draft = Draft(fs, self._fd, where, compression)
         except BaseException:
             for fd in opened:
                 with suppress(OSError):
@@ -185,8 +190,15 @@ class Transaction:
                 replaced = self._publish()
             self._record(content, replaced)
         self._let_go()
-        path = self._place.of(directory_names.of_step(self.step))
-        return Published(self.step, content.seq, self.attempt, path, self._draft.nbytes)
+        self._draft.learn()
+        return Published(
+            step=self.step,
+            seq=content.seq,
+            attempt=self.attempt,
+            path=self._place.of(directory_names.of_step(self.step)),
+            nbytes=self._draft.nbytes,
+            encoding_memory=self._compression.peak_nbytes,
+        )
 
     def abort(self) -> None:
         """Give the save up and delete what there is of it, once no thread writes any more. Never raises.

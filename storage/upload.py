@@ -156,8 +156,8 @@ def _objects(
     for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False):
         source = Source(folder, entry, None)
         for chunk in range(entry.chunks):
-            grid, nbytes = source.grid, entry.chunk_file_nbytes
-            real, at = grid.real_nbytes(chunk), first + grid.first_block(chunk)
+            nbytes, real = entry.file_nbytes(chunk), entry.covered_nbytes(chunk)
+            at = first + entry.first_block(chunk)
             known = crcs[at : at + block_count(real)]
             content = crc32c_zeros(nbytes - CHECKSUM_BYTES - real, chain(known.tolist(), real))
             stored = content.to_bytes(CHECKSUM_BYTES, "little")
@@ -175,14 +175,14 @@ def _chunk_data(
 ) -> bytes | Iterator[bytearray]:
     """Return a chunk file's bytes, as a whole if they are few."""
     pieces = _chunk_pieces(source, chunk, path, known, stored)
-    return b"".join(pieces) if source.entry.chunk_file_nbytes <= PART else pieces
+    return b"".join(pieces) if source.entry.file_nbytes(chunk) <= PART else pieces
 
 
 def _chunk_pieces(
     source: Source, chunk: int, path: str, known: npt.NDArray[np.uint32], stored: bytes
 ) -> Iterator[bytearray]:
     """Yield a chunk file's bytes, each piece once it agrees with the manifest."""
-    real, whole = source.grid.real_nbytes(chunk), source.entry.chunk_file_nbytes
+    real, whole = source.entry.covered_nbytes(chunk), source.entry.file_nbytes(chunk)
     with _explained(source.folder, path), source.open(chunk) as file:
         for start in range(0, whole, PART):
             data = bytearray(min(PART, whole - start))

@@ -20,6 +20,7 @@ from gockpt.errors import CheckpointCorrupt
 from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage import strict_json, zarr_documents
 from gockpt.storage.checksum import BLOCK, crc32c
+from gockpt.storage.encoded import read_chunk
 from gockpt.storage.fetch import PIECE, Source, first_bad_block
 from gockpt.storage.folder import Folder, read_small
 from gockpt.storage.manifest import (
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
+
+    from gockpt.storage.codecs import Coded
 
 __all__ = ["Problem", "VerifyReport", "verify_files"]
 
@@ -118,7 +121,7 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
         folder: Where it is.
         path: Where it is, for the report.
         manifest: Its manifest.
-        threads: How many files are read at once; each thread takes one piece of memory.
+        threads: How many files are read at once; each thread takes one piece of memory, or one encoded chunk.
     """
     problems = list(_surplus(folder, path, manifest))
     blocks = manifest.file(BLOCKS_FILE)
@@ -154,7 +157,7 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
         step=manifest.step,
         seq=manifest.seq,
         files=1 + len(manifest.files) + len(manifest.arrays) + chunks,
-        nbytes=sum(entry.chunks * entry.chunk_file_nbytes for entry in manifest.arrays),
+        nbytes=sum(entry.nbytes for entry in manifest.arrays),
         problems=tuple(sorted(problems, key=lambda problem: (problem.path, problem.what))),
     )
 
@@ -264,7 +267,7 @@ def _check_array_document(folder: Folder, entry: ArrayEntry, _: object) -> str |
 
 
 def _array_document(entry: ArrayEntry) -> dict[str, Any]:
-    return zarr_documents.array_document(entry.spec, entry.chunk_shape)
+    return zarr_documents.array_document(entry.spec, entry.chunk_shape, entry.codec)
 
 
 def _differing(document: Any, expected: dict[str, Any], ignored: tuple[str, ...] = ()) -> str | None:
@@ -283,6 +286,8 @@ def _differing(document: Any, expected: dict[str, Any], ignored: tuple[str, ...]
 
 def _check_chunk(source: Source, chunk: int, scratch: Scratch) -> str | None:
     """Say what is wrong with one chunk file: its rows by blocks, its padding, its own checksum."""
+    if source.entry.coded is not None:
+        return _check_encoded_chunk(source, source.entry.coded, chunk, scratch)
     buffer = scratch.take(PIECE)
     with source.open(chunk, scratch) as file:
         real, whole = source.grid.real_nbytes(chunk), file.nbytes - CHECKSUM_BYTES
@@ -306,3 +311,13 @@ def _check_chunk(source: Source, chunk: int, scratch: Scratch) -> str | None:
         file.read_into([buffer[:CHECKSUM_BYTES].data], whole)
         stored = int.from_bytes(buffer[:CHECKSUM_BYTES].tobytes(), "little")
     return None if stored == value else f"its own checksum is {stored:08x} instead of {value:08x}"
+
+
+def _check_encoded_chunk(source: Source, coded: Coded, chunk: int, scratch: Scratch) -> str | None:
+    """Say what is wrong with the padding of an encoded chunk; of all else, reading it tells."""
+    with source.open(chunk, scratch) as file:
+        data = read_chunk(file, source.entry, coded, chunk, source.crcs)
+    real = source.grid.real_nbytes(chunk)
+    return (
+        f"the padding from byte {real} of the decoded chunk on is not all zero" if data[real:].any() else None
+    )

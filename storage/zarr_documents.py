@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gockpt.schema import DTYPES
 from gockpt.storage import strict_json
+from gockpt.storage.codecs import zarr_codec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["array_document", "dump", "group_document", "root_document"]
 
 
-def array_document(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return the document of one array: regular grid, raw little-endian bytes, crc32c, zero fill.
+def array_document(spec: ArraySpec, chunk_shape: tuple[int, ...], codec: str | None = None) -> dict[str, Any]:
+    """Return the document of one array: regular grid, little-endian bytes, crc32c, zero fill.
+
+    The bytes are raw, or encoded by one of :data:`~gockpt.storage.codecs.CODECS`.
 
     A dtype of one byte has no endianness, and zarr-python writes none.
     """
     dtype = DTYPES[spec.dtype]
+    encoding = [] if codec is None else [zarr_codec(codec, dtype.itemsize)]
     to_bytes: dict[str, Any] = {"name": "bytes"}
     if dtype.itemsize > 1:
         to_bytes["configuration"] = {"endian": "little"}
@@ -36,7 +40,7 @@ def array_document(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> dict[str, A
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": dtype.fill_value,
-        "codecs": [to_bytes, {"name": "crc32c"}],
+        "codecs": [to_bytes, *encoding, {"name": "crc32c"}],
         "attributes": {},
         "zarr_format": 3,
         "node_type": "array",

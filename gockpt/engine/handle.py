@@ -34,7 +34,8 @@ class Saved:
         exposed_seconds: How long training waited for this save, all ticks and updates together.
         hidden_seconds: Background seconds (copying, replay, writing), summed over threads.
         durable_seconds: From the start of the window until the checkpoint was durable.
-        host_memory: Bytes of host memory held for it: arena and gradient ring.
+        host_memory: Bytes of host memory held for it: arena, gradient ring, and the most that compression
+            has taken so far.
         late_parts: Parameters that left at the closing tick although a replay was planned, with why.
     """
 

@@ -506,7 +506,7 @@ class Save:
             exposed_seconds=trace.seconds("stall"),
             hidden_seconds=trace.seconds("copy") + trace.seconds("replay") + trace.seconds("write"),
             durable_seconds=perf_counter() - trace.began,
-            host_memory=self.memory.nbytes,
+            host_memory=self.memory.nbytes + result.encoding_memory,
             late_parts=attempt.late_parts() if attempt.plan.window > 1 else {},
         )
 

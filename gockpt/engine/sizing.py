@@ -14,6 +14,7 @@ from gockpt.errors import OptionsError
 from gockpt.layout import ArenaLayout, lay_out
 from gockpt.schedule import RING_GRADIENTS, Facts, part_ranges
 from gockpt.schema import ArraySpec
+from gockpt.storage.compression import is_encodable, memory_bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +80,14 @@ def ring_bytes_of(pieces: Cut, plan: Plan) -> int:
     return min(RING_GRADIENTS, plan.window - 1) * one_update
 
 
+def _encoding_bytes(layout: ArenaLayout, options: Options) -> int:
+    """Return the most memory that compression can take."""
+    if options.compression is None:
+        return 0
+    chunks = [array.chunk_nbytes for array in layout.arrays if is_encodable(array)]
+    return memory_bound(max(chunks), options.worker_threads) if chunks else 0
+
+
 class Memory:
     """The arenas of one engine: state, gradient ring, and what a closing tick adds. Kept between saves."""
 
@@ -103,7 +112,7 @@ class Memory:
 
     def prepare(self, shape: Shape, transfer: Transfer) -> None:
         """Reserve the state's arena and take its pages behind the caller."""
-        self._check(shape.layout.nbytes)
+        self._check(shape)
         arena = self._state_arena(shape.layout.nbytes)
         transfer.submit([arena.prefault])
 
@@ -130,7 +139,7 @@ class Memory:
         """Set up one attempt and its background job."""
         pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing)
         ring_bytes = ring_bytes_of(pieces, plan)
-        self._check(shape.layout.nbytes + ring_bytes)
+        self._check(shape, ring_bytes)
         arena = self._state_arena(shape.layout.nbytes)
         if self._ring is None or self._ring.nbytes < ring_bytes:
             self._ring = None
@@ -171,11 +180,15 @@ class Memory:
             self._state = Arena(nbytes)
         return self._state
 
-    def _check(self, nbytes: int) -> None:
+    def _check(self, shape: Shape, ring_bytes: int = 0) -> None:
         limit = self._options.host_memory
+        encoding = _encoding_bytes(shape.layout, self._options)
+        nbytes = shape.layout.nbytes + ring_bytes + encoding
         if limit is not None and nbytes > limit:
             msg = (
                 f"saving this state takes {nbytes} bytes of host memory and host_memory={limit} allows less; "
                 "raise host_memory or use window=1, which needs no gradient ring"
             )
+            if encoding:
+                msg += f", or compression=None ({encoding} of these bytes)"
             raise OptionsError(msg)

@@ -25,6 +25,7 @@ GOOD = [
     ("nice", 0),
     ("overhead", 0.5),
     ("overhead", 1e-6),
+    *[("compression", v) for v in (None, "zstd", "blosc", "auto")],
 ]
 BAD = [
     *[("window", v) for v in (0, -1, MAX_WINDOW + 1, 2.0, True, "4", None, [])],
@@ -36,7 +37,7 @@ BAD = [
     *[("nice", v) for v in (-1, 20, 1.5, None)],
     *[("overhead", v) for v in (0, 1, -0.1, 2, math.nan, math.inf, "1%", None)],
     *[("grad_dtype", v) for v in ("fp16", "bf16", "int8", 16)],
-    *[("compression", v) for v in ("zstd", 3)],
+    *[("compression", v) for v in ("lz4", "none", 3, True)],
 ]
 
 

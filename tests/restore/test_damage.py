@@ -94,7 +94,7 @@ def test_a_missing_chunk_is_damage(save):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "upgrade gockpt"),
+        (lambda d: d.update(version=3), "upgrade gockpt"),
         (lambda d: d.update(version="1"), "its version is '1'"),
         (lambda d: d.update(step=True), "expected int"),
         (lambda d: d.pop("optimizers"), "optimizers"),
