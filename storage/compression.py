@@ -278,7 +278,7 @@ def _encoded(codec: str, layout: ArrayLayout, rows: memoryview) -> bytes:
 
 
 def _words(choice: Choice, kinds: Mapping[Kind, Measured], rate: float) -> str:
-    disk = f'compression="auto": the disk takes {rate / 1e9:.2f} GB/s'
+    disk = f'compression="auto": the disk takes {rate / 1e9:.3g} GB/s'
     if not choice.codecs:
         return f"{disk}; encoding would not make saves shorter, so everything stays raw"
     what = ", ".join(
