@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gockpt.document import SavedState, parse
 from gockpt.errors import ManifestCorrupt, TensorNotFound, UsageError
 from gockpt.lazy import LazyTensor, not_found, read_whole
-from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint
+from gockpt.storage.listing import damaged_checkpoints, latest_step, list_checkpoints, open_checkpoint
 from gockpt.storage.manifest import MANIFEST_FILE, STATE_FILE
 from gockpt.storage.verify import Problem, VerifyReport
 from gockpt.unplain import decode
@@ -223,8 +223,7 @@ def latest(path: Where) -> int | None:
     Raises:
         NotACheckpoint: If the path is no directory.
     """
-    entries = list_checkpoints(path)
-    return entries[-1].step if entries else None
+    return latest_step(path)
 
 
 def verify(path: Where, step: int | None = None) -> VerifyReport:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gockpt.storage.manifest import Manifest
     from gockpt.storage.objects import Objects, Where
 
-__all__ = ["CheckpointEntry", "damaged_checkpoints", "list_checkpoints", "open_checkpoint"]
+__all__ = ["CheckpointEntry", "damaged_checkpoints", "latest_step", "list_checkpoints", "open_checkpoint"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,23 @@ def list_checkpoints(path: Where, *, superseded: bool = False) -> list[Checkpoin
     finally:
         os.close(directory)
     return [entry for entry in entries if superseded or not entry.superseded]
+
+
+def latest_step(path: Where) -> int | None:
+    """Return the step of the newest complete checkpoint, ``None`` if there is none.
+
+    Raises:
+        NotACheckpoint: If ``path`` is no directory.
+        RemoteError: If the store of a URL refuses or can't be reached.
+    """
+    try:
+        objects = objects_at(path)
+    except CheckpointNotFound:
+        return None
+    if objects is not None:
+        return remote_listing.newest_step(objects)
+    entries = list_checkpoints(path)
+    return entries[-1].step if entries else None
 
 
 def damaged_checkpoints(path: Where) -> dict[str, ManifestCorrupt]:

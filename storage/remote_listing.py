@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from gockpt.storage.manifest import Manifest
     from gockpt.storage.objects import Objects
 
-__all__ = ["THREADS", "Candidate", "candidates", "damaged", "has_manifest", "manifests", "open_at"]
+__all__ = [
+    "THREADS",
+    "Candidate",
+    "candidates",
+    "damaged",
+    "has_manifest",
+    "manifests",
+    "newest_step",
+    "open_at",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +118,34 @@ def open_at(objects: Objects, step: int | None) -> StoredCheckpoint:
             msg = f"{objects.url!r} is the checkpoint of step {manifest.step}, not of {step}"
             raise CheckpointNotFound(msg)
         return StoredCheckpoint(RemoteFolder(objects, ""), objects.url, manifest, threads=THREADS)
+    found, bad = _newest(objects, step)
+    if found is None:
+        raise bad or _nothing_found(objects, step)
+    candidate, manifest = found
+    folder = RemoteFolder(objects, candidate.name)
+    return StoredCheckpoint(folder, objects.url_of(candidate.name), manifest, threads=THREADS)
+
+
+def newest_step(objects: Objects) -> int | None:
+    """Return the step of the newest complete checkpoint, or ``None``; reads no more than it needs.
+
+    Raises:
+        RemoteError: If the store refuses or can't be reached.
+    """
+    if has_manifest(objects):
+        return read_manifest(RemoteFolder(objects, ""), objects.url).step
+    found, _ = _newest(objects, None)
+    return None if found is None else found[1].step
+
+
+def _newest(
+    objects: Objects, step: int | None
+) -> tuple[tuple[Candidate, Manifest] | None, ManifestCorrupt | None]:
+    """Return the newest complete checkpoint (of that step), and what is wrong with one that was passed over.
+
+    Raises:
+        ManifestCorrupt: If a step is wanted, and its newest is damaged.
+    """
     bad: ManifestCorrupt | None = None
     for candidate in reversed(candidates(objects)):
         if step not in (None, candidate.step):
@@ -119,9 +156,8 @@ def open_at(objects: Objects, step: int | None) -> StoredCheckpoint:
                 raise result
             bad = result
         elif result is not None:
-            folder = RemoteFolder(objects, candidate.name)
-            return StoredCheckpoint(folder, objects.url_of(candidate.name), result, threads=THREADS)
-    raise bad or _nothing_found(objects, step)
+            return (candidate, result), bad
+    return None, bad
 
 
 def _look(objects: Objects, candidate: Candidate) -> Manifest | ManifestCorrupt | None:

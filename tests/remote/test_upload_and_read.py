@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from obstore.store import MemoryStore
 
 import gockpt
 import gockpt.layout
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
+from gockpt.storage.objects import Objects
 from gockpt.tensors import DTYPE_OF
 
 
@@ -108,6 +112,40 @@ def test_newest_is_the_one_published_last(save, url, tmp_path):
     assert gockpt.open(url, 5).metadata.step == 5
     with pytest.raises(gockpt.CheckpointNotFound, match=r"no checkpoint of step 4 in .*there are 3, 5"):
         gockpt.open(url, 4)
+
+
+def test_the_newest_is_found_by_one_manifest(save, watched, tmp_path):
+    store = watched()
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+        gockpt.upload(tmp_path, store)
+    for find in (gockpt.latest, lambda there: gockpt.open(there).metadata.step):
+        seen = []
+        store.before = lambda kind, path, seen=seen: seen.append((kind, path))
+        assert find(store) == 4
+        read = {path for kind, path in seen if kind == "read" and path.endswith("gockpt.json")}
+        assert [path.split("-")[2] for path in read] == ["4"]
+    store.before = lambda kind, path: None
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Return one checkpoint by its directory and in a store."""
+    path = tmp_path_factory.mktemp("both")
+    state = {"a": torch.arange(700_000, dtype=torch.float32).reshape(700, 1000)}
+    with gockpt.Checkpointer(state, None, path) as saver:
+        saver.after_step(1)
+    objects = Objects(MemoryStore(), "memory://both")
+    gockpt.upload(path, objects)
+    return gockpt.open(path)["model/a"], gockpt.open(objects)["model/a"]
+
+
+@given(data=st.data())
+def test_a_slice_of_the_copy_is_the_slice_of_the_original(both, data):
+    ends = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in (700, 1000)]
+    index = tuple(slice(*pair) for pair in ends)
+    local, remote = both
+    assert torch.equal(remote[index], local[index])
 
 
 def test_a_step_saved_again_supersedes_the_first(save, url, tmp_path):
