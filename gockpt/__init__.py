@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gockpt.checkpoint import Checkpoint, latest, open, steps, verify
+    from gockpt.checkpoint import Checkpoint, open
     from gockpt.checkpointer import Checkpointer, save_overlapped, wait
     from gockpt.engine.handle import SaveHandle
     from gockpt.errors import (
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from gockpt.options import Keep, Options
+    from gockpt.overview import checkpoints, diff, latest, prune, steps, verify
     from gockpt.restore import Restored, load
     from gockpt.uploads import upload
 
@@ -77,9 +78,12 @@ __all__ = [
     "UploadError",
     "UsageError",
     "WorkerError",
+    "checkpoints",
+    "diff",
     "latest",
     "load",
     "open",
+    "prune",
     "save_overlapped",
     "steps",
     "upload",
@@ -96,13 +100,16 @@ _HOME = {
     "Options": "gockpt.options",
     "Restored": "gockpt.restore",
     "SaveHandle": "gockpt.engine.handle",
-    "latest": "gockpt.checkpoint",
+    "checkpoints": "gockpt.overview",
+    "diff": "gockpt.overview",
+    "latest": "gockpt.overview",
     "load": "gockpt.restore",
     "open": "gockpt.checkpoint",
+    "prune": "gockpt.overview",
     "save_overlapped": "gockpt.checkpointer",
-    "steps": "gockpt.checkpoint",
+    "steps": "gockpt.overview",
     "upload": "gockpt.uploads",
-    "verify": "gockpt.checkpoint",
+    "verify": "gockpt.overview",
     "wait": "gockpt.checkpointer",
 }
 """Where the public names live; every other one is an error and lives in gockpt.errors."""

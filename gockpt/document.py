@@ -26,29 +26,19 @@ options, ``extra/<name>/...``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gockpt.errors import ManifestCorrupt, UnsupportedState, UsageError
+from gockpt.errors import UnsupportedState, UsageError
 from gockpt.plain import Json, encode, is_ordinary_key, join
+from gockpt.saved_state import VERSION
 
 if TYPE_CHECKING:
-    from gockpt.state import LiveState, Name, OptimizerEntry, ParamEntry
+    from gockpt.state import LiveState, OptimizerEntry, ParamEntry
 
-__all__ = [
-    "VERSION",
-    "SavedGroup",
-    "SavedOptimizer",
-    "SavedState",
-    "build_document",
-    "capture_extras",
-    "metrics_of",
-    "parse",
-]
+__all__ = ["build_document", "capture_extras", "metrics_of"]
 
-VERSION = 1
 OPTIONS = "optimizer_options"
 
 Arrays = dict[tuple[str, ...], torch.Tensor]
@@ -200,100 +190,3 @@ def _check_names(live: LiveState, arrays: Arrays) -> None:
             msg = f"two arrays would have the name {public!r}; rename one of them"
             raise UnsupportedState(msg)
         seen.add(public)
-
-
-@dataclass(frozen=True, slots=True)
-class SavedGroup:
-    """One param group as saved: its parameters in order, and its encoded options."""
-
-    params: tuple[str, ...]
-    options: Json
-
-
-@dataclass(frozen=True, slots=True)
-class SavedOptimizer:
-    """One optimizer as saved; fields as in the document, ``outside`` by array name."""
-
-    kind: str
-    groups: tuple[SavedGroup, ...]
-    states: dict[str, Json]
-    outside: dict[str, Name]
-    values: Json
-    more: Json
-
-
-@dataclass(frozen=True, slots=True)
-class SavedState:
-    """The state document, checked for its form; fields as in the document."""
-
-    step: int
-    optimizer_steps: int
-    exact: bool
-    inexact: dict[str, Any]
-    aliases: dict[str, str]
-    buffers: tuple[str, ...]
-    computed: dict[str, Json]
-    optimizers: tuple[SavedOptimizer, ...]
-    extra: dict[str, Json]
-    rng: Json
-
-
-def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
-    """Return what a state document says.
-
-    Args:
-        document: As read.
-        where: The file, for the message.
-
-    Raises:
-        ManifestCorrupt: If it isn't of the form above, or of a later version of it.
-    """
-    version = document.get("version")
-    if type(version) is int and version > VERSION:
-        msg = f"{where} is in version {version} of the format, this gockpt reads {VERSION}: upgrade gockpt"
-        raise ManifestCorrupt(msg)
-    try:
-        if version != VERSION:
-            msg = f"its version is {version!r}"
-            raise TypeError(msg)
-        return SavedState(
-            step=_of(document["step"], int),
-            optimizer_steps=_of(document["optimizer_steps"], int),
-            exact=_of(document["exact"], bool),
-            inexact=_of(document["inexact"], dict),
-            aliases={name: _of(target, str) for name, target in _of(document["aliases"], dict).items()},
-            buffers=tuple(_of(name, str) for name in _of(document["buffers"], list)),
-            computed=_of(document["computed"], dict),
-            optimizers=tuple(_saved_optimizer(entry) for entry in _of(document["optimizers"], list)),
-            extra=_of(document["extra"], dict),
-            rng=document["rng"],
-        )
-    except (TypeError, KeyError) as error:
-        msg = f"{where} is no valid state document: {error}"
-        raise ManifestCorrupt(msg) from error
-
-
-def _saved_optimizer(entry: Any) -> SavedOptimizer:
-    groups = tuple(
-        SavedGroup(tuple(_of(name, str) for name in _of(group["params"], list)), group["options"])
-        for group in (_of(group, dict) for group in _of(_of(entry, dict)["groups"], list))
-    )
-    outside = {
-        fqn: tuple(_of(part, str) for part in _of(name, list))
-        for fqn, name in _of(entry["outside"], dict).items()
-    }
-    return SavedOptimizer(
-        kind=_of(entry["class"], str),
-        groups=groups,
-        states=_of(entry["states"], dict),
-        outside=outside,
-        values=entry["values"],
-        more=entry["more"],
-    )
-
-
-def _of(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        msg = f"expected {kind.__name__}, found {str(value)[:60]!r}"
-        raise TypeError(msg)
-    return value

@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gockpt.checkpoint import state_of
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt
+from gockpt.overview import state_of
 from gockpt.storage import directory_names
 from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint
 

@@ -18,8 +18,8 @@ from gockpt.unplain import array_name, is_mapping, items
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gockpt.document import SavedOptimizer, SavedState
     from gockpt.plain import Json
+    from gockpt.saved_state import SavedOptimizer, SavedState
     from gockpt.schema import ArraySpec
     from gockpt.state import LiveState, OptimizerEntry, ParamEntry
 

@@ -22,13 +22,13 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gockpt import rng as generators
-from gockpt.checkpoint import Metadata, checked_step, metadata_of, state_of, steps
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, GockptError, StateMismatch, UsageError
 from gockpt.fallback import newest_whole
 from gockpt.filling import Filler
 from gockpt.fitting import fit
 from gockpt.naming import bare_module, models_of
 from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
+from gockpt.overview import Metadata, checked_step, metadata_of, state_of, steps
 from gockpt.state import collect
 from gockpt.storage.listing import open_checkpoint
 from gockpt.tensors import may_alias_itself
@@ -37,9 +37,9 @@ from gockpt.unplain import decode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gockpt.document import SavedState
     from gockpt.fallback import PassedOver
     from gockpt.fitting import Plan
+    from gockpt.saved_state import SavedState
     from gockpt.state import LiveState
     from gockpt.storage.objects import Where
     from gockpt.storage.reader import StoredCheckpoint

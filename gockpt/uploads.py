@@ -8,8 +8,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gockpt.checkpoint import checked_step
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
+from gockpt.overview import checked_step
 from gockpt.storage import remote_listing
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
 from gockpt.storage.objects import objects_at

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, cast
 from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
 from gockpt.storage import directory_names, remote_listing
 from gockpt.storage.folder import LocalFolder
-from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE
+from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE, metrics_of
 from gockpt.storage.objects import objects_at
 from gockpt.storage.reader import StoredCheckpoint, read_manifest
 from gockpt.storage.safe_open import GONE, open_below, open_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gockpt.storage.folder import Folder
     from gockpt.storage.manifest import Manifest
     from gockpt.storage.objects import Objects, Where
@@ -43,6 +45,10 @@ class CheckpointEntry:
         seq: Which publication of its path it was.
         attempt: Hexadecimal, unique to its writing.
         path: Its directory.
+        created: ISO 8601 time of its publication.
+        nbytes: Bytes of its tensors.
+        exact: Whether every bit is what a blocking save would have written.
+        metrics: Plain numbers among its extras, by name.
         superseded: Whether a newer complete checkpoint of the same step stands beside it.
     """
 
@@ -50,6 +56,10 @@ class CheckpointEntry:
     seq: int
     attempt: str
     path: str
+    created: str
+    nbytes: int
+    exact: bool
+    metrics: Mapping[str, float]
     superseded: bool = False
 
 
@@ -208,7 +218,16 @@ def _open_itself(directory: int, path: str, step: int | None, *, threads: int) -
 
 
 def _entry(path: str, manifest: Manifest) -> CheckpointEntry:
-    return CheckpointEntry(manifest.step, manifest.seq, manifest.attempt, path)
+    return CheckpointEntry(
+        step=manifest.step,
+        seq=manifest.seq,
+        attempt=manifest.attempt,
+        path=path,
+        created=manifest.created,
+        nbytes=sum(entry.spec.nbytes for entry in manifest.arrays),
+        exact=manifest.exact,
+        metrics=metrics_of(manifest.attributes),
+    )
 
 
 def _survey(

@@ -245,19 +245,34 @@ class StoredCheckpoint:
             self._bytes_read += got
         return got
 
-    def verify(self) -> VerifyReport:
+    def verify(self, *, on_progress: Callable[[int, int], None] = lambda _done, _total: None) -> VerifyReport:
         """Read every file and compare it with the manifest; problems are reported, not raised.
+
+        Args:
+            on_progress: Called with the bytes checked and the bytes in all chunk files, from any thread.
 
         Raises:
             CheckpointPruned: If the checkpoint was removed meanwhile.
         """
         folder = self._open_folder()
-        report = verify_files(folder, self.path, self.manifest, threads=self._threads)
+        report = verify_files(
+            folder, self.path, self.manifest, threads=self._threads, on_progress=on_progress
+        )
         if report.problems and folder.is_gone():
             raise CheckpointPruned(self._pruned())
         if isinstance(folder, LocalFolder):  # a copy in an object store says nothing about the one on disk
             verified.remember(self.manifest.attempt, ok=report.ok)
         return report
+
+    def block_checksums(self, name: str) -> npt.NDArray[np.uint32]:
+        """Return the crc32c of every block of an array's chunks; see :mod:`gockpt.storage.checksum`.
+
+        Raises:
+            TensorNotFound: If there is no array of that name.
+            ManifestCorrupt: If they differ from what was written.
+        """
+        array = self._array(name)
+        return self._block_crcs()[array.first_block :][: array.entry.block_count]
 
     def _open_folder(self) -> Folder:
         if not self._close.alive:

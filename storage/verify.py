@@ -107,14 +107,23 @@ class _Task:
         path: Relative to the checkpoint.
         array: The public name of its array, or ``None``.
         check: Returns what is wrong, or ``None``; gets its thread's memory.
+        nbytes: Its share of the bytes in chunk files.
     """
 
     path: str
     array: str | None
     check: Callable[[Scratch], str | None]
+    nbytes: int = 0
 
 
-def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int) -> VerifyReport:
+def verify_files(
+    folder: Folder,
+    path: str,
+    manifest: Manifest,
+    *,
+    threads: int,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> VerifyReport:
     """Check the checkpoint in a folder against the manifest it was opened with.
 
     Args:
@@ -122,6 +131,7 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
         path: Where it is, for the report.
         manifest: Its manifest.
         threads: How many files are read at once; each thread takes one piece of memory, or one encoded chunk.
+        on_progress: Called with the bytes checked and the bytes in all chunk files, from any thread.
     """
     problems = list(_surplus(folder, path, manifest))
     blocks = manifest.file(BLOCKS_FILE)
@@ -132,8 +142,10 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
         problems.append(Problem(BLOCKS_FILE, None, _words(error, BLOCKS_FILE)))
     tasks = _tasks(folder, manifest, crcs)
     lock = threading.Lock()
+    done, total = 0, sum(entry.nbytes for entry in manifest.arrays)
 
     def work() -> list[Problem]:
+        nonlocal done
         scratch = Scratch()
         found: list[Problem] = []
         while True:
@@ -147,6 +159,10 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
                 what = _words(error, task.path)
             if what is not None:
                 found.append(Problem(task.path, task.array, what))
+            if task.nbytes:
+                with lock:
+                    done += task.nbytes
+                    on_progress(done, total)
 
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="gockpt-verify") as pool:
         for worker in [pool.submit(work) for _ in range(max(1, threads))]:
@@ -157,7 +173,7 @@ def verify_files(folder: Folder, path: str, manifest: Manifest, *, threads: int)
         step=manifest.step,
         seq=manifest.seq,
         files=1 + len(manifest.files) + len(manifest.arrays) + chunks,
-        nbytes=sum(entry.nbytes for entry in manifest.arrays),
+        nbytes=total,
         problems=tuple(sorted(problems, key=lambda problem: (problem.path, problem.what))),
     )
 
@@ -212,7 +228,8 @@ def _tasks(folder: Folder, manifest: Manifest, crcs: npt.NDArray[np.uint32] | No
         own = None if crcs is None else crcs[first : first + entry.block_count]
         source = Source(folder, entry, own)
         for chunk in range(entry.chunks):
-            yield _Task(entry.chunk_path(chunk), name, partial(_check_chunk, source, chunk))
+            check = partial(_check_chunk, source, chunk)
+            yield _Task(entry.chunk_path(chunk), name, check, entry.file_nbytes(chunk))
 
 
 def _checked_bytes(folder: Folder, file: FileEntry, *, limit: int = strict_json.MAX_BYTES) -> bytes:

@@ -11,8 +11,8 @@ import pytest
 
 import gockpt
 from gockpt import errors
-from gockpt.checkpoint import Metadata
 from gockpt.engine.handle import Saved
+from gockpt.overview import Metadata
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 API = (DOCS / "api.md").read_text()

@@ -18,7 +18,19 @@ import gockpt.errors
 REPOSITORY = Path(__file__).resolve().parent.parent
 FACE = {
     *("Checkpointer", "Keep", "Options", "SaveHandle", "save_overlapped", "wait"),
-    *("Checkpoint", "Restored", "latest", "load", "open", "steps", "upload", "verify"),
+    *(
+        "Checkpoint",
+        "Restored",
+        "checkpoints",
+        "diff",
+        "latest",
+        "load",
+        "open",
+        "prune",
+        "steps",
+        "upload",
+        "verify",
+    ),
 }
 HOMES = {**dict.fromkeys(gockpt.errors.__all__, "gockpt.errors"), **gockpt._HOME}
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn, optim
 
 from gockpt import rng
-from gockpt.document import build_document, capture_extras, parse
+from gockpt.document import build_document, capture_extras
 from gockpt.errors import ManifestCorrupt, UnsupportedState, UsageError
+from gockpt.saved_state import parse
 from gockpt.state import collect
 
 
