@@ -23,10 +23,11 @@ from gockpt.cli.run import run
 EVIL = "\x1b[31mred\x07\u202egnp.exe\u2028[bold]x\\"
 
 
-def fill(path="ckpts", steps=(1, 2, 3, 4), **extra):
+def fill(path="ckpts", steps=(1, 2, 3, 4), *, compression=None, **extra):
     """Save some steps, each with its own weights."""
     model = torch.nn.Linear(3, 2)
-    with gockpt.Checkpointer(model, None, path, options=gockpt.Options(window=1)) as saver:
+    options = gockpt.Options(window=1, compression=compression)
+    with gockpt.Checkpointer(model, None, path, options=options) as saver:
         for step in steps:
             torch.nn.init.constant_(model.weight, step)
             torch.nn.init.constant_(model.bias, 0)
@@ -135,6 +136,16 @@ def test_diff(call, ask):
     assert re.search(r"^model/weight +float32\[2, 3\] +6 +1 *$", out, re.MULTILINE)
     code, document = ask("diff", "a", "a")
     assert (code, document["equal"], document["changed"], document["metadata"]) == (0, True, [], [])
+
+
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_a_compressed_one_is_compared_by_what_it_holds(quick, ask):
+    fill("raw", steps=(2,))
+    fill("small", steps=(2, 3), compression="zstd")
+    assert ask("diff", "raw", "small", "--step-b", 2, *quick)[1]["same_tensors"]
+    assert ask("diff", "small", "small", *quick)[0] == 0
+    changed = ask("diff", "raw", "small", *quick)[1]["changed"]
+    assert [one["name"] for one in changed] == ["model/weight"]
 
 
 def test_prune(call, ask):

@@ -364,6 +364,16 @@ def _busy(lab):
     run.check(1)
 
 
+@when("`gockpt.prune` is called for the path that a run saves into")
+def _prune_beside(lab):
+    run = lab.Run().saved().saved().saved()
+    try:
+        gockpt.prune("ckpts", 2)
+    finally:
+        assert gockpt.steps("ckpts") == [1, 2, 3]
+        run.check()
+
+
 @when("A run that resumed from an older step prunes")
 def _abandoned(lab):
     run = lab.Run()
