@@ -71,9 +71,16 @@ def items(document: Json) -> list[tuple[Json, Json]]:
 
 
 def array_name(document: Json) -> tuple[str, ...] | None:
-    """Return the array's name if the document stands for a tensor and nothing else."""
+    """Return the array's name if the document stands for a tensor and nothing else.
+
+    Raises:
+        ManifestCorrupt: If that is no name.
+    """
     if isinstance(document, dict) and list(document) == ["$tensor"]:
-        return _name(document["$tensor"])
+        try:
+            return _name(document["$tensor"])
+        except TypeError as error:
+            raise ManifestCorrupt(str(error)) from error
     return None
 
 

@@ -147,7 +147,7 @@ def test_power_loss_while_tidying_up_after_the_dead(
 
     total = play(scratch / "count", -1).total
     assert total > 20
-    for first in sorted({*range(0, total, 16), *range(total - 8, total)}):
+    for first in sorted({*range(0, total, 24), *range(total - 6, total)}):
         path = scratch / f"path-{first}"
         model = play(path, first)
         assert model.dead
@@ -155,7 +155,7 @@ def test_power_loss_while_tidying_up_after_the_dead(
         wrong = []
 
         def look(model, call, first=first, allowed=allowed, wrong=wrong):
-            for loss, tree in model.outcomes(2).items():
+            for loss, tree in model.outcomes(1).items():
                 seen = checker.examine(tree)
                 if any(one.problems for one in seen) or newest(seen) not in allowed:
                     wrong.append((first, call, loss, newest(seen), allowed))
