@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gockpt.errors import ManifestCorrupt
 from gockpt.filling import copy_into
 from gockpt.fitting import Create, Fill, Value
 from gockpt.unplain import decode
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from gockpt.filling import Filler
     from gockpt.fitting import OptimizerPlan, ParamPlan
+    from gockpt.plain import Json
 
 __all__ = ["OptimizerRestore", "OptionsReport"]
 
@@ -41,17 +43,39 @@ class OptimizerRestore:
         self._plan = plan
         self._filler = filler
         self._options = [
-            None if source is None else decode(plan.saved.groups[source].options, filler.read)
+            None if source is None else self._decode_dict(plan.saved.groups[source].options, "options")
             for source in plan.groups
         ]
-        self._own = decode(plan.saved.values, filler.read)
-        self._more = decode(plan.saved.more, filler.read)
+        self._own = self._decode_dict(plan.saved.values, "values")
+        self._more = self._decode_dict(plan.saved.more, "more")
+        if reserved := self._more.keys() & {"state", "param_groups"}:
+            msg = f"optimizer {plan.index}: its saved 'more' has {sorted(reserved)}, which stand elsewhere"
+            raise ManifestCorrupt(msg)
         # By id of the Value, which the plan keeps alive.
         self._values: dict[int, Any] = {}
+        # The keys of each parameter's states, in the plan's order.
+        self._keys: list[list[Any]] = []
         for param in plan.params:
+            self._keys.append([self._decode_key(key) for key, _ in _parts(param)])
             for _, part in _parts(param):
                 if isinstance(part, Value):
                     self._values[id(part)] = decode(part.document, filler.reader_to(part.device))
+
+    def _decode_dict(self, document: Json, what: str) -> dict[Any, Any]:
+        value = decode(document, self._filler.read)
+        if isinstance(value, dict):
+            return value
+        msg = f"optimizer {self._plan.index}: its saved {what!r} are {str(value)[:60]}"
+        raise ManifestCorrupt(msg)
+
+    def _decode_key(self, document: Json) -> Any:
+        key = decode(document, self._filler.read)
+        try:
+            hash(key)
+        except TypeError as error:
+            msg = f"optimizer {self._plan.index}: {str(key)[:60]} can't be the name of a state"
+            raise ManifestCorrupt(msg) from error
+        return key
 
     def arrays(self) -> list[Fill | Create]:
         """Return the states that are arrays of their own."""
@@ -73,13 +97,13 @@ class OptimizerRestore:
             if options is not None:
                 where = f"optimizer {self._plan.index}, group {index}"
                 _apply_options(where, optimizer.param_groups[index], options, report)
-        for param in self._plan.params:
-            self._apply_state(optimizer, param)
+        for param, keys in zip(self._plan.params, self._keys, strict=True):
+            self._apply_state(optimizer, param, keys)
         for key in [key for key in optimizer.state if not isinstance(key, torch.Tensor)]:
             del optimizer.state[key]
         optimizer.state.update(self._own)
 
-    def _apply_state(self, optimizer: Any, plan: ParamPlan) -> None:
+    def _apply_state(self, optimizer: Any, plan: ParamPlan, keys: list[Any]) -> None:
         param = plan.entry.param
         if plan.state is None:
             optimizer.state.pop(param, None)
@@ -88,8 +112,7 @@ class OptimizerRestore:
             optimizer.state[param] = self._values[id(plan.state)]
             return
         state: dict[Any, Any] = {}
-        for key, part in _parts(plan):
-            name = decode(key, self._filler.read)
+        for name, (_, part) in zip(keys, _parts(plan), strict=True):
             if isinstance(part, Fill):
                 self._filler.fill(part)
                 state[name] = plan.entry.state[name]
