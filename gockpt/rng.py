@@ -7,12 +7,16 @@ is in use. Other generators (a loader's, a ``np.random.Generator``) are the user
 from __future__ import annotations
 
 import random
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from gockpt.errors import ManifestCorrupt, StateMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["capture", "check", "restore"]
 
@@ -50,6 +54,12 @@ def check(states: dict[str, Any]) -> None:
             f"np.random.set_bit_generator(np.random.{saved}()) first, or load with rng=False"
         )
         raise StateMismatch(msg, mismatched=(f"rng/numpy: saved {saved}, live {live}",))
+    with _explained():
+        # On generators of their own first: a load that has changed a model must not fail for these.
+        kind = type(np.random.get_bit_generator())  # type: ignore[attr-defined] # public since NumPy 1.24
+        np.random.RandomState(kind()).set_state(_unpack(states["numpy"]))
+        random.Random().setstate(states["python"])  # noqa: S311 - no secrets are made
+        torch.Generator().set_state(_from_bytes(states["torch"]))
 
 
 def restore(states: dict[str, Any]) -> tuple[str, ...]:
@@ -64,7 +74,7 @@ def restore(states: dict[str, Any]) -> tuple[str, ...]:
         ManifestCorrupt: If these are no such states.
     """
     check(states)
-    try:
+    with _explained():
         np.random.set_state(_unpack(states["numpy"]))  # noqa: NPY002 - see capture
         random.setstate(states["python"])
         torch.set_rng_state(_from_bytes(states["torch"]))
@@ -75,10 +85,16 @@ def restore(states: dict[str, Any]) -> tuple[str, ...]:
                 torch.cuda.set_rng_state(_from_bytes(state), index)
             else:
                 absent.append(f"cuda:{index}")
+    return tuple(absent)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError, LookupError, RuntimeError, OverflowError) as error:
         msg = f"the saved random states can't be set ({error}); load with rng=False to leave them out"
         raise ManifestCorrupt(msg) from error
-    return tuple(absent)
 
 
 def _live_numpy() -> str:
