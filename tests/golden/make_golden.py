@@ -2,8 +2,8 @@
 
 What is there is never written again: checkpoints of every version that was released must load for ever. A new
 version of the format gets new names. Good ones are written by the package itself; broken ones are copies of
-``v1-small`` with one thing changed, each as its entry in ``BROKEN`` says. What a reader must say of them
-stands in ``expected.json``.
+``v1-small`` (``encoded-``: of ``v1-blosc``) with one thing changed, as their entry in ``BROKEN`` says. What a
+reader must say of them stands in ``expected.json``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from content import bits
 
 from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.checksum import crc32c
+from gockpt.storage.compression import Compression
 from gockpt.storage.manifest import chunked_layout
 from gockpt.storage.store import Store
 
@@ -44,8 +45,19 @@ ARRAYS = {
         ("extra", "a/b ä~", "c"): ((5,), "float64", 2),
         ("extra", "x" * 150 + "ä" * 30): ((1,), "int8", 1),
     },
+    "v1-zstd": {
+        **{("model", f"matrix.{dtype}"): ((3, 2), dtype, 2) for dtype in DTYPES},
+        ("model", "scalar"): ((), "float32", 1),
+        ("model", "empty"): ((0, 4), "float32", 1),
+    },
+    "v1-blosc": {
+        **{("model", f"matrix.{dtype}"): ((3, 2), dtype, 2) for dtype in DTYPES},
+        ("model", "long"): ((300,), "int64", 200),
+        ("model", "scalar"): ((), "float32", 1),
+    },
     "v1-small": {("model", "w"): ((3, 2), "float32", 2), ("s",): ((), "int64", 1)},
 }
+CODECS = {"v1-zstd": "zstd", "v1-blosc": "blosc"}
 STATE = {"text": "ä\n", "numbers": [1, -2.5, 2**53 - 1], "nothing": None, "deep": {"er": [[]]}}
 
 
@@ -56,7 +68,12 @@ def write(name: str) -> None:
         spec = ArraySpec(array, shape, dtype)
         layouts.append(chunked_layout(spec, (rows, *(max(1, n) for n in shape[1:])) if shape else ()))
         data[array] = bits("/".join(array), dtype, spec.nbytes).tobytes()
-    with tempfile.TemporaryDirectory() as path, Store(path) as store, store.begin(12) as transaction:
+    compression = Compression(CODECS.get(name), threads=1, smallest=1)
+    with (
+        tempfile.TemporaryDirectory() as path,
+        Store(path, compression=compression) as store,
+        store.begin(12) as transaction,
+    ):
         for layout in layouts:
             at = 0
             for slot in layout.slots:
@@ -148,6 +165,17 @@ def dirty(path: Path) -> None:
     name.write_bytes(data + crc32c(data).to_bytes(4, "little"))
 
 
+def grow(name: str):
+    """Let a chunk be one byte longer than it is encoded to, and the manifest and the file agree on that."""
+
+    def apply(path: Path) -> None:
+        data = (path / name).read_bytes()[:-4] + b"\0"
+        (path / name).write_bytes(data + crc32c(data).to_bytes(4, "little"))
+        edit(lambda d: d["arrays"][-2]["stored"].__setitem__(1, len(data)))(path)
+
+    return apply
+
+
 BROKEN = {
     "manifest-cut": cut("gockpt.json", 30),
     "manifest-flipped": flip("gockpt.json", 100),
@@ -168,6 +196,11 @@ BROKEN = {
     "padding-dirty": dirty,
     "document-flipped": flip("model/w/zarr.json", 20),
     "document-lies": lie,
+    "encoded-flipped": flip("model/long/c.0", 30),
+    "encoded-cut": cut("model/long/c.0", 1),
+    "encoded-length-lies": grow("model/long/c.1"),
+    "encoded-codec-lies": edit(lambda d: d["arrays"][-2].update(codec="zstd")),
+    "encoded-codec-unknown": edit(lambda d: d["arrays"][-2].update(codec="lzma")),
     "file-too-many": lambda path: (path / "model/w/c.2.0").write_bytes(b""),
 }
 
@@ -175,7 +208,7 @@ BROKEN = {
 def damage(name: str) -> None:
     """Write one of the broken ones."""
     target = HERE / f"broken-{name}"
-    shutil.copytree(HERE / "v1-small", target)
+    shutil.copytree(HERE / ("v1-blosc" if name.startswith("encoded-") else "v1-small"), target)
     BROKEN[name](target)
 
 

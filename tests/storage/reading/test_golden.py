@@ -17,7 +17,7 @@ EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name.startswith(("v1-", "broken-")))
 # What each good one holds besides its arrays; the arrays' bits follow from their names.
 STATE = {"text": "ä\n", "numbers": [1, -2.5, 2**53 - 1], "nothing": None, "deep": {"er": [[]]}}
-SHAPES = {"v1-dtypes": 30, "v1-chunks": 6, "v1-small": 2}
+SHAPES = {"v1-dtypes": 30, "v1-chunks": 6, "v1-small": 2, "v1-zstd": 22, "v1-blosc": 22}
 
 
 def content():
