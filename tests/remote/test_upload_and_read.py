@@ -170,3 +170,23 @@ def test_nothing_there(url, bucket, s3, tmp_path):
     assert gockpt.steps(f"file://{tmp_path}/nowhere") == []
     with pytest.raises(gockpt.CheckpointNotFound, match="no such directory"):
         gockpt.open(f"file://{tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize("codec", ["zstd", "blosc"])
+def test_compressed_chunks_travel_as_they_are(codec, url, tmp_path, s3, bucket, small_chunks):
+    held = {"rows": torch.arange(100 * 64, dtype=torch.float32).reshape(100, 64), "none": torch.empty(0, 4)}
+    options = gockpt.Options(compression=codec)
+    with gockpt.Checkpointer(held, None, tmp_path, options=options) as saver:
+        saver.after_step(7)
+    done = gockpt.upload(tmp_path, url)
+    with gockpt.open(url) as checkpoint:
+        assert equal(checkpoint, held)
+        assert torch.equal(checkpoint["model/rows"][40:60, 3], held["rows"][40:60, 3])
+    assert gockpt.verify(url).ok
+    assert gockpt.upload(tmp_path, url).sent == 0
+    for file in (tmp_path / "step-0000000007").rglob("*"):
+        if file.is_file():
+            key = (
+                f"{done.url.removeprefix(f's3://{bucket}/')}/{file.relative_to(tmp_path / 'step-0000000007')}"
+            )
+            assert s3.get_object(Bucket=bucket, Key=key)["Body"].read() == file.read_bytes()
