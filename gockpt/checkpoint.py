@@ -2,15 +2,15 @@
 
 Promise: opening reads names, shapes and metadata only, and indexing a tensor reads the bytes of the
 smallest box around what is wanted (in whole verified blocks), nothing else. What is returned was
-compared with its checksums.
+compared with its checksums, unless the caller did without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from gockpt.errors import TensorNotFound
+from gockpt.errors import TensorNotFound, UsageError
 from gockpt.lazy import LazyTensor, not_found, read_whole
 from gockpt.overview import checked_step, metadata_of, state_of
 from gockpt.storage.listing import open_checkpoint
@@ -37,8 +37,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         extra: The plain values of the user's extras, by name; each is read when asked for.
     """
 
-    def __init__(self, stored: StoredCheckpoint) -> None:
+    def __init__(self, stored: StoredCheckpoint, *, verify: bool = True) -> None:
+        """Take over an open checkpoint; ``verify`` is whether what is read is compared with checksums."""
         self._stored = stored
+        self._verify = verify
         self._state = state_of(stored)
         self._specs = {name: array.spec for name, array in stored.arrays.items()}
         for alias, target in self._state.aliases.items():
@@ -48,7 +50,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def __getitem__(self, name: str) -> LazyTensor:
         try:
-            return LazyTensor(self._stored, self._specs[name], name)
+            return LazyTensor(self._stored, self._specs[name], name, verify=self._verify)
         except (KeyError, TypeError):
             raise TensorNotFound(not_found(name, list(self._specs), self.metadata.step)) from None
 
@@ -95,21 +97,28 @@ class _Extras(Mapping[str, Any]):
         return f"<extras: {', '.join(self) or 'none'}>"
 
 
-def open(path: Where, step: int | None = None) -> Checkpoint:
+def open(path: Where, step: int | None = None, *, verify: Literal["blocks", "none"] = "blocks") -> Checkpoint:
     """Open a checkpoint for looking into it; reads names, shapes and metadata, no tensor.
 
     Args:
         path: Where checkpoints are saved, or one checkpoint's own directory.
         step: The wanted step; ``None`` for the newest (published last, whatever its step).
+        verify: ``"blocks"`` reads whole blocks of 1 MiB around what is wanted and compares each with its
+            checksum. ``"none"`` reads just the wanted bytes, from disk at most a page more at either end:
+            cheaper for small slices, but bytes that the disk or the network got wrong go unnoticed.
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
         ManifestCorrupt: If its manifest or state document is damaged.
+        UsageError: If ``verify`` is something else.
     """
+    if verify not in ("blocks", "none"):
+        msg = f'verify={verify!r}: expected "blocks" or "none"'
+        raise UsageError(msg)
     stored = open_checkpoint(path, checked_step(step))
     try:
-        return Checkpoint(stored)
+        return Checkpoint(stored, verify=verify == "blocks")
     except BaseException:
         stored.close()
         raise

@@ -36,11 +36,12 @@ class LazyTensor:
     is an ordinary CPU tensor of its own.
     """
 
-    __slots__ = ("_spec", "_stored", "name")
+    __slots__ = ("_spec", "_stored", "_verify", "name")
 
-    def __init__(self, stored: StoredCheckpoint, spec: ArraySpec, name: str) -> None:
+    def __init__(self, stored: StoredCheckpoint, spec: ArraySpec, name: str, *, verify: bool) -> None:
         self._stored = stored
         self._spec = spec
+        self._verify = verify
         self.name = name
 
     @property
@@ -80,7 +81,7 @@ class LazyTensor:
         box, rest = select(self._spec.shape, index)
         result = torch.empty(box.shape, dtype=self.dtype)
         if box.numel:
-            self._stored.read_into(self._spec.public_name, box, as_bytes(result))
+            self._stored.read_into(self._spec.public_name, box, as_bytes(result), verify=self._verify)
         sparse = any(isinstance(part, slice) and part.step not in (None, 1) for part in rest)
         # A strided result must not hold the memory of what lies between.
         return result[rest].clone() if sparse else result[rest]

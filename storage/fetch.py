@@ -120,6 +120,7 @@ def execute(
             try:
                 with explained(task.name):
                     begun(index)
+                    scratch.take(0)
                     with task.source.open(read.chunk, scratch) as file:
                         if task.source.entry.coded is not None:
                             total += _read_encoded(file, read, task, task.source.entry.coded)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gockpt.schema import ArraySpec
     from gockpt.storage.folder import Folder
 
-__all__ = ["StoredArray", "StoredCheckpoint", "Wanted", "read_manifest"]
+__all__ = ["StoredArray", "StoredCheckpoint", "Wanted", "manifest_bytes", "read_manifest"]
 
 MAX_GAP = 64 << 10
 """Gaps between wanted bytes below this are read along: a seek would cost as much."""
@@ -341,13 +341,21 @@ def read_manifest(folder: Folder, path: str) -> Manifest:
         FileNotFoundError: If there is none: the directory is no complete checkpoint.
         ManifestCorrupt: If it is damaged, not valid, or no regular file.
     """
-    where = f"{path}/{MANIFEST_FILE}"
+    return parse(manifest_bytes(folder, path), where=f"{path}/{MANIFEST_FILE}")
+
+
+def manifest_bytes(folder: Folder, path: str) -> bytes:
+    """Return what stands in the manifest's file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ManifestCorrupt: If it is no regular file, or too large.
+    """
     try:
-        data = read_small(folder, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+        return read_small(folder, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     except CheckpointCorrupt as error:
         msg = f"{path}: {error}"
         raise ManifestCorrupt(msg) from error
-    return parse(data, where=where)
 
 
 def _checked_box(spec: ArraySpec, box: Box | None) -> Box:

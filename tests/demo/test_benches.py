@@ -95,7 +95,30 @@ def test_store_bench(bench):
     assert all(bar["against"] in printed for bar in tiny["bars"])
 
 
-@pytest.mark.parametrize("name", ["bench_train.py", "bench_memory.py", "bench_store.py", "demo.py"])
+def test_load_bench(bench):
+    result, printed = run(bench / "bench_load.py")
+    (tiny,) = result["results"]
+    assert (tiny["state"], tiny["arrays"]) == ("tiny", 84)
+    assert {task: list(ways) for task, ways in tiny["seconds"].items()} == {
+        "everything, cold": ["gockpt", "dcp.load", "safetensors"],
+        "everything, warm": ["gockpt", "dcp.load", "safetensors"],
+        "quarters, cold": ["gockpt", "dcp.load"],
+        "100 rows, cold": ["gockpt", "gockpt, verify none", "safetensors"],
+        "100 rows, warm": ["gockpt", "gockpt, verify none", "safetensors"],
+    }
+    for task, ways in tiny["seconds"].items():
+        assert all(len(taken) == 1 and taken[0] > 0 for taken in ways.values())
+        assert all(f"{task}: {way}" in printed for way in ways)
+    assert [(bar["against"], bar["bar"]) for bar in tiny["bars"]] == [
+        ("dcp.load", 1.5),
+        ("dcp.load", 4.0),
+        ("safetensors", 0.8),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["bench_train.py", "bench_memory.py", "bench_store.py", "bench_load.py", "demo.py"]
+)
 def test_each_says_what_it_does(bench, name):
     done = subprocess.run(
         [sys.executable, str(bench / name), "--help"], check=True, capture_output=True, text=True

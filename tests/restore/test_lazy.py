@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +136,31 @@ def test_a_closed_checkpoint_says_so(save):
         lazy = checkpoint["model/w"]
     with pytest.raises(UsageError, match="closed"):
         lazy[...]
+
+
+def test_without_verifying_a_slice_costs_its_own_bytes(save):
+    values = torch.randn(3000, 768)
+    save("ckpts", {"w": values})
+    chunk = Path("ckpts/step-0000000001/model/w/c.0.0")
+    nbytes = 100 * 768 * 4
+    with gockpt.open("ckpts", verify="none") as checkpoint:
+        assert torch.equal(checkpoint["model/w"][1000:1100], values[1000:1100])
+        assert nbytes <= checkpoint._stored.bytes_read <= nbytes + 2 * 4096
+    with gockpt.open("ckpts") as checkpoint:
+        assert torch.equal(checkpoint["model/w"][1000:1100], values[1000:1100])
+        assert checkpoint._stored.bytes_read >= 1 << 20
+    # What it gives up.
+    data = bytearray(chunk.read_bytes())
+    data[1000 * 768 * 4] ^= 1
+    chunk.write_bytes(data)
+    with gockpt.open("ckpts", verify="none") as checkpoint:
+        assert not torch.equal(checkpoint["model/w"][1000:1100], values[1000:1100])
+    with gockpt.open("ckpts") as checkpoint, pytest.raises(gockpt.ChunkCorrupt, match="model/w"):
+        checkpoint["model/w"][1000:1100]
+
+
+@pytest.mark.parametrize("verify", [True, "full", None])
+def test_a_way_to_verify_that_is_none_is_refused(save, verify):
+    save("ckpts", {"w": torch.ones(1)})
+    with pytest.raises(gockpt.UsageError, match='expected "blocks" or "none"'):
+        gockpt.open("ckpts", verify=verify)

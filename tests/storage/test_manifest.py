@@ -71,6 +71,7 @@ def test_what_is_encoded_is_parsed_again(arrays, chunk_rows, step, exact):
     data = manifest.encode(one)
     assert manifest.parse(data, where="x") == one
     assert manifest.identify(data, where="x") == manifest.Identity(step, 5, "ab" * 16)
+    assert manifest.glance(data, where="x") == manifest.Identity(step, 5, "ab" * 16)
 
 
 @given(specs.filter(bool), st.none() | st.integers(1, 50))
@@ -227,6 +228,19 @@ def test_an_identity_needs_its_fields():
     for key in ("step", "seq", "attempt"):
         with pytest.raises(ManifestCorrupt):
             manifest.identify(rewritten(drop(key)), where="x")
+        with pytest.raises(ManifestCorrupt):
+            manifest.glance(rewritten(drop(key)), where="x")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_glance_compares_the_checksum_and_parses_nothing(version):
+    line = b'{"format":"gockpt","version":%d,"step":7,"seq":5,"attempt":"abababab","rubbish' % version
+    assert manifest.glance(sealed(line + b"\n"), where="x") == manifest.Identity(7, 5, "abababab")
+    for damaged in (line, line + b"\n", sealed(line + b"\n").replace(b"7", b"8"), sealed(line)):
+        with pytest.raises(ManifestCorrupt):
+            manifest.glance(damaged, where="x")
+    with pytest.raises(ManifestCorrupt):
+        manifest.glance(sealed(line.replace(b":%d," % version, b":3,") + b"\n"), where="x")
 
 
 def test_far_too_many_chunks_cost_nothing_to_refuse():

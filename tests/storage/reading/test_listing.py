@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,13 @@ from gockpt.errors import (
 )
 from gockpt.storage import listing
 from gockpt.storage.checksum import crc32c
-from gockpt.storage.listing import CheckpointEntry, list_checkpoints, open_checkpoint
+from gockpt.storage.listing import (
+    CheckpointEntry,
+    damaged_checkpoints,
+    latest_step,
+    list_checkpoints,
+    open_checkpoint,
+)
 from gockpt.storage.pruned import is_gone
 
 ARRAYS = {("a",): ((4, 3), "float32"), ("b",): ((), "int64")}
@@ -49,7 +56,16 @@ def test_newest_is_the_highest_seq_not_the_highest_step(save, tmp_path):
     assert [(entry.step, entry.seq) for entry in list_checkpoints(path)] == [(1000, 1), (1500, 2), (1100, 3)]
     assert opened(path) == (1100, 3)
     assert opened(str(path), 1500) == (1500, 2)
-    assert list_checkpoints(path)[0] == CheckpointEntry(1000, 1, "00000001", f"{path}/step-0000001000")
+    assert list_checkpoints(path)[0] == CheckpointEntry(
+        step=1000,
+        seq=1,
+        attempt="00000001",
+        path=f"{path}/step-0000001000",
+        created="2026-01-01T00:00:00+00:00",
+        nbytes=56,
+        exact=True,
+        metrics={},
+    )
 
 
 def test_a_step_can_be_opened_by_its_own_path_under_any_name(save, tmp_path):
@@ -295,14 +311,14 @@ def test_where_the_parent_cannot_be_listed_only_a_removed_directory_counts_as_go
 def test_an_unreadable_checkpoint_is_not_silently_passed_over(save, tmp_path, monkeypatch):
     save(1, 1)
     save(2, 2)
-    real = listing.read_manifest
+    real = listing.manifest_bytes
 
-    def read_manifest(directory, path):
+    def manifest_bytes(directory, path):
         if path.endswith("2"):
             raise PermissionError(13, "Permission denied", path)
         return real(directory, path)
 
-    monkeypatch.setattr(listing, "read_manifest", read_manifest)
+    monkeypatch.setattr(listing, "manifest_bytes", manifest_bytes)
     with pytest.raises(PermissionError):
         open_checkpoint(tmp_path / "ckpts")
     assert opened(tmp_path / "ckpts", 1) == (1, 1)
@@ -336,3 +352,48 @@ def test_nothing_leaks(save, tmp_path):
         with pytest.raises(GockptError):
             open_checkpoint(tmp_path / "ckpts", step)
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+# ---- without reading every manifest to its end
+
+
+def test_opening_the_newest_reads_one_manifest_to_its_end(save, tmp_path, monkeypatch):
+    for n in range(1, 6):
+        save(n, n)
+    read = []
+    real = listing.parse
+    monkeypatch.setattr(listing, "parse", lambda data, where: read.append(where) or real(data, where=where))
+    path = tmp_path / "ckpts"
+    assert opened(path) == (5, 5)
+    assert latest_step(path) == list_checkpoints(path)[-1].step
+    assert read[:2] == [f"{path}/step-0000000005/gockpt.json"] * 2
+    assert len(read) == 2 + 5  # a list promises that all of them are valid
+
+
+def test_the_newest_is_none_where_nothing_complete_is(save, tmp_path):
+    assert latest_step(tmp_path / "nowhere") is None
+    written = save(1, 1)
+    assert latest_step(written.path) == latest_step(str(tmp_path / "ckpts")) == 1
+    (written.path / "gockpt.json").write_bytes(b"{}")
+    assert latest_step(tmp_path / "ckpts") is None
+    with pytest.raises(ManifestCorrupt):
+        latest_step(written.path)
+    with pytest.raises(NotACheckpoint):
+        latest_step(written.path / "gockpt.json")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_undamaged_manifest_that_is_not_valid_is_passed_over(save, tmp_path, caplog, old):
+    save(1, 1)
+    if old:
+        save(2, 2, directory="step-0000000002.old-00000002")
+    save(2, 3, distort=lambda manifest: replace(manifest, parent=7))
+    path = tmp_path / "ckpts"
+    expected = (2, 2) if old else (1, 1)
+    assert opened(path) == expected
+    assert "parent 7 is not older than seq 3" in caplog.text
+    assert latest_step(path) == list_checkpoints(path)[-1].step == expected[0]
+    assert list_checkpoints(path)[-1].seq == expected[1]
+    with pytest.raises(ManifestCorrupt, match="parent 7"):
+        open_checkpoint(path, 2)
+    assert list(damaged_checkpoints(path)) == ["step-0000000002"]
