@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["CODECS", "MAX_CHUNK_NBYTES", "Coded", "decode", "encode", "most_nbytes", "zarr_codec"]
+__all__ = [
+    "CODECS",
+    "MAX_CHUNK_NBYTES",
+    "Coded",
+    "decode",
+    "encode",
+    "expect_nbytes",
+    "most_nbytes",
+    "zarr_codec",
+]
 
 CODECS = ("zstd", "blosc")
 """Every codec that is ever written, and read. A name stands for one set of parameters, for good."""
@@ -113,16 +122,25 @@ def decode(codec: str, data: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8], 
     """
     from numcodecs import blosc, zstd
 
-    stated = _zstd_content(data) if codec == "zstd" else _blosc_content(data)
-    if stated != out.nbytes:
-        says = "don't say how many they stand for" if stated is None else f"say they stand for {stated} bytes"
-        msg = f"{where}: its {data.nbytes} encoded bytes {says} instead of {out.nbytes}"
-        raise ChunkCorrupt(msg)
+    expect_nbytes(codec, data, out.nbytes, where=where)
     try:
         (zstd if codec == "zstd" else blosc).decompress(data, out)
     except (RuntimeError, ValueError) as error:
         msg = f"{where}: can't be decoded as {codec}: {error}"
         raise ChunkCorrupt(msg) from error
+
+
+def expect_nbytes(codec: str, data: npt.NDArray[np.uint8], nbytes: int, *, where: str) -> None:
+    """Refuse an encoded chunk that doesn't itself say that it stands for ``nbytes`` bytes.
+
+    Raises:
+        ChunkCorrupt: If it says otherwise, or nothing.
+    """
+    stated = _zstd_content(data) if codec == "zstd" else _blosc_content(data)
+    if stated != nbytes:
+        says = "don't say how many they stand for" if stated is None else f"say they stand for {stated} bytes"
+        msg = f"{where}: its {data.nbytes} encoded bytes {says} instead of {nbytes}"
+        raise ChunkCorrupt(msg)
 
 
 def _zstd_content(data: npt.NDArray[np.uint8]) -> int | None:

@@ -113,7 +113,7 @@ def choose(kinds: Mapping[Kind, Measured], *, write_rate: float, threads: int) -
 
     Encoding on ``threads`` threads and writing go on side by side, so that a save takes the longer of both.
     Kinds are taken in the order of what they save the disk for each second of encoding, as long as the
-    whole gets shorter.
+    whole gets shorter; a slower codec of a kind takes the place of a faster one where that is shorter still.
 
     Args:
         kinds: What was measured.
@@ -129,12 +129,15 @@ def choose(kinds: Mapping[Kind, Measured], *, write_rate: float, threads: int) -
             cost = measured.nbytes / trial.rate / threads
             if saved > 0:
                 offers.append((-saved / cost, kind, codec, saved, cost))
-    codecs: dict[Kind, str] = {}
+    taken: dict[Kind, tuple[str, float, float]] = {}
     for _, kind, codec, saved, cost in sorted(offers):
-        if kind not in codecs and max(writing - saved, encoding + cost) < max(writing, encoding):
-            codecs[kind] = codec
-            writing, encoding = writing - saved, encoding + cost
+        _, saved_before, cost_before = taken.get(kind, ("", 0.0, 0.0))
+        with_it = writing + saved_before - saved, encoding - cost_before + cost
+        if max(with_it) < max(writing, encoding):
+            taken[kind] = codec, saved, cost
+            writing, encoding = with_it
     seconds = max(writing, encoding)
+    codecs = {kind: codec for kind, (codec, _, _) in taken.items()}
     return Choice(codecs, seconds, raw) if seconds < WORTH * raw else Choice({}, raw, raw)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from gockpt.errors import ChunkCorrupt
 from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage.checksum import BLOCK, chain, crc32c
-from gockpt.storage.codecs import decode
+from gockpt.storage.codecs import decode, expect_nbytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -63,6 +63,8 @@ def read_chunk(
         if stored != expected:
             msg = f"{file.path}: its own checksum is {stored:08x} instead of {expected:08x}"
             raise ChunkCorrupt(msg)
+    # Before memory is taken for what it claims to hold.
+    expect_nbytes(coded.codec, content, entry.chunk_nbytes, where=file.path)
     whole = np.empty(entry.chunk_nbytes, np.uint8) if out is None else out
     decode(coded.codec, content, whole, where=file.path)
     return whole

@@ -135,6 +135,18 @@ def _chunk_damaged(lab):
     gockpt.open("ckpts")["model/0.weight"][...]
 
 
+@when("A chunk that was compressed is damaged")
+def _compressed_chunk_damaged(lab):
+    run = lab.Run(width=64)
+    for _ in range(2):
+        run.saved(options=gockpt.Options(window=1, compression="zstd"))
+    damage("ckpts/step-0000000002/model/0.weight/c.0.0")
+    assert [problem.array for problem in gockpt.verify("ckpts").problems] == ["model/0.weight"]
+    assert gockpt.load("ckpts", run.model, run.opt, step=1).step == 1
+    with mock.patch("gockpt.storage.encoded.decode", side_effect=AssertionError):
+        gockpt.open("ckpts")["model/0.weight"][0, 0]
+
+
 @when('The same, with `on_damage="previous"`')
 def _chunk_damaged_previous(lab):
     run = lab.Run().saved().saved()

@@ -399,6 +399,18 @@ def _no_metric(lab):
     run.check()
 
 
+@when("Saves are compressed, with other options from one run to the next")
+def _compressed(lab):
+    run, size = lab.Run(width=64), {}
+    for codec in ("zstd", "blosc", "auto", None):
+        run.train()
+        run.model[0].weight.data[:32] = 0  # so that it shrinks
+        run.tick(options=gockpt.Options(window=1, compression=codec))
+        run.check()
+        size[codec] = Path(f"ckpts/step-{run.step:010d}/model/0.weight/c.0.0").stat().st_size
+    assert max(size["zstd"], size["blosc"]) < size["auto"] == size[None] == 64 * 24 * 4 + 4
+
+
 @when("An extra has no exact form")
 def _odd_extra(lab):
     with pytest.raises(gockpt.UnsupportedState, match=r"extra/odd is a builtins\.object") as caught:

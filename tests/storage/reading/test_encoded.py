@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +184,20 @@ def test_what_an_encoded_chunk_says_of_itself_is_not_believed(tmp_path, lie, ver
             checkpoint.read_into("model/x", None, np.empty(4000, np.uint8), verify=verify)
         (problem,) = checkpoint.verify().problems
     assert (problem.path, problem.array) == ("model/x/c.0", "model/x")
+
+
+def test_no_memory_is_taken_for_what_a_chunk_falsely_claims(tmp_path):
+    whole = 16 << 20
+    published = publish(tmp_path, "zstd", {"x": ((whole,), "uint8", whole, bytes(whole))})
+    rewrite(published, zstd_claiming(whole + 1))
+    with open_checkpoint(published.path) as checkpoint:
+        tracemalloc.start()
+        try:
+            with pytest.raises(ChunkCorrupt, match="16777217 bytes instead of 16777216"):
+                checkpoint.read_into("model/x", Box((0,), (1,)), np.empty(1, np.uint8))
+            assert tracemalloc.get_traced_memory()[1] < whole // 4
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize("codec", CODECS)
