@@ -11,15 +11,15 @@ there several times faster than from any disk.
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
-import functools
 import mmap
 import os
 from collections import deque
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
+from gockpt.storage import libc
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,10 +34,8 @@ DIRECT_FROM = 128 << 10
 """Smaller reads go through the page cache: they are one request to the disk either way."""
 
 _PAGE = mmap.PAGESIZE
-_AT_EMPTY_PATH = 0x1000
-_STATX_DIOALIGN = 0x2000
 _SYS_CACHESTAT = 451  # the same number on every architecture that Python is built for
-_TRIED = frozenset({0xEF53, 0x58465342, 0x9123683E})  # ext4, xfs, btrfs
+_TRIED = frozenset({libc.EXT4, libc.XFS, libc.BTRFS})
 
 
 class _CachestatRange(ctypes.Structure):
@@ -46,24 +44,6 @@ class _CachestatRange(ctypes.Structure):
 
 class _Cachestat(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writing", "evicted", "recent"))
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, *arguments: object) -> None:
-    """Call a libc function that returns 0 or sets ``errno``, again when a signal interrupts it."""
-    function = getattr(_libc(), name, None)
-    code = errno.ENOSYS
-    while function is not None:
-        if function(*arguments) == 0:
-            return
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            break
-    raise OSError(code, os.strerror(code))
 
 
 class ReadCalls:
@@ -79,26 +59,21 @@ class ReadCalls:
 
     def filesystem(self, fd: int) -> int:
         """Return the number of the file system's type."""
-        buffer = ctypes.create_string_buffer(256)  # struct statfs; its first long is the type
-        _call("fstatfs", fd, buffer)
-        return ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF
+        return libc.filesystem_type(fd)
 
     def alignment(self, fd: int) -> tuple[int, int]:
         """Return what addresses, and what offsets and lengths, must be multiples of; zeros for "never".
 
-        A page each where the kernel doesn't say (Linux before 6.1). Source: ``statx(2)``.
+        See :func:`~gockpt.storage.libc.direct_alignment`.
         """
-        buffer = ctypes.create_string_buffer(256)  # struct statx
-        _call("statx", fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
-        mask, memory, offset = (ctypes.c_uint32.from_buffer(buffer, at).value for at in (0, 152, 156))
-        return (memory, offset) if mask & _STATX_DIOALIGN else (_PAGE, _PAGE)
+        return libc.direct_alignment(fd)
 
     def cached_pages(self, fd: int, offset: int, nbytes: int) -> int:
         """Return how many pages of a stretch are in the page cache; Linux 6.5 and later."""
         found = _Cachestat()
         stretch = _CachestatRange(offset, nbytes)
         number, flags = ctypes.c_long(_SYS_CACHESTAT), ctypes.c_uint(0)
-        _call("syscall", number, ctypes.c_int(fd), ctypes.byref(stretch), ctypes.byref(found), flags)
+        libc.call("syscall", number, ctypes.c_int(fd), ctypes.byref(stretch), ctypes.byref(found), flags)
         return int(found.cached)
 
     def is_at_hand(self, fd: int, offset: int) -> bool:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import functools
-import mmap
 import os
-from typing import Any
+
+from gockpt.storage import libc
 
 __all__ = ["CALLS", "Filesystem"]
 
@@ -45,28 +44,7 @@ CALLS = (
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-_AT_EMPTY_PATH = 0x1000
-_STATX_DIOALIGN = 0x2000
-_EXT4, _XFS, _BTRFS = 0xEF53, 0x58465342, 0x9123683E
 _SYNCFS_REPORTS_ERRORS_SINCE = (5, 8)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Call a libc function that returns 0 or sets ``errno``, again when a signal interrupts it."""
-    function = getattr(_libc(), name, None)
-    code = errno.ENOSYS
-    while function is not None:
-        if function(*arguments) == 0:
-            return
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            break
-    raise OSError(code, os.strerror(code))
 
 
 class Filesystem:
@@ -90,7 +68,7 @@ class Filesystem:
 
     def fallocate(self, fd: int, nbytes: int) -> None:
         """Reserve disk blocks for the first ``nbytes``; never emulated by writing zeros."""
-        _call("fallocate", fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
+        libc.call("fallocate", fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
 
     def ftruncate(self, fd: int, nbytes: int) -> None:
         """Set the length."""
@@ -102,7 +80,7 @@ class Filesystem:
 
     def syncfs(self, fd: int) -> None:
         """Do so for everything on the file system that ``fd`` is on."""
-        _call("syncfs", fd)
+        libc.call("syncfs", fd)
 
     def mkdir(self, name: str, *, dir_fd: int | None = None) -> None:
         """Make a directory."""
@@ -114,11 +92,11 @@ class Filesystem:
 
     def rename_new(self, source: str, target: str, *, dir_fd: int) -> None:
         """Rename unless the target exists (``EEXIST``); ``EINVAL`` or ``ENOSYS`` where that is unknown."""
-        _call("renameat2", dir_fd, os.fsencode(source), dir_fd, os.fsencode(target), _RENAME_NOREPLACE)
+        libc.call("renameat2", dir_fd, os.fsencode(source), dir_fd, os.fsencode(target), _RENAME_NOREPLACE)
 
     def exchange(self, one: str, other: str, *, dir_fd: int) -> None:
         """Let two names swap what they stand for, at once."""
-        _call("renameat2", dir_fd, os.fsencode(one), dir_fd, os.fsencode(other), _RENAME_EXCHANGE)
+        libc.call("renameat2", dir_fd, os.fsencode(one), dir_fd, os.fsencode(other), _RENAME_EXCHANGE)
 
     def unlink(self, name: str, *, dir_fd: int) -> None:
         """Remove a file's name."""
@@ -157,19 +135,9 @@ class Filesystem:
     def direct_alignment(self, fd: int) -> int:
         """Return what addresses, offsets and lengths of direct I/O must be multiples of for an open file.
 
-        0 where the file system says that it has none; a page where it says nothing (Linux before 6.1).
-        Source: ``statx(2)``, ``STATX_DIOALIGN``.
+        0 where the file system says that it has none; see :func:`~gockpt.storage.libc.direct_alignment`.
         """
-        buffer = ctypes.create_string_buffer(256)  # struct statx
-        try:
-            _call("statx", fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
-                raise
-            return mmap.PAGESIZE
-        mask, memory, offset = (ctypes.c_uint32.from_buffer(buffer, at).value for at in (0, 152, 156))
-        if not mask & _STATX_DIOALIGN:
-            return mmap.PAGESIZE
+        memory, offset = libc.direct_alignment(fd)
         return max(memory, offset) if memory and offset else 0
 
     def syncfs_reports_errors(self, fd: int) -> bool:
@@ -178,7 +146,5 @@ class Filesystem:
         True for ext4, xfs and btrfs since Linux 5.8; network and layered file systems don't pass it on.
         """
         version = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-        buffer = ctypes.create_string_buffer(256)  # struct statfs; its first long is the type
-        _call("fstatfs", fd, buffer)
-        kind = ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF
-        return kind in (_EXT4, _XFS, _BTRFS) and version >= _SYNCFS_REPORTS_ERRORS_SINCE
+        known = libc.filesystem_type(fd) in (libc.EXT4, libc.XFS, libc.BTRFS)
+        return known and version >= _SYNCFS_REPORTS_ERRORS_SINCE
