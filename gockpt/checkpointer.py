@@ -165,26 +165,32 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Finish what is in flight, uploads too; an open window closes at the last step told."""
-        try:
-            self._engine.wait()
-        finally:
-            if self._uploads is not None:
-                self._uploads.wait()
+        self._finish(self._engine.wait)
 
     def close(self) -> None:
         """Finish what is in flight, uploads too, then let go of threads, memory and the path."""
         try:
-            try:
-                self._engine.close()
-            finally:
-                if self._uploads is not None:
-                    self._uploads.wait()
+            self._finish(self._engine.close)
         finally:
             if self.closed:
                 _live.discard(self)
                 self.let_go()
                 if self not in _by_call.values():
                     self.forget_model()
+
+    def _finish(self, saves: Callable[[], None]) -> None:
+        """Finish the saves, then the uploads. A failed save is raised, a failed upload added to it."""
+        try:
+            saves()
+        except Exception as error:
+            if self._uploads is not None:
+                try:
+                    self._uploads.wait()
+                except UploadError as also:
+                    error.add_note(f"and {also}")
+            raise
+        if self._uploads is not None:
+            self._uploads.wait()
 
     def abort(self, why: str = "abort() was called") -> None:
         """Give an open window up; what was captured already goes on to disk."""

@@ -11,10 +11,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gockpt.errors import CheckpointCorrupt, ManifestCorrupt
+from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, CheckpointPruned, ManifestCorrupt
 from gockpt.overview import state_of
 from gockpt.storage import directory_names
 from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint
+from gockpt.storage.objects import objects_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +64,11 @@ def newest_whole(path: Where) -> tuple[StoredCheckpoint, tuple[PassedOver, ...]]
     if not entries and not passed:
         return open_checkpoint(path), ()  # raises, and says what is there instead
     for entry in reversed(entries):
-        stored = _opened(path, entry)
+        try:
+            stored = _opened(path, entry)
+        except CheckpointNotFound as error:
+            msg = f"{entry.path} was removed while a newer checkpoint was being read; try again"
+            raise CheckpointPruned(msg) from error
         try:
             why = _wrong(stored)
         except BaseException:
@@ -80,10 +85,12 @@ def newest_whole(path: Where) -> tuple[StoredCheckpoint, tuple[PassedOver, ...]]
 
 
 def _without_manifest(path: Where) -> Iterator[PassedOver]:
+    objects = objects_at(path)
+    where = str(path).rstrip("/") if objects is None else objects.url
     for name, error in damaged_checkpoints(path).items():
         known = directory_names.parse(name) or directory_names.parse_uploaded(name)
         if known is not None and known.step is not None:
-            yield PassedOver(known.step, name, str(error))
+            yield PassedOver(known.step, f"{where}/{name}", str(error))
 
 
 def _opened(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:

@@ -150,8 +150,9 @@ def load(
             if passed_over:
                 _log.warning("loaded step %d; passed over: %s", restored.step, _some(_steps_of(passed_over)))
             return dataclasses.replace(restored, passed_over=passed_over)
-        except CheckpointPruned:
-            if wanted is not None or attempt == TRIES:
+        except CheckpointPruned as error:
+            # Its note says that something was overwritten: another checkpoint might not cover all of that.
+            if wanted is not None or attempt == TRIES or getattr(error, "__notes__", None):
                 raise
         except CheckpointCorrupt as error:
             if not getattr(error, "__notes__", None) and on_damage == "raise":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -181,20 +182,21 @@ class Uploads:
     def _start(self) -> None:
         """Begin with what waits, unless something is on its way; the lock is held."""
         if self._active is None and self._waiting is not None:
-            self._active, self._waiting = self._waiting, None
+            self._active, self._waiting, self._progress = self._waiting, None, (0, 0)
             try:
-                threading.Thread(target=self._run, name="gockpt-upload", daemon=True).start()
+                threading.Thread(
+                    target=self._run, args=(self._active,), name="gockpt-upload", daemon=True
+                ).start()
             except RuntimeError as error:  # no thread to be had: the save has gone well all the same
                 self._failure, self._failed, self._active = error, self._active, None
 
-    def _run(self) -> None:
-        self._be_nice()
-        while True:
-            job, self._progress = self._active, (0, 0)
-            if job is None:
-                return
+    def _run(self, job: _Job | None) -> None:
+        """Upload ``job``, then whatever waits by then; which that is is settled under the lock."""
+        while job is not None:
             failure: BaseException | None = None
+            done: Uploaded | None = None
             try:
+                self._be_nice()
                 done = self._upload(job)
             except BaseException as error:  # noqa: BLE001 - wait() raises it
                 failure = error
@@ -210,7 +212,8 @@ class Uploads:
                 if failure is None:
                     self._newest = done or self._newest
                 self._failure, self._failed = failure, None if failure is None else job
-                self._active, self._waiting = self._waiting, None
+                self._active, self._waiting, self._progress = self._waiting, None, (0, 0)
+                job = self._active
                 self._changed.notify_all()
 
     def _upload(self, job: _Job) -> Uploaded | None:
@@ -236,5 +239,7 @@ class Uploads:
         self._progress = (done, total)
 
     def _be_nice(self) -> None:
-        # On Linux the priority belongs to the thread, not to the process.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+        # On Linux the priority belongs to the thread, not to the process. Refused where the process itself
+        # is nicer than that.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)

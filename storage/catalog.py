@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from gockpt import retention
 from gockpt.errors import ManifestCorrupt
 from gockpt.storage import directory_names, files, manifest, strict_json, verified
+from gockpt.storage.checked import MAX_INTEGER
 from gockpt.storage.failures import storage_errors
 
 if TYPE_CHECKING:
@@ -142,9 +144,10 @@ class Catalog:
             return self._seq
 
     def continue_after(self, seq: int) -> None:
-        """Give out only numbers above ``seq`` from now on."""
+        """Give out only numbers above ``seq`` from now on; not if there are none above it."""
         with self._mutex:
-            self._seq = max(self._seq, seq)
+            if seq < MAX_INTEGER:
+                self._seq = max(self._seq, seq)
 
     @contextmanager
     def holding(self, seq: int) -> Iterator[None]:
@@ -213,12 +216,13 @@ class Catalog:
             with self._mutex:
                 by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
                 going = retention.expendable(self._publications(keep), keep)
+            numbers = Counter(identity.seq for _, identity in by_age)
+            # Two of one number: one was copied in from elsewhere, and which is meant can't be told.
+            going = frozenset(seq for seq in going if numbers[seq] == 1)
             if not going:
                 return []
             staying = [entry for entry in by_age if entry[1].seq not in going]
-            lost = [
-                name for name, identity in staying[-keep.newest :] if identify(self._place, name) != identity
-            ]
+            lost = [name for name, identity in staying if identify(self._place, name) != identity]
             if not lost:
                 return [entry for entry in by_age if entry[1].seq in going]
             for name in lost:

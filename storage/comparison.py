@@ -134,13 +134,14 @@ def compare(
     total = sum(a.arrays[name].spec.nbytes for name in alike)
     known = {name for name in alike if quick and _same_checksums(a, b, name)}
     counts = {name: _Count() for name in alike}
-    tasks = iter(
-        [
-            (name, box)
-            for name in alike
-            if name not in known
-            for box in _boxes(a.arrays[name].entry, b.arrays[name].entry)
-        ]
+    for stored in (a, b):  # a size that is a lie shows here, before there are pieces to compare
+        if alike:
+            stored.block_checksums(alike[0])
+    tasks: Iterator[tuple[str, Box]] = (
+        (name, box)
+        for name in alike
+        if name not in known
+        for box in _boxes(a.arrays[name].entry, b.arrays[name].entry)
     )
     lock = threading.Lock()
     done = sum(a.arrays[name].spec.nbytes for name in known)

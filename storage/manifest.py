@@ -233,7 +233,14 @@ def metrics_of(attributes: Any) -> dict[str, float]:
     metrics = own.get("metrics") if isinstance(own, dict) else None
     if not isinstance(metrics, dict):
         return {}
-    return {name: value for name, value in metrics.items() if type(value) in (int, float)}
+    return {name: value for name, value in metrics.items() if type(value) in (int, float) and _fits(value)}
+
+
+def _fits(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def chunk_key(chunk: int, ndim: int) -> str:

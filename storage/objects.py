@@ -34,6 +34,7 @@ CRC_ATTRIBUTE = "gockpt-crc32c"
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOST_SLASH = re.compile(rf"({'|'.join(SCHEMES)}):/[^/]")
+_USERINFO = re.compile(r"://[^/\s\"'@]*@")
 _INSTALL = "install obstore with: pip install 'gockpt[remote]'"
 _CREDENTIALS = (
     "check the credentials and their rights (obstore takes them from the environment, such as "
@@ -305,7 +306,7 @@ def _expect_unforked() -> None:
 
 def _name_of(store: Any) -> str:
     """Return what messages call a store: its URL, where its own words tell, which hold no credentials."""
-    text = str(store)
+    text = _USERINFO.sub("://", str(store))
     match = re.match(r'(S3|GCS|Azure)Store\((?:bucket|container)\w*="([^"]*)"(?:, prefix="([^"]*)")?', text)
     if match is None:
         return f"{type(store).__name__}()" if text.startswith("<") else text
@@ -315,7 +316,7 @@ def _name_of(store: Any) -> str:
 
 def _words(error: BaseException) -> str:
     """Return what an error says in one line, without what may hold a credential."""
-    text = str(error).partition("\n\nDebug source:")[0]
+    text = _USERINFO.sub("://", str(error).partition("\n\nDebug source:")[0])
     code = re.search(r"<Code>([^<]*)</Code>", text)
     said = re.search(r"<Message>([^<]*)</Message>", text)
     if code:

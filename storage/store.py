@@ -76,6 +76,8 @@ class Store:
             try:
                 _sweep(self._place)
                 self._catalog = Catalog(self._place)
+                if parent is not None:  # what it resumed from may have been moved away since
+                    self._catalog.continue_after(parent)
             except BaseException:
                 self._place.lock.release()
                 raise

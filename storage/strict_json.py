@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
@@ -70,8 +71,8 @@ def _parts(data: bytes) -> Iterator[bytes]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        msg = f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice"
+        count = Counter(key for key, _ in pairs)
+        msg = f"the key {next(key for key in count if count[key] > 1)!r} is given twice"
         raise ValueError(msg)
     return document
 

@@ -274,28 +274,41 @@ def _in_parallel(
     """
     lock, left, errors = threading.Lock(), iter(items), list[BaseException]()
 
-    def run() -> None:
-        prepare_thread()
-        while True:
-            with lock:
-                item = None if errors else next(left, None)
-            if item is None:
-                return
-            try:
-                work(item)
-            except BaseException as error:  # noqa: BLE001 - raised below
-                with lock:
-                    errors.append(error)
+    finished = 0
 
-    threads = [threading.Thread(target=run, name=f"gockpt-upload-{n}", daemon=True) for n in range(THREADS)]
-    for thread in threads:
-        thread.start()
+    def run() -> None:
+        nonlocal finished
+        try:
+            prepare_thread()
+            while True:
+                with lock:
+                    item = None if errors else next(left, None)
+                if item is None:
+                    return
+                work(item)
+                with lock:
+                    finished += 1
+        except BaseException as error:  # noqa: BLE001 - raised below
+            with lock:
+                errors.append(error)
+
+    threads: list[threading.Thread] = []
     try:
+        for number in range(THREADS):
+            thread = threading.Thread(target=run, name=f"gockpt-upload-{number}", daemon=True)
+            thread.start()
+            threads.append(thread)
         for thread in threads:
             thread.join()
-    except BaseException as error:  # Ctrl-C arrives here
+    except BaseException as error:  # Ctrl-C arrives here, and a system that has no more threads
         with lock:
             errors.append(error)
+        if isinstance(error, Exception):
+            for thread in threads:
+                thread.join()
         raise
     if errors:
         raise errors[0]
+    if finished != len(items):  # never: said so that no manifest can follow
+        msg = f"{len(items) - finished} objects were not uploaded"
+        raise RemoteError(msg)

@@ -332,6 +332,7 @@ def _check_chunk(source: Source, chunk: int, scratch: Scratch) -> str | None:
 
 def _check_encoded_chunk(source: Source, coded: Coded, chunk: int, scratch: Scratch) -> str | None:
     """Say what is wrong with the padding of an encoded chunk; of all else, reading it tells."""
+    scratch.take(0)  # what a raw chunk took is free again
     with source.open(chunk, scratch) as file:
         data = read_chunk(file, source.entry, coded, chunk, source.crcs)
     real = source.grid.real_nbytes(chunk)

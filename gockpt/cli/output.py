@@ -84,7 +84,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         )
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(width=None if terminal else _WIDE, highlight=False).print(table)
+    # Not printed by rich itself: it ends the program in its own way when nobody reads any more.
+    console = Console(width=None if terminal else _WIDE, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    sys.stdout.write(captured.get())
 
 
 @contextmanager

@@ -329,3 +329,12 @@ def test_on_a_terminal_there_are_bars_and_only_there():
     assert b"the newest" in shown
     assert b"ok (" in done.stdout
     assert b"\x1b" not in done.stdout
+
+
+def test_nobody_reads_a_table():
+    fill(steps=(1,))
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*COMMAND, "ls", "ckpts"], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert done.returncode == 141

@@ -16,9 +16,12 @@ import torch
 
 import gockpt
 from gockpt.errors import RemoteError
+from gockpt.storage import objects
+from gockpt.storage.listing import open_checkpoint
 from gockpt.storage.objects import Objects
 from gockpt.storage.store import Store
-from gockpt.uploads import Uploads
+from gockpt.storage.upload import upload_checkpoint
+from gockpt.uploads import Uploads, store_at
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -306,3 +309,72 @@ def test_its_threads_are_nice(url, tmp_path, save, monkeypatch):
     with Store(tmp_path) as store:
         Uploads(url, str(tmp_path), store, nice=19).wait()
     assert seen == {19}
+
+
+def test_a_priority_that_is_refused_is_done_without(saver, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    one = saver(nice=0)
+    monkeypatch.setattr(os, "setpriority", refused)
+    step(one, 1)
+    one.wait()
+    assert one.uploads.newest.step == 1
+
+
+def test_a_failed_save_is_not_hidden_by_a_failed_upload(saver, monkeypatch, tmp_path):
+    one = saver()
+    step(one, 1)
+    one.wait()
+    gate = Gate(monkeypatch)
+    gate.error = RemoteError("the store is down")
+    gate.open.set()
+    step(one, 2)
+    (tmp_path / "step-0000000003" / "foreign").mkdir(parents=True)
+    one.after_step(3)
+    with pytest.raises(gockpt.StorageError, match="step-0000000003") as caught:
+        one.wait()
+    assert "could not be uploaded" in str(caught.value.__notes__)
+
+
+def test_threads_that_cant_begin_publish_nothing(save, url, tmp_path):
+    save(tmp_path / "ckpts", 1)
+
+    def fails():
+        raise OSError("no priority for you")
+
+    with open_checkpoint(tmp_path / "ckpts") as stored, pytest.raises(OSError, match="for you"):
+        upload_checkpoint(stored, store_at(url), prepare_thread=fails)
+    assert gockpt.steps(url) == []
+
+
+def test_one_job_is_uploaded_once(saver, monkeypatch):
+    """Whatever is offered while a thread is about to end: it gets its job under the lock, or none."""
+    one = saver()
+    uploads = one._uploads
+    running, most = [], []
+
+    def counted(job):
+        running.append(job)
+        most.append(len(running))
+        running.remove(job)
+
+    monkeypatch.setattr(uploads, "_upload", counted)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(3000):
+            uploads.offer(number, number, "nowhere")
+        one.wait()
+    finally:
+        sys.setswitchinterval(interval)
+    assert max(most) == 1
+    assert uploads._active is None
+
+
+def test_userinfo_of_an_endpoint_is_never_shown():
+    said = objects._words(
+        RuntimeError('error sending request: HEAD "http://user:very-secret@127.0.0.1:1/b/a"')
+    )
+    assert "very-secret" not in said
+    assert "http://127.0.0.1:1/b/a" in said

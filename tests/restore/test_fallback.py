@@ -13,6 +13,8 @@ from torch import nn
 
 import gockpt
 from gockpt import CheckpointCorrupt, CheckpointNotFound, StateMismatch, UsageError
+from gockpt.storage import fetch
+from gockpt.storage.reader import StoredCheckpoint
 
 
 def flip(path):
@@ -140,3 +142,42 @@ def test_what_makes_no_sense_is_refused(arguments, three):
     with pytest.raises(UsageError, match="on_damage="):
         gockpt.load("ckpts", three, **arguments)
     assert torch.equal(before, three.weight)
+
+
+def test_what_is_pruned_while_it_overwrites_is_an_error_that_says_so(save, monkeypatch):
+    """The next one might not cover all that the pruned one has overwritten."""
+    small, large = nn.Linear(8, 8), nn.Linear(16, 16)
+    save("ckpts", small, step=1)
+    save("ckpts", large, step=2)
+    read = fetch._read
+
+    def pruned(*arguments):
+        monkeypatch.setattr(fetch, "_read", read)
+        got = read(*arguments)
+        shutil.rmtree("ckpts/step-0000000002")
+        return got
+
+    monkeypatch.setattr(fetch, "_read", pruned)
+    with pytest.raises(gockpt.CheckpointPruned) as caught:
+        gockpt.load("ckpts", nn.Linear(16, 16), strict=False)
+    assert "overwritten" in "".join(caught.value.__notes__)
+
+
+def test_one_that_is_pruned_while_another_is_verified(three, monkeypatch):
+    """Then a newer one may be there: the search begins again."""
+    flip("ckpts/step-0000000020/model/weight/c.0.0")
+    verify = StoredCheckpoint.verify
+
+    def pruned(stored):
+        monkeypatch.setattr(StoredCheckpoint, "verify", verify)
+        shutil.rmtree("ckpts/step-0000000010")
+        return verify(stored)
+
+    monkeypatch.setattr(StoredCheckpoint, "verify", pruned)
+    assert loaded(three) == (30, [20])
+
+
+def test_a_path_is_told_where_the_manifest_is_bad(three):
+    flip("ckpts/step-0000000020/gockpt.json")
+    restored = gockpt.load("ckpts", three, on_damage="previous")
+    assert [one.path for one in restored.passed_over] == ["ckpts/step-0000000020"]

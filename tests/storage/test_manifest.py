@@ -358,3 +358,8 @@ def test_depth_has_a_limit_that_is_met_exactly():
     assert strict_json.loads(deep, what="x", depth=strict_json.STATE_DEPTH) == nested(256)
     with pytest.raises(ManifestCorrupt):
         strict_json.loads(deep, what="x")
+
+
+def test_what_is_no_finite_number_is_no_metric():
+    metrics = {"a": 1, "b": 0.5, "huge": 10**400, "nan": float("nan"), "text": "1", "true": True}
+    assert manifest.metrics_of({"gockpt": {"metrics": metrics}}) == {"a": 1, "b": 0.5}

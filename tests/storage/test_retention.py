@@ -124,3 +124,38 @@ def test_a_reader_of_what_is_pruned_goes_on_or_is_told(scratch, save, faults):
                 save(store, step)
             assert store.prune(Keep(newest=2)) == [10]
             assert stored.folder.is_gone()
+
+
+def test_every_one_that_is_to_stay_is_looked_at(scratch, save, faults):
+    """A milestone that is younger than the newest that count must not hide that one of these is lost."""
+    with Store(scratch, fs=faults.NoWait()) as store:
+        for step in (900, 1100, 2000, 1200):
+            save(store, step)
+        os.rename(scratch / directory_names.of_step(1100), scratch / "elsewhere")
+        assert store.prune(Keep(newest=2, every=1000)) == []
+    assert steps_in(scratch) == [900, 2000, 1200]
+
+
+def test_of_two_with_one_number_none_is_deleted(scratch, save, faults):
+    """One was copied in from another path."""
+    other = scratch / "other"
+    with Store(scratch / "path", fs=faults.NoWait()) as store, Store(other, fs=faults.NoWait()) as second:
+        save(store, 10)
+        save(second, 20)
+    name = directory_names.of_step(20)
+    os.rename(other / name, scratch / "path" / name)
+    with Store(scratch / "path", fs=faults.NoWait()) as store:
+        save(store, 10)
+        assert store.prune(Keep(newest=5, every=10)) == []
+        assert {10, 20} == set(steps_in(scratch / "path"))
+
+
+def test_numbers_go_on_above_the_parent_s_though_it_was_moved_away(scratch, save, faults):
+    with Store(scratch, fs=faults.NoWait(), parent=7) as store:
+        assert save(store, 1).seq == 8
+
+
+def test_a_number_above_all_numbers_is_not_counted_from(scratch, save, faults):
+    with Store(scratch, fs=faults.NoWait()) as store:
+        store.continue_after(2**63 - 1)
+        assert save(store, 1).seq == 1
