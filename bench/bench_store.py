@@ -88,12 +88,17 @@ class Subject:
 
 
 def write_gockpt(subject: Subject, path: Path, *, threads: int) -> None:
-    """Write as the background of a save does: one thread from the small end, the others from the large."""
+    """Write as a save does: one thread the documents and from the small end, the others from the large."""
     chunks = [(array, slot) for array in subject.layout.arrays for slot in array.slots]
     left = deque(sorted(chunks, key=lambda chunk: chunk[1].nbytes))
-    with Store(path) as store, store.begin(1) as transaction:
+    with (
+        Store(path) as store,
+        store.begin(1, subject.layout.arrays, state={}, attributes={}, exact=True) as transaction,
+    ):
 
         def work(take: Callable[[], tuple[ArrayLayout, Slot]]) -> None:
+            if take == left.popleft:
+                transaction.write_documents()
             with suppress(IndexError):  # nothing is left
                 while True:
                     array, slot = take()
@@ -102,7 +107,7 @@ def write_gockpt(subject: Subject, path: Path, *, threads: int) -> None:
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, [left.popleft, *[left.pop] * (threads - 1)]))
-        transaction.commit(subject.layout.arrays, state={}, attributes={}, exact=True)
+        transaction.commit()
 
 
 def write_raw(subject: Subject, path: Path, *, threads: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage import checksum, chunk_writer, files, manifest, names, strict_json, zarr_documents
+from gockpt.storage.checked import MAX_INTEGER
 from gockpt.storage.codecs import Coded
 from gockpt.storage.failures import storage_errors
 from gockpt.storage.manifest import (
@@ -31,7 +32,7 @@ from gockpt.storage.stopwatch import Stopwatch
 from gockpt.storage.unsynced import Unsynced
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     import numpy.typing as npt
 
@@ -39,35 +40,63 @@ if TYPE_CHECKING:
     from gockpt.storage.compression import Compression
     from gockpt.storage.filesystem import Filesystem
 
-__all__ = ["Draft"]
+    Describe = Callable[[tuple[ArrayEntry, ...], tuple[FileEntry, ...]], manifest.Manifest]
+
+__all__ = ["Contents", "Draft"]
 
 _MANIFEST_IN_THE_MAKING = f"{MANIFEST_FILE}.tmp"
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint is to hold: everything but the bytes of its arrays.
+
+    Attributes:
+        arrays: All arrays, in the manifest's order.
+        state: The state document: a JSON object.
+        attributes: Attributes of the root group: a small JSON object.
+        exact: Whether the checkpoint equals a blocking save bit for bit.
+    """
+
+    arrays: tuple[ArrayLayout, ...]
+    state: Mapping[str, Any]
+    attributes: Mapping[str, Any]
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What an array's directory was made with."""
+
+    codec: str | None
+    document: dict[str, Any]
+    meta: FileEntry
+
+
 @dataclass(slots=True)
 class _Array:
-    """An array whose directory and document were written; ``blocks`` has a key for each chunk begun.
+    """An array to be written; ``blocks`` has a key for each chunk begun.
 
     Where it has a codec, ``stored`` has the encoded length of each chunk written.
     """
 
     layout: ArrayLayout
     path: str
-    document: dict[str, Any]
-    meta: FileEntry
-    codec: str | None
+    made: _Made | None = None
     blocks: dict[int, npt.NDArray[np.uint32] | None] = field(default_factory=dict)
     stored: dict[int, int] = field(default_factory=dict)
 
 
 class Draft:
-    """One open directory that is nobody else's. :meth:`write_chunk` is safe to call from several threads.
+    """One open directory that is nobody else's. Chunks and documents may be written side by side.
 
     Attributes:
         nbytes: Bytes written so far: real rows, checksums, documents.
     """
 
-    def __init__(self, fs: Filesystem, dir_fd: int, where: str, compression: Compression) -> None:
+    def __init__(
+        self, fs: Filesystem, dir_fd: int, where: str, compression: Compression, contents: Contents
+    ) -> None:
         """Start in an empty directory.
 
         Args:
@@ -75,8 +104,10 @@ class Draft:
             dir_fd: The directory; stays the caller's.
             where: Its path, for messages.
             compression: Which arrays are encoded.
+            contents: What there will be.
 
         Raises:
+            UsageError: If names can't stand together.
             OSError: If the file system can't be identified.
         """
         self.nbytes = 0
@@ -84,25 +115,34 @@ class Draft:
         self._fd = dir_fd
         self._where = where
         self._compression = compression
+        self._contents = contents
         self._stopwatch = Stopwatch()
         self._mutex = threading.Lock()
+        self._making = threading.Lock()
+        self._documenting = threading.Lock()
         self._unsynced = Unsynced(fs, dir_fd, where)
-        self._arrays: dict[tuple[str, ...], _Array] = {}
+        names.check_names(layout.spec.name for layout in contents.arrays)
+        self._paths = names.escape_all(layout.spec.name for layout in contents.arrays)
+        self._arrays = {
+            layout.spec.name: _Array(layout, self._paths[layout.spec.name]) for layout in contents.arrays
+        }
         self._directories: dict[str, None] = {}  # parents before children
-        self._spelling: dict[str, str] = {}  # of every directory by its lower-case path
+        self._documents: tuple[FileEntry, ...] | None = None
+        self._tried: manifest.Manifest | None = None
         self._direct = True
 
     def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
         """Write one chunk; see :meth:`gockpt.storage.transaction.Transaction.write_chunk`."""
+        array = self._expected(layout)
         with self._mutex:
-            array = self._array(layout)
             if slot.chunk in array.blocks:
                 msg = f"chunk {slot.chunk} of {layout.spec.public_name!r} was written before"
                 raise UsageError(msg)
             array.blocks[slot.chunk] = None
+        codec = self._make(array).codec
         name = f"{array.path}/{manifest.chunk_key(slot.chunk, len(layout.chunk_shape))}"
         with storage_errors("write", os.path.join(self._where, name)):
-            written = self._write(name, array, slot, buffer)
+            written = self._write(name, layout, slot, buffer, codec)
             self._unsynced.add(name, written.fd)
         with self._mutex:
             array.blocks[slot.chunk] = written.blocks
@@ -110,50 +150,76 @@ class Draft:
             self.nbytes += written.nbytes
             self._direct = self._direct and not written.refused
 
-    def _write(self, name: str, array: _Array, slot: Slot, buffer: memoryview) -> chunk_writer.WrittenChunk:
+    def _write(
+        self, name: str, layout: ArrayLayout, slot: Slot, buffer: memoryview, codec: str | None
+    ) -> chunk_writer.WrittenChunk:
         """Write a chunk's file, raw or encoded."""
-        layout = array.layout
-        if array.codec is None:
+        if codec is None:
             self._compression.sample(layout, slot, buffer)
             with self._stopwatch:
                 return chunk_writer.write_chunk(
                     self._fs, self._fd, name, layout=layout, slot=slot, buffer=buffer, direct=self._direct
                 )
-        with self._compression.encoded(array.codec, layout, slot, buffer) as data, self._stopwatch:
+        with self._compression.encoded(codec, layout, slot, buffer) as data, self._stopwatch:
             return chunk_writer.write_encoded(self._fs, self._fd, name, data=data, direct=self._direct)
 
-    def write_documents(
-        self, arrays: Sequence[ArrayLayout], *, state: Mapping[str, Any], attributes: Mapping[str, Any]
-    ) -> tuple[tuple[ArrayEntry, ...], tuple[FileEntry, ...]]:
-        """Write everything but the chunks and the manifest.
+    def write_documents(self, describe: Describe) -> None:
+        """Write everything but the chunks, their checksums and the manifest; again is fine.
+
+        Args:
+            describe: Makes a manifest of what it says of the arrays and of the other files. It is tried here,
+                while chunks are being written: parsing takes as long as the disk for 30 MB.
+
+        Raises:
+            UsageError: If an array's grid is none that readers know, a document has no exact form, or
+                readers would refuse the manifest.
+            StorageError: If the disk refuses.
+        """
+        with self._documenting:
+            if self._documents is not None:
+                return
+            made = [self._make(array) for array in self._arrays.values()]
+            others = {
+                STATE_FILE: strict_json.dumps(
+                    dict(self._contents.state), what="the state document", depth=strict_json.STATE_DEPTH
+                ),
+                GROUP_FILE: zarr_documents.dump(self._root()),
+            }
+            group = zarr_documents.dump(zarr_documents.group_document())
+            documents = tuple(
+                self._write_file(path, others.get(path, group))
+                for path in manifest.expected_files(self._paths)
+                if path != BLOCKS_FILE
+            )
+            if all(one.codec is None for one in made):  # else lengths are yet to be known
+                entries = self._entries()
+                blocks = FileEntry(BLOCKS_FILE, 4 * sum(entry.block_count for entry in entries), 0)
+                content = describe(entries, (*documents, blocks))
+                _expect_readable(manifest.encode(content))
+                self._tried = content
+            self._documents = documents
+
+    def finish(self, describe: Describe) -> tuple[tuple[ArrayEntry, ...], tuple[FileEntry, ...]]:
+        """Write what is left to write but the manifest: every chunk has been written.
 
         Returns:
             What the manifest says of the arrays and of the other files.
 
         Raises:
-            UsageError: If chunks are missing, names can't stand together, or a document has no exact form.
+            UsageError: If chunks are missing; and as :meth:`write_documents`.
             StorageError: If the disk refuses.
         """
-        with self._mutex:
-            self._expect_complete(arrays)
-            ordered = [self._array(layout) for layout in arrays]
-            paths = names.escape_all(layout.spec.name for layout in arrays)
-            self._move(paths)
-            described = {
-                STATE_FILE: strict_json.dumps(
-                    dict(state), what="the state document", depth=strict_json.STATE_DEPTH
-                ),
-                BLOCKS_FILE: b"".join(_block_checksums(array) for array in ordered),
-            }
-            others: dict[str, Any] = {GROUP_FILE: self._root(ordered, attributes)}
-            documents = []
-            for path in manifest.expected_files(paths):
-                data = described.get(path)
-                if data is None:
-                    data = zarr_documents.dump(others.get(path, zarr_documents.group_document()))
-                documents.append(self._write_file(path, data))
-            entries = [_entry(array) for array in ordered]
-        return tuple(entries), tuple(documents)
+        for array in self._arrays.values():
+            missing = [slot.chunk for slot in array.layout.slots if array.blocks.get(slot.chunk) is None]
+            if missing:
+                name = array.layout.spec.public_name
+                msg = f"{name!r} lacks the chunks {missing[:8]}; write them before commit"
+                raise UsageError(msg)
+        self.write_documents(describe)
+        blocks = b"".join(_block_checksums(array) for array in self._arrays.values())
+        entry = self._write_file(BLOCKS_FILE, blocks)
+        entries = self._entries() if self._tried is None else self._tried.arrays
+        return entries, (*(self._documents or ()), entry)
 
     def sync(self) -> None:
         """Make every file and every directory durable, children before parents."""
@@ -175,12 +241,8 @@ class Draft:
         """
         fs = self._fs
         data = manifest.encode(content)
-        try:
-            manifest.parse(data, where="the manifest")
-        except ManifestCorrupt as error:
-            # Better no checkpoint than one that no reader accepts.
-            msg = f"this can't be published: {error}"
-            raise UsageError(msg) from error
+        if self._tried is None or not _is_as_good(content, self._tried):
+            _expect_readable(data)
         with storage_errors("write", os.path.join(self._where, MANIFEST_FILE)):
             fd = files.write_new_file(fs, self._fd, _MANIFEST_IN_THE_MAKING, data)
             try:
@@ -199,116 +261,94 @@ class Draft:
         with storage_errors("write", self._where):
             self._fs.fsync(self._fd)
 
-    # -- arrays: called with the mutex held -------------------------------------------------------
-
-    def _array(self, layout: ArrayLayout) -> _Array:
-        """Return the array's record; its directory and document are written the first time."""
+    def _expected(self, layout: ArrayLayout) -> _Array:
         array = self._arrays.get(layout.spec.name)
         if array is None:
-            if not manifest.is_regular(layout):
-                msg = f"{layout.spec.public_name!r} is not cut on a regular grid: {layout}"
-                raise UsageError(msg)
-            path = self._free_path(layout.spec.name)
-            self._make_directory(path)
-            codec = self._compression.codec_for(layout)
-            document = zarr_documents.array_document(layout.spec, layout.chunk_shape, codec)
-            meta = self._write_file(f"{path}/{GROUP_FILE}", zarr_documents.dump(document))
-            array = self._arrays[layout.spec.name] = _Array(layout, path, document, meta, codec)
-        elif array.layout is not layout and array.layout != layout:
-            msg = f"{layout.spec.public_name!r} has another layout than when it was first written"
+            msg = f"{layout.spec.public_name!r} is not among the arrays that the checkpoint was begun with"
+            raise UsageError(msg)
+        if array.layout is not layout and array.layout != layout:
+            msg = f"{layout.spec.public_name!r} has another layout than the checkpoint was begun with"
             raise UsageError(msg)
         return array
 
-    def _free_path(self, name: tuple[str, ...]) -> str:
-        """Return the name's usual path, or a placeholder if another name's differs from it in case only.
-
-        Which names collide is known only when all are; then :meth:`_move` moves them.
-        """
-        parts = [names.escape(component) for component in name]
-        prefixes = ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-        if any(self._spelling.get(prefix.lower(), prefix) != prefix for prefix in prefixes):
-            return names.placeholder(name)
-        return prefixes[-1]
+    def _make(self, array: _Array) -> _Made:
+        """Make an array's directory and document, unless they are there."""
+        if array.made is not None:
+            return array.made
+        with self._making:
+            if array.made is not None:
+                return array.made
+            layout = array.layout
+            if not manifest.is_regular(layout):
+                msg = f"{layout.spec.public_name!r} is not cut on a regular grid: {layout}"
+                raise UsageError(msg)
+            parts = array.path.split("/")
+            for depth in range(1, len(parts) + 1):
+                self._make_directory("/".join(parts[:depth]))
+            codec = self._compression.codec_for(layout)
+            document = zarr_documents.array_document(layout.spec, layout.chunk_shape, codec)
+            meta = self._write_file(f"{array.path}/{GROUP_FILE}", zarr_documents.dump(document))
+            array.made = made = _Made(codec, document, meta)
+        return made
 
     def _make_directory(self, path: str) -> None:
-        parts = path.split("/")
-        for depth in range(1, len(parts) + 1):
-            directory = "/".join(parts[:depth])
-            if directory not in self._directories:
-                with storage_errors("make", os.path.join(self._where, directory)):
-                    self._fs.mkdir(directory, dir_fd=self._fd)
-                self._directories[directory] = None
-                self._spelling[directory.lower()] = directory
+        if path not in self._directories:
+            with storage_errors("make", os.path.join(self._where, path)):
+                self._fs.mkdir(path, dir_fd=self._fd)
+            self._directories[path] = None
 
     def _write_file(self, path: str, data: bytes) -> FileEntry:
         with storage_errors("write", os.path.join(self._where, path)):
             self._unsynced.add(path, files.write_new_file(self._fs, self._fd, path, data))
-        self.nbytes += len(data)
+        with self._mutex:
+            self.nbytes += len(data)
         return FileEntry(path, len(data), checksum.crc32c(data))
 
-    def _expect_complete(self, arrays: Sequence[ArrayLayout]) -> None:
-        names.check_names(layout.spec.name for layout in arrays)
-        given = {layout.spec.name for layout in arrays}
-        for name in self._arrays.keys() - given:
-            msg = f"{'/'.join(name)!r} was written, but is not among the arrays to publish"
-            raise UsageError(msg)
-        for layout in arrays:
-            written = self._arrays[layout.spec.name].blocks if layout.spec.name in self._arrays else {}
-            missing = [slot.chunk for slot in layout.slots if written.get(slot.chunk) is None]
-            if missing:
-                msg = f"{layout.spec.public_name!r} lacks the chunks {missing[:8]}; write them before commit"
-                raise UsageError(msg)
-
-    def _move(self, paths: Mapping[tuple[str, ...], str]) -> None:
-        """Move the arrays that collide with others to the paths that all names together give them."""
-        moving = [array for name, array in self._arrays.items() if array.path != paths[name]]
-        for array in moving:
-            self._rename(array, names.placeholder(array.layout.spec.name))
-        # Empty ones must go before their like-spelt successors come: case may not count here.
-        needed = {array.path for array in moving}
-        for path in paths.values():
-            parts = path.split("/")
-            needed.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-        for directory in reversed(list(self._directories)):
-            if directory not in needed:
-                with storage_errors("remove", os.path.join(self._where, directory)):
-                    self._fs.rmdir(directory, dir_fd=self._fd)
-                del self._directories[directory]
-        for array in moving:
-            self._rename(array, paths[array.layout.spec.name])
-
-    def _rename(self, array: _Array, path: str) -> None:
-        if array.path == path:
-            return
-        if "/" in path:
-            self._make_directory(path.rpartition("/")[0])
-        with storage_errors("rename", os.path.join(self._where, array.path)):
-            self._fs.rename(array.path, path, dir_fd=self._fd)
-        self._unsynced.renamed(array.path, path)
-        self._directories.pop(array.path)
-        self._directories[path] = None
-        array.meta = FileEntry(f"{path}/{GROUP_FILE}", array.meta.size, array.meta.crc32c)
-        array.path = path
-
-    def _group_paths(self) -> list[str]:
-        arrays = {array.path for array in self._arrays.values()}
-        return sorted(directory for directory in self._directories if directory not in arrays)
-
-    def _root(self, ordered: Sequence[_Array], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    def _root(self) -> dict[str, Any]:
+        made = {array.path: self._make(array).document for array in self._arrays.values()}
         return zarr_documents.root_document(
-            attributes,
-            groups=self._group_paths(),
-            arrays={array.path: array.document for array in ordered},
-            dtypes=[array.layout.spec.dtype for array in ordered],
+            self._contents.attributes,
+            groups=sorted(path for path in self._directories if path not in made),
+            arrays=made,
+            dtypes=[array.layout.spec.dtype for array in self._arrays.values()],
         )
 
+    def _entries(self) -> tuple[ArrayEntry, ...]:
+        return tuple(_entry(array, self._make(array)) for array in self._arrays.values())
 
-def _entry(array: _Array) -> ArrayEntry:
+
+def _entry(array: _Array, made: _Made) -> ArrayEntry:
     coded = None
-    if array.codec is not None:
-        coded = Coded(array.codec, tuple(array.stored[slot.chunk] for slot in array.layout.slots))
-    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, array.meta, coded)
+    if made.codec is not None:
+        coded = Coded(made.codec, tuple(array.stored[slot.chunk] for slot in array.layout.slots))
+    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, made.meta, coded)
 
 
 def _block_checksums(array: _Array) -> bytes:
     return b"".join(np.asarray(array.blocks[slot.chunk], "<u4").tobytes() for slot in array.layout.slots)
+
+
+def _expect_readable(data: bytes) -> None:
+    """Refuse a manifest that readers would refuse: better no checkpoint than one that nobody can open.
+
+    Raises:
+        UsageError: If they would.
+    """
+    try:
+        manifest.parse(data, where="the manifest")
+    except ManifestCorrupt as error:
+        msg = f"this can't be published: {error}"
+        raise UsageError(msg) from error
+
+
+def _is_as_good(content: manifest.Manifest, tried: manifest.Manifest) -> bool:
+    """Whether it differs from one that readers take in nothing but what can't make them refuse it.
+
+    That is: when it was made, a number that is still higher than the parent's, one checksum.
+    """
+    blocks = content.file(BLOCKS_FILE)
+    files = tuple(
+        replace(entry, crc32c=blocks.crc32c) if entry.path == BLOCKS_FILE else entry for entry in tried.files
+    )
+    alike = replace(tried, seq=content.seq, created=content.created, files=files)
+    return tried.seq <= content.seq <= MAX_INTEGER and alike == content

@@ -12,7 +12,6 @@ and its hash.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from gockpt.errors import UnsupportedState, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["MAX_COMPONENTS", "check_names", "escape", "escape_all", "groups_of", "placeholder"]
+__all__ = ["MAX_COMPONENTS", "check_names", "escape", "escape_all", "groups_of"]
 
 MAX_COMPONENTS = 32
 MAX_PATH_BYTES = 2000
@@ -117,16 +116,6 @@ def escape_all(names: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
             )
             raise UnsupportedState(msg)
     return paths
-
-
-def placeholder(name: tuple[str, ...]) -> str:
-    """Return a path of one component that no escaped name and no other name's placeholder has.
-
-    Examples:
-        >>> placeholder(("model", "w"))
-        '~h4b15c124d1c4245c0f3e661708708bbe'
-    """
-    return f"~h{hashlib.sha256(json.dumps(name).encode()).hexdigest()[:32]}"
 
 
 def groups_of(names: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

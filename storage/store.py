@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gockpt.errors import UsageError
 from gockpt.options import Keep
@@ -17,14 +17,18 @@ from gockpt.storage import directory_names, files, owner
 from gockpt.storage.catalog import Catalog, Place, identify, remove_entry
 from gockpt.storage.checked import MAX_INTEGER
 from gockpt.storage.compression import Compression
+from gockpt.storage.draft import Contents
 from gockpt.storage.failures import storage_errors
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.lock import WriterLock
 from gockpt.storage.transaction import Lineage, Transaction
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
+
+    from gockpt.layout import ArrayLayout
 
 __all__ = ["Store"]
 
@@ -86,11 +90,27 @@ class Store:
                 fs.close(fd)
             raise
 
-    def begin(self, step: int) -> Transaction:
+    def begin(
+        self,
+        step: int,
+        arrays: Sequence[ArrayLayout],
+        *,
+        state: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        exact: bool,
+    ) -> Transaction:
         """Start to write a checkpoint; it becomes visible by :meth:`Transaction.commit` only.
 
+        Args:
+            step: The user's step.
+            arrays: All arrays, in the manifest's order.
+            state: The state document: a JSON object.
+            attributes: Attributes of the root group: a small JSON object.
+            exact: Whether the checkpoint equals a blocking save bit for bit.
+
         Raises:
-            UsageError: If the step is no integer from 0 to 2**63 - 1, or the store was closed or forked.
+            UsageError: If the step is no integer from 0 to 2**63 - 1, names can't stand together, or the
+                store was closed or forked.
             StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
         """
         self._expect_usable()
@@ -102,6 +122,7 @@ class Store:
             self._catalog,
             self._lineage,
             self._compression,
+            Contents(tuple(arrays), state, attributes, exact),
             step=step,
             attempt=secrets.token_hex(16),
             on_end=self._transactions.discard,

@@ -10,20 +10,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from gockpt import __version__
 from gockpt.errors import SaveAborted, StorageError, UsageError
 from gockpt.storage import directory_names, files, manifest, owner, publish
 from gockpt.storage.catalog import remove_entry
-from gockpt.storage.draft import Draft
+from gockpt.storage.draft import Contents, Draft
 from gockpt.storage.failures import storage_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from gockpt.layout import ArrayLayout, Slot
@@ -83,6 +83,7 @@ class Transaction:
         catalog: Catalog,
         lineage: Lineage,
         compression: Compression,
+        contents: Contents,
         *,
         step: int,
         attempt: str,
@@ -91,6 +92,7 @@ class Transaction:
         """Make the partial's directory, and say whose it is.
 
         Raises:
+            UsageError: If names of arrays can't stand together.
             StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
         """
         self.step = step
@@ -99,11 +101,13 @@ class Transaction:
         self._catalog = catalog
         self._lineage = lineage
         self._compression = compression
+        self._contents = contents
         self._on_end = on_end
         self._pid = os.getpid()
         self._partial = directory_names.of_partial(step, attempt)
         self._failure: BaseException | None = None
         self._ended = False
+        self._gone = False
         self._workers = 0
         self._changed = threading.Condition()
         self._beat = time.monotonic()
@@ -120,7 +124,7 @@ class Transaction:
                 self._fd = fs.open(self._partial, files.DIRECTORY, dir_fd=place.fd)
                 opened.append(self._fd)
                 self._inode = _inode(fs.fstat(self._fd))
-                self._draft = Draft(fs, self._fd, where, compression)
+                self._draft = Draft(fs, self._fd, where, compression, contents)
         except BaseException:
             for fd in opened:
                 with suppress(OSError):
@@ -141,55 +145,41 @@ class Transaction:
 
         Raises:
             StorageError: If the disk refuses.
-            UsageError: If that chunk was written before, or the array has another layout now.
+            UsageError: If that chunk was written before, or the checkpoint was begun without the array, or
+                with another layout of it.
         """
         with self._work():
             self._draft.write_chunk(layout, slot, buffer)
             self._show_life()
 
-    def commit(
-        self,
-        arrays: Sequence[ArrayLayout],
-        *,
-        state: Mapping[str, Any],
-        attributes: Mapping[str, Any],
-        exact: bool,
-    ) -> Published:
-        """Write the documents, make everything durable, and publish it under the step's name.
+    def write_documents(self) -> None:
+        """Write all that is neither a chunk nor known only when all of these are written.
 
-        Args:
-            arrays: All arrays, in the manifest's order; every chunk of each has been written.
-            state: The state document: a JSON object.
-            attributes: Attributes of the root group: a small JSON object.
-            exact: Whether the checkpoint equals a blocking save bit for bit.
+        :meth:`commit` does it where nobody did. Side by side with :meth:`write_chunk` it costs no time.
+
+        Raises:
+            StorageError: If the disk refuses.
+            UsageError: If readers would not take what the checkpoint was begun with.
+        """
+        with self._work():
+            self._draft.write_documents(self._tentatively)
+
+    def commit(self) -> Published:
+        """Make everything durable, every chunk having been written, and publish it under the step's name.
 
         Raises:
             StorageError: If the disk refuses, or the place was taken by something else meanwhile.
-            UsageError: If chunks are missing, names can't stand together, or ``state`` or ``attributes`` have
-                no exact form as JSON.
+            UsageError: If chunks are missing, or as for :meth:`write_documents`.
         """
-        with ExitStack() as turn:
-            with self._work(alone=True):
-                entries, documents = self._draft.write_documents(arrays, state=state, attributes=attributes)
-                self._draft.sync()
-                turn.enter_context(self._catalog.turn)
-                content = manifest.Manifest(
-                    step=self.step,
-                    seq=self._catalog.next_seq(),
-                    attempt=self.attempt,
-                    run=self._lineage.run,
-                    parent=self._lineage.parent,
-                    exact=exact,
-                    created=datetime.now(UTC).isoformat(timespec="seconds"),
-                    writer={"gockpt": __version__},
-                    attributes=attributes,
-                    arrays=entries,
-                    files=documents,
-                )
+        with self._work(alone=True):
+            arrays, documents = self._draft.finish(self._tentatively)
+            self._draft.sync()
+            with self._catalog.turn:
+                content = self._manifest(arrays, documents, seq=self._catalog.next_seq())
                 self._draft.complete(content)
-                replaced = self._publish()
-            self._record(content, replaced)
-        self._let_go()
+                self._record(content, self._publish())
+            # Still at work: who aborts meanwhile closes the place behind it.
+            self._let_go()
         self._draft.learn()
         return Published(
             step=self.step,
@@ -203,7 +193,8 @@ class Transaction:
     def abort(self) -> None:
         """Give the save up and delete what there is of it, once no thread writes any more. Never raises.
 
-        After :meth:`commit` returned it does nothing. What can't be deleted now the next sweep deletes.
+        It waits for a :meth:`commit` under way, and what that published stays. What can't be deleted now the
+        next sweep deletes.
         """
         with self._changed:
             if self._ended or os.getpid() != self._pid:
@@ -261,6 +252,30 @@ class Transaction:
             with storage_errors("touch", self._place.of(directory_names.of_owner(self.attempt))):
                 self._place.fs.touch(self._owner_fd)
 
+    def _tentatively(
+        self, arrays: tuple[manifest.ArrayEntry, ...], files: tuple[manifest.FileEntry, ...]
+    ) -> manifest.Manifest:
+        """Describe it with the lowest number that it could get: it gets its own when it is published."""
+        parent = self._lineage.parent
+        return self._manifest(arrays, files, seq=1 if parent is None else parent + 1)
+
+    def _manifest(
+        self, arrays: tuple[manifest.ArrayEntry, ...], files: tuple[manifest.FileEntry, ...], *, seq: int
+    ) -> manifest.Manifest:
+        return manifest.Manifest(
+            step=self.step,
+            seq=seq,
+            attempt=self.attempt,
+            run=self._lineage.run,
+            parent=self._lineage.parent,
+            exact=self._contents.exact,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            writer={"gockpt": __version__},
+            attributes=self._contents.attributes,
+            arrays=arrays,
+            files=files,
+        )
+
     def _publish(self) -> publish.Replaced:
         place = self._place
         with storage_errors("publish", place.of(self._partial)):
@@ -286,6 +301,10 @@ class Transaction:
         return place.has(name) and _inode(place.fs.stat(name, dir_fd=place.fd)) == self._inode
 
     def _let_go(self) -> None:
+        with self._changed:
+            if self._gone:
+                return
+            self._gone = True
         fs, place = self._place.fs, self._place
         self._draft.close()
         for fd in (self._fd, self._owner_fd):

@@ -74,13 +74,6 @@ class Unsynced:
         finally:
             self._fs.close(fd)
 
-    def renamed(self, name: str, new_name: str) -> None:
-        """Follow the renaming of a directory that files were written into."""
-        with self._mutex:
-            before = f"{name}/"
-            self._open = [(_moved(file, before, new_name), fd) for file, fd in self._open]
-            self._shut = [_moved(file, before, new_name) for file in self._shut]
-
     def sync(self, directories: Iterable[str] = ()) -> None:
         """Sync and close everything, the directories that hold it last, in the order given.
 
@@ -132,7 +125,3 @@ class Unsynced:
         for _, fd in left:
             with suppress(OSError):
                 self._fs.close(fd)
-
-
-def _moved(file: str, before: str, new_name: str) -> str:
-    return f"{new_name}/{file.removeprefix(before)}" if file.startswith(before) else file

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,16 +22,16 @@ from gockpt.kernels import replay
 from gockpt.kernels.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from gockpt.arena import Arena
     from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece
     from gockpt.engine.ring import Ring
     from gockpt.engine.trace import Trace
-    from gockpt.layout import Slot
+    from gockpt.layout import ArrayLayout, Slot
     from gockpt.storage.transaction import Published, Transaction
 
-__all__ = ["Job", "Outcome"]
+__all__ = ["Begin", "Job", "Outcome"]
 
 _log = logging.getLogger("gockpt")
 
@@ -55,6 +55,21 @@ class Outcome(Protocol):
         """The background failed; nothing was published."""
 
 
+class Begin(Protocol):
+    """How a job starts to write: :meth:`gockpt.storage.store.Store.begin`."""
+
+    def __call__(
+        self,
+        step: int,
+        arrays: Sequence[ArrayLayout],
+        *,
+        state: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        exact: bool,
+    ) -> Transaction:
+        """Return the checkpoint to write."""
+
+
 Report = Callable[[], None]
 Task = Callable[[], Report | None]
 
@@ -76,7 +91,7 @@ class Job:
         arenas: tuple[Arena, ...],
         pieces: Iterable[ReplayPiece],
         ring: Ring,
-        begin: Callable[[int], Transaction],
+        begin: Begin,
         outcome: Outcome,
         trace: Trace,
     ) -> None:
@@ -93,6 +108,7 @@ class Job:
         self._waiting: dict[tuple[str, ...], set[int]] = {}
         self._wrong: list[int] = []
         self._running = 0
+        self._documents_taken = False
         self._commit_taken = False
         self._ended = False
         self._hurry = False
@@ -223,6 +239,9 @@ class Job:
                 return lambda: self._replay(state, gradients, prove=closed)
         if not closed or self._wrong:
             return self._end_wrong() if closed and not self._running else None
+        if not self._documents_taken:
+            self._documents_taken = True
+            return self._write_documents
         task = self._next_chunk(range(len(self._chunks)), 0)
         if task is not None or self._chunks or self._running or self._commit_taken:
             return task
@@ -343,28 +362,31 @@ class Job:
         self._trace.span("write", began, perf_counter())
         return None
 
+    def _write_documents(self) -> Report | None:
+        began = perf_counter()
+        self._begun().write_documents()
+        self._trace.span("write", began, perf_counter())
+        return None
+
     def _begun(self) -> Transaction:
-        if self._capture is None:
+        capture = self._capture
+        if capture is None:
             msg = "a chunk can't be written before the capture"
             raise WorkerError(msg)
         with self._changed:
             if self._transaction is None:
-                self._transaction = self._begin(self._capture.step)
+                self._transaction = self._begin(
+                    capture.step,
+                    [place.layout for place in capture.arrays],
+                    state=capture.state,
+                    attributes=capture.attributes,
+                    exact=capture.exact,
+                )
             return self._transaction
 
     def _commit(self) -> Report:
-        transaction = self._begun()
-        capture = self._capture
-        if capture is None:
-            msg = "nothing to commit"
-            raise WorkerError(msg)
         began = perf_counter()
-        result = transaction.commit(
-            [place.layout for place in capture.arrays],
-            state=capture.state,
-            attributes=capture.attributes,
-            exact=capture.exact,
-        )
+        result = self._begun().commit()
         self._trace.span("commit", began, perf_counter())
         with self._changed:
             self._transaction = None

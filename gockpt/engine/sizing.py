@@ -17,15 +17,12 @@ from gockpt.schema import ArraySpec
 from gockpt.storage.compression import is_encodable, memory_bound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from gockpt.engine.cut import Cut
-    from gockpt.engine.job import Outcome
+    from gockpt.engine.job import Begin, Outcome
     from gockpt.engine.trace import Trace
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
-    from gockpt.storage.transaction import Transaction
     from gockpt.transfer import Transfer
 
 __all__ = ["Memory", "Shape", "facts_of", "shape_of"]
@@ -132,7 +129,7 @@ class Memory:
         barred: frozenset[str],
         racing: frozenset[tuple[str, ...]] | None,
         transfer: Transfer,
-        begin: Callable[[int], Transaction],
+        begin: Begin,
         outcome: Outcome,
         trace: Trace,
     ) -> tuple[Attempt, Job]:

@@ -11,13 +11,15 @@ import pytest
 class Transaction:
     """A store's transaction in memory, which may fail at a chosen write or at the commit."""
 
-    def __init__(self, step, *, fail_at_write=None, fail_at_commit=None):
-        self.step = step
+    def __init__(self, contents, *, fail_at_write=None, fail_at_documents=None, fail_at_commit=None):
+        self.contents = contents
+        self.documents = 0
         self.attempt = "0123abcd"
         self.writes = []
-        self.committed = None
+        self.committed = False
         self.aborted = 0
         self._fail_at_write = fail_at_write or {}
+        self._fail_at_documents = fail_at_documents
         self._fail_at_commit = fail_at_commit
         self._lock = threading.Lock()
 
@@ -28,10 +30,15 @@ class Transaction:
         if number in self._fail_at_write:
             raise self._fail_at_write[number]
 
-    def commit(self, arrays, *, state, attributes, exact):
+    def write_documents(self):
+        self.documents += 1
+        if self._fail_at_documents is not None:
+            raise self._fail_at_documents
+
+    def commit(self):
         if self._fail_at_commit is not None:
             raise self._fail_at_commit
-        self.committed = ([a.spec.name for a in arrays], state, attributes, exact)
+        self.committed = True
         return "published"
 
     def abort(self):

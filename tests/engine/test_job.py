@@ -69,11 +69,12 @@ class Bench:
             trace=Trace(),
         )
 
-    def begin(self, step):
+    def begin(self, step, arrays, *, state, attributes, exact):
         if "begin" in self.fails:
             raise self.fails["begin"]
         fails = {k: v for k, v in self.fails.items() if k != "begin"}
-        self.transactions.append(self.transaction_of(step, **fails))
+        contents = (step, [array.spec.name for array in arrays], state, attributes, exact)
+        self.transactions.append(self.transaction_of(contents, **fails))
         return self.transactions[-1]
 
     def arena_of(self, array):
@@ -150,8 +151,9 @@ def test_what_is_written_is_the_live_state_after_all_updates(bench, threads, upd
     for name, values in made.written().items():
         assert values.tobytes() == made.live[name].tobytes()
     (transaction,) = made.transactions
-    assert transaction.step == 7
-    assert transaction.committed == ([s.name for s in made.specs], {"a": 1}, {"b": 2}, True)
+    assert transaction.contents == (7, [s.name for s in made.specs], {"a": 1}, {"b": 2}, True)
+    assert transaction.documents == 1
+    assert transaction.committed
     assert transaction.aborted == 0
     assert len(transaction.writes) == 3
     assert all(length % 4096 == 0 for *_, length in transaction.writes)  # whole slots
@@ -203,7 +205,7 @@ def test_a_wrong_replay_is_reported_with_its_pieces_and_nothing_is_published(ben
     made.part(made.pieces[3])[0] = np.nan
     made.close()
     assert made.outcome.wait() == ("mismatched", (2, 3))
-    assert all(t.committed is None for t in made.transactions)
+    assert all(not t.committed for t in made.transactions)
     assert all(t.aborted == 1 for t in made.transactions)
     assert made.ring.in_use == 0
     assert made.job.take() is None
@@ -224,9 +226,10 @@ def test_one_unit_in_the_last_place_is_a_mismatch(bench, sign):
         {"begin": StorageError("no room")},
         {"fail_at_write": {0: StorageError("no room")}},
         {"fail_at_write": {2: StorageError("no room")}},
+        {"fail_at_documents": StorageError("no room")},
         {"fail_at_commit": StorageError("no room")},
     ],
-    ids=["begin", "first write", "last write", "commit"],
+    ids=["begin", "first write", "last write", "documents", "commit"],
 )
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_of_the_store_is_reported_as_it_is_and_the_partial_removed(bench, fails, threads):
@@ -237,7 +240,7 @@ def test_an_error_of_the_store_is_reported_as_it_is_and_the_partial_removed(benc
     assert what == "failed"
     assert type(error) is StorageError
     assert str(error) == "no room"
-    assert all(t.committed is None for t in made.transactions)
+    assert all(not t.committed for t in made.transactions)
     assert all(t.aborted == 1 for t in made.transactions)
     assert made.ring.in_use == 0
     assert made.job.ended
@@ -271,7 +274,7 @@ def test_writers_take_the_large_proven_chunks_and_nothing_else(bench, monkeypatc
         made.job.take_write()()
     assert {write[0] for write in made.transactions[0].writes} == {("model", "a"), ("model", "b")}
     assert made.job._next_chunk(range(1), large) is None
-    for _ in range(2):  # the small one and the commit
+    for _ in range(3):  # the documents, the small one and the commit
         made.job.take()()
     assert made.outcome.wait() == ("published", "published")
     assert made.job.take_write() is None

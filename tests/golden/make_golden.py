@@ -72,7 +72,7 @@ def write(name: str) -> None:
     with (
         tempfile.TemporaryDirectory() as path,
         Store(path, compression=compression) as store,
-        store.begin(12) as transaction,
+        store.begin(12, layouts, state=STATE, attributes={"golden": name}, exact=True) as transaction,
     ):
         for layout in layouts:
             at = 0
@@ -81,7 +81,7 @@ def write(name: str) -> None:
                 memory[: slot.nbytes] = data[layout.spec.name][at : at + slot.nbytes]
                 transaction.write_chunk(layout, slot, memoryview(memory))
                 at += slot.nbytes
-        published = transaction.commit(layouts, state=STATE, attributes={"golden": name}, exact=True)
+        published = transaction.commit()
         shutil.copytree(published.path, HERE / name)
 
 

@@ -44,7 +44,7 @@ def blocking_save(path, model, optimizer=None, *, step=1, optimizer_steps=0, ext
     layout = lay_out(spec_of(name, tensor) for name, tensor in tensors.items())
     arena = Arena(layout.nbytes)
     with Store(path, fs=Quick()) as store:
-        transaction = store.begin(step)
+        transaction = store.begin(step, layout.arrays, state=document, attributes={}, exact=True)
         for array in layout.arrays:
             data = as_bytes(to_host(tensors[array.spec.name]))
             done = 0
@@ -53,7 +53,7 @@ def blocking_save(path, model, optimizer=None, *, step=1, optimizer_steps=0, ext
                 place[: slot.nbytes] = data[done : done + slot.nbytes]
                 done += slot.nbytes
                 transaction.write_chunk(array, slot, place.data)
-        return transaction.commit(layout.arrays, state=document, attributes={}, exact=True)
+        return transaction.commit()
 
 
 @pytest.fixture(scope="session")

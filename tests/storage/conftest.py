@@ -84,17 +84,17 @@ class Sample:
             for slot in layout.slots:
                 transaction.write_chunk(layout, slot, arena[slot.offset : slot.offset + slot.capacity].data)
 
-    def commit(self, transaction: Transaction, marker: int) -> Published:
-        """Commit, with the marker in the state document."""
-        return transaction.commit(
-            self.layouts, state={"marker": marker}, attributes={"title": "sample"}, exact=True
+    def begin(self, store: Store, step: int, marker: int = 1) -> Transaction:
+        """Begin a checkpoint, with the marker in the state document."""
+        return store.begin(
+            step, self.layouts, state={"marker": marker}, attributes={"title": "sample"}, exact=True
         )
 
     def save(self, store: Store, step: int, marker: int) -> Published:
         """Begin, write and commit one checkpoint; abort it if that fails."""
-        with store.begin(step) as transaction:
+        with self.begin(store, step, marker) as transaction:
             self.write(transaction, marker)
-            return self.commit(transaction, marker)
+            return transaction.commit()
 
 
 def make_sample(arrays: Iterable[tuple[tuple[str, ...], tuple[int, ...], str, int]]) -> Sample:

@@ -30,10 +30,14 @@ def fill(transaction, marker):
             transaction.write_chunk(layout, slot, memoryview(arena))
 
 
+def begin(store, step, marker):
+    return store.begin(step, LAYOUTS, state={"marker": marker}, attributes={}, exact=True)
+
+
 def publish(store, step, marker):
-    with store.begin(step) as transaction:
+    with begin(store, step, marker) as transaction:
         fill(transaction, marker)
-        return transaction.commit(LAYOUTS, state={"marker": marker}, attributes={}, exact=True)
+        return transaction.commit()
 
 
 def save(path, step, marker):
@@ -45,11 +49,11 @@ def save(path, step, marker):
 
 
 def hold(path):
-    with Store(path) as store, store.begin(3) as transaction:
+    with Store(path) as store, begin(store, 3, 1) as transaction:
         fill(transaction, 1)
         say("in the middle of a save")
         sys.stdin.readline()
-        transaction.commit(LAYOUTS, state={"marker": 1}, attributes={}, exact=True)
+        transaction.commit()
     say("done")
 
 

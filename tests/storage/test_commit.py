@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from gockpt.errors import ManifestCorrupt, StorageError, UsageError
 from gockpt.schema import DTYPES
-from gockpt.storage import listing
+from gockpt.storage import listing, manifest
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.store import Store
 
@@ -59,11 +60,11 @@ def test_every_byte_is_in_its_place(store, sample):
 
 
 def test_nothing_is_visible_before_the_commit(store, sample):
-    with store.begin(1) as transaction:
+    with sample.begin(store, 1) as transaction:
         sample.write(transaction, 1)
         assert listing.list_checkpoints(store.path) == []
         assert not os.path.exists(os.path.join(store.path, "step-0000000001"))
-        sample.commit(transaction, 1)
+        transaction.commit()
         assert [entry.step for entry in listing.list_checkpoints(store.path)] == [1]
 
 
@@ -72,7 +73,7 @@ def test_many_threads_write_one_checkpoint(store, sampling, checker):
         [(("model", f"group{i % 7}", f"w{i}"), (i % 50 + 3, 4), "float32", 2 + i % 5) for i in range(60)]
     )
     arena = many.arena(3)
-    with store.begin(1) as transaction, ThreadPoolExecutor(8) as pool:
+    with many.begin(store, 1, 3) as transaction, ThreadPoolExecutor(8) as pool:
         jobs = [
             pool.submit(
                 transaction.write_chunk, layout, slot, arena[slot.offset : slot.offset + slot.capacity].data
@@ -82,8 +83,61 @@ def test_many_threads_write_one_checkpoint(store, sampling, checker):
         ]
         for job in jobs:
             job.result()
-        published = many.commit(transaction, 3)
+        published = transaction.commit()
     assert checker.problems(checker.read(published.path)) == []
+
+
+def test_documents_side_by_side_with_chunks(store, sampling, checker):
+    many = sampling.make([(("model", f"group{i % 3}", f"w{i}"), (9, 4), "float32", 4) for i in range(30)])
+    with many.begin(store, 1, 3) as transaction, ThreadPoolExecutor(4) as pool:
+        documents = [pool.submit(transaction.write_documents) for _ in range(3)]
+        many.write(transaction, 3)
+        for job in documents:
+            job.result()
+        published = transaction.commit()
+    assert checker.problems(checker.read(published.path)) == []
+
+
+def test_a_manifest_that_was_tried_is_parsed_once(store, sample, monkeypatch):
+    parsed = []
+    parse = manifest.parse
+    monkeypatch.setattr(manifest, "parse", lambda *args, **kw: (parsed.append(1), parse(*args, **kw))[1])
+    with sample.begin(store, 1) as transaction:
+        sample.write(transaction, 1)
+        transaction.write_documents()
+        assert len(parsed) == 1
+        transaction.commit()
+    assert len(parsed) == 1
+
+
+def test_one_that_is_another_by_now_is_tried_again(store, sample, monkeypatch, checker):
+    """Something else was published meanwhile: number and parent are others."""
+    parsed = []
+    parse = manifest.parse
+    with sample.begin(store, 1) as first, sample.begin(store, 2) as second:
+        for transaction in (first, second):
+            sample.write(transaction, 1)
+            transaction.write_documents()
+        first.commit()
+        monkeypatch.setattr(manifest, "parse", lambda *args, **kw: (parsed.append(1), parse(*args, **kw))[1])
+        published = second.commit()
+    assert len(parsed) == 1
+    assert checker.problems(checker.read(published.path)) == []
+    with listing.open_checkpoint(published.path) as checkpoint:
+        assert (checkpoint.manifest.seq, checkpoint.manifest.parent) == (2, 1)
+
+
+def test_what_readers_would_refuse_is_found_before_it_is_synced(store, sample, monkeypatch):
+    def refuse(data, *, where):
+        raise ManifestCorrupt(f"{where}: no")
+
+    monkeypatch.setattr(manifest, "parse", refuse)
+    with sample.begin(store, 1) as transaction:
+        sample.write(transaction, 1)
+        with pytest.raises(UsageError, match="this can't be published: the manifest: no"):
+            transaction.write_documents()
+        with pytest.raises(StorageError, match="failed before"):
+            transaction.commit()
 
 
 def test_no_arrays_at_all(store, sampling, checker):

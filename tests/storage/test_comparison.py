@@ -33,7 +33,11 @@ def save(scratch, faults):
         layout = lay_out(
             ArraySpec(tuple(name.split("/")), value.shape, dtype) for name, (value, dtype) in made.items()
         )
-        with Store(scratch / path, fs=faults.NoWait()) as store, store.begin(1) as transaction:
+        documents = {"state": state or {}, "attributes": attributes or {}}
+        with (
+            Store(scratch / path, fs=faults.NoWait()) as store,
+            store.begin(1, layout.arrays, **documents, exact=True) as transaction,
+        ):
             for array in layout.arrays:
                 data = made["/".join(array.spec.name)][0].tobytes()
                 at = 0
@@ -42,7 +46,7 @@ def save(scratch, faults):
                     buffer[: slot.nbytes] = np.frombuffer(data[at : at + slot.nbytes], np.uint8)
                     transaction.write_chunk(array, slot, buffer.data)
                     at += slot.nbytes
-            transaction.commit(layout.arrays, state=state or {}, attributes=attributes or {}, exact=True)
+            transaction.commit()
         opened.append(open_checkpoint(scratch / path))
         return opened[-1]
 

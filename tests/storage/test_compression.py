@@ -35,7 +35,7 @@ def layout(shape, dtype="float32", name=("model", "w"), rows=None):
 
 def save(store, arrays, content, step=1):
     """Write arrays; ``content`` returns the bytes of each."""
-    with store.begin(step) as transaction:
+    with store.begin(step, arrays, state={}, attributes={}, exact=True) as transaction:
         for array in arrays:
             data, at = content(array), 0
             for slot in array.slots:
@@ -43,7 +43,7 @@ def save(store, arrays, content, step=1):
                 buffer[: slot.nbytes] = data[at : at + slot.nbytes]
                 transaction.write_chunk(array, slot, memoryview(buffer))
                 at += slot.nbytes
-        return transaction.commit(arrays, state={}, attributes={}, exact=True)
+        return transaction.commit()
 
 
 def codecs_of(published):

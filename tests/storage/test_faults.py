@@ -87,12 +87,12 @@ def test_a_sync_is_never_tried_again(small_sample, faults, scratch):
     for number in range(4, 12):
         fs = each_file(faults)(10**9, errno.EIO, only="fsync")
         with Store(scratch / str(number), fs=fs) as store:
-            transaction = store.begin(1)
+            transaction = small_sample.begin(store, 1)
             small_sample.write(transaction, 1)
             fs.count, fs.at = 0, number
             for _ in range(3):
                 with pytest.raises(StorageError):
-                    small_sample.commit(transaction, 1)
+                    transaction.commit()
                 assert fs.count == number + 1
             transaction.abort()
 
@@ -100,13 +100,13 @@ def test_a_sync_is_never_tried_again(small_sample, faults, scratch):
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_failing_file_is_named(small_sample, faults, scratch, at):
     fs = each_file(faults)(10**9, errno.EIO, only="fsync")
-    with Store(scratch, fs=fs) as store, store.begin(1) as transaction:
+    with Store(scratch, fs=fs) as store, small_sample.begin(store, 1) as transaction:
         small_sample.write(transaction, 1)
         fs.count, fs.at = 0, at
         with pytest.raises(
             StorageError, match=r"can't write .*/step-0000000001\.partial-[0-9a-f]+/\S+: .*EIO"
         ):
-            small_sample.commit(transaction, 1)
+            transaction.commit()
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -126,11 +126,11 @@ def test_a_file_is_named_when_syncfs_fails(told, small_sample, faults, scratch):
             super().fsync(fd)
 
     with Store(scratch, fs=Lossy()) as store:
-        transaction = store.begin(1)
+        transaction = small_sample.begin(store, 1)
         small_sample.write(transaction, 1)
         name = r"/\S+/zarr\.json" if told else ""
         with pytest.raises(StorageError, match=rf"can't write \S+\.partial-[0-9a-f]+{name}: .*EIO"):
-            small_sample.commit(transaction, 1)
+            transaction.commit()
         transaction.abort()
     assert os.listdir(scratch) == [".gockpt.lock"]
 
@@ -169,7 +169,10 @@ LIMITED = """if True:
     slot = memoryview(mmap.mmap(-1, array.slots[0].capacity))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    with Store(sys.argv[1]) as store, store.begin(1) as transaction:
+    with (
+        Store(sys.argv[1]) as store,
+        store.begin(1, [array], state={}, attributes={}, exact=True) as transaction,
+    ):
         try:
             transaction.write_chunk(array, array.slots[0], slot)
         except StorageError as error:
@@ -236,7 +239,7 @@ def test_an_error_while_aborting_is_left_to_the_next_sweep(small_sample, faults,
 
     fs = Stubborn()
     with Store(scratch, fs=fs) as store:
-        transaction = store.begin(1)
+        transaction = small_sample.begin(store, 1)
         small_sample.write(transaction, 1)
         fs.armed = True
         transaction.abort()
@@ -295,10 +298,10 @@ def test_syncfs_goes_first_and_through_the_early_descriptor(small_sample, faults
             return True
 
     fs = Whole()
-    with Store(scratch, fs=fs) as store, store.begin(1) as transaction:
+    with Store(scratch, fs=fs) as store, small_sample.begin(store, 1) as transaction:
         small_sample.write(transaction, 1)
         start = len(fs.calls)
-        small_sample.commit(transaction, 1)
+        transaction.commit()
         calls = fs.calls[start:]
         syncs = [call for call in calls if call[0] in ("syncfs", "fsync")]
         assert syncs[0] == ("syncfs", transaction._fd)

@@ -103,7 +103,7 @@ class Life:
                     self.newest = {"next": 2, "again": 3, "last": 4}.get(doing, self.newest)
 
     def give_up(self, store):
-        with store.begin(8) as transaction:
+        with self.sample.begin(store, 8, 8) as transaction:
             self.sample.write(transaction, 8)
 
 

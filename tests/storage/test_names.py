@@ -154,10 +154,3 @@ def test_names_that_cannot_stand_together(group, match):
 
 def test_names_that_can():
     names.check_names([("a", "b"), ("a", "c"), ("b",), ("a", "B")])
-
-
-@given(st.lists(st.lists(components, min_size=1, max_size=3).map(tuple), unique=True))
-def test_placeholders_are_nobodys_path(group):
-    places = {names.placeholder(name) for name in group}
-    assert len(places) == len(group)
-    assert not places & {path.split("/")[0] for path in names.escape_all(group).values()}

@@ -18,13 +18,13 @@ def save(small_sample):
     """Write one checkpoint with a loss, and return what was published."""
 
     def save(store, step, loss=None):
-        with store.begin(step) as transaction:
+        own = {"step": step, "optimizer_steps": step, "exact": True}
+        own |= {} if loss is None else {"metrics": {"loss": loss}}
+        with store.begin(
+            step, small_sample.layouts, state={"marker": step}, attributes={"gockpt": own}, exact=True
+        ) as transaction:
             small_sample.write(transaction, step)
-            own = {"step": step, "optimizer_steps": step, "exact": True}
-            own |= {} if loss is None else {"metrics": {"loss": loss}}
-            return transaction.commit(
-                small_sample.layouts, state={"marker": step}, attributes={"gockpt": own}, exact=True
-            )
+            return transaction.commit()
 
     return save
 

@@ -179,7 +179,7 @@ FORK = """if True:
     (array,) = lay_out([ArraySpec(("w",), (5,), "float32")]).arrays
     path = sys.argv[1]
     store = Store(path)
-    transaction = store.begin(1)
+    transaction = store.begin(1, [array], state={}, attributes={}, exact=True)
     parent = owner.myself()
 
     def refused(kind, action):
@@ -193,7 +193,7 @@ FORK = """if True:
     write = lambda: transaction.write_chunk(array, array.slots[0], memoryview(bytearray(4096)))
     child = os.fork()
     if child == 0:
-        refused(UsageError, lambda: store.begin(2))
+        refused(UsageError, lambda: store.begin(2, [], state={}, attributes={}, exact=True))
         refused(UsageError, lambda: store.prune(1))
         refused(UsageError, write)
         transaction.abort()
@@ -206,7 +206,7 @@ FORK = """if True:
     # The child's end took nothing away: another process is still refused, and the save goes on.
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", sys.argv[2], path]) == 0
     write()
-    transaction.commit([array], state={}, attributes={}, exact=True)
+    transaction.commit()
 """
 
 
@@ -224,7 +224,7 @@ def test_a_worker_that_outlives_its_killed_trainer_does_not_hold_the_lock(tmp_pa
         import os, signal, sys
         from gockpt.storage.store import Store
         store = Store(sys.argv[1])
-        store.begin(1)
+        store.begin(1, [], state={}, attributes={}, exact=True)
         if os.fork() == 0:
             sys.stdin.read()  # a data-loader worker: lives until the test lets it go
             os._exit(0)
@@ -276,11 +276,11 @@ def test_a_lock_lost_to_somebody_elses_close_is_taken_again_or_the_save_given_up
 
 def test_a_closed_store(tmp_path, sample):
     store = Store(tmp_path)
-    transaction = store.begin(1)
+    transaction = sample.begin(store, 1)
     sample.write(transaction, 1)
     store.close()
     store.close()
     assert names_in(tmp_path) == []
-    for use in (lambda: store.begin(1), lambda: store.prune(1)):
+    for use in (lambda: sample.begin(store, 1), lambda: store.prune(1)):
         with pytest.raises(UsageError, match="was closed"):
             use()

@@ -28,7 +28,7 @@ def steps_in(path):
 @pytest.mark.parametrize("step", [-1, 2**63, 1.0, True, "1", None])
 def test_steps_that_are_none(tmp_path, step):
     with Store(tmp_path) as store, pytest.raises(UsageError, match="step must be an integer"):
-        store.begin(step)
+        store.begin(step, [], state={}, attributes={}, exact=True)
 
 
 @pytest.mark.parametrize("step", [0, 1, 9_999_999_999, 10_000_000_000, 2**63 - 1])
@@ -203,13 +203,13 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path, sample, checker, what, 
             with pytest.raises(
                 StorageError, match=r"step-0000000001 exists and is no complete .* move it away"
             ):
-                store.begin(1)
+                sample.begin(store, 1)
         else:
-            transaction = store.begin(1)
+            transaction = sample.begin(store, 1)
             sample.write(transaction, 1)
             put()
             with pytest.raises(StorageError, match=r"step-0000000001 exists and is no complete"):
-                sample.commit(transaction, 1)
+                transaction.commit()
             before = checker.read(path)
             transaction.abort()
             before = {
@@ -221,13 +221,13 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path, sample, checker, what, 
 
 def test_a_partial_that_was_swapped_for_another_is_not_published(tmp_path, sample):
     with Store(tmp_path) as store:
-        transaction = store.begin(1)
+        transaction = sample.begin(store, 1)
         sample.write(transaction, 1)
         (name,) = [name for name in names_in(tmp_path) if "partial" in name]
         os.rename(tmp_path / name, tmp_path / "away")
         (tmp_path / name).mkdir()
         with pytest.raises(StorageError, match="was taken away"):
-            sample.commit(transaction, 1)
+            transaction.commit()
         transaction.abort()
         assert (tmp_path / name).is_dir()  # it isn't ours
         assert steps_in(tmp_path) == []

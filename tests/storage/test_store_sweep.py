@@ -131,7 +131,7 @@ def test_a_predecessor_left_under_its_successors_name_is_kept(tmp_path, sample, 
 def test_a_record_is_touched_now_and_then(tmp_path, sample, faults, monkeypatch):
     monkeypatch.setattr("gockpt.storage.transaction._HEARTBEAT_SECONDS", 0.0)
     fs = faults.Recorder()
-    with Store(tmp_path, fs=fs) as store, store.begin(1) as transaction:
+    with Store(tmp_path, fs=fs) as store, sample.begin(store, 1) as transaction:
         before = fs.names.count("touch")
         sample.write(transaction, 1)
         assert fs.names.count("touch") > before

@@ -97,14 +97,16 @@ def test_a_failed_write_ends_the_save_and_gives_the_memory_back(tmp_path, faults
 
     fs = Full()
     with Store(tmp_path, fs=fs, compression=compression) as store:
-        with store.begin(1) as transaction:
+        with store.begin(1, [layout], state={}, attributes={}, exact=True) as transaction:
             fs.armed = True
             with pytest.raises(StorageError, match="No space"):
                 transaction.write_chunk(layout, slot, memoryview(bytearray(slot.capacity)))
             fs.armed = False
-        with store.begin(2) as transaction:  # the one turn there is has come back
+        with store.begin(
+            2, [layout], state={}, attributes={}, exact=True
+        ) as transaction:  # the one turn there is has come back
             transaction.write_chunk(layout, slot, memoryview(bytearray(slot.capacity)))
-            transaction.commit([layout], state={}, attributes={}, exact=True)
+            transaction.commit()
     assert compression._held == 0
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("step")) == [
         "step-0000000002"

@@ -69,11 +69,11 @@ def save(store, step, marker):
     arena = mmap.mmap(-1, nbytes)
     arena.write(bytes([marker]) * nbytes)
     data = memoryview(arena)
-    with store.begin(step) as transaction:
+    with store.begin(step, found, state={"marker": marker}, attributes={}, exact=True) as transaction:
         for layout in found:
             for slot in layout.slots:
                 transaction.write_chunk(layout, slot, data[slot.offset : slot.offset + slot.capacity])
-        transaction.commit(found, state={"marker": marker}, attributes={}, exact=True)
+        transaction.commit()
 
 
 def act(path, scenario):

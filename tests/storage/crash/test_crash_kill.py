@@ -134,11 +134,16 @@ PROGRAM = """
 
     def save(path, step, fs):
         data = memoryview(bytearray([step]) * layout.nbytes)
-        with Store(path, fs=fs) as store, store.begin(step) as transaction:
+        with (
+            Store(path, fs=fs) as store,
+            store.begin(
+                step, layout.arrays, state={"marker": step}, attributes={}, exact=True
+            ) as transaction,
+        ):
             for array in layout.arrays:
                 for slot in array.slots:
                     transaction.write_chunk(array, slot, data[slot.offset : slot.offset + slot.capacity])
-            transaction.commit(layout.arrays, state={"marker": step}, attributes={}, exact=True)
+            transaction.commit()
         return fs
 """
 

@@ -32,21 +32,21 @@ from gockpt.storage.store import Store
 def publish(path, codec, arrays):
     """Save ``{name: (shape, dtype, chunk rows, bytes)}`` with all of it encoded."""
     layouts = []
+    for name, (shape, dtype, rows, _) in arrays.items():
+        chunk = (rows, *(max(1, n) for n in shape[1:])) if shape else ()
+        layouts.append(chunked_layout(ArraySpec(("model", name), shape, dtype), chunk))
     with (
         Store(path, compression=Compression(codec, threads=1, smallest=1)) as store,
-        store.begin(3) as transaction,
+        store.begin(3, layouts, state={}, attributes={}, exact=True) as transaction,
     ):
-        for name, (shape, dtype, rows, data) in arrays.items():
-            spec = ArraySpec(("model", name), shape, dtype)
-            chunk = (rows, *(max(1, n) for n in shape[1:])) if shape else ()
-            layouts.append(chunked_layout(spec, chunk))
+        for layout, (_, _, _, data) in zip(layouts, arrays.values(), strict=True):
             at = 0
-            for slot in layouts[-1].slots:
+            for slot in layout.slots:
                 buffer = bytearray(slot.capacity)
                 buffer[: slot.nbytes] = data[at : at + slot.nbytes]
-                transaction.write_chunk(layouts[-1], slot, memoryview(buffer))
+                transaction.write_chunk(layout, slot, memoryview(buffer))
                 at += slot.nbytes
-        return transaction.commit(layouts, state={}, attributes={}, exact=True)
+        return transaction.commit()
 
 
 @st.composite

@@ -56,7 +56,10 @@ def publish(path, dtypes, *, step=12, codec=None):
             data = rng.integers(0, 256, (*shape, spec.itemsize), dtype=np.uint8)
             values[spec.public_name] = data & 1 if dtype == "bool" else data
             layouts.append(chunked_layout(spec, chunk))
-    with Store(path, compression=compression) as store, store.begin(step) as transaction:
+    with (
+        Store(path, compression=compression) as store,
+        store.begin(step, layouts, state={"n": 1}, attributes={"step": step}, exact=True) as transaction,
+    ):
         for layout in layouts:
             flat = values[layout.spec.public_name].reshape(-1)
             at = 0
@@ -65,7 +68,7 @@ def publish(path, dtypes, *, step=12, codec=None):
                 arena[: slot.nbytes] = flat[at : at + slot.nbytes].tobytes()
                 transaction.write_chunk(layout, slot, memoryview(arena))
                 at += slot.nbytes
-        published = transaction.commit(layouts, state={"n": 1}, attributes={"step": step}, exact=True)
+        published = transaction.commit()
     return published, values
 
 

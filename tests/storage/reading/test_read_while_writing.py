@@ -20,13 +20,13 @@ NBYTES = 6 * 4 * 8
 
 def publish(store, step, value):
     """Save a step whose every element is ``value``."""
-    with store.begin(step) as transaction:
+    with store.begin(step, LAYOUTS, state={"value": value}, attributes={}, exact=True) as transaction:
         for layout in LAYOUTS:
             for slot in layout.slots:
                 arena = mmap.mmap(-1, slot.capacity)
                 arena[: slot.nbytes] = np.full(slot.nbytes // 8, value, "<i8").tobytes()
                 transaction.write_chunk(layout, slot, memoryview(arena))
-        return transaction.commit(LAYOUTS, state={"value": value}, attributes={}, exact=True)
+        return transaction.commit()
 
 
 def read(checkpoint):
