@@ -315,7 +315,7 @@ def encode(manifest: Manifest) -> bytes:
             for entry in manifest.files
         ],
     }
-    line = strict_json.dumps(document, what=MANIFEST_FILE) + b"\n"
+    line = strict_json.dumps(document, what=MANIFEST_FILE, foreign=document["attributes"]) + b"\n"
     return line + json.dumps({"crc32c": f"{checksum.crc32c(line):08x}"}).encode() + b"\n"
 
 

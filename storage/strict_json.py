@@ -29,6 +29,7 @@ STATE_DEPTH = 256
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _COMPLETE = re.compile(rb'(?:[^"]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _SLICE = 256 << 10
+_ALL = object()
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -134,8 +135,17 @@ def loads(data: bytes, *, what: str, depth: int = MANIFEST_DEPTH) -> Any:
         raise ManifestCorrupt(msg) from error
 
 
-def dumps(document: Any, *, what: str, depth: int = MANIFEST_DEPTH, indent: int | None = None) -> bytes:
+def dumps(
+    document: Any, *, what: str, depth: int = MANIFEST_DEPTH, indent: int | None = None, foreign: Any = _ALL
+) -> bytes:
     """Return a document as ASCII JSON that :func:`loads` accepts again under the same limits.
+
+    Args:
+        document: What it says.
+        what: The file it is for, for the message.
+        depth: How deep arrays and objects may nest.
+        indent: As for ``json.dumps``.
+        foreign: The part of it that others made; of the rest all keys are text for certain. By default all.
 
     Raises:
         UnsupportedState: If it holds what JSON can't (NaN, other types, keys that are no text) or is
@@ -145,7 +155,7 @@ def dumps(document: Any, *, what: str, depth: int = MANIFEST_DEPTH, indent: int 
     try:
         # The encoder first: it is the one that notices a document that contains itself.
         data = json.dumps(document, allow_nan=False, indent=indent, separators=separators).encode("ascii")
-        _check_keys(document)
+        _check_keys(document if foreign is _ALL else foreign)
     except (ValueError, TypeError, RecursionError) as error:
         msg = f"{what} has no exact form as JSON: {error}"
         raise UnsupportedState(msg) from error

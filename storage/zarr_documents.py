@@ -87,5 +87,5 @@ def root_document(
 def dump(document: Mapping[str, Any]) -> bytes:
     """Return a document's bytes, small ones without the checks that only users' values need."""
     if document["attributes"]:
-        return strict_json.dumps(document, what="the root group's zarr.json")
+        return strict_json.dumps(document, what="the root group's zarr.json", foreign=document["attributes"])
     return json.dumps(document, allow_nan=False, separators=(",", ":")).encode("ascii")
