@@ -16,12 +16,17 @@ import numpy.typing as npt
 from gockpt.errors import SaveError
 from gockpt.layout import ALIGNMENT
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "whole_pages"]
 
 _MADV_POPULATE_WRITE: Final = 23
 _MADV_HUGEPAGE: Final = 14
 _MADV_DONTFORK: Final = 10
 _PREFAULT_STEP: Final = 64 << 20
+
+
+def whole_pages(nbytes: int) -> int:
+    """Return how many bytes an arena of at least ``nbytes`` takes."""
+    return max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
 
 
 class Arena:
@@ -41,7 +46,7 @@ class Arena:
         Raises:
             SaveError: If the system has no such amount of address space or memory.
         """
-        self.nbytes = max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+        self.nbytes = whole_pages(nbytes)
         try:
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:

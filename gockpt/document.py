@@ -35,6 +35,8 @@ from gockpt.plain import Json, encode, is_ordinary_key, join
 from gockpt.saved_state import VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gockpt.state import LiveState, OptimizerEntry, ParamEntry
 
 __all__ = ["build_document", "capture_extras", "metrics_of"]
@@ -89,6 +91,7 @@ def build_document(
     rng: Mapping[str, Any] | None = None,
     exact: bool = True,
     inexact: Mapping[str, Any] | None = None,
+    admit: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Json], Arrays]:
     """Return the document of the live state, and the arrays that come with it.
 
@@ -102,6 +105,7 @@ def build_document(
         rng: From :func:`gockpt.rng.capture`.
         exact: Whether every bit equals a blocking save's.
         inexact: What is known about names that don't, by public name; JSON values.
+        admit: Told how many bytes each of these arrays takes before it is copied; may raise.
 
     Returns:
         The JSON document, and CPU tensors by name to store beside ``live.entries``; no name of them is
@@ -113,7 +117,7 @@ def build_document(
     arrays: Arrays = {}
 
     def plain(value: Any, *prefix: str) -> Json:
-        document, found = encode(value, prefix=prefix)
+        document, found = encode(value, prefix=prefix, admit=admit)
         arrays.update(found)
         return document
 

@@ -70,9 +70,12 @@ class Options:
         keep: Keep the newest this many checkpoints and remove older ones after each publication;
             ``None`` keeps all. At least 2: a damaged newest one needs a predecessor. A :class:`Keep`
             also keeps milestones and the best.
-        host_memory: Upper bound in bytes for the arena, the gradient ring and compression together;
-            ``None`` bounds it by the state's own size plus at most two full gradients, and what
-            compression takes. A state that can't fit is refused when the save starts.
+        host_memory: Upper bound in bytes for what a save takes at any time: the arena, the gradient ring,
+            extras (once in their place, once on the way there), what compression takes, and copies of
+            chunks that are not row-major while they are written. ``None`` bounds it by the size of state
+            and extras plus at most two full gradients, and the rest of these. A state or extra that can't
+            fit is refused before memory is taken for it. What ``state_dict()`` of extras itself makes, JSON
+            documents, checksums and uploads come on top.
         device_memory: Upper bound in bytes of device memory for snapshots and staging. State on
             the CPU needs none, so this has no effect there.
         cpu_threads: Background threads for replay, checksums and writing; ``None`` is half the
@@ -85,7 +88,8 @@ class Options:
             bits or bytes) encode arrays of 4 KiB and more; a slice is then read by decoding whole chunks.
             ``"auto"`` writes the first checkpoint raw, measures disk and codecs meanwhile, and from then on
             encodes the kinds of tensor whose encoding makes a save shorter. Encoding takes host memory of its
-            own: at most three times the largest chunk for each of ``cpu_threads``, and three times more.
+            own: at most three times the largest chunk for each of ``cpu_threads``, and three times more; and
+            up to 8 MiB to write from for each of these threads, and three more.
         remote: URL of an object store, such as ``"s3://bucket/run"``, that checkpoints are copied to in the
             background once they are durable; ``None`` copies nothing. Needs ``gockpt[remote]``.
     """

@@ -69,13 +69,16 @@ NUMPY_SCALARS = frozenset(
 )  # the names are NumPy's own
 
 
-def encode(value: Any, *, prefix: tuple[str, ...]) -> tuple[Json, dict[tuple[str, ...], torch.Tensor]]:
+def encode(
+    value: Any, *, prefix: tuple[str, ...], admit: Callable[[int], None] = lambda _: None
+) -> tuple[Json, dict[tuple[str, ...], torch.Tensor]]:
     """Return a value as JSON, and the arrays that it refers to. Nothing returned shares its memory.
 
     Args:
         value: Nested plain values, tensors and arrays.
         prefix: Where the value stands: the first components of its arrays' names, and of the path
             that an error shows.
+        admit: Told how many bytes each array takes before it is copied; may raise.
 
     Returns:
         The JSON document, and CPU tensors by name (``prefix`` followed by keys and indices; a value
@@ -85,7 +88,7 @@ def encode(value: Any, *, prefix: tuple[str, ...]) -> tuple[Json, dict[tuple[str
         UnsupportedState: If some part has no exact form; names it, its type and the way out. Also
             for a value that contains itself, or nests deeper than :data:`MAX_DEPTH`.
     """
-    encoder = _Encoder(prefix)
+    encoder = _Encoder(prefix, admit)
     return encoder.encode(value), encoder.arrays
 
 
@@ -112,7 +115,8 @@ def _has_surrogates(text: str) -> bool:
 class _Encoder:
     """One encoding under way: the arrays found, and the path to where it stands."""
 
-    def __init__(self, prefix: tuple[str, ...]) -> None:
+    def __init__(self, prefix: tuple[str, ...], admit: Callable[[int], None]) -> None:
+        self.admit = admit
         self.arrays: dict[tuple[str, ...], torch.Tensor] = {}
         self.name = list(prefix)
         self.path = ["/".join(prefix)]
@@ -187,12 +191,16 @@ class _Encoder:
         tag = f"${type(value).__name__}"
         if len(value) < LONG_BYTES:
             return {tag: base64.b64encode(value).decode()}
+        self.admit(len(value))
         return {tag: {"$tensor": self.array(torch.from_numpy(np.frombuffer(value, np.uint8).copy()))}}
 
     def tensor(self, value: torch.Tensor) -> Json:
         ordinary = value.layout is torch.strided and not torch.nn.parameter.is_lazy(value)
         if why := refusal(value.detach().resolve_conj().resolve_neg() if ordinary else value):
             self.refuse(value, why)
+        # A lazily conjugated or negated one is resolved in a copy of its own.
+        copies = 2 if value.is_conj() or value.is_neg() else 1
+        self.admit(copies * value.numel() * value.element_size())
         return {"$tensor": self.array(to_host(value))}
 
     def ndarray(self, value: np.ndarray[Any, Any]) -> Json:
@@ -201,6 +209,7 @@ class _Encoder:
             self.refuse(value, f"arrays of dtype {value.dtype} are not stored; convert it to one of {kinds}")
         if value.ndim > 32:  # NumPy 2 allows 64
             self.refuse(value, "it has more than 32 dimensions; reshape it")
+        self.admit(value.nbytes)
         return {"$ndarray": self.array(torch.from_numpy(value.copy(order="C")))}
 
     def numpy_scalar(self, value: np.generic) -> Json:
@@ -250,7 +259,7 @@ class _Encoder:
 
     def sequence(self, value: Sequence[Any] | set[Any] | frozenset[Any]) -> Json:
         kind = type(value)
-        if len(value) >= LONG_LIST and (packed := _pack(value)) is not None:
+        if len(value) >= LONG_LIST and (packed := _pack(value, self.admit)) is not None:
             return {f"${kind.__name__}": {"$tensor": self.array(packed)}}
         self.enter(value)
         encoded = self.items(value)
@@ -301,12 +310,13 @@ class _Encoder:
         return document
 
 
-def _pack(values: Any) -> torch.Tensor | None:
+def _pack(values: Any, admit: Callable[[int], None]) -> torch.Tensor | None:
     """Return a long list of ints or of floats as one tensor; ``None`` when it is anything else."""
     if type(values) not in (list, tuple) or type(values[0]) not in (int, float):
         return None
     if set(map(type, values)) != {type(values[0])}:
         return None
+    admit(8 * len(values))
     try:
         packed = np.array(values, dtype=np.int64 if type(values[0]) is int else np.float64)
     except OverflowError:

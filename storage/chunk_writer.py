@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gockpt.layout import ArrayLayout, Slot
     from gockpt.storage.filesystem import Filesystem
 
-__all__ = ["DIRECT_FROM", "WrittenChunk", "write_chunk", "write_encoded"]
+__all__ = ["DIRECT_FROM", "WrittenChunk", "most_bounced", "write_chunk", "write_encoded"]
 
 DIRECT_FROM = 256 << 10
 """Smaller chunks go through the page cache, where many leave as one; direct I/O waits for each."""
@@ -63,6 +63,12 @@ def _pages(nbytes: int) -> int:
 
 def _is_aligned(buffer: memoryview) -> bool:
     return bool(np.frombuffer(buffer, np.uint8).ctypes.data % ALIGNMENT == 0)
+
+
+def most_bounced(nbytes: int) -> int:
+    """Return the most memory that writing a file of ``nbytes`` from unaligned memory takes beside it."""
+    pages = _pages(nbytes)
+    return min(_BOUNCE, pages) if pages >= DIRECT_FROM else 0
 
 
 def _trailer(data: bytes, lead: int = 0) -> memoryview:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gockpt.errors import OptionsError
+from gockpt.layout import CHECKSUM_BYTES
+from gockpt.storage.chunk_writer import most_bounced
 from gockpt.storage.codecs import CODECS, MAX_CHUNK_NBYTES, encode, most_nbytes
 
 if TYPE_CHECKING:
@@ -26,7 +28,17 @@ if TYPE_CHECKING:
     from gockpt.layout import ArrayLayout, Slot
     from gockpt.schema import ArraySpec
 
-__all__ = ["AUTO", "Compression", "Kind", "Measured", "Trial", "choose", "is_encodable", "memory_bound"]
+__all__ = [
+    "AUTO",
+    "Compression",
+    "Kind",
+    "Measured",
+    "Trial",
+    "choose",
+    "is_encodable",
+    "largest_encoded",
+    "memory_bound",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -153,10 +165,33 @@ def memory_bound(largest: int, threads: int) -> int:
     hold results that are being written. Direct I/O copies these by pieces, as any unaligned memory.
 
     Args:
-        largest: Bytes of the largest chunk that is encoded.
+        largest: Bytes of the largest chunk that is encoded; 0 if none is.
         threads: How many threads encode at a time.
     """
-    return threads * (largest + most_nbytes(largest)) + (threads + _OTHER_THREADS) * most_nbytes(largest)
+    if not largest:
+        return 0
+    result = most_nbytes(largest)
+    writing = result + most_bounced(result + CHECKSUM_BYTES)
+    return threads * (largest + result) + (threads + _OTHER_THREADS) * writing
+
+
+def largest_encoded(codec: str | None, arrays: Iterable[ArrayLayout]) -> int:
+    """Return the bytes of the largest chunk, or sample of one, that is ever encoded; 0 if none is.
+
+    Args:
+        codec: As for :class:`Compression`.
+        arrays: Arrays of one checkpoint.
+    """
+    if codec is None:
+        return 0
+    largest = 0
+    for array in arrays:
+        nbytes = array.chunk_nbytes
+        if is_encodable(array):
+            largest = max(largest, nbytes)
+        elif codec == AUTO and nbytes >= _SAMPLE_FROM:
+            largest = max(largest, min(SAMPLE, nbytes))
+    return largest
 
 
 class Compression:
@@ -230,11 +265,16 @@ class Compression:
         # Out of the middle: the first rows of a table are often used least.
         nbytes = min(SAMPLE, slot.nbytes)
         start = (slot.nbytes - nbytes) // 2 // layout.spec.itemsize * layout.spec.itemsize
+        working = 2 * most_nbytes(nbytes)  # what is encoded into, and the result
         with self._turns:
-            for codec in CODECS:
-                began = perf_counter()
-                data = encode(codec, layout.spec.itemsize, buffer[start : start + nbytes])
-                figures[codec] = nbytes, perf_counter() - began, len(data)
+            self._hold(working)
+            try:
+                for codec in CODECS:
+                    began = perf_counter()
+                    stored = len(encode(codec, layout.spec.itemsize, buffer[start : start + nbytes]))
+                    figures[codec] = nbytes, perf_counter() - began, stored
+            finally:
+                self._hold(-working)
 
     def learn(self, arrays: Iterable[ArrayLayout], *, nbytes: int, seconds: float) -> None:
         """Decide, once, after a whole checkpoint was written.

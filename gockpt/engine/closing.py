@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gockpt.engine.sizing import Memory
+    from gockpt.engine.memory import Memory
 
 __all__ = ["write_additions"]
 
@@ -28,7 +28,7 @@ def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memor
         ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in added.items()
     ]
     layout = lay_out(specs)
-    arena = memory.additions(layout.nbytes)
+    arena = memory.additions(layout)
     for array, tensor in zip(layout.arrays, added.values(), strict=True):
         copy_at_once(tensor, array, arena)
     return tuple(ArrayPlace(array, 2) for array in layout.arrays)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["Pool", "Source"]
+__all__ = ["WRITERS", "Pool", "Source"]
 
 _log = logging.getLogger("gockpt")
 

@@ -16,10 +16,11 @@ from gockpt import rng
 from gockpt.document import build_document, capture_extras, metrics_of
 from gockpt.engine.closing import write_additions
 from gockpt.engine.handle import Progress, Saved, SaveHandle
+from gockpt.engine.memory import Memory
 from gockpt.engine.messages import Capture
-from gockpt.engine.sizing import Memory, Shape, facts_of, shape_of
+from gockpt.engine.sizing import Shape, facts_of, shape_of
 from gockpt.engine.trace import Trace
-from gockpt.errors import GockptError, SaveAborted, SaveError, WorkerError
+from gockpt.errors import GockptError, OptionsError, SaveAborted, SaveError, WorkerError
 from gockpt.lifecycle import Command, Event, State, advance
 from gockpt.options import Keep
 from gockpt.schedule import make_plan
@@ -292,6 +293,8 @@ class Save:
         handle: SaveHandle | None = None,
         at_once: bool = False,
     ) -> None:
+        afresh = handle is None
+        self._voided = None  # it would keep a smaller arena alive
         if handle is None:
             self.trace = Trace(moment.began)
             handle = SaveHandle(due, plan, self.trace, drive=self._drive, progress=self.progress)
@@ -307,6 +310,7 @@ class Save:
             begin=self._store.begin,
             outcome=self,
             trace=self.trace,
+            afresh=afresh,
         )
         self._pool.serve(self.job)
 
@@ -329,16 +333,24 @@ class Save:
 
     def _remember(self, live: LiveState, moment: Boundary) -> None:
         """Keep what only this tick knows, in case the window has to be closed here after all."""
+        try:
+            self._document, self._additions = self._add(live, moment)
+        except OptionsError as error:
+            # The handle may keep the error for long; its frames would keep what was copied so far.
+            raise error.with_traceback(None)  # noqa: B904 - it is the error itself
+        self.looked_at = moment
+
+    def _add(self, live: LiveState, moment: Boundary) -> tuple[dict[str, Any], tuple[ArrayPlace, ...]]:
+        """Copy what is no entry of the live state; return the state document and where the arrays are."""
         document, added = build_document(
             live,
             step=moment.step,
             optimizer_steps=moment.updates,
             extra=capture_extras(moment.extra),
             rng=rng.capture(),
+            admit=self.memory.admission(),
         )
-        self._additions = write_additions(added, self.memory)
-        self._document = document
-        self.looked_at = moment
+        return document, write_additions(added, self.memory)
 
     def _take_boundary(self, live: LiveState, moment: Boundary, *, remembered: bool) -> None:
         attempt, _, handle = self._started()

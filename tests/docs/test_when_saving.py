@@ -464,6 +464,11 @@ def _too_large(lab):
     lab.Run(width=2000).tick(options=gockpt.Options(host_memory=1 << 16))
 
 
+@when("The extras are larger than `host_memory` allows")
+def _extras_too_large(lab):
+    lab.Run().tick(extra={"table": torch.zeros(1 << 20)}, options=gockpt.Options(host_memory=1 << 21))
+
+
 @when("The object store can't be reached, or refuses, when a run begins")
 def _no_store(lab):
     refuse = mock.patch.object(Objects, "children", side_effect=gockpt.RemoteError("503"))

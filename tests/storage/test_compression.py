@@ -6,8 +6,10 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,18 @@ from gockpt.errors import OptionsError
 from gockpt.layout import lay_out
 from gockpt.schema import ArraySpec
 from gockpt.storage import compression
+from gockpt.storage.chunk_writer import write_encoded
 from gockpt.storage.codecs import CODECS, MAX_CHUNK_NBYTES, most_nbytes
-from gockpt.storage.compression import Compression, Kind, Measured, Trial, choose, memory_bound
+from gockpt.storage.compression import (
+    Compression,
+    Kind,
+    Measured,
+    Trial,
+    choose,
+    largest_encoded,
+    memory_bound,
+)
+from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.listing import open_checkpoint
 from gockpt.storage.manifest import chunked_layout
 from gockpt.storage.store import Store
@@ -208,6 +220,58 @@ def test_memory_is_counted_given_back_and_within_its_bound():
     with made.encoded("zstd", array, array.slots[1], data):
         pass
     assert before < made.peak_nbytes <= memory_bound(whole, 1)  # a padded copy on top of it
+
+
+def test_the_bound_holds_while_every_thread_writes_from_unaligned_memory(tmp_path):
+    """One encodes at a time; it and three others may stand in the same write, each with a piece copied."""
+    array = layout((250_000,))
+    whole = array.chunk_nbytes
+    made = Compression("zstd", threads=1)
+    data = memoryview(np.random.default_rng(3).bytes(whole))
+    pieces, taken = [], []
+    together = threading.Barrier(4, action=lambda: taken.append(made._held + sum(pieces)))
+
+    class Gated(Filesystem):
+        def open(self, name, flags, *, dir_fd=None):
+            return super().open(name, flags & ~os.O_DIRECT, dir_fd=dir_fd)
+
+        def direct_alignment(self, fd):
+            return 512
+
+        def pwrite(self, fd, piece, offset):
+            if not offset:
+                pieces.append(len(piece.obj))
+                together.wait(60)
+            return super().pwrite(fd, piece, offset)
+
+    directory = os.open(tmp_path, os.O_DIRECTORY)
+
+    def work(number):
+        with made.encoded("zstd", array, array.slots[0], data) as encoded:
+            written = write_encoded(Gated(), directory, f"{number}", data=encoded, direct=True)
+        os.close(written.fd)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    os.close(directory)
+    assert 7 * whole < taken[0] <= memory_bound(whole, 1)
+
+
+def test_samples_are_counted_and_within_the_bound():
+    array = layout((200_000,))
+    made = Compression("auto", threads=1)
+    made.sample(array, array.slots[0], memoryview(bytes(array.spec.nbytes)))
+    assert made._held == 0
+    assert 0 < made.peak_nbytes <= memory_bound(largest_encoded("auto", [array]), 1)
+
+
+def test_what_is_never_encoded_takes_nothing():
+    huge, tiny = layout((1, MAX_CHUNK_NBYTES // 4 + 1)), layout((5,))
+    assert largest_encoded(None, [layout((5000,))]) == 0
+    assert largest_encoded("zstd", [huge, tiny]) == largest_encoded("auto", [tiny]) == 0
+    assert largest_encoded("auto", [huge, tiny]) == compression.SAMPLE
+    assert largest_encoded("zstd", [layout((5000,)), layout((4000,)), huge]) == 20_000
+    assert memory_bound(0, 8) == 0
 
 
 def test_no_more_threads_than_asked_for_encode_at_a_time(monkeypatch):

@@ -1,0 +1,220 @@
+"""The host memory of saves: the arenas, and what else a save takes, counted before any of it is taken."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+from gockpt.arena import Arena, whole_pages
+from gockpt.engine.attempt import Attempt
+from gockpt.engine.cut import cut
+from gockpt.engine.job import Job
+from gockpt.engine.pool import WRITERS
+from gockpt.engine.ring import Ring
+from gockpt.engine.sizing import ring_bytes_of
+from gockpt.errors import OptionsError
+from gockpt.storage.compression import largest_encoded, memory_bound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gockpt.engine.cut import Cut
+    from gockpt.engine.job import Begin, Outcome
+    from gockpt.engine.sizing import Shape
+    from gockpt.engine.trace import Trace
+    from gockpt.layout import ArenaLayout
+    from gockpt.options import Options
+    from gockpt.schedule import Plan
+    from gockpt.state import LiveState
+    from gockpt.transfer import Transfer
+
+__all__ = ["Memory"]
+
+STATE, RING, EXTRA = range(3)
+
+
+class Memory:
+    """The arenas of one engine: state, gradient ring, and what a closing tick adds. Kept between saves.
+
+    Promise: the arenas, the copies of extras on their way into theirs, what the last copies are compared by,
+    what arrays in storage order are reordered in, and what encoding and writing the encoded takes, never come
+    to more than ``Options.host_memory`` at a time; what would is refused before it is taken. Not counted are
+    what the user's own ``state_dict()`` and callables make, and the JSON documents and checksums.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._held: list[Arena | None] = [None, None, None]
+        self._passing = 0
+        self._reordering = 0
+        self._encoded = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory held."""
+        return sum(a.nbytes for a in self._held if a is not None)
+
+    @property
+    def arenas(self) -> tuple[Arena, ...]:
+        """State, ring and additions."""
+        return tuple(self._arena(use, 0) for use in (STATE, RING, EXTRA))
+
+    def prepare(self, shape: Shape, transfer: Transfer) -> None:
+        """Reserve the state's arena and take its pages behind the caller."""
+        self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+        self._make_room({STATE: shape.layout.nbytes, RING: 0, EXTRA: 0})
+        transfer.submit([self._arena(STATE, shape.layout.nbytes).prefault])
+
+    def admission(self) -> Callable[[int], None]:
+        """Return what is to be told of each array of the extras before it is copied.
+
+        It raises ``OptionsError`` once they can't fit.
+        """
+        copied = 0
+
+        def admit(nbytes: int) -> None:
+            nonlocal copied
+            copied += nbytes
+            self._make_room({EXTRA: copied}, copies=copied)
+
+        return admit
+
+    def additions(self, layout: ArenaLayout) -> Arena:
+        """Return an arena for what the closing tick adds (extras, random states).
+
+        Raises:
+            OptionsError: If that takes more than is allowed.
+        """
+        encoded = largest_encoded(self._options.compression, layout.arrays)
+        copies = sum(array.spec.nbytes for array in layout.arrays)
+        self._make_room({EXTRA: layout.nbytes}, copies=copies, encoded=encoded)
+        return self._arena(EXTRA, layout.nbytes)
+
+    def attempt(
+        self,
+        live: LiveState,
+        shape: Shape,
+        plan: Plan,
+        *,
+        barred: frozenset[str],
+        racing: frozenset[tuple[str, ...]] | None,
+        transfer: Transfer,
+        begin: Begin,
+        outcome: Outcome,
+        trace: Trace,
+        afresh: bool,
+    ) -> tuple[Attempt, Job]:
+        """Set up one attempt and its background job; ``afresh`` if nothing that was added is needed any more.
+
+        Raises:
+            OptionsError: If that takes more than is allowed.
+        """
+        pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing)
+        ring_bytes = ring_bytes_of(pieces, plan)
+        self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
+        self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+        needs = {STATE: shape.layout.nbytes, RING: ring_bytes}
+        self._make_room(needs | {EXTRA: 0} if afresh else needs)
+        arena = self._arena(STATE, shape.layout.nbytes)
+        if self._kept(RING) < ring_bytes:
+            transfer.submit([self._arena(RING, ring_bytes).prefault])
+        ring = Ring(0, ring_bytes)
+        job = Job(
+            # Not the third: what is added may yet need a larger one, and the job would keep this one alive.
+            arenas=self.arenas[:EXTRA],
+            pieces=[p.message() for p in pieces.pieces],
+            ring=ring,
+            begin=begin,
+            outcome=outcome,
+            trace=trace,
+        )
+        attempt = Attempt(
+            live=live,
+            shape=shape,
+            cut=pieces,
+            plan=plan,
+            arena=arena,
+            ring=ring,
+            ring_arena=self._arena(RING, ring_bytes),
+            transfer=transfer,
+            options=self._options,
+            racing=racing,
+            job=job,
+            trace=trace,
+        )
+        return attempt, job
+
+    def release(self) -> None:
+        """Let the memory go."""
+        self._held = [None, None, None]
+
+    def _kept(self, use: int) -> int:
+        arena = self._held[use]
+        return 0 if arena is None else arena.nbytes
+
+    def _arena(self, use: int, nbytes: int) -> Arena:
+        """Return the arena of one use, at least that large; a smaller one goes first."""
+        arena = self._held[use]
+        if arena is None or arena.nbytes < nbytes:
+            arena = self._held[use] = None  # never both at a time
+            arena = self._held[use] = Arena(nbytes)
+        return arena
+
+    def _make_room(self, needs: dict[int, int], *, copies: int = 0, encoded: int = 0) -> None:
+        """Refuse what can't fit; arenas that are larger than they need to be go first.
+
+        Args:
+            needs: Bytes of the arenas that may be replaced, by use; the others stay as they are.
+            copies: Bytes of extras that are copied before they stand in their arena.
+            encoded: The largest chunk of theirs that is encoded.
+        """
+        limit = self._options.host_memory
+        if limit is None:
+            return
+        encoding = memory_bound(max(self._encoded, encoded), self._options.worker_threads)
+        # One after the other: extras are copied, the closing tick is compared, chunks are written.
+        beside = max(copies, self._passing, self._reordering + encoding)
+
+        def total() -> int:
+            uses = (max(self._kept(use), whole_pages(needs.get(use, 0))) for use in (STATE, RING, EXTRA))
+            return sum(uses) + beside
+
+        if total() > limit:
+            for use, nbytes in needs.items():
+                if self._kept(use) > whole_pages(nbytes):
+                    self._held[use] = None
+        nbytes = total()
+        if nbytes > limit:
+            self._refuse(nbytes, limit, extras=copies and copies + needs[EXTRA], encoding=encoding)
+
+    def _refuse(self, nbytes: int, limit: int, *, extras: int, encoding: int) -> None:
+        msg = (
+            f"saving this state takes {nbytes} bytes of host memory and host_memory={limit} allows less; "
+            "raise host_memory or use window=1, which needs no gradient ring"
+        )
+        if encoding:
+            msg += f", or compression=None ({encoding} of these bytes)"
+        if extras:
+            msg += f", or save less along with it: copies of extras take {extras} bytes"
+        raise OptionsError(msg)
+
+
+def _rearranged(live: LiveState, layout: ArenaLayout, pieces: Cut, options: Options) -> tuple[int, int]:
+    """Return what comparing, and then reordering, arrays that are not row-major takes at the most.
+
+    A closing without a tick compares what was copied at once, chunk by chunk, by way of copies of it. Writing
+    reorders a chunk in a copy of it, on as many threads as write.
+    """
+    at_once = set(pieces.at_once)
+    compared = 0
+    reordered: list[int] = []
+    for array in layout.arrays:
+        tensor = live.entries[array.spec.name]
+        if array.spec.name in at_once:
+            lazy = tensor.is_conj() or tensor.is_neg()
+            if lazy or not tensor.is_contiguous():
+                compared = max(compared, (1 + lazy) * max(slot.nbytes for slot in array.slots))
+        elif not tensor.is_contiguous():
+            reordered.extend(slot.nbytes for slot in array.slots)
+    # With a helper for saves that are late.
+    return compared, sum(heapq.nlargest(options.worker_threads + WRITERS + 1, reordered))
