@@ -172,11 +172,38 @@ class Checkpointer:
         try:
             self._finish(self._engine.close)
         finally:
-            if self.closed:
-                _live.discard(self)
-                self.let_go()
-                if self not in _by_call.values():
-                    self.forget_model()
+            self._leave()
+
+    def retire(self) -> bool:
+        """Close it, now that its model is gone, if there is nothing to wait for; return whether it is closed.
+
+        A failed upload is tried once more behind the caller, and waited for like one under way. What fails
+        is logged: nobody is left to hear of it.
+        """
+        if self.closed:
+            return True
+        if self.busy:
+            return False
+        try:
+            if self._uploads is not None and not self._uploads.settle():
+                return False
+        except UploadError as error:
+            _log.warning("of a model that is gone: %s", error)
+        try:
+            self._engine.close()
+        except GockptError as error:
+            _log.warning("of a model that is gone: %s", error)
+        finally:
+            self._leave()
+        return True
+
+    def _leave(self) -> None:
+        """Let go of everything that knows this checkpointer, once it is closed."""
+        if self.closed:
+            _live.discard(self)
+            self.let_go()
+            if self not in _by_call.values():
+                self.forget_model()
 
     def _finish(self, saves: Callable[[], None]) -> None:
         """Finish the saves, then the uploads. A failed save is raised, a failed upload added to it."""
@@ -381,20 +408,18 @@ def _model_gone(saver: Checkpointer) -> None:
 
 
 def _drain() -> None:
-    """Close the checkpointers whose models are gone. Finalizers only note them: they run anywhere."""
+    """Close the checkpointers whose models are gone, as far as that takes no waiting: a tick calls this.
+
+    Finalizers only note them: they run anywhere.
+    """
     for _ in range(len(_gone)):
         saver = _gone.popleft()
-        if saver.busy or (saver.uploads is not None and saver.uploads.active is not None):
+        if not saver.retire():
             _gone.append(saver)
             continue
         for key in [key for key, known in _by_call.items() if known is saver]:
             del _by_call[key]
-        if saver.closed:
-            continue
-        try:
-            saver.close()
-        except GockptError as error:
-            _log.warning("of a model that is gone: %s", error)
+        saver.forget_model()
 
 
 def _take_over(path: str, model_ids: tuple[int, ...], *, resumed: bool) -> None:

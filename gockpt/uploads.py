@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
@@ -87,13 +87,14 @@ class _Job:
     step: int
     seq: int
     path: str
+    again: bool = False
 
 
 class Uploads:
     """Copies the newest checkpoint of a path into an object store whenever there is a newer one.
 
     One at a time, on a thread of its own. Of several that became complete meanwhile only the newest is
-    uploaded. A failure is logged and disturbs nobody; :meth:`wait` tries once more, and raises.
+    uploaded. A failure is logged and disturbs nobody; :meth:`wait` and :meth:`settle` try once more and raise.
     """
 
     def __init__(self, url: Where, path: str, store: Store, *, nice: int) -> None:
@@ -166,12 +167,36 @@ class Uploads:
         if os.getpid() != self._pid:
             return  # the thread is the parent's
         with self._changed:
-            if self._failed is not None:
-                self._waiting, self._failed = self._failed, None
-                self._start()
+            self._retry()
             self._changed.wait_for(lambda: self._active is None)
-            failed, self._failed = self._failed, None
-            failure = self._failure
+            self._raise_failure()
+
+    def settle(self) -> bool:
+        """Return whether nothing is left to do, at once. What failed is first tried once more, on its thread.
+
+        Raises:
+            UploadError: If the newest checkpoint could not be uploaded then either; raised once.
+        """
+        if os.getpid() != self._pid:
+            return True
+        with self._changed:
+            if self._failed is not None and not self._failed.again:
+                self._retry()
+            if self._active is not None:
+                return False
+            self._raise_failure()
+            return True
+
+    def _retry(self) -> None:
+        """Begin once more with what failed, if anything did; the lock is held."""
+        if self._failed is not None:
+            self._waiting, self._failed = replace(self._failed, again=True), None
+            self._start()
+
+    def _raise_failure(self) -> None:
+        """Raise what the last upload failed of, if it did; the lock is held."""
+        failed, self._failed = self._failed, None
+        failure = self._failure
         if failed is not None:
             msg = (
                 f"the checkpoint of step {failed.step} is complete in {failed.path}, but could not be "

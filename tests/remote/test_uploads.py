@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import gockpt
+from gockpt import checkpointer
 from gockpt.errors import RemoteError
 from gockpt.storage import objects
 from gockpt.storage.listing import open_checkpoint
@@ -52,20 +54,25 @@ def step(saver, number):
 
 
 class Gate:
-    """Holds the first upload up at its first request until a test opens it, or lets every upload fail."""
+    """Holds uploads up at their first request until a test opens it, or lets them fail before or then."""
 
     def __init__(self, monkeypatch):
         self.reached, self.open = threading.Event(), threading.Event()
         self.error: BaseException | None = None
+        self.late: BaseException | None = None
         self.seen: list[str] = []
+        self.threads: set[str] = set()
         tree = Objects.tree
 
         def gated(objects, path):
             self.seen.append(path)
+            self.threads.add(threading.current_thread().name)
             if self.error is not None:
                 raise self.error
             self.reached.set()
             assert self.open.wait(60)
+            if self.late is not None:
+                raise self.late
             return tree(objects, path)
 
         monkeypatch.setattr(Objects, "tree", gated)
@@ -188,6 +195,46 @@ def test_wait_tries_a_failed_one_again(saver, url, gate):
     gate.open.set()
     one.wait()
     assert gockpt.steps(url) == [1]
+
+
+def of_a_model_that_is_gone(url, path, step=1):
+    """Save a module that nobody holds afterwards; return its checkpointer once the save is durable."""
+    model = torch.nn.Linear(3, 3)
+    gockpt.save_overlapped(model, None, path, step=step, options=gockpt.Options(remote=url)).result()
+    (made,) = (one for one in checkpointer._live if one.path == str(path.resolve()))
+    return made
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_tick_does_not_wait_for_what_a_model_that_is_gone_left_to_upload(
+    url, gate, tmp_path, caplog, works
+):
+    """Its failed upload is tried once more on its own thread; ticks of another model go on meanwhile."""
+    gate.error = RemoteError("503")
+    gone = of_a_model_that_is_gone(url, tmp_path / "gone")
+    uploads = gone._uploads
+    with uploads._changed:
+        uploads._changed.wait_for(lambda: uploads._active is None)
+    gc.collect()
+    gate.error = None
+    other = {"w": torch.zeros(3)}
+    for number in (1, 2, 3):
+        # The upload stands still at its gate all the time: a call that waited for it would never return.
+        gockpt.save_overlapped(other, None, tmp_path / "other", step=number).result()
+        assert gate.reached.wait(60)
+        assert not gone.closed
+    assert gate.threads == {"gockpt-upload"}
+    if not works:
+        gate.late = RemoteError("still 503")
+    gate.open.set()
+    with uploads._changed:
+        uploads._changed.wait_for(lambda: uploads._active is None)
+    gockpt.save_overlapped(other, None, tmp_path / "other", step=4).result()
+    assert gone.closed
+    assert gate.seen == gate.seen[:2]  # once, and once more
+    told = "of a model that is gone: the checkpoint of step 1 is complete" in caplog.text
+    assert (gockpt.steps(url), told) == (([1], False) if works else ([], True))
+    gockpt.wait()
 
 
 def test_gockpt_wait_and_a_with_block_raise_it(url, gate, tmp_path):
