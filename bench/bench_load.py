@@ -13,7 +13,6 @@ for the slices that say otherwise; the others have none. Exits with 1 if a bar i
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import sys
@@ -27,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from harness import machine_facts, settings_of, table, write_json
+from bars import compared, parsed, parser
+from harness import table
 from safetensors import safe_open
 from safetensors.torch import save_file
 from states import STATES, filled
@@ -43,6 +43,7 @@ from gockpt.storage.listing import open_checkpoint
 from gockpt.storage.reader import Wanted
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
     Tensors = dict[str, torch.Tensor]
@@ -258,36 +259,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    wanted = parsed()
-    facts = machine_facts(wanted.dir)
-    results = []
-    for kind in wanted.states:
-        result = measure(kind, wanted)
-        result["bars"] = judge(result)
-        results.append(result)
-        if wanted.json != "-":
-            show(result)
-    if wanted.json:
-        write_json(
-            wanted.json,
-            {"bench": "load", "machine": facts, "settings": settings_of(wanted), "results": results},
-        )
-    return 0 if wanted.quick or all(bar["held"] for result in results for bar in result["bars"]) else 1
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--states", nargs="+", choices=list(STATES), help="default: A B; quick: tiny")
-    parser.add_argument("--rounds", type=int, help="default: 7; quick: 1")
-    parser.add_argument("--dir", default=".", help="where to write and read (default: here)")
-    parser.add_argument("--json", metavar="FILE", help="write all samples; '-' is standard output")
-    parser.add_argument("--quick", action="store_true", help="a toy in seconds: shows that it runs, no more")
-    wanted = parser.parse_args()
-    wanted.states = wanted.states or (["tiny"] if wanted.quick else ["A", "B"])
-    wanted.rounds = wanted.rounds or (1 if wanted.quick else 7)
-    return wanted
+    wanted = parsed(parser(__doc__, directory="where to write and read"))
+    return compared("load", wanted, measure=measure, judge=judge, show=show)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ bar is broken:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -36,7 +35,8 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import zarr
-from harness import machine_facts, settings_of, table, write_json
+from bars import compared, parsed, parser
+from harness import table
 from states import STATES, filled
 
 from gockpt.arena import Arena
@@ -47,6 +47,7 @@ from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.store import Store
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
     from gockpt.layout import ArrayLayout, Slot
@@ -296,37 +297,10 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    wanted = parsed()
-    facts = machine_facts(wanted.dir)
-    results = []
-    for kind in wanted.states:
-        result = measure(kind, wanted)
-        result["bars"] = judge(result)
-        results.append(result)
-        if wanted.json != "-":
-            show(result)
-    if wanted.json:
-        write_json(
-            wanted.json,
-            {"bench": "store", "machine": facts, "settings": settings_of(wanted), "results": results},
-        )
-    return 0 if wanted.quick or all(bar["held"] for result in results for bar in result["bars"]) else 1
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--states", nargs="+", choices=list(STATES), help="default: A B; quick: tiny")
-    parser.add_argument("--rounds", type=int, help="default: 7; quick: 1")
-    parser.add_argument("--threads", type=int, default=4, help="that write (default: %(default)s)")
-    parser.add_argument("--dir", default=".", help="where to write (default: here)")
-    parser.add_argument("--json", metavar="FILE", help="write all samples; '-' is standard output")
-    parser.add_argument("--quick", action="store_true", help="a toy in seconds: shows that it runs, no more")
-    wanted = parser.parse_args()
-    wanted.states = wanted.states or (["tiny"] if wanted.quick else ["A", "B"])
-    wanted.rounds = wanted.rounds or (1 if wanted.quick else 7)
-    return wanted
+    made = parser(__doc__, directory="where to write")
+    made.add_argument("--threads", type=int, default=4, help="that write (default: %(default)s)")
+    wanted = parsed(made)
+    return compared("store", wanted, measure=measure, judge=judge, show=show)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Uploads:
     """Copies the newest checkpoint of a path into an object store whenever there is a newer one.
 
     One at a time, on a thread of its own. Of several that became complete meanwhile only the newest is
-    uploaded. A failure is logged and disturbs nobody; :meth:`wait` and :meth:`settle` try once more and raise.
+    uploaded. A failure is logged and disturbs nobody; :meth:`wait` and :meth:`settle` try again and raise.
     """
 
     def __init__(self, url: Where, path: str, store: Store, *, nice: int) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
@@ -22,7 +27,6 @@ from gockpt.storage.objects import Objects, objects_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLEKEY", "AWS_SECRET_ACCESS_KEY": "very-secret-text"}
 FAST = {
@@ -98,6 +102,50 @@ def small_chunks(monkeypatch):
     """Arrays above 10 kB have several chunks."""
     monkeypatch.setattr(gockpt.layout, "WHOLE_LIMIT", 10_000)
     monkeypatch.setattr(gockpt.layout, "CHUNK_TARGET", 9_000)
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+KILLED = """
+import os, signal, sys, torch, gockpt
+from gockpt.storage.objects import Objects
+put, left = Objects.put, [{nth}]
+def counted(self, *given, **more):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, *given, **more)
+Objects.put = counted
+"""
+
+
+def run_process(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, to its end."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+@pytest.fixture
+def process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script with arguments in another process."""
+    return run_process
+
+
+@pytest.fixture
+def killed() -> Callable[..., None]:
+    """Run a script that is killed at the ``nth`` object it puts."""
+
+    def do(script: str, *arguments: object, nth: int) -> None:
+        done = run_process(KILLED.format(nth=nth) + script, *arguments)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    return do
 
 
 def tensors(marker: int = 0) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import traceback
@@ -252,16 +251,15 @@ def test_without_obstore_it_says_what_to_install(monkeypatch):
         gockpt.open("s3://bucket/run")
 
 
-def test_local_work_never_loads_it(tmp_path):
+def test_local_work_never_loads_it(tmp_path, process):
     script = (
         "import sys, torch, gockpt\n"
         "gockpt.save_overlapped({'w': torch.ones(3)}, None, sys.argv[1], step=1).result()\n"
         "assert gockpt.verify(sys.argv[1]).ok and gockpt.open(sys.argv[1])['model/w'][...].sum() == 3\n"
         "assert 'obstore' not in sys.modules\n"
     )
-    repository = Path(__file__).resolve().parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True, timeout=120)
+    done = process(script, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_forked_child_is_refused_and_does_not_hang(url):

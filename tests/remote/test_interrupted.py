@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -86,28 +83,11 @@ def test_what_differs_in_the_store_is_sent_again(save, url, bucket, s3, tmp_path
     assert gockpt.verify(url).ok
 
 
-def test_a_killed_process_leaves_no_checkpoint_and_the_next_one_goes_on(save, url, bucket, s3, tmp_path):
+def test_a_killed_process_leaves_no_checkpoint_and_the_next_one_goes_on(
+    save, url, bucket, s3, tmp_path, killed
+):
     save(tmp_path, 7)
-    script = (
-        "import os, signal, sys, gockpt\n"
-        "from gockpt.storage.objects import Objects\n"
-        "put, left = Objects.put, [9]\n"
-        "def counted(self, *given, **more):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] == 0:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    put(self, *given, **more)\n"
-        "Objects.put = counted\n"
-        "gockpt.upload(*sys.argv[1:])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), url],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed("gockpt.upload(*sys.argv[1:])", tmp_path, url, nth=9)
     before = {item["Key"]: item["LastModified"] for item in s3.list_objects_v2(Bucket=bucket)["Contents"]}
     assert before
     assert gockpt.steps(url) == []

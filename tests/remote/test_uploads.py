@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
-import subprocess
 import sys
 import threading
 from contextlib import suppress
@@ -51,6 +49,12 @@ def saver(url, tmp_path, small_chunks):
 def step(saver, number):
     saver.state["w"].fill_(float(number))
     saver.after_step(number).result()
+
+
+def idle(uploads):
+    """Return when nothing is being uploaded; what failed is not tried again."""
+    with uploads._changed:
+        assert uploads._changed.wait_for(lambda: uploads._active is None, 60)
 
 
 class Gate:
@@ -174,8 +178,7 @@ def test_the_next_checkpoint_tries_afresh(saver, url, gate):
     one = saver()
     gate.error = RemoteError("503")
     step(one, 1)
-    with one._uploads._changed:
-        one._uploads._changed.wait_for(lambda: one._uploads._active is None)
+    idle(one._uploads)
     assert one.uploads.error == "503"
     gate.error = None
     gate.open.set()
@@ -189,8 +192,7 @@ def test_wait_tries_a_failed_one_again(saver, url, gate):
     one = saver()
     gate.error = RemoteError("503")
     step(one, 1)
-    with one._uploads._changed:
-        one._uploads._changed.wait_for(lambda: one._uploads._active is None)
+    idle(one._uploads)
     gate.error = None
     gate.open.set()
     one.wait()
@@ -213,8 +215,7 @@ def test_a_tick_does_not_wait_for_what_a_model_that_is_gone_left_to_upload(
     gate.error = RemoteError("503")
     gone = of_a_model_that_is_gone(url, tmp_path / "gone")
     uploads = gone._uploads
-    with uploads._changed:
-        uploads._changed.wait_for(lambda: uploads._active is None)
+    idle(uploads)
     gc.collect()
     gate.error = None
     other = {"w": torch.zeros(3)}
@@ -227,8 +228,7 @@ def test_a_tick_does_not_wait_for_what_a_model_that_is_gone_left_to_upload(
     if not works:
         gate.late = RemoteError("still 503")
     gate.open.set()
-    with uploads._changed:
-        uploads._changed.wait_for(lambda: uploads._active is None)
+    idle(uploads)
     gockpt.save_overlapped(other, None, tmp_path / "other", step=4).result()
     assert gone.closed
     assert gate.seen == gate.seen[:2]  # once, and once more
@@ -287,30 +287,14 @@ def test_a_run_that_moves_goes_on_with_higher_numbers(saver, url, tmp_path):
     assert gockpt.latest(url) == 1200
 
 
-def test_a_run_killed_while_it_uploads_goes_on_at_the_next_start(url, bucket, s3, tmp_path):
+def test_a_run_killed_while_it_uploads_goes_on_at_the_next_start(url, bucket, s3, tmp_path, killed):
     script = (
-        "import os, signal, sys, torch, gockpt\n"
-        "from gockpt.storage.objects import Objects\n"
-        "put, left = Objects.put, [7]\n"
-        "def counted(self, *given, **more):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] == 0:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    put(self, *given, **more)\n"
-        "Objects.put = counted\n"
         "state = {'w': torch.full((50, 3), 7.0), 'v': torch.zeros(9)}\n"
         "options = gockpt.Options(remote=sys.argv[2])\n"
         "gockpt.save_overlapped(state, None, sys.argv[1], step=7, options=options)\n"
         "gockpt.wait()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), url],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed(script, tmp_path, url, nth=7)
     assert gockpt.steps(url) == []
     assert gockpt.steps(tmp_path) == [7]
     assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] > 0
@@ -324,21 +308,14 @@ def test_a_run_killed_while_it_uploads_goes_on_at_the_next_start(url, bucket, s3
     assert gockpt.verify(url).ok
 
 
-def test_leaving_the_program_finishes_the_upload(url, tmp_path):
+def test_leaving_the_program_finishes_the_upload(url, tmp_path, process):
     script = (
         "import sys, torch, gockpt\n"
         "options = gockpt.Options(remote=sys.argv[2])\n"
         "state = {'w': torch.ones(50, 3)}\n"
         "gockpt.save_overlapped(state, None, sys.argv[1], step=7, options=options)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), url],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    done = process(script, tmp_path, url)
     assert (done.returncode, done.stderr) == (0, "")
     assert gockpt.steps(url) == [7]
 
