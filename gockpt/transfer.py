@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Batch", "Copy", "Transfer", "dense_bytes"]
+__all__ = ["Batch", "Copy", "Transfer", "dense_bytes", "is_dense"]
 
 
 def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
@@ -37,14 +37,15 @@ def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
     """
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         return None
-    if tensor.is_conj() or tensor.is_neg() or not _is_dense(tensor):
+    if tensor.is_conj() or tensor.is_neg() or not is_dense(tensor):
         return None
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     result: Bytes = flat.view(torch.uint8).numpy()
     return result
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether a strided tensor's elements fill one gapless stretch of memory exactly once."""
     if tensor.is_contiguous():
         return True
     expected = 1

@@ -2,7 +2,8 @@
 
 Contract: ``fingerprint`` is the definition written down in ``gockpt.kernels.fingerprint``; ``adam`` and
 ``sgd`` are the element-wise formulas of torch's CPU optimizers in float32 with an IEEE square root, each
-rounding where torch rounds. ``fma`` rounds once, emulated exactly in float64.
+rounding where torch rounds. ``fma`` rounds once, emulated exactly in float64. ``quantise`` and
+``dequantise`` are the format written down in ``gockpt.kernels.quantised``, for one tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["adam", "fingerprint", "fma", "sgd"]
+__all__ = ["adam", "dequantise", "fingerprint", "fma", "quantise", "sgd"]
 
 _MASK = np.uint64(0xFFFFFFFF)
 _32, _16, _15 = np.uint64(32), np.uint64(16), np.uint64(15)
@@ -92,3 +93,33 @@ def sgd(
             buffer[:] = body
             g = fma(momentum, buffer, g) if nesterov else buffer
         p[:] = fma(step, g, p)
+
+
+def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (codes, halves, raw) of one tensor's float32 values.
+
+    ``codes`` is uint8, one for each block of 1024; ``halves`` uint16, one for each value; ``raw`` uint32
+    of shape (raw blocks, 1024), in the order of the blocks, padded with zeros.
+    """
+    padded = np.zeros(-(-values.size // 1024) * 1024, np.float32)
+    padded[: values.size] = values
+    blocks = padded.reshape(-1, 1024)
+    bits = blocks.view(np.uint32)
+    codes = ((bits >> np.uint32(23)) & np.uint32(255)).max(axis=1).astype(np.uint8)
+    powers = np.minimum(141 - codes.astype(np.int32), 126)
+    with np.errstate(all="ignore"):
+        halves = (blocks * np.ldexp(np.float32(1), powers)[:, None]).astype(np.float16).view(np.uint16)
+    halves[codes == 255] = 0
+    return codes, halves.reshape(-1)[: values.size], bits[codes == 255]
+
+
+def dequantise(codes: np.ndarray, halves: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """Return the float32 values that :func:`quantise` wrote as (codes, halves, raw)."""
+    padded = np.zeros(codes.size * 1024, np.uint16)
+    padded[: halves.size] = halves
+    powers = np.minimum(141 - codes.astype(np.int32), 126)
+    with np.errstate(all="ignore"):
+        scales = np.ldexp(np.float32(1), -powers)[:, None]
+        values = padded.view(np.float16).astype(np.float32).reshape(-1, 1024) * scales
+    values.view(np.uint32)[codes == 255] = raw
+    return values.reshape(-1)[: halves.size]

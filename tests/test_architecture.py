@@ -26,6 +26,7 @@ LAYERS = (
         "calibration",
         "document",
         "naming",
+        "packing",
         "plain",
         "replay",
         "rng",
@@ -64,6 +65,10 @@ OUTSIDE = {
     **dict.fromkeys(LAYERS[1], frozenset({"numpy"})),
     "kernels": frozenset({"numpy", "numba", "llvmlite"}),
 }
+# Device kernels stand in files of their own, without numba; only what launches them imports them.
+TRITON = "_triton"
+OUTSIDE_TRITON = frozenset({"triton"})
+LAUNCHERS = {"packing"}
 NEVER = {"storage": {"torch", "torchvision", "triton", "safetensors"}}
 INPUT_AND_OUTPUT = {"io", "mmap", "os", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
 PICKLES = {"cloudpickle", "copyreg", "dill", "joblib", "marshal", "pickle", "shelve"}
@@ -129,6 +134,8 @@ def area(module: str) -> str:
 def direction(module: str, target: str) -> str | None:
     """Say what is wrong with one package module importing another; ``None`` when it may."""
     here, there = area(module), area(target)
+    if target.endswith(TRITON) and here not in LAUNCHERS:
+        return f"{here} does not launch device kernels"
     for name in (here, there):
         if name not in RANK:
             return f"gockpt.{name} has no place in LAYERS"
@@ -148,6 +155,10 @@ def outside(module: str, root: str) -> str | None:
         return f"{here} must not import {root}"
     if root in sys.stdlib_module_names:
         return f"{here} is pure, {root} does I/O" if here in PURE and root in INPUT_AND_OUTPUT else None
+    if root == "triton" and not module.endswith(TRITON):
+        return f"{module.removeprefix('gockpt.')} holds no device kernels"
+    if module.endswith(TRITON):
+        return None if root in OUTSIDE_TRITON else f"device kernels must not import {root}"
     if here in OUTSIDE and root not in OUTSIDE[here]:
         return f"{here} must not import {root}"
     return None
@@ -279,6 +290,12 @@ def test_no_module_imports_itself_in_a_circle():
         ("gockpt.schedule", "import os.path", "pure"),
         ("gockpt.schedule", "open('x')", "pure"),
         ("gockpt.kernels.a", "import torch", "kernels must not import torch"),
+        ("gockpt.kernels.a", "import triton", "holds no device kernels"),
+        ("gockpt.packing", "def f():\n    import triton", "holds no device kernels"),
+        ("gockpt.kernels.a_triton", "import numba", "device kernels must not import numba"),
+        ("gockpt.kernels.a_triton", "import torch", "kernels must not import torch"),
+        ("gockpt.state", "from gockpt.kernels.pack_triton import pack", "does not launch"),
+        ("gockpt.kernels.a", "from gockpt.kernels import pack_triton", "does not launch"),
         ("gockpt.kernels.a", "from numba import prange\nfor i in prange(3): ...", "hangs"),
         ("gockpt.kernels.a", "njit(fastmath=True)", "fastmath changes bits"),
         ("gockpt.storage.a", "def f():\n    import torch.distributed", "storage must not import torch"),
@@ -297,6 +314,7 @@ def test_a_broken_rule_is_found(module, source, reason):
         "checkpointer",
         "kernels",
         "kernels.replay",
+        "kernels.pack_triton",
         "storage.store",
         "state",
         "cli",
@@ -312,6 +330,8 @@ def test_what_is_allowed_passes():
     sources = {
         "gockpt.errors": "import math",
         "gockpt.boxes": "from gockpt import errors\nimport numpy",
+        "gockpt.kernels.a_triton": "import triton.language as tl",
+        "gockpt.packing": "def f():\n    from gockpt.kernels.a_triton import a",
         "gockpt.kernels.a": "import numba\n@njit(fastmath=False, nogil=True)\ndef f(): ...",
         "gockpt.storage.a": "import os, zarr\nfrom gockpt import __version__\nopen('x')",
         "gockpt.engine.a": "import torch\nfrom gockpt.engine import b",
