@@ -29,7 +29,8 @@ class Keep:
         every: Also each one whose step is a multiple of this; ``None`` for no such rule.
         best: Also the best this many by ``metric``.
         metric: Name of a plain number among the save's extras, as in ``extra={"val_loss": 0.3}``. A
-            checkpoint without it, or with a NaN or an infinity, is never among the best.
+            checkpoint without it, or with a NaN or an infinity, is never among the best. As long as none has
+            it, all are kept.
         mode: ``"min"`` if the lowest is the best, ``"max"`` if the highest.
     """
 

@@ -9,13 +9,14 @@ import dataclasses
 import operator
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gockpt import retention
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt, NotACheckpoint, UsageError
 from gockpt.options import Keep
 from gockpt.saved_state import SavedState, parse
-from gockpt.storage import verified
+from gockpt.storage.catalog import looked_through
 from gockpt.storage.comparison import DiffReport, compare
 from gockpt.storage.listing import (
     CheckpointEntry,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from gockpt.storage.reader import StoredCheckpoint
 
     OnProgress = Callable[[int, int], None]
+
+_SHOWN = 20  # names in a message
 
 __all__ = [
     "Metadata",
@@ -216,7 +219,7 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
     Args:
         path: Where checkpoints are saved; on this machine.
         keep: How many of the newest stay, or all rules.
-        dry_run: Whether to say only what would go. Then nothing is locked or written.
+        dry_run: Whether to say only what would go, by the very same rules. Then nothing is locked or written.
 
     Raises:
         PathBusy: If a run saves there: let it prune with ``Options(keep=...)``.
@@ -224,7 +227,8 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
         NotACheckpoint: If the path is a file, or one checkpoint's own directory.
         CheckpointCorrupt: If only the newest would stay, which is read as a whole first, and it is damaged.
         StorageError: If the disk refuses; nothing that is to be kept is touched.
-        UsageError: If the path is a URL, or ``keep`` is no number from 1.
+        UsageError: If the path is a URL, ``keep`` is no number from 1, or no checkpoint has the metric by
+            which the best are chosen.
     """
     rules = keep if isinstance(keep, Keep) else Keep(newest=keep)
     if objects_at(path) is not None:
@@ -236,36 +240,42 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
             msg = f"{path!s} is the checkpoint of step {stored.step} itself; give the path it was saved into"
             raise NotACheckpoint(msg)
     before = list_checkpoints(path, superseded=True)
-    if dry_run:
-        metric = rules.metric
-        gone = retention.expendable(
-            [
-                retention.Publication(
-                    seq=entry.seq,
-                    step=entry.step,
-                    metric=None if metric is None else entry.metrics.get(metric),
-                    verified=verified.is_known(entry.attempt),
-                )
-                for entry in before
-            ],
-            rules,
+    _expect_metric(before, rules)
+    if rules.newest == 1 and not (report := verify(path)).ok:
+        msg = (
+            f"the newest checkpoint in {path!s}, step {report.step}, is damaged: {report.problems[0]}. "
+            "Nothing was removed; keep at least 2"
         )
+        raise CheckpointCorrupt(msg)
+    if dry_run:
+        with looked_through(os.fspath(cast("str", path))) as catalog:
+            gone = {name for name, _ in catalog.expendable(rules)}
     else:
-        if rules.newest == 1 and not (report := verify(path)).ok:
-            msg = (
-                f"the newest checkpoint in {path!s}, step {report.step}, is damaged: {report.problems[0]}. "
-                "Nothing was removed; keep at least 2"
-            )
-            raise CheckpointCorrupt(msg)
         with Store(cast("str", path)) as store:
             store.prune(rules)
-        left = {entry.seq for entry in list_checkpoints(path, superseded=True)}
-        gone = frozenset(entry.seq for entry in before) - left
+        left = {entry.path for entry in list_checkpoints(path, superseded=True)}
+        gone = {Path(entry.path).name for entry in before if entry.path not in left}
     return Pruned(
-        removed=tuple(entry for entry in before if entry.seq in gone),
-        kept=tuple(entry for entry in before if entry.seq not in gone),
+        removed=tuple(entry for entry in before if Path(entry.path).name in gone),
+        kept=tuple(entry for entry in before if Path(entry.path).name not in gone),
         dry_run=dry_run,
     )
+
+
+def _expect_metric(entries: list[CheckpointEntry], keep: Keep) -> None:
+    """Refuse to keep the best by a number that no checkpoint has: it is misspelt, or all would be lost."""
+    counted = [entry for entry in entries if not entry.superseded]
+    judged = [retention.Publication(e.seq, e.step, e.metrics.get(keep.metric or "")) for e in counted]
+    if not retention.unjudged(judged, keep):
+        return
+    names = sorted({name for entry in counted for name in entry.metrics})
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    there = f"their numbers are {shown}{more}" if names else "they have no numbers at all"
+    msg = (
+        f"metric={keep.metric!r}: no checkpoint here has a number of that name; {there}. Nothing was removed"
+    )
+    raise UsageError(msg)
 
 
 def _unseen(_done: int, _total: int) -> None:

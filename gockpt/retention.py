@@ -1,8 +1,9 @@
 """Which checkpoints may go: pure arithmetic on what was published.
 
 Promise: the newest publication is never among them, nor the newest that is known to be whole, nor
-anything that a rule of :class:`~gockpt.options.Keep` names. The order is that of publication; steps only
-say what replaced what, and what was abandoned.
+anything that a rule of :class:`~gockpt.options.Keep` names; and nothing but what was replaced, as long as the
+best are to be kept and none can be told. The order is that of publication; steps only say what replaced what,
+and what was abandoned.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from gockpt.options import Keep
 
-__all__ = ["Publication", "abandoned", "expendable", "superseded"]
+__all__ = ["Publication", "abandoned", "expendable", "superseded", "unjudged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,27 @@ def abandoned(publications: Iterable[Publication]) -> frozenset[int]:
     return frozenset(found)
 
 
+def unjudged(publications: Iterable[Publication], keep: Keep) -> bool:
+    """Whether the best are to be kept, and not one has a number to tell them by.
+
+    Examples:
+        >>> from gockpt.options import Keep
+        >>> unjudged([Publication(1, 10), Publication(2, 20)], Keep(best=1, metric="loss"))
+        True
+    """
+    if not keep.best:
+        return False
+    everything = list(publications)
+    replaced = superseded(everything)
+    return not any(_is_judged(one) for one in everything if one.seq not in replaced)
+
+
 def expendable(publications: Iterable[Publication], keep: Keep) -> frozenset[int]:
     """Return the ``seq`` of each one that may go.
 
     Superseded ones don't count and always may go; abandoned ones go before others of the newest; the
-    newest of those known to be whole stays whatever it is.
+    newest of those known to be whole stays whatever it is. Where they are :func:`unjudged`, all that
+    count stay.
 
     Args:
         publications: All complete checkpoints of a path.
@@ -78,14 +95,20 @@ def expendable(publications: Iterable[Publication], keep: Keep) -> frozenset[int
     stay = {one.seq for one in counted[: keep.newest]}
     if keep.every is not None:
         stay.update(one.seq for one in counted if one.step % keep.every == 0)
+    if unjudged(counted, keep):
+        stay.update(one.seq for one in counted)
     sign = 1 if keep.mode == "min" else -1
     ranked = sorted(
         (sign * one.metric, -one.seq, one.seq)
         for one in counted
-        if one.metric is not None and math.isfinite(one.metric)
+        if one.metric is not None and _is_judged(one)
     )
     stay.update(seq for _, _, seq in ranked[: keep.best])
     whole = [one.seq for one in everything if one.verified]
     if whole:
         stay.add(max(whole))
     return frozenset(one.seq for one in everything) - stay
+
+
+def _is_judged(one: Publication) -> bool:
+    return one.metric is not None and math.isfinite(one.metric)

@@ -20,15 +20,15 @@ from gockpt.errors import ManifestCorrupt
 from gockpt.storage import directory_names, files, manifest, strict_json, verified
 from gockpt.storage.checked import MAX_INTEGER
 from gockpt.storage.failures import storage_errors
+from gockpt.storage.filesystem import Filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gockpt.options import Keep
-    from gockpt.storage.filesystem import Filesystem
     from gockpt.storage.lock import WriterLock
 
-__all__ = ["Catalog", "Place", "identify", "remove_entry"]
+__all__ = ["Catalog", "Directory", "Place", "identify", "looked_through", "remove_entry"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,20 +37,18 @@ _MANIFEST_LIMIT = strict_json.MAX_BYTES + 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where checkpoints go, and the means to get there.
+class Directory:
+    """Where checkpoints stand, and the means to look at them.
 
     Attributes:
         fs: The file system.
         fd: The open directory.
         path: Its path, for messages.
-        lock: The right to write into it.
     """
 
     fs: Filesystem
     fd: int
     path: str
-    lock: WriterLock
 
     def of(self, name: str) -> str:
         """Return the path of what stands there under a name, for messages."""
@@ -65,20 +63,25 @@ class Place:
         return True
 
 
-def identify(place: Place, name: str) -> manifest.Identity | None:
+@dataclass(frozen=True, slots=True)
+class Place(Directory):
+    """Where checkpoints go: also the right to write there.
+
+    Attributes:
+        lock: That right.
+    """
+
+    lock: WriterLock
+
+
+def identify(place: Directory, name: str) -> manifest.Identity | None:
     """Return which checkpoint stands there under a name; ``None`` if it isn't a complete one.
 
     Raises:
         OSError: If that can't be told: no permission, a failing device.
     """
-    fs = place.fs
     try:
-        fd = fs.open(name, files.DIRECTORY, dir_fd=place.fd)
-        try:
-            data = files.read_small_file(fs, fd, manifest.MANIFEST_FILE, limit=_MANIFEST_LIMIT)
-        finally:
-            fs.close(fd)
-        return manifest.identify(data, where=place.of(name))
+        return manifest.identify(_manifest_of(place, name), where=place.of(name))
     except (files.NotSmallRegularFile, ManifestCorrupt):
         return None
     except OSError as error:
@@ -87,11 +90,20 @@ def identify(place: Place, name: str) -> manifest.Identity | None:
         return None  # gone, a file, or a link
 
 
+def _manifest_of(place: Directory, name: str) -> bytes:
+    fs = place.fs
+    fd = fs.open(name, files.DIRECTORY, dir_fd=place.fd)
+    try:
+        return files.read_small_file(fs, fd, manifest.MANIFEST_FILE, limit=_MANIFEST_LIMIT)
+    finally:
+        fs.close(fd)
+
+
 def remove_entry(place: Place, name: str, attempt: str) -> None:
     """Delete a directory so that no reader ever lists a half of it: rename, sync, then delete.
 
     Raises:
-        OSError: What the system says; what is left has a name that the next sweep deletes.
+        OSError: What the system says; what is left has a name that the next pruning or sweep deletes.
     """
     trash = directory_names.of_trash(attempt)
     files.remove_tree(place.fs, place.fd, trash)
@@ -108,9 +120,9 @@ class Catalog:
             at a name and its renaming nobody else may rename it.
     """
 
-    __slots__ = ("_entries", "_held", "_mutex", "_place", "_seq", "turn")
+    __slots__ = ("_entries", "_held", "_mutex", "_place", "_read", "_seq", "_told", "turn")
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Directory) -> None:
         """Look at every name in the directory.
 
         Raises:
@@ -122,6 +134,8 @@ class Catalog:
         self._entries: dict[str, manifest.Identity] = {}
         self._seq = 0
         self._held: set[int] = set()
+        self._read: set[str] = set()  # attempts whose manifests are known to be valid to their ends
+        self._told = False
         with storage_errors("look through", place.path):
             for name in place.fs.listdir(place.fd):
                 known = directory_names.parse(name)
@@ -164,24 +178,24 @@ class Catalog:
         """Enter what was just published."""
         with self._mutex:
             self._entries[name] = identity
+            self._read.add(identity.attempt)
 
     def forget(self, name: str) -> None:
         """Strike a name off, if it is in."""
         with self._mutex:
             self._entries.pop(name, None)
 
-    def prune(self, keep: Keep) -> list[int]:
+    def prune(self, place: Place, keep: Keep) -> list[int]:
         """Delete what need not be kept; returns the steps deleted, oldest publication first.
 
-        What a newer publication of the same step replaced goes too; it neither counts nor is reported. The
-        newest are looked at once more before anything goes: what is no complete checkpoint any more
-        doesn't count. What is held is left for the next time.
+        What a newer publication of the same step replaced goes too; it neither counts nor is reported. What
+        is held is left for the next time. What an earlier pruning could not delete to its end is tried again.
 
         Raises:
             StorageError: If the disk refuses; what was deleted until then is deleted.
         """
-        with storage_errors("look through", self._place.path):
-            going = self._expendable(keep)
+        _empty_trash(place)
+        going = self.expendable(keep)
         with self._mutex:
             replaced = retention.superseded(self._publications(keep))
         steps = []
@@ -189,10 +203,10 @@ class Catalog:
             with self._mutex:
                 if identity.seq in self._held:
                     continue
-            with storage_errors("delete", self._place.of(name)):
+            with storage_errors("delete", place.of(name)):
                 # Not what another process put in its place meanwhile.
-                if identify(self._place, name) == identity:
-                    remove_entry(self._place, name, identity.attempt)
+                if identify(place, name) == identity:
+                    remove_entry(place, name, identity.attempt)
                     if identity.seq not in replaced:
                         steps.append(identity.step)
             self.forget(name)
@@ -210,21 +224,84 @@ class Catalog:
             for identity in self._entries.values()
         ]
 
+    def expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
+        """Return the names of what may go, oldest first: what :meth:`prune` removes, and a rehearsal names.
+
+        Each is looked at once more: what has no valid manifest any more neither counts nor goes.
+
+        Raises:
+            StorageError: If that can't be told.
+        """
+        with storage_errors("look through", self._place.path):
+            return self._expendable(keep)
+
     def _expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
-        """Return what may go, oldest first, after a look at whether the newest that stay are still whole."""
         while True:
             with self._mutex:
                 by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
-                going = retention.expendable(self._publications(keep), keep)
+                publications = self._publications(keep)
+            going = retention.expendable(publications, keep)
+            if publications and not self._told and retention.unjudged(publications, keep):
+                self._told = True
+                _log.warning(
+                    "no checkpoint in %s has a number named %r, so the best can't be told: all are kept "
+                    "until one has it (told once)",
+                    *(self._place.path, keep.metric),
+                )
             numbers = Counter(identity.seq for _, identity in by_age)
             # Two of one number: one was copied in from elsewhere, and which is meant can't be told.
             going = frozenset(seq for seq in going if numbers[seq] == 1)
             if not going:
                 return []
-            staying = [entry for entry in by_age if entry[1].seq not in going]
-            lost = [name for name, identity in staying if identify(self._place, name) != identity]
+            lost = [name for name, identity in by_age if not self._still_there(name, identity)]
             if not lost:
                 return [entry for entry in by_age if entry[1].seq in going]
             for name in lost:
                 _log.warning("%s is no complete checkpoint any more: it is not counted", self._place.of(name))
                 self.forget(name)
+
+    def _still_there(self, name: str, identity: manifest.Identity) -> bool:
+        """Whether a checkpoint stands there as it was entered, with a manifest that readers take."""
+        if identify(self._place, name) != identity:
+            return False
+        if identity.attempt not in self._read:
+            # Undamaged is not yet valid. Once is enough: with its checksum it stays the same.
+            try:
+                manifest.parse(_manifest_of(self._place, name), where=self._place.of(name))
+            except (files.NotSmallRegularFile, ManifestCorrupt, FileNotFoundError):
+                return False
+            self._read.add(identity.attempt)
+        return True
+
+
+@contextmanager
+def looked_through(path: str) -> Iterator[Catalog]:
+    """Give the catalog of a path that this process doesn't write into; nothing is locked or changed.
+
+    Raises:
+        StorageError: If the directory or one of the manifests can't be read.
+    """
+    fs = Filesystem()
+    with storage_errors("look through", path):
+        fd = fs.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield Catalog(Directory(fs, fd, path))
+    finally:
+        fs.close(fd)
+
+
+def _empty_trash(place: Place) -> None:
+    """Delete what could not be deleted when it was set aside; what still can't be waits for the next time."""
+    try:
+        names = place.fs.listdir(place.fd)
+    except OSError as error:
+        _log.warning("%s could not be looked through for what is being deleted: %s", place.path, error)
+        return
+    for name in names:
+        known = directory_names.parse(name)
+        if known is None or known.kind != "trash":
+            continue
+        try:
+            files.remove_tree(place.fs, place.fd, name)
+        except OSError as error:
+            _log.warning("%s is still not deleted: %s", place.of(name), error)

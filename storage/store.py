@@ -150,7 +150,7 @@ class Store:
                 raise UsageError(msg)
             keep = Keep(newest=keep)
         with self._catalog.turn:
-            return self._catalog.prune(keep)
+            return self._catalog.prune(self._place, keep)
 
     def continue_after(self, seq: int) -> None:
         """Number publications from above ``seq`` on, which was given out elsewhere."""

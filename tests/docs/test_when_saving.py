@@ -399,6 +399,19 @@ def _no_metric(lab):
     run.check()
 
 
+@when("No checkpoint has the metric of `Keep`")
+def _nobody_has_the_metric(lab):
+    run, keep = lab.Run(), gockpt.Keep(newest=2, best=1, metric="los")
+    for _ in range(4):
+        run.train()
+        run.tick(options=gockpt.Options(window=1, keep=keep), extra={"loss": 1.0}).result()
+    run.check()
+    try:
+        gockpt.prune("ckpts", keep)
+    finally:
+        assert gockpt.steps("ckpts") == [1, 2, 3, 4]
+
+
 @when("Saves are compressed, with other options from one run to the next")
 def _compressed(lab):
     run, size = lab.Run(width=64), {}

@@ -60,6 +60,8 @@ def test_what_stays_is_what_the_rules_name_and_no_more(history, keep):
         ]
         if len(better) < keep.best:
             named.add(one)
+    if keep.best and not real:
+        named |= set(counted)
     whole = [one for one in history if one.verified]
     if whole:
         named.add(max(whole, key=lambda one: one.seq))

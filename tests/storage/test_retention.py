@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
+from gockpt.errors import StorageError
 from gockpt.options import Keep
 from gockpt.storage import directory_names, verified
+from gockpt.storage.checksum import crc32c
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
 from gockpt.storage.store import Store
 
@@ -159,3 +163,63 @@ def test_a_number_above_all_numbers_is_not_counted_from(scratch, save, faults):
     with Store(scratch, fs=faults.NoWait()) as store:
         store.continue_after(2**63 - 1)
         assert save(store, 1).seq == 1
+
+
+def test_what_no_checkpoint_has_judges_none(scratch, save, faults, caplog):
+    """A misspelt metric: nothing that counts goes, and that is told once; what was replaced goes as ever."""
+    keep = Keep(newest=1, best=1, metric="loss")
+    with Store(scratch, fs=faults.NoWait()) as store, caplog.at_level(logging.WARNING):
+        for step in (10, 20, 20, 30):
+            save(store, step)
+            assert store.prune(keep) == []
+        assert steps_in(scratch) == [10, 20, 30]
+        assert [record.getMessage().count("named 'loss'") for record in caplog.records] == [1]
+        save(store, 40, 2.0)
+        save(store, 50)
+        assert store.prune(keep) == [10, 20, 30]
+    assert steps_in(scratch) == [40, 50]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EBUSY, errno.EACCES])
+def test_what_could_not_be_deleted_to_its_end_is_tried_again(scratch, save, faults, code):
+    class Stuck(faults.NoWait):
+        broken = True
+
+        def unlink(self, name, *, dir_fd=None):
+            if self.broken and name.startswith("c."):
+                raise OSError(code, os.strerror(code))
+            super().unlink(name, dir_fd=dir_fd)
+
+    def trash():
+        return [name for name in os.listdir(scratch) if name.startswith(".trash-")]
+
+    fs = Stuck()
+    with Store(scratch, fs=fs) as store:
+        for step in (1, 2, 3):
+            save(store, step)
+        with pytest.raises(StorageError):
+            store.prune(2)
+        assert len(trash()) == 1
+        assert store.prune(2) == []  # still stuck: that is nobody's failure
+        assert len(trash()) == 1
+        fs.broken = False
+        assert store.prune(2) == []
+        assert trash() == []
+    assert steps_in(scratch) == [2, 3]
+
+
+def test_what_only_looks_undamaged_neither_counts_nor_goes(scratch, save, faults):
+    """Its checksum is right and it says who it is, but no reader takes it: another program wrote it."""
+    with Store(scratch, fs=faults.NoWait()) as store:
+        paths = [save(store, step).path for step in (1, 2, 3, 4, 5)]
+    for path in (paths[0], paths[4]):
+        manifest = Path(path, "gockpt.json")
+        line = manifest.read_bytes().splitlines(keepends=True)[0].replace(b'"arrays":[', b'"arrays":[7,')
+        manifest.write_bytes(line + b'{"crc32c": "%08x"}\n' % crc32c(line))
+    assert steps_in(scratch) == [2, 3, 4]
+    with Store(scratch, fs=faults.NoWait()) as store:
+        assert store.prune(2) == [2]
+        assert save(store, 6).seq == 6
+    assert sorted(name for name in os.listdir(scratch) if name.startswith("step")) == [
+        directory_names.of_step(step) for step in (1, 3, 4, 5, 6)
+    ]
