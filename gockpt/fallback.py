@@ -7,20 +7,18 @@ is logged and named with what is wrong with it, never skipped in silence.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, CheckpointPruned, ManifestCorrupt
 from gockpt.overview import state_of
 from gockpt.storage import directory_names
-from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint
+from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint, open_listed
 from gockpt.storage.objects import objects_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gockpt.storage.listing import CheckpointEntry
     from gockpt.storage.objects import Where
     from gockpt.storage.reader import StoredCheckpoint
 
@@ -65,7 +63,7 @@ def newest_whole(path: Where) -> tuple[StoredCheckpoint, tuple[PassedOver, ...]]
         return open_checkpoint(path), ()  # raises, and says what is there instead
     for entry in reversed(entries):
         try:
-            stored = _opened(path, entry)
+            stored = open_listed(path, entry)
         except CheckpointNotFound as error:
             msg = f"{entry.path} was removed while a newer checkpoint was being read; try again"
             raise CheckpointPruned(msg) from error
@@ -93,21 +91,13 @@ def _without_manifest(path: Where) -> Iterator[PassedOver]:
             yield PassedOver(known.step, f"{where}/{name}", str(error))
 
 
-def _opened(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:
-    # A store that the user made has no URL by which it could be opened again.
-    return (
-        open_checkpoint(entry.path)
-        if isinstance(path, str | os.PathLike)
-        else open_checkpoint(path, entry.step)
-    )
-
-
 def _wrong(stored: StoredCheckpoint) -> str | None:
     """Say what is wrong with a checkpoint, after reading all of it; ``None`` if nothing is."""
-    problems = stored.verify().problems
-    if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        return "; ".join(str(problem) for problem in problems[:SHOWN]) + more
+    report = stored.verify()
+    if not report.ok:
+        left = len(report.problems) - SHOWN + report.more
+        more = f"; and {left} more" if left > 0 else ""
+        return "; ".join(str(problem) for problem in report.problems[:SHOWN]) + more
     try:
         state_of(stored)
     except ManifestCorrupt as error:

@@ -28,7 +28,7 @@ from gockpt.storage.listing import (
 from gockpt.storage.manifest import MANIFEST_FILE, STATE_FILE
 from gockpt.storage.objects import objects_at
 from gockpt.storage.store import Store
-from gockpt.storage.verify import Problem, VerifyReport
+from gockpt.storage.verify import MAX_PROBLEMS, Problem, VerifyReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -293,7 +293,8 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
         on_progress: Called with the bytes checked and the bytes there are, from any thread.
 
     Returns:
-        The report: ``.ok``, and ``.problems`` by file. Damage is reported, not raised.
+        The report: ``.ok``, and ``.problems`` by file, with ``.more`` that are only counted. Damage is
+        reported, not raised.
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
@@ -318,7 +319,9 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
             Problem(f"{name}/{MANIFEST_FILE}", None, str(error))
             for name, error in damaged_checkpoints(path).items()
         )
-        report = dataclasses.replace(report, problems=(*report.problems, *damaged))
+        problems = (*report.problems, *damaged)
+        more = report.more + len(problems[MAX_PROBLEMS:])
+        report = dataclasses.replace(report, problems=problems[:MAX_PROBLEMS], more=more)
     return report
 
 

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from gockpt.storage.manifest import Identity, Manifest
     from gockpt.storage.objects import Objects, Where
 
-__all__ = ["CheckpointEntry", "damaged_checkpoints", "latest_step", "list_checkpoints", "open_checkpoint"]
+__all__ = [
+    "CheckpointEntry",
+    "damaged_checkpoints",
+    "latest_step",
+    "list_checkpoints",
+    "open_checkpoint",
+    "open_listed",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -176,6 +183,22 @@ def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THRE
         return found
     finally:
         os.close(directory)
+
+
+def open_listed(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:
+    """Open what :func:`list_checkpoints` listed of that path: of several uploads of a step, the very one.
+
+    Raises:
+        CheckpointNotFound: If it was removed since.
+        ManifestCorrupt: If it is damaged now.
+        RemoteError: If the store of a URL refuses or can't be reached.
+    """
+    objects = objects_at(path)
+    if objects is None:
+        return open_checkpoint(entry.path)
+    if entry.path == objects.url:
+        return remote_listing.open_at(objects, entry.step)
+    return remote_listing.open_upload(objects, entry.step, entry.seq, entry.attempt)
 
 
 def _open_newest(directory: int, path: str, step: int | None, *, threads: int) -> StoredCheckpoint | None:

@@ -30,6 +30,7 @@ __all__ = [
     "manifests",
     "newest_step",
     "open_at",
+    "open_upload",
 ]
 
 _log = logging.getLogger(__name__)
@@ -124,6 +125,24 @@ def open_at(objects: Objects, step: int | None) -> StoredCheckpoint:
     candidate, manifest = found
     folder = RemoteFolder(objects, candidate.name)
     return StoredCheckpoint(folder, objects.url_of(candidate.name), manifest, threads=THREADS)
+
+
+def open_upload(objects: Objects, step: int, seq: int, attempt: str) -> StoredCheckpoint:
+    """Open one upload below a URL and no other, whatever else there is of its step.
+
+    Raises:
+        CheckpointNotFound: If it isn't there any more.
+        ManifestCorrupt: If it is damaged.
+        RemoteError: If the store refuses or can't be reached.
+    """
+    candidate = Candidate(seq, step, attempt, directory_names.of_uploaded(step, seq, attempt))
+    url, found = objects.url_of(candidate.name), _look(objects, candidate)
+    if isinstance(found, ManifestCorrupt):
+        raise found
+    if found is None:
+        msg = f"{url} is no checkpoint any more"
+        raise CheckpointNotFound(msg)
+    return StoredCheckpoint(RemoteFolder(objects, candidate.name), url, found, threads=THREADS)
 
 
 def newest_step(objects: Objects) -> int | None:

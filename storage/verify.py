@@ -44,12 +44,15 @@ if TYPE_CHECKING:
 
     from gockpt.storage.codecs import Coded
 
-__all__ = ["Problem", "VerifyReport", "verify_files"]
+__all__ = ["MAX_PROBLEMS", "Problem", "VerifyReport", "verify_files"]
 
 _log = logging.getLogger(__name__)
 
 _OPTIONAL: dict[str, Any] = {"attributes": {}, "storage_transformers": []}
 """What a Zarr document means that leaves these out."""
+
+MAX_PROBLEMS = 1000
+"""Problems that a report names; those beyond are only counted."""
 
 MAX_BLOCKS_BYTES = 1 << 30  # the block checksums of 256 TiB
 MAX_MANIFEST_BYTES = strict_json.MAX_BYTES + 64
@@ -83,7 +86,8 @@ class VerifyReport:
         seq: Which publication it was.
         files: How many files it should consist of.
         nbytes: Bytes in its chunk files, padding and checksums included.
-        problems: What is wrong, by path; empty when every byte is as written.
+        problems: What is wrong, by path; empty when every byte is as written. A thousand at most.
+        more: How many problems there are beside those; which are named is chance then.
     """
 
     path: str
@@ -92,6 +96,7 @@ class VerifyReport:
     files: int
     nbytes: int
     problems: tuple[Problem, ...]
+    more: int = 0
 
     @property
     def ok(self) -> bool:
@@ -133,32 +138,33 @@ def verify_files(
         threads: How many files are read at once; each thread takes one piece of memory, or one encoded chunk.
         on_progress: Called with the bytes checked and the bytes in all chunk files, from any thread.
     """
-    problems = list(_surplus(folder, path, manifest))
+    problems = _Problems()
+    for problem in _surplus(folder, path, manifest):
+        problems.add(problem)
     blocks = manifest.file(BLOCKS_FILE)
     crcs: npt.NDArray[np.uint32] | None = None
     try:
         crcs = np.frombuffer(_checked_bytes(folder, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
     except (CheckpointCorrupt, OSError) as error:
-        problems.append(Problem(BLOCKS_FILE, None, _words(error, BLOCKS_FILE)))
+        problems.add(Problem(BLOCKS_FILE, None, _words(error, BLOCKS_FILE)))
     tasks = _tasks(folder, manifest, crcs)
     lock = threading.Lock()
     done, total = 0, sum(entry.nbytes for entry in manifest.arrays)
 
-    def work() -> list[Problem]:
+    def work() -> None:
         nonlocal done
         scratch = Scratch()
-        found: list[Problem] = []
         while True:
             with lock:
                 task = next(tasks, None)
             if task is None:
-                return found
+                return
             try:
                 what = task.check(scratch)
             except (CheckpointCorrupt, OSError) as error:
                 what = _words(error, task.path)
             if what is not None:
-                found.append(Problem(task.path, task.array, what))
+                problems.add(Problem(task.path, task.array, what))
             if task.nbytes:
                 with lock:
                     done += task.nbytes
@@ -166,7 +172,7 @@ def verify_files(
 
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="gockpt-verify") as pool:
         for worker in [pool.submit(work) for _ in range(max(1, threads))]:
-            problems += worker.result()
+            worker.result()
     chunks = sum(entry.chunks for entry in manifest.arrays)
     return VerifyReport(
         path=path,
@@ -174,8 +180,30 @@ def verify_files(
         seq=manifest.seq,
         files=1 + len(manifest.files) + len(manifest.arrays) + chunks,
         nbytes=total,
-        problems=tuple(sorted(problems, key=lambda problem: (problem.path, problem.what))),
+        problems=tuple(sorted(problems.named, key=lambda problem: (problem.path, problem.what))),
+        more=problems.more,
     )
+
+
+class _Problems:
+    """What was found, within bounds; safe to use from several threads.
+
+    Attributes:
+        named: The first so many.
+        more: How many came after them.
+    """
+
+    def __init__(self) -> None:
+        self.named: list[Problem] = []
+        self.more = 0
+        self._mutex = threading.Lock()
+
+    def add(self, problem: Problem) -> None:
+        with self._mutex:
+            if len(self.named) < MAX_PROBLEMS:
+                self.named.append(problem)
+            else:
+                self.more += 1
 
 
 def _words(error: CheckpointCorrupt | OSError, path: str) -> str:

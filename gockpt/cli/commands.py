@@ -229,15 +229,19 @@ def _report(report: VerifyReport) -> dict[str, Any]:
         "files": report.files,
         "nbytes": report.nbytes,
         "problems": [dataclasses.asdict(problem) for problem in report.problems],
+        "more": report.more,
+        "truncated": report.more > 0,
     }
 
 
 def _tell_verified(report: VerifyReport) -> None:
     size = f"{report.files} files, {byte_size(report.nbytes)}"
-    state = "ok" if report.ok else f"{len(report.problems)} problems"
+    state = "ok" if report.ok else f"{len(report.problems) + report.more} problems"
     print_line(f"{printable(report.path)}: {state} ({size})")
     for problem in report.problems:
         print_line(f"  {printable(problem)}")
+    if report.more:
+        print_line(f"  and {report.more} more")
 
 
 def _difference(report: DiffReport) -> dict[str, Any]:

@@ -460,18 +460,26 @@ class Save:
 
     def _resolve(self, saved: Saved) -> None:
         self.attempt = self.job = self._capture = self._voided = None
-        self._on_saved(saved)
+        try:
+            self._on_saved(saved)
+        except Exception as error:  # noqa: BLE001 - the checkpoint is published, whatever comes after
+            defect = _defect(f"step {saved.step} is saved, but what follows a save failed", error)
+            self.error = self.error or defect
 
     # -- outcomes, on worker threads ---------------------------------------------------------
 
     def published(self, job: Job, result: Published) -> None:
         """The checkpoint is durable: resolve the handle, and prune what is too old."""
+        defect = None
         if self._options.keep is not None:
             try:
                 self._store.prune(self._options.keep)
             except (GockptError, OSError) as error:
                 _log.warning("old checkpoints could not be removed: %s", error)
+            except Exception as error:  # noqa: BLE001 - the checkpoint is published, whatever comes after
+                defect = _defect(f"step {result.step} is saved, but removing old checkpoints failed", error)
         with self._lock:
+            self.error = self.error or defect
             if job is not self.job:
                 return
             attempt, _, handle = self._started()
@@ -521,6 +529,14 @@ class Save:
             host_memory=self.memory.nbytes + result.encoding_memory,
             late_parts=attempt.late_parts() if attempt.plan.window > 1 else {},
         )
+
+
+def _defect(what: str, error: Exception) -> WorkerError:
+    """Log what must not have happened, and return it for the next call to raise."""
+    _log.error("%s: please report this", what, exc_info=error)
+    defect = WorkerError(f"{what}: {type(error).__name__}: {error}; please report this")
+    defect.__cause__ = error
+    return defect
 
 
 def as_save_error(error: BaseException) -> BaseException:

@@ -113,6 +113,24 @@ def test_verify(call, ask):
     assert "model/weight/c.0.0" in out
 
 
+def test_countless_problems_are_cut_short_and_counted(call, ask, monkeypatch):
+    fill(steps=(1, 2))
+    for name in range(12):
+        Path(f"ckpts/step-0000000002/stray-{name}").touch()
+    code, document = ask("verify", "ckpts")
+    one = document["checkpoints"][0]
+    assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 12, 0, False)
+    flip("ckpts/step-0000000001/gockpt.json")
+    monkeypatch.setattr("gockpt.storage.verify.MAX_PROBLEMS", 5)
+    monkeypatch.setattr("gockpt.overview.MAX_PROBLEMS", 5)
+    code, document = ask("verify", "ckpts")
+    one = document["checkpoints"][0]
+    assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 5, 8, True)
+    code, out, _ = call("verify", "ckpts")
+    assert (code, ": 13 problems" in out, out.count("stray")) == (1, True, 5)
+    assert out.endswith("  and 8 more\n")
+
+
 def test_a_damaged_manifest_is_found(call):
     fill()
     flip("ckpts/step-0000000003/gockpt.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from time import sleep
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import gockpt
 from gockpt.engine import attempt, save
+from gockpt.storage.store import Store
 from gockpt.storage.transaction import Transaction
 
 
@@ -152,3 +154,28 @@ def test_large_extras_are_asked_for_once_per_save(harness, monkeypatch):
         saver.wait()
     saver.close()
     assert gockpt.steps(path) == [8]
+
+
+@pytest.mark.parametrize("place", ["prune", "upload"])
+def test_a_defect_after_the_publication_is_told_and_takes_nothing_back(monkeypatch, caplog, place):
+    """The checkpoint is durable by then: its handle says so, and the next call of the library the rest."""
+
+    def defect(*_):
+        msg = "a defect"
+        raise ZeroDivisionError(msg)
+
+    owner, name = (Store, "prune") if place == "prune" else (gockpt.Checkpointer, "_upload")
+    monkeypatch.setattr(owner, name, defect)
+    model, optimizer = build()
+    saver = gockpt.Checkpointer(model, optimizer, "ckpts", options=gockpt.Options(window=1, keep=2))
+    handle = saver.after_step(1)
+    assert handle.result(30).step == 1
+    assert gockpt.steps("ckpts") == [1]
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(gockpt.errors.WorkerError, match="step 1 is saved, but .* ZeroDivisionError: a d"):
+        saver.after_step(2)
+    monkeypatch.undo()
+    with suppress(gockpt.errors.WorkerError):  # of step 2
+        saver.close()
+    assert saver.closed
+    assert gockpt.steps("ckpts") == [1, 2]

@@ -245,3 +245,18 @@ def test_a_manifest_replaced_meanwhile_is_found(written, write, tmp_path):
         (written.path / "gockpt.json").write_bytes((other.path / "gockpt.json").read_bytes())
         found = {problem.path: problem.what for problem in checkpoint.verify().problems}
     assert found == {"gockpt.json": "not the manifest it was opened with"}
+
+
+def test_of_countless_problems_a_thousand_are_named_and_the_rest_counted(write, tmp_path, monkeypatch):
+    """Files that aren't the checkpoint's, and chunks that are missing, from several threads."""
+    path = write(tmp_path, {("model", "w"): ((300, 2), "float32")}, chunk_rows=1).path
+    for number in range(40):
+        (path / f"stray-{number}").touch()
+    shutil.rmtree(path / "model" / "w")
+    whole = verify(path, 3)
+    assert (whole.ok, len(whole.problems), whole.more) == (False, 342, 0)  # its directory and its document
+    monkeypatch.setattr("gockpt.storage.verify.MAX_PROBLEMS", 100)
+    report = verify(path, 3)
+    assert (report.ok, len(report.problems), report.more) == (False, 100, 242)
+    assert set(report.problems) < set(whole.problems)
+    assert report.problems == tuple(sorted(report.problems, key=lambda problem: problem.path))
