@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gockpt.cli.commands import cli
-from gockpt.cli.output import print_json, printable, tell
+from gockpt.cli.output import OutputError, finish, log_lines_told, print_json, printable, tell
 from gockpt.errors import CheckpointCorrupt, GockptError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -24,30 +24,47 @@ PROBLEMS, USAGE, NOT_FOUND, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 130, 
 def run(arguments: Sequence[str]) -> int:
     """Run the command that the arguments ask for; returns the exit code that docs/cli.md lists."""
     try:
+        with log_lines_told():
+            code = _carry_out(arguments)
+        finish()
+    except BrokenPipeError:
+        _give_output_up()
+        return BROKEN_PIPE
+    except OutputError as error:
+        _give_output_up()
+        tell(f"gockpt: standard output can't be written: {printable(error)}")
+        return FAILED
+    return code
+
+
+def _carry_out(arguments: Sequence[str]) -> int:
+    try:
         # Not cli.main(): that has exit codes of its own for Ctrl-C and broken pipes.
         with cli.make_context("gockpt", list(arguments)) as context:
-            code = int(cli.invoke(context))
-        sys.stdout.flush()
-        return code
+            return int(cli.invoke(context))
     except click.exceptions.Exit as end:  # after --help or --version
-        sys.stdout.flush()
         return end.exit_code
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return USAGE
     except (KeyboardInterrupt, click.Abort):
         tell("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read has gone; the interpreter would try to flush once more when it ends.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        raise
     except (GockptError, OSError) as error:
+        finish()  # if that is what failed, it says so
+        tell(f"gockpt: {printable(error)}")
         if "--json" in arguments:
             print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
-        tell(f"gockpt: {printable(error)}")
         return _code_of(error)
+
+
+def _give_output_up() -> None:
+    """Lead standard output nowhere: the interpreter would try to write what is left once more at its end."""
+    with suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _code_of(error: Exception) -> int:

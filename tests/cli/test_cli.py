@@ -349,6 +349,83 @@ def test_on_a_terminal_there_are_bars_and_only_there():
     assert b"\x1b" not in done.stdout
 
 
+@pytest.mark.parametrize("output", ["full", "closed", "left"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["ls", "ckpts"], ["ls", "ckpts", "--json"], ["--help"], ["show", "no"]],
+)
+def test_output_that_can_not_be_written_is_one_line(arguments, output):
+    fill(steps=(1,))
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*COMMAND, *arguments]
+    if output == "closed":
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    with open("/dev/full", "wb") as full:
+        stdout = full if output == "full" else writing
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    code = {"full": 4, "closed": 4, "left": 141}[output]
+    if arguments == ["show", "no"]:  # it prints nothing there
+        code = 3
+    elif (arguments, output) == (["--help"], "closed"):
+        code = 0  # as other commands have it
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("gockpt: ") for line in lines)
+    assert len(lines) == {0: 0, 3: 1, 4: 1, 141: 0}[code]
+
+
+def test_an_error_that_can_not_be_told_is_still_an_exit_code():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "ls", "nowhere"], stdout=full, stderr=full, check=False)
+    assert done.returncode == 3
+
+
+def test_what_the_encoding_lacks_is_escaped():
+    model = {"grüße→": torch.ones(2)}
+    with gockpt.Checkpointer(model, None, "ckpts") as saver:
+        saver.after_step(1, {"größe": 1.0}).result()
+    for arguments in (["ls", "ckpts"], ["show", "ckpts", "--tensors"], ["diff", "ckpts", "ckpts"]):
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            check=False,
+        )
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+        assert done.stdout.isascii()
+        assert arguments[0] == "diff" or b"\\xf6" in done.stdout or b"gr\\xfc\\xdfe\\u2192" in done.stdout
+
+
+def test_log_lines_are_escaped_as_well():
+    os.mkdir(EVIL)
+    fill(f"{EVIL}/a", steps=(1, 2))
+    flip(f"{EVIL}/a/step-0000000001/gockpt.json")
+    done = subprocess.run([*COMMAND, "ls", f"{EVIL}/a"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gockpt: warning: passing over a damaged checkpoint: ")
+    assert "\\x1b[31mred\\x07\\u202e" in line
+    assert "\x1b" not in done.stderr
+
+
+# Unicode's Default_Ignorable_Code_Point, and other characters without ink.
+BLANK = [
+    *("\u00ad", "\u034f", "\u061c", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u180b", "\u180e", "\u180f"),
+    *("\u200b", "\u200d", "\u200e", "\u202a", "\u202e", "\u2060", "\u2065", "\u2066", "\u2069", "\u206f"),
+    *("\u3164", "\ufe00", "\ufe0f", "\ufeff", "\uffa0", "\ufff0", "\U0001bca0", "\U0001d173", "\U000e0000"),
+    *("\U000e0001", "\U000e0100", "\U000e01ef", "\U000e0fff", "\u00a0", "\u2007", "\u2800", "\u3000"),
+]
+
+
+@pytest.mark.parametrize("char", BLANK, ids=ascii)
+def test_what_is_not_seen_is_escaped(char):
+    shown = printable(f"a{char}b")
+    assert shown.isascii()
+    assert shown == f"a{char.encode('unicode_escape').decode()}b"
+
+
 def test_nobody_reads_a_table():
     fill(steps=(1,))
     read, write = os.pipe()

@@ -255,8 +255,8 @@ def test_pruning_that_fails_keeps_what_must_be_kept(call, small_sample, checker,
     with Store(scratch, fs=fs) as store:
         for step in (1, 2, 3):
             small_sample.save(store, step, marker=step)
-        # The first unlink tells files from directories; it is the one of the trash that isn't there. The first
-        # listing is for what an earlier pruning left, which is no reason to fail.
+        # The first unlink tells files from directories; it is the one of the trash that isn't there. The
+        # first listing is for what an earlier pruning left, which is no reason to fail.
         fs.count, fs.at = 0, 1 if call in ("unlink", "listdir") else 0
         with pytest.raises(StorageError, match="can't delete"):
             store.prune(1)
