@@ -22,7 +22,7 @@ from gockpt.storage.numbers import magnitudes_of_difference
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gockpt.storage.manifest import ArrayEntry
+    from gockpt.storage.entries import ArrayEntry
     from gockpt.storage.reader import StoredCheckpoint
 
 __all__ = ["DiffReport", "MetadataDifference", "TensorDifference", "compare", "pieces"]

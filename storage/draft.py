@@ -16,18 +16,12 @@ import numpy as np
 
 from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.layout import CHECKSUM_BYTES
-from gockpt.storage import checksum, chunk_writer, files, manifest, names, strict_json, zarr_documents
+from gockpt.storage import checksum, chunk_writer, files, grid, manifest, names, strict_json, zarr_documents
 from gockpt.storage.checked import MAX_INTEGER
 from gockpt.storage.codecs import Coded
+from gockpt.storage.entries import ArrayEntry, FileEntry
 from gockpt.storage.failures import storage_errors
-from gockpt.storage.manifest import (
-    BLOCKS_FILE,
-    GROUP_FILE,
-    MANIFEST_FILE,
-    STATE_FILE,
-    ArrayEntry,
-    FileEntry,
-)
+from gockpt.storage.manifest import BLOCKS_FILE, GROUP_FILE, MANIFEST_FILE, STATE_FILE
 from gockpt.storage.stopwatch import Stopwatch
 from gockpt.storage.unsynced import Unsynced
 
@@ -140,7 +134,7 @@ class Draft:
                 raise UsageError(msg)
             array.blocks[slot.chunk] = None
         codec = self._make(array).codec
-        name = f"{array.path}/{manifest.chunk_key(slot.chunk, len(layout.chunk_shape))}"
+        name = f"{array.path}/{grid.chunk_key(slot.chunk, len(layout.chunk_shape))}"
         with storage_errors("write", os.path.join(self._where, name)):
             written = self._write(name, layout, slot, buffer, codec)
             self._unsynced.add(name, written.fd)
@@ -279,7 +273,7 @@ class Draft:
             if array.made is not None:
                 return array.made
             layout = array.layout
-            if not manifest.is_regular(layout):
+            if not grid.is_regular(layout):
                 msg = f"{layout.spec.public_name!r} is not cut on a regular grid: {layout}"
                 raise UsageError(msg)
             parts = array.path.split("/")

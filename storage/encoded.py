@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.storage.codecs import Coded
+    from gockpt.storage.entries import ArrayEntry
     from gockpt.storage.folder import File
-    from gockpt.storage.manifest import ArrayEntry
 
 __all__ = ["read_chunk"]
 

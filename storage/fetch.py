@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from gockpt.boxes import Box
     from gockpt.storage.codecs import Coded
+    from gockpt.storage.entries import ArrayEntry
     from gockpt.storage.folder import File, Folder
-    from gockpt.storage.manifest import ArrayEntry
 
 __all__ = ["PARALLEL_FROM", "PARALLEL_JOBS", "PIECE", "Source", "Task", "execute", "first_bad_block"]
 

@@ -20,11 +20,11 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import ManifestCorrupt, UsageError
-from gockpt.layout import CHECKSUM_BYTES, ArrayLayout, Slot, slot_bytes
 from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
 from gockpt.storage import checked, checksum, names, strict_json
 from gockpt.storage.checked import Broken, expect
 from gockpt.storage.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
+from gockpt.storage.entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,17 +36,12 @@ __all__ = [
     "MANIFEST_FILE",
     "STATE_FILE",
     "VERSION",
-    "ArrayEntry",
-    "FileEntry",
     "Identity",
     "Manifest",
-    "chunk_key",
-    "chunked_layout",
     "encode",
     "expected_files",
     "glance",
     "identify",
-    "is_regular",
     "metrics_of",
     "parse",
 ]
@@ -76,96 +71,6 @@ _HEAD = re.compile(
     rb'"attempt":"([0-9a-f]{8,64})",' % (FORMAT.encode(), VERSION)
 )
 _CHECK_LINE_NBYTES = len(b'{"crc32c": "00000000"}\n')
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A file that the manifest vouches for.
-
-    Attributes:
-        path: Relative to the checkpoint's directory.
-        size: Its exact length.
-        crc32c: Of all its bytes.
-    """
-
-    path: str
-    size: int
-    crc32c: int
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayEntry:
-    """One stored array.
-
-    Attributes:
-        spec: Name, global shape and dtype.
-        path: Its directory, relative to the checkpoint's; equals the escaped name.
-        chunk_shape: Shape of a whole chunk; only dimension 0 is ever cut.
-        meta: Its ``zarr.json``.
-        coded: How its chunks are encoded; ``None``: raw.
-    """
-
-    spec: ArraySpec
-    path: str
-    chunk_shape: tuple[int, ...]
-    meta: FileEntry
-    coded: Coded | None = None
-
-    @property
-    def chunks(self) -> int:
-        """How many chunk files there are; 0 for an array without elements."""
-        if not self.spec.numel:
-            return 0
-        return -(-self.spec.shape[0] // self.chunk_shape[0]) if self.spec.shape else 1
-
-    @property
-    def codec(self) -> str | None:
-        """What its chunks are encoded with; ``None``: raw."""
-        return None if self.coded is None else self.coded.codec
-
-    @property
-    def chunk_nbytes(self) -> int:
-        """Bytes of one whole chunk, padding included, decoded."""
-        return math.prod(self.chunk_shape) * self.spec.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Length of all chunk files together."""
-        if self.coded is not None:
-            return sum(self.coded.nbytes) + self.chunks * CHECKSUM_BYTES
-        return self.chunks * (self.chunk_nbytes + CHECKSUM_BYTES)
-
-    def file_nbytes(self, chunk: int) -> int:
-        """Return the length of a chunk's file: the whole chunk or what it is encoded to, and its checksum."""
-        content = self.chunk_nbytes if self.coded is None else self.coded.nbytes[chunk]
-        return content + CHECKSUM_BYTES
-
-    def covered_nbytes(self, chunk: int) -> int:
-        """Return how many bytes of a chunk's file have block checksums: its real rows, or what is encoded."""
-        if self.coded is not None:
-            return self.coded.nbytes[chunk]
-        return min(self.chunk_nbytes, self.spec.nbytes - chunk * self.chunk_nbytes)
-
-    def first_block(self, chunk: int) -> int:
-        """Return how many blocks the chunks before ``chunk`` have; behind the last: how many there are."""
-        if self.coded is not None:
-            return self.coded.first_blocks[chunk]
-        before = min(chunk, max(0, self.chunks - 1))
-        last = checksum.block_count(self.covered_nbytes(before)) if chunk > before else 0
-        return before * checksum.block_count(self.chunk_nbytes) + last
-
-    @property
-    def block_count(self) -> int:
-        """How many entries of the block checksums belong to this array."""
-        return self.first_block(self.chunks)
-
-    def layout(self) -> ArrayLayout:
-        """Return the geometry of its chunks; slot offsets count from 0."""
-        return chunked_layout(self.spec, self.chunk_shape)
-
-    def chunk_path(self, chunk: int) -> str:
-        """Return the path of one chunk file, relative to the checkpoint's directory."""
-        return f"{self.path}/{chunk_key(chunk, len(self.chunk_shape))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,45 +146,6 @@ def _fits(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         return False
-
-
-def chunk_key(chunk: int, ndim: int) -> str:
-    """Return the file name of a chunk inside its array's directory.
-
-    Examples:
-        >>> chunk_key(2, 3), chunk_key(0, 0)
-        ('c.2.0.0', 'c')
-    """
-    return f"c.{chunk}" + ".0" * (ndim - 1) if ndim else "c"
-
-
-def chunked_layout(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> ArrayLayout:
-    """Return an array's chunks on the grid that ``chunk_shape`` gives; slot offsets count from 0."""
-    slots = []
-    if spec.numel:
-        total = spec.shape[0] if spec.shape else 1
-        per_chunk = chunk_shape[0] if chunk_shape else 1
-        row_nbytes = spec.nbytes // total
-        offset = 0
-        for chunk, row in enumerate(range(0, total, per_chunk)):
-            rows = min(per_chunk, total - row)
-            nbytes = rows * row_nbytes
-            slots.append(Slot(chunk, row, rows, offset, nbytes, slot_bytes(nbytes)))
-            offset += slot_bytes(nbytes)
-    return ArrayLayout(spec, chunk_shape, tuple(slots))
-
-
-def is_regular(layout: ArrayLayout) -> bool:
-    """Whether an array's chunks are the ones that readers derive from its chunk shape."""
-    shape, chunk = layout.spec.shape, layout.chunk_shape
-    if len(shape) != len(chunk) or chunk[1:] != tuple(max(1, n) for n in shape[1:]):
-        return False
-    if any(not 1 <= rows <= max(1, total) for rows, total in zip(chunk[:1], shape, strict=False)):
-        return False
-    derived = chunked_layout(layout.spec, chunk).slots
-    return [(slot.chunk, slot.row, slot.rows, slot.nbytes) for slot in layout.slots] == [
-        (slot.chunk, slot.row, slot.rows, slot.nbytes) for slot in derived
-    ]
 
 
 def expected_files(paths: Mapping[tuple[str, ...], str]) -> list[str]:

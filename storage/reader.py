@@ -29,7 +29,7 @@ from gockpt.storage import strict_json, verified
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.fetch import PIECE, Source, Task, execute
 from gockpt.storage.folder import LocalFolder, read_small
-from gockpt.storage.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, ArrayEntry, Manifest, parse
+from gockpt.storage.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
 from gockpt.storage.ranges import plan_reads
 from gockpt.storage.safe_open import GONE
 from gockpt.storage.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES, VerifyReport, verify_files
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from gockpt.layout import ArrayLayout
     from gockpt.schema import ArraySpec
+    from gockpt.storage.entries import ArrayEntry
     from gockpt.storage.folder import Folder
 
 __all__ = ["StoredArray", "StoredCheckpoint", "Wanted", "manifest_bytes", "read_manifest"]

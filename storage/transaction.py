@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gockpt.layout import ArrayLayout, Slot
     from gockpt.storage.catalog import Catalog, Place
     from gockpt.storage.compression import Compression
+    from gockpt.storage.entries import ArrayEntry, FileEntry
 
 __all__ = ["Lineage", "Published", "Transaction"]
 
@@ -252,15 +253,13 @@ class Transaction:
             with storage_errors("touch", self._place.of(directory_names.of_owner(self.attempt))):
                 self._place.fs.touch(self._owner_fd)
 
-    def _tentatively(
-        self, arrays: tuple[manifest.ArrayEntry, ...], files: tuple[manifest.FileEntry, ...]
-    ) -> manifest.Manifest:
+    def _tentatively(self, arrays: tuple[ArrayEntry, ...], files: tuple[FileEntry, ...]) -> manifest.Manifest:
         """Describe it with the lowest number that it could get: it gets its own when it is published."""
         parent = self._lineage.parent
         return self._manifest(arrays, files, seq=1 if parent is None else parent + 1)
 
     def _manifest(
-        self, arrays: tuple[manifest.ArrayEntry, ...], files: tuple[manifest.FileEntry, ...], *, seq: int
+        self, arrays: tuple[ArrayEntry, ...], files: tuple[FileEntry, ...], *, seq: int
     ) -> manifest.Manifest:
         return manifest.Manifest(
             step=self.step,

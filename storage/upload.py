@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from gockpt.storage.entries import FileEntry
     from gockpt.storage.folder import Folder
-    from gockpt.storage.manifest import FileEntry, Manifest
+    from gockpt.storage.manifest import Manifest
     from gockpt.storage.objects import Objects
     from gockpt.storage.reader import StoredCheckpoint
 

@@ -23,17 +23,8 @@ from gockpt.storage.checksum import BLOCK, crc32c
 from gockpt.storage.encoded import read_chunk
 from gockpt.storage.fetch import PIECE, Source, first_bad_block
 from gockpt.storage.folder import Folder, read_small
-from gockpt.storage.manifest import (
-    BLOCKS_FILE,
-    GROUP_FILE,
-    MANIFEST_FILE,
-    STATE_FILE,
-    ArrayEntry,
-    FileEntry,
-    Manifest,
-    chunk_key,
-    parse,
-)
+from gockpt.storage.grid import chunk_key
+from gockpt.storage.manifest import BLOCKS_FILE, GROUP_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
 from gockpt.storage.safe_open import GONE
 from gockpt.storage.scratch import Scratch
 
@@ -43,6 +34,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.storage.codecs import Coded
+    from gockpt.storage.entries import ArrayEntry, FileEntry
 
 __all__ = ["MAX_PROBLEMS", "Problem", "VerifyReport", "verify_files"]
 

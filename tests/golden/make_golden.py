@@ -23,7 +23,7 @@ from content import bits
 from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.compression import Compression
-from gockpt.storage.manifest import chunked_layout
+from gockpt.storage.grid import chunked_layout
 from gockpt.storage.store import Store
 
 HERE = Path(__file__).parent

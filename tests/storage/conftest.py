@@ -25,7 +25,7 @@ from awscrt.checksums import crc32c
 from gockpt.layout import ArrayLayout
 from gockpt.schema import ArraySpec
 from gockpt.storage.filesystem import CALLS, Filesystem
-from gockpt.storage.manifest import chunked_layout
+from gockpt.storage.grid import chunked_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

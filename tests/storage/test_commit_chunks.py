@@ -16,7 +16,7 @@ from gockpt.schema import ArraySpec
 from gockpt.storage import chunk_writer, files
 from gockpt.storage.checksum import crc32c
 from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.manifest import chunked_layout
+from gockpt.storage.grid import chunked_layout
 
 
 def page_aligned(nbytes, *, off=0):

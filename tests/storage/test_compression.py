@@ -33,8 +33,8 @@ from gockpt.storage.compression import (
     memory_bound,
 )
 from gockpt.storage.filesystem import Filesystem
+from gockpt.storage.grid import chunked_layout
 from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.manifest import chunked_layout
 from gockpt.storage.store import Store
 
 WEIGHTS, MOMENTS, COUNTS = Kind("model", "bfloat16"), Kind("exp_avg", "float32"), Kind("step", "float32")

@@ -12,7 +12,8 @@ from gockpt.errors import ManifestCorrupt, UnsupportedState
 from gockpt.layout import lay_out
 from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage import checksum, manifest, names, strict_json
-from gockpt.storage.manifest import ArrayEntry, FileEntry, Manifest
+from gockpt.storage.entries import ArrayEntry, FileEntry
+from gockpt.storage.manifest import Manifest
 
 
 def make(specs, *, chunk_rows=None, **fields):

@@ -21,7 +21,7 @@ from dataclasses import replace
 from gockpt.layout import ArrayLayout
 from gockpt.schema import ArraySpec
 from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.manifest import chunked_layout
+from gockpt.storage.grid import chunked_layout
 from gockpt.storage.store import Store
 
 # One chunk that is reserved and goes past the page cache, where that is possible; a last chunk in two writes.

@@ -16,7 +16,9 @@ import pytest
 from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage import names, strict_json, zarr_documents
 from gockpt.storage.checksum import BLOCK, crc32c
-from gockpt.storage.manifest import ArrayEntry, FileEntry, Manifest, chunk_key, encode
+from gockpt.storage.entries import ArrayEntry, FileEntry
+from gockpt.storage.grid import chunk_key
+from gockpt.storage.manifest import Manifest, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

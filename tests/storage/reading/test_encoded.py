@@ -23,9 +23,11 @@ from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.checksum import BLOCK, crc32c, crc32c_blocks
 from gockpt.storage.codecs import CODECS, Coded, decode, encode, most_nbytes
 from gockpt.storage.compression import Compression
+from gockpt.storage.entries import FileEntry
+from gockpt.storage.grid import chunked_layout
 from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.manifest import FileEntry, chunked_layout, parse
 from gockpt.storage.manifest import encode as encode_manifest
+from gockpt.storage.manifest import parse
 from gockpt.storage.store import Store
 
 

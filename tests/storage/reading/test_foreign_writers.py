@@ -22,8 +22,10 @@ from gockpt.errors import ChunkCorrupt
 from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage import names, strict_json, zarr_documents
 from gockpt.storage.checksum import BLOCK, crc32c
+from gockpt.storage.entries import ArrayEntry, FileEntry
+from gockpt.storage.grid import chunk_key
 from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.manifest import ArrayEntry, FileEntry, Manifest, chunk_key, encode
+from gockpt.storage.manifest import Manifest, encode
 from gockpt.storage.zarr_dtypes import register_zarr
 
 SHAPES = {

@@ -17,8 +17,8 @@ from gockpt.boxes import Box
 from gockpt.errors import CheckpointCorrupt, ChunkCorrupt, GockptError, ManifestCorrupt
 from gockpt.schema import ArraySpec
 from gockpt.storage.checksum import crc32c
+from gockpt.storage.entries import ArrayEntry, FileEntry
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.manifest import ArrayEntry, FileEntry
 
 ARRAYS = {("model", "w"): ((8, 4), "float32"), ("s",): ((), "int64")}
 

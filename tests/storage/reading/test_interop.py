@@ -18,8 +18,8 @@ import zarr
 from gockpt.boxes import Box
 from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.compression import Compression
+from gockpt.storage.grid import chunked_layout
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.manifest import chunked_layout
 from gockpt.storage.store import Store
 from gockpt.storage.zarr_dtypes import register_zarr
 

@@ -10,8 +10,8 @@ import pytest
 
 from gockpt.errors import CheckpointNotFound, CheckpointPruned
 from gockpt.schema import ArraySpec
+from gockpt.storage.grid import chunked_layout
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.manifest import chunked_layout
 from gockpt.storage.store import Store
 
 LAYOUTS = [chunked_layout(ArraySpec((name,), (6, 4), "int64"), (4, 4)) for name in ("a", "b")]
