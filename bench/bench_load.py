@@ -13,6 +13,7 @@ for the slices that say otherwise; the others have none. Exits with 1 if a bar i
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -55,6 +56,7 @@ DCP = "dcp.load"
 SAFETENSORS = "safetensors"
 BARS = (("everything, cold", DCP, 1.5), ("quarters, cold", DCP, 4.0), ("everything, warm", SAFETENSORS, 0.8))
 ROWS = slice(100, 200)
+DROPS = 5
 
 
 class Quarters(DefaultLoadPlanner):
@@ -90,21 +92,15 @@ class Subject:
 
     def drop(self, *, surely: bool) -> None:
         """Drop every file's pages from the page cache; ``surely`` raises where some stay."""
-        calls = ReadCalls()
-        for file in self.path.rglob("*"):
-            if not file.is_file():
-                continue
-            fd = os.open(file, os.O_RDONLY)
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                left = 0
-                with suppress(OSError):  # an older kernel doesn't tell
-                    left = calls.cached_pages(fd, 0, file.stat().st_size)
-                if left and surely:
-                    msg = f"{left} pages of {file.name} stay in the page cache: nothing cold can be measured"
-                    raise RuntimeError(msg)
-            finally:
-                os.close(fd)
+        for _ in range(DROPS):
+            left = {file: pages for file in self.path.rglob("*") if file.is_file() and (pages := _drop(file))}
+            if not left:
+                return
+            gc.collect()  # what is mapped stays
+            os.sync()  # and what is dirty
+        if surely:
+            msg = f"pages stay in the page cache, so nothing cold can be measured: {left}"
+            raise RuntimeError(msg)
 
     def warm(self) -> None:
         """Read every file once."""
@@ -184,6 +180,18 @@ class Subject:
             if not torch.equal(tensor, self.values[name][where]):
                 msg = f"{what}: {name} is not what was written"
                 raise RuntimeError(msg)
+
+
+def _drop(file: Path) -> int:
+    """Drop a file's pages from the page cache, and return how many stay."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # an older kernel doesn't tell
+            return ReadCalls().cached_pages(fd, 0, file.stat().st_size)
+    finally:
+        os.close(fd)
+    return 0
 
 
 def _wanted(name: str, part: torch.Tensor) -> Wanted:
