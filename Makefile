@@ -4,6 +4,7 @@
 #   make test     lint, types and every test
 #   make check    lint and types only
 #   make bench    the measurements
+#   make gpu      the tests and the bench that need a CUDA device
 #   make docs     the documentation, into site/
 #   make soak     the long tests
 #   make powerloss  pull the plug of disks under real file systems; as root, see CONTRIBUTING.md
@@ -32,7 +33,7 @@ PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,g
 
 export HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: demo test check lint types unit test-storage-newest coverage bench docs soak powerloss format clean distclean
+.PHONY: demo test check lint types unit test-storage-newest coverage bench gpu docs soak powerloss format clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo.py $(ARGS)
@@ -64,7 +65,20 @@ coverage: $(VENV)/.installed
 	$(BIN)/coverage report --fail-under=100 --include='$(PURE)'
 
 bench: $(VENV)/.installed
-	for bench in bench/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+	for bench in $(filter-out bench/bench_gpu.py,$(wildcard bench/bench_*.py)); do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+
+# With PYTHON=... that interpreter as it is, from the sources and without installing anything; else the
+# environment. Of the pytest plugins in pyproject.toml, such an interpreter needs none.
+ifneq ($(origin PYTHON),file)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_PYTHON := $(BIN)/python
+gpu: $(VENV)/.installed
+endif
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	$(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -q -ra -m gpu tests/kernels
+	$(GPU_PYTHON) bench/bench_gpu.py $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml

@@ -52,7 +52,7 @@ def machine_facts(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "kernel": platform.release(),
         "filesystem": filesystem_of(directory),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -60,6 +60,14 @@ def settings_of(wanted: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return what was asked for, without the paths, which mean nothing elsewhere."""
     paths = ("dir", "directory", "json", "inside")
     return {**{name: value for name, value in vars(wanted).items() if name not in paths}, **more}
+
+
+def _version(package: str) -> str | None:
+    """Return a package's version; ``None`` if it isn't installed (gockpt itself, run from its sources)."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

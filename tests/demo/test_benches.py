@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 MACHINE = {
     "date",
@@ -117,10 +118,22 @@ def test_load_bench(bench):
 
 
 @pytest.mark.parametrize(
-    "name", ["bench_train.py", "bench_memory.py", "bench_store.py", "bench_load.py", "demo.py"]
+    "name",
+    ["bench_train.py", "bench_memory.py", "bench_store.py", "bench_load.py", "bench_gpu.py", "demo.py"],
 )
 def test_each_says_what_it_does(bench, name):
     done = subprocess.run(
         [sys.executable, str(bench / name), "--help"], check=True, capture_output=True, text=True
     )
     assert "--json" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_without_a_device_the_gpu_bench_says_so(bench):
+    done = subprocess.run(
+        [sys.executable, str(bench / "bench_gpu.py")], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "no CUDA device" in done.stderr
