@@ -298,7 +298,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> int:
     made = parser(__doc__, directory="where to write")
-    made.add_argument("--threads", type=int, default=4, help="that write (default: %(default)s)")
+    made.add_argument("--threads", type=int, default=8, help="that write (default: %(default)s)")
     wanted = parsed(made)
     return compared("store", wanted, measure=measure, judge=judge, show=show)
 

@@ -54,7 +54,7 @@ SAMPLES = 8
 """How many samples are taken of each kind, and the most bytes of one."""
 
 _SAMPLE_FROM = 64 << 10
-_OTHER_THREADS = 3  # that write while others encode: two writers and a helper in a hurry
+_WRITING = 3  # results that may be on their way to the disk while others are being made
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -161,8 +161,9 @@ def is_encodable(layout: ArrayLayout, smallest: int = SMALLEST) -> bool:
 def memory_bound(largest: int, threads: int) -> int:
     """Return the most bytes that encoding takes beside the slots.
 
-    Each encoding thread has a padded copy, the codec's working memory and its result; further threads may
-    hold results that are being written. Direct I/O copies these by pieces, as any unaligned memory.
+    Each encoding thread has a padded copy, the codec's working memory and its result; a few more results may
+    be on their way to the disk, however many threads there are. Direct I/O copies these by pieces, as any
+    unaligned memory.
 
     Args:
         largest: Bytes of the largest chunk that is encoded; 0 if none is.
@@ -172,7 +173,7 @@ def memory_bound(largest: int, threads: int) -> int:
         return 0
     result = most_nbytes(largest)
     writing = result + most_bounced(result + CHECKSUM_BYTES)
-    return threads * (largest + result) + (threads + _OTHER_THREADS) * writing
+    return threads * (largest + result) + (threads + _WRITING) * writing
 
 
 def largest_encoded(codec: str | None, arrays: Iterable[ArrayLayout]) -> int:
@@ -220,6 +221,7 @@ class Compression:
         self._threads = threads
         self._smallest = smallest
         self._turns = threading.BoundedSemaphore(threads)
+        self._places = threading.BoundedSemaphore(threads + _WRITING)
         self._mutex = threading.Lock()
         self._held = 0
         self._choice: Choice | None = None
@@ -239,6 +241,7 @@ class Compression:
         real, whole = slot.nbytes, layout.chunk_nbytes
         working = most_nbytes(whole) + (whole if real < whole else 0)
         held = 0
+        self._places.acquire()
         try:
             with self._turns:
                 self._hold(working)
@@ -251,6 +254,7 @@ class Compression:
             yield data
         finally:
             self._hold(-held)
+            self._places.release()
 
     def sample(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
         """Try the codecs on a chunk that stays raw, if that is still to be decided."""

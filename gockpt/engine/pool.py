@@ -13,8 +13,8 @@ __all__ = ["WRITERS", "Pool", "Source"]
 _log = logging.getLogger("gockpt")
 
 
-WRITERS = 2
-"""Threads beside the workers that write large chunks: with two of them the disk always has work."""
+WRITERS = 7
+"""Threads beside the workers that write large chunks: while some hash theirs, others keep the disk busy."""
 
 Task = Callable[[], None]
 
