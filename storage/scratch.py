@@ -18,6 +18,7 @@ PIECE = 8 << 20
 
 _PAGE = mmap.PAGESIZE
 _LARGE = 1 << 20
+_HUGE_PAGE = 2 << 20
 _NOTHING = np.empty(0, np.uint8)
 _NBYTES = PIECE + 8 * _PAGE  # a piece whose ends are widened to pages, and pages for those ends
 
@@ -28,10 +29,11 @@ class Scratch:
     Its user takes what it needs from the front; the file it reads from may use the rest meanwhile.
     """
 
-    __slots__ = ("_huge", "_map", "_taken")
+    __slots__ = ("_bytes", "_huge", "_map", "_taken")
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
+        self._bytes: npt.NDArray[np.uint8] | None = None
         self._huge = False
         self._taken = 0
 
@@ -56,10 +58,15 @@ class Scratch:
         return self._memory(nbytes)[-(-self._taken // _PAGE) * _PAGE :]
 
     def _memory(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        if self._map is None:
-            self._map = mmap.mmap(-1, _NBYTES)
+        if self._bytes is None or self._map is None:
+            # Private, since shared mappings get no huge pages by default, and from a huge page's start on.
+            mapped = mmap.mmap(-1, _NBYTES + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            whole = np.frombuffer(mapped, np.uint8)
+            first = -whole.ctypes.data % _HUGE_PAGE
+            self._map, self._bytes = mapped, whole[first : first + _NBYTES]
         if nbytes >= _LARGE and not self._huge:
             self._huge = True
             with suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)  # touching it page by page costs as much as a read
-        return np.frombuffer(self._map, np.uint8)
+                # The disk fills a few large stretches up to twice as fast as thousands of pages.
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        return self._bytes
