@@ -101,7 +101,7 @@ def test_load_bench(bench):
     (tiny,) = result["results"]
     assert (tiny["state"], tiny["arrays"]) == ("tiny", 84)
     assert {task: list(ways) for task, ways in tiny["seconds"].items()} == {
-        "everything, cold": ["gockpt", "dcp.load", "safetensors"],
+        "everything, cold": ["gockpt", "dcp.load", "safetensors", "one file, direct"],
         "everything, warm": ["gockpt", "dcp.load", "safetensors"],
         "quarters, cold": ["gockpt", "dcp.load"],
         "100 rows, cold": ["gockpt", "gockpt, verify none", "safetensors"],
