@@ -273,7 +273,7 @@ def _check(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.device != device:
         msg = f"{name!r} is on {tensor.device}, the others on {device}"
         raise ValueError(msg)
-    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg() or not is_dense(tensor):
+    if not is_dense(tensor):
         msg = (
             f"{name!r} does not fill one gapless stretch of memory (shape {tuple(tensor.shape)}, "
             f"layout {tensor.layout}): pass a contiguous copy"

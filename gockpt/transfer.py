@@ -35,9 +35,7 @@ def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
         ``None`` when the elements don't fill one gapless stretch of CPU memory exactly once (views
         with holes, expanded or lazily conjugated tensors, other layouts or devices).
     """
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        return None
-    if tensor.is_conj() or tensor.is_neg() or not is_dense(tensor):
+    if tensor.device.type != "cpu" or not is_dense(tensor):
         return None
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     result: Bytes = flat.view(torch.uint8).numpy()
@@ -45,7 +43,9 @@ def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Return whether a strided tensor's elements fill one gapless stretch of memory exactly once."""
+    """Return whether a tensor's elements, as they are, fill one gapless stretch of memory exactly once."""
+    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+        return False
     if tensor.is_contiguous():
         return True
     expected = 1

@@ -29,11 +29,11 @@ class Scratch:
     Its user takes what it needs from the front; the file it reads from may use the rest meanwhile.
     """
 
-    __slots__ = ("_bytes", "_huge", "_map", "_taken")
+    __slots__ = ("_first", "_huge", "_map", "_taken")
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
-        self._bytes: npt.NDArray[np.uint8] | None = None
+        self._first = 0
         self._huge = False
         self._taken = 0
 
@@ -58,15 +58,13 @@ class Scratch:
         return self._memory(nbytes)[-(-self._taken // _PAGE) * _PAGE :]
 
     def _memory(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        if self._bytes is None or self._map is None:
+        if self._map is None:
             # Private, since shared mappings get no huge pages by default, and from a huge page's start on.
-            mapped = mmap.mmap(-1, _NBYTES + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            whole = np.frombuffer(mapped, np.uint8)
-            first = -whole.ctypes.data % _HUGE_PAGE
-            self._map, self._bytes = mapped, whole[first : first + _NBYTES]
+            self._map = mmap.mmap(-1, _NBYTES + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._first = -np.frombuffer(self._map, np.uint8).ctypes.data % _HUGE_PAGE
         if nbytes >= _LARGE and not self._huge:
             self._huge = True
             with suppress(OSError):
                 # The disk fills a few large stretches up to twice as fast as thousands of pages.
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-        return self._bytes
+        return np.frombuffer(self._map, np.uint8, _NBYTES, self._first)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -22,16 +22,17 @@ from gockpt.kernels import replay
 from gockpt.kernels.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from gockpt.arena import Arena
     from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece
     from gockpt.engine.ring import Ring
     from gockpt.engine.trace import Trace
-    from gockpt.layout import ArrayLayout, Slot
+    from gockpt.layout import Slot
+    from gockpt.storage.store import Store
     from gockpt.storage.transaction import Published, Transaction
 
-__all__ = ["Begin", "Job", "Outcome"]
+__all__ = ["Job", "Outcome"]
 
 _log = logging.getLogger("gockpt")
 
@@ -55,21 +56,6 @@ class Outcome(Protocol):
         """The background failed; nothing was published."""
 
 
-class Begin(Protocol):
-    """How a job starts to write: :meth:`gockpt.storage.store.Store.begin`."""
-
-    def __call__(
-        self,
-        step: int,
-        arrays: Sequence[ArrayLayout],
-        *,
-        state: Mapping[str, Any],
-        attributes: Mapping[str, Any],
-        exact: bool,
-    ) -> Transaction:
-        """Return the checkpoint to write."""
-
-
 Report = Callable[[], None]
 Task = Callable[[], Report | None]
 
@@ -91,14 +77,14 @@ class Job:
         arenas: tuple[Arena, ...],
         pieces: Iterable[ReplayPiece],
         ring: Ring,
-        begin: Begin,
+        store: Store,
         outcome: Outcome,
         trace: Trace,
     ) -> None:
         self._arenas = arenas
         self._pieces = {p.index: _Piece(p) for p in pieces}
         self._ring = ring
-        self._begin = begin
+        self._store = store
         self._outcome = outcome
         self._trace = trace
         self._changed = threading.Condition()
@@ -375,7 +361,7 @@ class Job:
             raise WorkerError(msg)
         with self._changed:
             if self._transaction is None:
-                self._transaction = self._begin(
+                self._transaction = self._store.begin(
                     capture.step,
                     [place.layout for place in capture.arrays],
                     state=capture.state,

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gockpt.engine.cut import Cut
-    from gockpt.engine.job import Begin, Outcome
+    from gockpt.engine.job import Outcome
     from gockpt.engine.sizing import Shape
     from gockpt.engine.trace import Trace
     from gockpt.layout import ArenaLayout
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
+    from gockpt.storage.store import Store
     from gockpt.transfer import Transfer
 
 __all__ = ["Memory"]
@@ -99,7 +100,7 @@ class Memory:
         barred: frozenset[str],
         racing: frozenset[tuple[str, ...]] | None,
         transfer: Transfer,
-        begin: Begin,
+        store: Store,
         outcome: Outcome,
         trace: Trace,
         afresh: bool,
@@ -124,7 +125,7 @@ class Memory:
             arenas=self.arenas[:EXTRA],
             pieces=[p.message() for p in pieces.pieces],
             ring=ring,
-            begin=begin,
+            store=store,
             outcome=outcome,
             trace=trace,
         )

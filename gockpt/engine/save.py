@@ -307,7 +307,7 @@ class Save:
             barred=self.barred,
             racing=None if at_once else self.racing,
             transfer=self._transfer,
-            begin=self._store.begin,
+            store=self._store,
             outcome=self,
             trace=self.trace,
             afresh=afresh,

@@ -64,7 +64,7 @@ class Bench:
             arenas=(self.state, self.ring_arena, Arena(0)),
             pieces=self.pieces,
             ring=self.ring,
-            begin=self.begin,
+            store=self,
             outcome=self.outcome,
             trace=Trace(),
         )
