@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 __all__ = ["compared", "parsed", "parser"]
 
 
-def parser(description: str | None, *, directory: str) -> argparse.ArgumentParser:
+def parser(description: str | None, *, directory: str, states: bool = True) -> argparse.ArgumentParser:
     """Return a parser of the options that these benches have in common.
 
     Args:
         description: The bench's documentation.
         directory: What ``--dir`` is for.
+        states: Whether it measures some of the states.
     """
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--states", nargs="+", choices=list(STATES), help="default: A B; quick: tiny")
+    if states:
+        made.add_argument("--states", nargs="+", choices=list(STATES), help="default: A B; quick: tiny")
     made.add_argument("--rounds", type=int, help="default: 7; quick: 1")
     made.add_argument("--dir", default=".", help=f"{directory} (default: here)")
     made.add_argument("--json", metavar="FILE", help="write all samples; '-' is standard output")

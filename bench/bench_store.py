@@ -31,7 +31,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import zarr
@@ -64,14 +63,17 @@ CPU_BAR = 0.2 / 1.5e9
 class Subject:
     """One state, twice: as ordinary tensors, and in an arena as a save has it."""
 
-    def __init__(self, kind: str) -> None:
-        self.tensors = filled(STATES[kind]())
-        specs = [ArraySpec(name, tuple(tensor.shape), "float32") for name, tensor in self.tensors.items()]
+    def __init__(self, tensors: dict[tuple[str, ...], torch.Tensor]) -> None:
+        self.tensors = tensors
+        specs = [
+            ArraySpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors.items()
+        ]
         self.layout = lay_out(specs)
         self.arena = Arena(self.layout.nbytes)
         self.arena.prefault()
         for array in self.layout.arrays:
-            flat = self.tensors[array.spec.name].numpy().reshape(-1).view(np.uint8)
+            flat = self.tensors[array.spec.name].reshape(-1).view(torch.uint8).numpy()
             at = 0
             for slot in array.slots:
                 self.arena.view(slot.offset, slot.nbytes)[:] = flat[at : at + slot.nbytes]
@@ -89,13 +91,15 @@ class Subject:
 
 
 def write_gockpt(subject: Subject, path: Path, *, threads: int) -> None:
+    with Store(path) as store:
+        write_step(subject, store, 1, threads=threads)
+
+
+def write_step(subject: Subject, store: Store, step: int, *, threads: int) -> None:
     """Write as a save does: one thread the documents and from the small end, the others from the large."""
     chunks = [(array, slot) for array in subject.layout.arrays for slot in array.slots]
     left = deque(sorted(chunks, key=lambda chunk: chunk[1].nbytes))
-    with (
-        Store(path) as store,
-        store.begin(1, subject.layout.arrays, state={}, attributes={}, exact=True) as transaction,
-    ):
+    with store.begin(step, subject.layout.arrays, state={}, attributes={}, exact=True) as transaction:
 
         def work(take: Callable[[], tuple[ArrayLayout, Slot]]) -> None:
             if take == left.popleft:
@@ -203,7 +207,7 @@ def arms_of(subject: Subject, threads: int) -> dict[str, Callable[[Path], float 
 
 def measure(kind: str, wanted: argparse.Namespace) -> dict[str, Any]:
     """Return every sample of one state."""
-    subject = Subject(kind)
+    subject = Subject(filled(STATES[kind]()))
     arms = arms_of(subject, wanted.threads)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     cpu: dict[str, list[float]] = {name: [] for name in arms}

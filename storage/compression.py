@@ -49,6 +49,10 @@ SMALLEST = 4096
 WORTH = 0.9
 """What is encoded must bring the time of a save below this share of a raw one's."""
 
+HANDLING = 1.5
+"""Encoding takes about this many times what the codec takes: its result is memory to be got, hashed, copied
+and written, all by the same cores."""
+
 SAMPLE = 1 << 20
 SAMPLES = 8
 """How many samples are taken of each kind, and the most bytes of one."""
@@ -124,6 +128,7 @@ def choose(kinds: Mapping[Kind, Measured], *, write_rate: float, threads: int) -
     """Return which kinds to encode so that a save takes the least time; none unless that is worth while.
 
     Encoding on ``threads`` threads and writing go on side by side, so that a save takes the longer of both.
+    (Without :data:`HANDLING` saves got longer where both are about as long: ``bench_compression.py``.)
     Kinds are taken in the order of what they save the disk for each second of encoding, as long as the
     whole gets shorter; a slower codec of a kind takes the place of a faster one where that is shorter still.
 
@@ -138,7 +143,7 @@ def choose(kinds: Mapping[Kind, Measured], *, write_rate: float, threads: int) -
     for kind, measured in kinds.items():
         for codec, trial in measured.trials.items():
             saved = measured.nbytes * (1 - trial.ratio) / write_rate
-            cost = measured.nbytes / trial.rate / threads
+            cost = HANDLING * measured.nbytes / trial.rate / threads
             if saved > 0:
                 offers.append((-saved / cost, kind, codec, saved, cost))
     taken: dict[Kind, tuple[str, float, float]] = {}

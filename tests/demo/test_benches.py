@@ -117,9 +117,28 @@ def test_load_bench(bench):
     ]
 
 
+def test_compression_bench(bench):
+    result, printed = run(bench / "bench_compression.py")
+    assert [each["disk_mb_s"] for each in result["results"]] == [None, 1000, 400, 100, 25]
+    for each in result["results"]:
+        assert list(each["seconds"]) == ["raw", "zstd", "blosc", "auto"]
+        assert all(len(taken) == 1 and taken[0] > 0 for taken in each["seconds"].values())
+        assert each["stored_bytes"]["blosc"] < each["stored_bytes"]["raw"]
+        assert each["bars"][0]["against"] in {"raw", "zstd", "blosc"}
+    assert printed.count("the best (bar 0.9)") == 5
+
+
 @pytest.mark.parametrize(
     "name",
-    ["bench_train.py", "bench_memory.py", "bench_store.py", "bench_load.py", "bench_gpu.py", "demo.py"],
+    [
+        "bench_train.py",
+        "bench_memory.py",
+        "bench_store.py",
+        "bench_load.py",
+        "bench_compression.py",
+        "bench_gpu.py",
+        "demo.py",
+    ],
 )
 def test_each_says_what_it_does(bench, name):
     done = subprocess.run(

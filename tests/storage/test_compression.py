@@ -85,11 +85,11 @@ def test_a_slow_disk_gets_encoded_what_shrinks_and_a_fast_one_nothing():
 
 def test_one_figure_decides():
     one = {WEIGHTS: Measured(10**9, {"zstd": Trial(1e9, 0.5)})}
-    # Raw takes 1 s at 1 GB/s. Encoded: the longer of 0.5 s of writing and 1 s of encoding by one thread.
+    # Raw takes 1 s at 1 GB/s. Encoded: the longer of 0.5 s of writing and 1.5 s of encoding by one thread.
     assert choose(one, write_rate=1e9, threads=1).codecs == {}
     two = choose(one, write_rate=1e9, threads=2)
     assert two.codecs == {WEIGHTS: "zstd"}
-    assert (two.seconds, two.raw_seconds) == (0.5, 1.0)
+    assert (two.seconds, two.raw_seconds) == (0.75, 1.0)
     # A gain of less than a tenth isn't worth the cores.
     assert (
         choose({WEIGHTS: Measured(10**9, {"zstd": Trial(1e12, 0.91)})}, write_rate=1e9, threads=1).codecs
@@ -110,7 +110,7 @@ def seconds(kinds, codecs, rate, threads):
         for name, kind in kinds.items()
     )
     encoding = sum(kinds[name].nbytes / kinds[name].trials[codec].rate for name, codec in codecs.items())
-    return max(writing / rate, encoding / threads)
+    return max(writing / rate, 1.5 * encoding / threads)
 
 
 @given(
