@@ -77,7 +77,7 @@ gpu: $(VENV)/.installed
 endif
 gpu: export PYTHONPATH := $(CURDIR)
 gpu:
-	$(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -q -ra -m gpu tests/kernels
+	$(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -q -ra -m gpu tests/kernels tests/device
 	$(GPU_PYTHON) bench/bench_gpu.py $(ARGS)
 
 docs: $(VENV)/.docs

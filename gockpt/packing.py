@@ -42,10 +42,15 @@ class _Launches:
     def _upload(self, tables: Sequence[BlockTable]) -> None:
         for table in tables:
             addresses, places, rows = (
-                torch.from_numpy(np.ascontiguousarray(part)).to(self._device)
+                self._on_its_way(part).to(self._device, non_blocking=True)
                 for part in (table.addresses, table.places, table.blocks)
             )
             self._tables.append((table, addresses, places, rows))
+
+    def _on_its_way(self, part: np.ndarray) -> torch.Tensor:
+        """Return a table in memory from which a copy to the device does not hold up the caller."""
+        here = torch.from_numpy(np.ascontiguousarray(part))
+        return here.pin_memory() if self._device.type == "cuda" else here
 
     def rebind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Let the same launches speak of other tensors: this step's gradients, say.
@@ -72,7 +77,7 @@ class _Launches:
         addresses = [tensor.data_ptr() for tensor in tensors.values()]
         moved = [blocks.rebound(table, addresses) for table, *_ in self._tables]
         for at, table in enumerate(moved):
-            self._tables[at][1].copy_(torch.from_numpy(table.addresses))
+            self._tables[at][1].copy_(self._on_its_way(table.addresses), non_blocking=True)
             self._tables[at] = (table, *self._tables[at][1:])
         self._tensors = dict(tensors)
 
@@ -114,6 +119,7 @@ class Packing(_Launches):
 
         Args:
             buffer: Contiguous uint8, at a multiple of 16 bytes; bytes that no tensor has stay as they are.
+                On the device, or in host memory that is registered with it.
             max_programs: The most programs of a launch: bounds what it takes from the training beside it.
         """
         self._launch(buffer, max_programs, unpack=False)
@@ -170,11 +176,13 @@ class Fingerprints(_Launches):
         self._sums = [
             torch.empty(len(table.spans), dtype=torch.int64, device=device) for table, *_ in self._tables
         ]
+        self._sent: list[torch.Tensor] | None = None
 
     def launch(self, *, max_programs: int) -> None:
         """Start working them out; :meth:`values` has them afterwards."""
         from gockpt.kernels.fingerprint_triton import fingerprint
 
+        self._sent = None
         with self._on_device():
             for (table, addresses, places, rows), sums in zip(self._tables, self._sums, strict=True):
                 sums.zero_()
@@ -190,10 +198,17 @@ class Fingerprints(_Launches):
                     enable_fp_fusion=False,
                 )
 
+    def send(self) -> None:
+        """Start copying them to the host; :meth:`values` then waits for nothing.
+
+        It is for the caller to know, by an event recorded after this, that they are there.
+        """
+        self._sent = [sums.to("cpu", non_blocking=True) for sums in self._sums]
+
     def values(self) -> dict[str, int]:
         """Return the fingerprints of the last launch. Waits for it; 0 for a tensor without elements."""
         found = [0] * len(self._tensors)
-        for (table, *_), sums in zip(self._tables, self._sums, strict=True):
+        for (table, *_), sums in zip(self._tables, self._sent or self._sums, strict=True):
             for span, value in zip(table.spans.tolist(), sums.tolist(), strict=True):
                 found[span] = value % (1 << 64)
         return dict(zip(self._tensors, found, strict=True))
@@ -283,7 +298,8 @@ def _check(name: str, tensor: torch.Tensor, device: torch.device) -> None:
 
 def _check_buffer(buffer: torch.Tensor, nbytes: int, device: torch.device) -> None:
     fits = buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous()
-    if not fits or buffer.numel() < nbytes or buffer.data_ptr() % 16 or buffer.device != device:
+    there = buffer.device == device or (buffer.device.type == "cpu" and buffer.is_pinned())
+    if not fits or buffer.numel() < nbytes or buffer.data_ptr() % 16 or not there:
         msg = (
             f"the buffer must be at least {nbytes} contiguous bytes (uint8) on {device}, "
             f"at a multiple of 16, got {buffer.dtype} of shape {tuple(buffer.shape)} "

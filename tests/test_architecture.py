@@ -24,6 +24,7 @@ LAYERS = (
     (
         "arena",
         "calibration",
+        "device",
         "document",
         "naming",
         "packing",

@@ -1,0 +1,115 @@
+"""What is under way: consignments, each sent by one call, and the flights of their loads."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gockpt.kernels.fingerprint import MODULUS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gockpt.device.cargo import Load, Shipment, Urgency
+    from gockpt.device.interface import Event, Prints
+    from gockpt.device.staging import Slot
+
+__all__ = ["Consignment", "Flight"]
+
+
+class Consignment:
+    """What one call sent.
+
+    Attributes:
+        shipments: What was sent, in order; empty once ``done``, since sources need not live longer.
+        nbytes: Bytes that it moves.
+        done: Set when all of it has arrived, or none of it will any more.
+        lost: Shipments that did not arrive as they were at the boundary. Complete when ``done`` is set.
+        error: Why it will not arrive; ``None`` if it did, or still may.
+        expected: The shipments' fingerprints at the boundary, in order; filled when ``done``.
+    """
+
+    def __init__(
+        self,
+        shipments: Sequence[Shipment],
+        urgency: Urgency,
+        prints: Prints,
+        boundary: Event,
+        on_done: Callable[[], None] | None,
+    ) -> None:
+        self.shipments: Sequence[Shipment] = tuple(shipments)
+        self.nbytes = sum(shipment.source.nbytes for shipment in shipments)
+        self.urgency = urgency
+        self.prints = prints
+        self.boundary = boundary
+        self.done = threading.Event()
+        self.lost: list[Shipment] = []
+        self.expected: list[int] = []
+        self.error: BaseException | None = None
+        self.on_done = on_done
+        self.loads_left = 0
+        self._arrived = [0] * len(shipments)
+
+    @property
+    def proven(self) -> bool:
+        """Whether all of it has arrived as it was at the boundary."""
+        return self.done.is_set() and self.error is None and not self.lost
+
+    def add(self, number: int, value: int) -> None:
+        """Count a fingerprint of what arrived of one shipment."""
+        self._arrived[number] = (self._arrived[number] + value) % MODULUS
+
+    def tell(self) -> None:
+        """Tell whoever waits for it that it has ended, once."""
+        self.shipments = ()
+        self.done.set()
+        on_done, self.on_done = self.on_done, None
+        if on_done is not None:
+            on_done()
+
+    def judge(self) -> None:
+        """Compare what arrived with what the device saw at the boundary, once all has arrived."""
+        if self.nbytes:
+            self.expected = self.prints.values()
+        else:  # nothing had to be moved, so nothing was awaited
+            self.expected = [0] * len(self.shipments)
+        rows = zip(self.shipments, self.expected, self._arrived, strict=True)
+        self.lost = [shipment for shipment, expected, arrived in rows if expected != arrived]
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One load on its way.
+
+    Attributes:
+        load: What it carries; holds the sources.
+        consignment: What it is part of.
+        order: When it may leave, among those that wait: by urgency, and then in the order of sending.
+        memory: Device memory that it is packed in, or waits in; ``None`` before.
+        base: Byte of that memory where the load starts.
+        slot: Its slot of the ring, if it has one.
+        packed: Once this is complete, its sources may be overwritten; ``None`` before that was queued.
+        landed: Once this is complete, it has left the device; ``None`` before that was queued.
+        keep: What else must be kept alive until it has landed.
+        beside: Whether it was packed on a stream of its own, so that an update has to wait for it.
+        claimed: Whether a thread is about to receive it on the host.
+        over: Whether it was received.
+    """
+
+    load: Load
+    consignment: Consignment
+    order: tuple[int, int]
+    memory: Any = None
+    base: int = 0
+    slot: Slot | None = None
+    packed: Event | None = None
+    landed: Event | None = None
+    keep: list[object] = field(default_factory=list)
+    beside: bool = True
+    claimed: bool = False
+    over: bool = False
+
+    def __lt__(self, other: Flight) -> bool:
+        """Order by urgency, for a heap."""
+        return self.order < other.order

@@ -1,0 +1,131 @@
+"""Cutting shipments into loads, and sharing device memory: plain arithmetic, checked by doing it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from gockpt.device.cargo import Shipment, load_up
+from gockpt.device.interface import Source
+from gockpt.device.room import COPY_BYTES, SLOTS, Room, make_room
+
+
+def shipments_of(stretches, random):
+    """Make shipments from (itemsize, elements, gap before it, arena), and the arenas they ought to fill."""
+    ends, found = {0: 0, 1: 0}, []
+    for itemsize, count, gap, arena in stretches:
+        offset = -(-(ends[arena] + gap) // itemsize) * itemsize
+        content = random.integers(0, 256, 32 + count * itemsize, np.uint8)
+        low = int(random.integers(0, 33))
+        ends[arena] = offset + count * itemsize
+        found.append(Shipment(Source(content, low, count * itemsize, itemsize, 7), arena, offset, "x"))
+    wanted = {arena: np.full(end + 50, 9, np.uint8) for arena, end in ends.items()}
+    for s in found:
+        wanted[s.arena][s.offset : s.offset + s.source.nbytes] = bytes_of(s.source)
+    return found, wanted
+
+
+def bytes_of(source):
+    return source.memory[source.low : source.low + source.nbytes]
+
+
+stretches = st.lists(
+    st.tuples(
+        st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 200), st.integers(0, 3), st.sampled_from([0, 0, 1])
+    ),
+    max_size=12,
+)
+
+
+@given(
+    stretches,
+    st.integers(1, 12),
+    st.integers(1, 900),
+    st.integers(1, 8),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+@example([(4, 200, 0, 0), (4, 200, 0, 0)], 1, 64, 1, False, 0)
+def test_loads_carry_every_byte_to_its_place_and_touch_no_other(rows, slot, copy, piece, direct, seed):
+    shipments, wanted = shipments_of(rows, np.random.default_rng(seed))
+    arenas = {arena: np.full(end.size, 9, np.uint8) for arena, end in wanted.items()}
+    slot_bytes, piece_bytes = 64 * slot, 64 * piece
+    loads = load_up(shipments, slot_bytes=slot_bytes, copy_bytes=copy, piece_bytes=piece_bytes, direct=direct)
+    for load in loads:
+        assert load.slices
+        assert load.used <= slot_bytes
+        assert load.nbytes <= slot_bytes
+        memory = np.full(slot_bytes, 77, np.uint8)
+        for piece_of in load.slices:
+            part = piece_of.shipment.source.part(piece_of.low, piece_of.nbytes)
+            assert part.nbytes % part.itemsize == 0
+            assert part.start == 7 + piece_of.low // part.itemsize
+            if direct:
+                arena, start = load.piece
+                target = arenas[arena][start : start + piece_bytes]
+                target[piece_of.place : piece_of.place + part.nbytes] = bytes_of(part)
+                assert piece_of.place + part.nbytes <= piece_bytes
+            else:
+                memory[piece_of.place : piece_of.place + part.nbytes] = bytes_of(part)
+        assert bool(load.copies) is not direct
+        for c in load.copies:
+            assert 0 < c.nbytes <= copy
+            assert c.offset // piece_bytes == (c.offset + c.nbytes - 1) // piece_bytes
+            arenas[c.arena][c.offset : c.offset + c.nbytes] = memory[c.place : c.place + c.nbytes]
+    for arena, content in wanted.items():
+        assert np.array_equal(arenas[arena], content)
+
+
+def test_neighbours_travel_in_one_copy():
+    memory = np.zeros(100, np.uint8)
+    shipments = [Shipment(Source(memory, 0, 100, 1, 0), 0, at, "x") for at in (0, 100, 200, 301)]
+    (load,) = load_up(shipments, slot_bytes=1024, copy_bytes=1000, piece_bytes=4096)
+    assert [(c.place, c.offset, c.nbytes) for c in load.copies] == [(0, 0, 300), (320, 301, 100)]
+    (load,) = load_up(shipments[:3], slot_bytes=1024, copy_bytes=250, piece_bytes=4096)
+    assert [(c.place, c.offset, c.nbytes) for c in load.copies] == [(0, 0, 250), (250, 250, 50)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 1, 64), (100, 1, 64), (64, 0, 64), (64, 1, 100)], ids=["none", "odd", "copies", "pieces"]
+)
+def test_sizes_that_do_not_work_are_refused(sizes):
+    slot, copy, piece = sizes
+    with pytest.raises(ValueError, match="don't work"):
+        load_up([], slot_bytes=slot, copy_bytes=copy, piece_bytes=piece)
+
+
+@pytest.mark.parametrize(("nbytes", "offset"), [(6, 0), (8, 2)])
+def test_half_elements_are_refused(nbytes, offset):
+    odd = Shipment(Source(np.zeros(8, np.uint8), 0, nbytes, 4, 0), 0, offset, "x")
+    with pytest.raises(ValueError, match="no whole elements of 4"):
+        load_up([odd], slot_bytes=64, copy_bytes=64, piece_bytes=64)
+
+
+@given(st.none() | st.integers(1 << 16, 1 << 40), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_the_room_stays_within_its_bound(limit, free, state):
+    room = make_room(limit, free=free, state_bytes=state)
+    assert room.slot_bytes % 64 == 0
+    assert 64 <= room.slot_bytes <= COPY_BYTES
+    assert room.slots == SLOTS
+    if limit is not None:
+        assert room.nbytes <= limit
+        assert room.scratch_bytes <= state + 512
+    else:
+        assert not room.scratch_bytes
+        assert room.nbytes <= max(free // 8, SLOTS * 64)
+
+
+def test_what_a_room_is_made_of():
+    gb = 1 << 30
+    assert make_room(8 * gb, free=80 * gb, state_bytes=100 * gb) == Room(32 << 20, 4, 8 * gb - (128 << 20))
+    assert make_room(8 * gb, free=80 * gb, state_bytes=gb) == Room(32 << 20, 4, gb)
+    assert make_room(None, free=80 * gb, state_bytes=100 * gb) == Room(32 << 20, 4, 0)
+    assert make_room(1 << 16, free=80 * gb, state_bytes=100 * gb) == Room(1 << 14, 4, 0)
+
+
+def test_an_update_waits_for_what_the_ring_and_the_step_do_not_hide():
+    room = Room(100, 4, 0)
+    assert room.stall(1300, bytes_per_second=100, hidden_seconds=4) == 6  # 10 s for all but three slots
+    assert room.stall(1300, bytes_per_second=100, hidden_seconds=11) == 0

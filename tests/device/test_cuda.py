@@ -1,0 +1,259 @@
+"""The road on a CUDA device: the same promises as on the fake one. Runs with `make gpu`."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from gockpt.arena import Arena
+from gockpt.device.cargo import Shipment, Urgency
+from gockpt.device.interface import Source
+from gockpt.device.room import Room
+from gockpt.device.transfer import DeviceTransfer
+from gockpt.errors import SaveError
+
+pytestmark = pytest.mark.gpu
+
+MB = 1 << 20
+SIZES = [1, 7, 4096, 999_999, 3 * MB + 5, 20]
+DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.complex64, torch.float8_e4m3fn]
+VARIANTS = pytest.mark.parametrize("variant", ["staging", "direct", "detour"])
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from gockpt.device.cuda import CudaDevice
+
+    return CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.fixture
+def road(cuda):
+    """Return what makes a road and its arena; all of them are closed in the end."""
+    made = []
+
+    def make(variant="staging", *, room=None, nbytes=64 * MB, thread=False):
+        if variant == "detour":
+
+            def refuse(memory):
+                msg = f"{memory.nbytes} bytes are refused, as a test asks for"
+                raise RuntimeError(msg)
+
+            cuda.register = refuse
+        arena = Arena(nbytes)
+        arena.data[:] = 9
+        made.append(
+            DeviceTransfer(
+                cuda,
+                [arena],
+                room or Room(MB, 3, 0),
+                direct=variant == "direct",
+                thread=thread,
+                copy_bytes=MB // 2,
+                piece_bytes=16 * MB,
+            )
+        )
+        return made[-1], arena
+
+    yield make
+    torch.cuda.synchronize()
+    for road in made:
+        road.close()
+
+
+def tensors_of(sizes=SIZES, dtypes=DTYPES):
+    random = torch.Generator(device="cuda").manual_seed(1)
+    raw = [
+        torch.randint(0, 256, (n * d.itemsize,), dtype=torch.uint8, device="cuda", generator=random)
+        for n, d in zip(sizes, dtypes, strict=True)
+    ]
+    return [r.view(d) for r, d in zip(raw, dtypes, strict=True)]
+
+
+def shipments_of(tensors, owner="opt"):
+    found, end = [], 0
+    for tensor in tensors:
+        found.append(Shipment(Source(tensor, 0, tensor.nbytes, tensor.itemsize, 0), 0, end, owner))
+        end += -(-tensor.nbytes // 64) * 64
+    return found
+
+
+def bytes_of(tensor):
+    return tensor.view(torch.uint8).cpu().numpy()
+
+
+def overwrite(tensors):
+    for tensor in tensors:
+        tensor.view(torch.uint8).fill_(0)
+
+
+def check(arena, shipments, before):
+    for shipment, content in zip(shipments, before, strict=True):
+        assert np.array_equal(arena.view(shipment.offset, shipment.source.nbytes), content)
+
+
+@VARIANTS
+@pytest.mark.parametrize("urgency", list(Urgency), ids=lambda urgency: urgency.name)
+def test_what_arrives_is_the_boundary(road, variant, urgency):
+    way, arena = road(variant, room=Room(MB, 3, 5 * MB))
+    tensors = tensors_of()
+    for _ in range(3):
+        for tensor in tensors:
+            tensor.view(torch.uint8).random_(0, 256)
+        before = [bytes_of(t) for t in tensors]
+        shipments = shipments_of(tensors)
+        sent = way.send(shipments, urgency)
+        if urgency in (Urgency.STATE, Urgency.SNAPSHOT):
+            way.guard({"opt"})
+        overwrite(tensors)
+        way.finish(sent)
+        assert sent.proven
+        check(arena, shipments, before)
+        assert (arena.data[shipments[-1].offset + shipments[-1].source.nbytes :] == 9).all()
+
+
+@VARIANTS
+def test_work_that_is_queued_before_the_boundary_is_in_it(road, variant):
+    way, arena = road(variant)
+    a = torch.randn(4096, 4096, device="cuda")
+    tensor = torch.zeros(4096, 64, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(20):
+        a = a @ a
+        a = a / a.abs().max()
+    tensor.copy_(a[:, :64])
+    sent = way.send(shipments_of([tensor]), Urgency.STATE)
+    way.guard({"opt"})
+    after = tensor.clone()
+    tensor.zero_()
+    way.finish(sent)
+    assert sent.proven
+    assert np.array_equal(arena.view(0, after.nbytes), bytes_of(after.reshape(-1)))
+
+
+def test_a_change_that_nobody_guards_is_seen(road):
+    way, _ = road()
+    tensors = tensors_of()
+    sent = way.send(shipments_of(tensors), Urgency.STATE)
+    overwrite(tensors[3:4])  # nothing leaves before finish(): there is no thread
+    way.finish()
+    assert [shipment.source.memory.numel() for shipment in sent.lost] == [SIZES[3]]
+
+
+@pytest.mark.parametrize("variant", ["staging", "direct"])
+def test_send_and_guard_do_not_wait_for_the_device(road, variant):
+    way, arena = road(variant)
+    tensors = tensors_of()
+    way.finish(way.send(shipments_of(tensors), Urgency.STATE))  # compiles the kernels
+    before = [bytes_of(t) for t in tensors]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    asleep = torch.cuda.Event()
+    asleep.record()
+    shipments = shipments_of(tensors)
+    sent = way.send(shipments, Urgency.STATE)
+    way.guard({"opt"})
+    overwrite(tensors)
+    assert not asleep.query()
+    way.finish(sent)
+    assert sent.proven
+    check(arena, shipments, before)
+
+
+def test_the_arena_is_registered_and_let_go(road):
+    way, arena = road()
+    assert torch.from_numpy(arena.view(20 * MB, MB)).is_pinned()
+    assert way.variant == "staging and the copy engine"
+    way.close()
+    assert not torch.from_numpy(arena.view(20 * MB, MB)).is_pinned()
+
+
+def test_a_refused_registration_does_not_fail_the_next_launch(cuda):
+    arena = Arena(MB)
+    cuda.register(arena.data)
+    try:
+        with pytest.raises(RuntimeError, match="cudaHostRegister of 1048576 bytes failed with CUDA error"):
+            cuda.register(arena.data)
+        assert torch.ones(3, device="cuda").sum().item() == 3
+    finally:
+        cuda.unregister(arena.data)
+
+
+@VARIANTS
+def test_device_memory_stays_within_its_room(road, variant):
+    room = Room(MB, 3, 8 * MB)
+    way, _ = road(variant, room=room)
+    tensors = tensors_of([5 * MB, 4 * MB], [torch.float32, torch.bfloat16])
+    shipments = shipments_of(tensors)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for urgency in (Urgency.STATE, Urgency.SNAPSHOT, Urgency.GRADIENT):
+        sent = way.send(shipments, urgency)
+        way.guard(None)
+        way.finish(sent)
+        del sent
+    tables = 2 * sum(t.nbytes for t in tensors) // 1000 + 64 * 1024
+    assert torch.cuda.max_memory_allocated() - before <= room.nbytes + tables
+    way.close()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_thread_receives_what_lands(road):
+    way, arena = road(thread=True)
+    tensors, told = tensors_of(), threading.Event()
+    before = [bytes_of(t) for t in tensors]
+    shipments = shipments_of(tensors)
+    sent = way.send(shipments, Urgency.STATE, on_done=told.set)
+    way.guard({"opt"})
+    overwrite(tensors)
+    assert told.wait(60)
+    assert sent.proven
+    check(arena, shipments, before)
+
+
+def test_inside_a_graph_nothing_is_queued(road):
+    way, arena = road()
+    tensors = tensors_of()
+    before = [bytes_of(t) for t in tensors]
+    shipments = shipments_of(tensors)
+    sent = way.send(shipments, Urgency.STATE)
+    x = torch.zeros(3, device="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x += 1
+        way.guard({"opt"})
+        with pytest.raises(SaveError, match="a graph is being captured"):
+            way.send(shipments, Urgency.GRADIENT)
+    assert way.graphed
+    way.finish(sent)
+    graph.replay()
+    assert x.sum().item() == 3
+    assert sent.proven
+    check(arena, shipments, before)
+
+
+def test_dense_tensors_leave_in_storage_order(road):
+    way, arena = road()
+    tensor = torch.randn(2, 3, 40, 50, device="cuda").to(memory_format=torch.channels_last)
+    sent = way.send(shipments_of([tensor]), Urgency.STATE)
+    way.finish(sent)
+    assert sent.proven
+    flat = tensor.permute(0, 2, 3, 1).reshape(-1)
+    assert np.array_equal(arena.view(0, flat.nbytes), bytes_of(flat))
+
+
+def test_stages_are_seen_in_profiles(road):
+    way, _ = road()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sent = way.send(shipments_of(tensors_of()), Urgency.STATE)
+        way.guard(None)
+        way.finish(sent)
+    seen = {event.key for event in profile.key_averages()}
+    assert {f"gockpt {name}" for name in ("boundary", "guard", "pack", "copy", "arrival")} <= seen
