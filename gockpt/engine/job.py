@@ -172,6 +172,7 @@ class Job:
                 for gradient in state.pending:
                     self._ring.free(gradient.offset)
             self._pieces.clear()
+            self._arenas = ()
             transaction, self._transaction = self._transaction, None
         if transaction is not None:
             transaction.abort()
@@ -328,6 +329,7 @@ class Job:
         wrong = tuple(sorted(self._wrong))
         with self._changed:
             self._ended = True
+            self._arenas = ()
             transaction, self._transaction = self._transaction, None
             self._changed.notify_all()
         try:
@@ -377,6 +379,8 @@ class Job:
         with self._changed:
             self._transaction = None
             self._ended = True
+            # The next save may need a larger one; threads of this job may hold on to the job for a while.
+            self._arenas = ()
             self._changed.notify_all()
         return lambda: self._outcome.published(self, result)
 

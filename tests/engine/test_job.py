@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -113,8 +114,8 @@ class Bench:
         places = tuple(ArrayPlace(array, 0) for array in self.layout.arrays)
         return Capture(7, places, proofs, {"a": 1}, {"b": 2}, exact=True)
 
-    def close(self, capture=None):
-        self.job.close(capture or self.capture(), (self.state, self.ring_arena, Arena(0)))
+    def close(self, capture=None, added=None):
+        self.job.close(capture or self.capture(), (self.state, self.ring_arena, added or Arena(0)))
 
     def written(self):
         (transaction,) = self.transactions
@@ -209,6 +210,32 @@ def test_a_wrong_replay_is_reported_with_its_pieces_and_nothing_is_published(ben
     assert all(t.aborted == 1 for t in made.transactions)
     assert made.ring.in_use == 0
     assert made.job.take() is None
+
+
+@pytest.mark.parametrize("end", ["published", "mismatched", "failed", "aborted"])
+def test_who_hears_that_a_job_has_ended_can_have_its_memory(bench, end):
+    class Watched(Arena):  # slots take no weak references
+        pass
+
+    made = bench(**({"fail_at_commit": StorageError("no room")} if end == "failed" else {}))
+    if end == "mismatched":
+        made.part(made.pieces[2])[7] += 1.0
+    added = Watched(0)
+    alive = weakref.ref(added)
+    made.close(added=added)
+    del added
+    assert alive() is not None
+    if end == "aborted":
+        made.job.abort()
+    else:
+        heard = []
+        tell = getattr(made.outcome, end)
+        setattr(made.outcome, end, lambda *args: (heard.append(alive()), tell(*args)))
+        while (task := made.job.take()) is not None:
+            task()
+            del task
+        assert heard == [None]
+    assert alive() is None
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
