@@ -68,6 +68,7 @@ class Plan:
         ring_bytes: Room for gradients on their way to replay.
         facts: What it was made from.
         reason: Why this window, in one sentence.
+        road: How state leaves a device behind training; ``None`` if none does.
     """
 
     window: int
@@ -75,6 +76,7 @@ class Plan:
     ring_bytes: int
     facts: Facts
     reason: str
+    road: str | None = None
 
     def explain(self) -> str:
         """Return the plan as a few readable lines."""
@@ -90,6 +92,8 @@ class Plan:
             rest = 1.0 - sum(self.shares)
             parts = " + ".join(f"{100 * share:.0f} %" for share in (*self.shares, rest))
             lines.append(f"parts of the replayable state: {parts}")
+        if self.road is not None:
+            lines.append(f"off the device: {self.road}")
         return "\n".join(lines)
 
 

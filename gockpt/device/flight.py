@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gockpt.kernels.fingerprint import MODULUS
@@ -24,6 +25,8 @@ class Consignment:
     Attributes:
         shipments: What was sent, in order; empty once ``done``, since sources need not live longer.
         nbytes: Bytes that it moves.
+        began: When it was sent, in ``perf_counter`` seconds.
+        ended: When it was ``done``.
         done: Set when all of it has arrived, or none of it will any more.
         lost: Shipments that did not arrive as they were at the boundary. Complete when ``done`` is set.
         error: Why it will not arrive; ``None`` if it did, or still may.
@@ -39,6 +42,7 @@ class Consignment:
         on_done: Callable[[], None] | None,
     ) -> None:
         self.shipments: Sequence[Shipment] = tuple(shipments)
+        self.began = self.ended = perf_counter()
         self.nbytes = sum(shipment.source.nbytes for shipment in shipments)
         self.urgency = urgency
         self.prints = prints
@@ -63,6 +67,7 @@ class Consignment:
     def tell(self) -> None:
         """Tell whoever waits for it that it has ended, once."""
         self.shipments = ()
+        self.ended = perf_counter()
         self.done.set()
         on_done, self.on_done = self.on_done, None
         if on_done is not None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from gockpt.arena import Arena
     from gockpt.device.cargo import Shipment
-    from gockpt.device.interface import Device, Stream
+    from gockpt.device.interface import Device, Source, Stream
     from gockpt.device.room import Room
 
 __all__ = ["DeviceTransfer"]
@@ -86,6 +86,7 @@ class DeviceTransfer:
         self.graphed = False
         self.closed = False
         self._device = device
+        self._told = f"{device.name} refused while a save was moved off it, as another call was told"
         self._most = 2 * room.slots
         self._line = Line(device, arenas, room, direct=direct, copy_bytes=copy_bytes, piece_bytes=piece_bytes)
         self._changed = threading.Condition()
@@ -101,6 +102,11 @@ class DeviceTransfer:
     def variant(self) -> str:
         """How bytes get into the arena, in a few words: for whoever explains a plan."""
         return self._line.variant
+
+    @property
+    def detour(self) -> bool:
+        """Whether it takes pinned host memory, as much as the staging ring, and the host's help."""
+        return self._line.detour
 
     @property
     def idle(self) -> bool:
@@ -143,8 +149,7 @@ class DeviceTransfer:
                 self._start_thread()
             return consignment
         self._raise_pending()
-        msg = f"{self._device.name} refused while a save was moved off it, as another call was told"
-        raise SaveError(msg)
+        raise SaveError(self._told)
 
     def guard(self, owners: Collection[Hashable] | None) -> None:
         """Let what is queued next overwrite what belongs to ``owners``; ``None`` means to anyone.
@@ -221,15 +226,32 @@ class DeviceTransfer:
             consignment.on_done = None
             consignment.tell()
 
-    def close(self) -> None:
-        """Cancel, end the thread, give staging back, and unregister the arenas. Raises nothing."""
+    def look(self, sources: Sequence[Source]) -> list[int]:
+        """Return the sources' fingerprints as of now. Waits for the device.
+
+        Raises:
+            SaveError: If the device refused.
+        """
+        with self._watched():
+            main = self._line.main()
+            prints = self._device.prints(main, sources)
+            main.record().synchronize()
+            return prints.values()
+        self._raise_pending()
+        raise SaveError(self._told)
+
+    def close(self, *, join: bool = True) -> None:
+        """Cancel, give staging back, and unregister the arenas. Raises nothing.
+
+        Without ``join``, the thread may be in ``on_done`` still; it ends by itself.
+        """
         with self._changed:
             if self.closed:
                 return
             self.closed = True
             self._changed.notify_all()
         self.cancel()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if join and self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._line.release()
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from gockpt import replay
-from gockpt.engine.at_once import AtOnce
+from gockpt.engine.at_once import AtOnce, copy_at_once
 from gockpt.engine.evidence import of_piece, of_pieces, take
 from gockpt.engine.messages import ArrayPlace, Gradient
+from gockpt.errors import SaveError
 from gockpt.schedule import part_ranges
 from gockpt.transfer import Batch, Copy, dense_bytes
 
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gockpt.arena import Arena
+    from gockpt.device.flight import Consignment
     from gockpt.engine.cut import Cut, Piece, Unit
     from gockpt.engine.evidence import Evidence
     from gockpt.engine.job import Job
     from gockpt.engine.messages import Stretch
     from gockpt.engine.ring import Ring
+    from gockpt.engine.roads import Road
     from gockpt.engine.sizing import Shape
     from gockpt.engine.trace import Trace
     from gockpt.options import Options
@@ -55,6 +58,8 @@ class Attempt:
         ticks: Ticks it was spread over so far.
         proven: Whether all that was copied last arrived as it was at its boundary.
         lost: Names of arrays of which the last copies arrived otherwise.
+        road: How arrays leave a device behind training; ``None`` if none do.
+        refused: Why a device did not let what was sent arrive; else ``None``.
         broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
 
@@ -73,6 +78,7 @@ class Attempt:
         racing: frozenset[Name] | None,
         job: Job,
         trace: Trace,
+        road: Road | None = None,
     ) -> None:
         self.live = live
         self.layout = shape.layout
@@ -82,6 +88,12 @@ class Attempt:
         self.ring = ring
         self.job = job
         self._trace = trace
+        self.road = road
+        self._shipped: Consignment | None = None
+        self._shipped_as: list[int] | None = None
+        self._instead: set[Name] = set()
+        self.refused: str | None = None
+        self._on_rest: Callable[[], None] | None = None
         self.broken: str | None = None
         self.ticks = 0
         self.proven = False
@@ -134,7 +146,20 @@ class Attempt:
         self._copies = [self._copy(p, s) for p in (*late, *self.cut.loose) for s in p.stretches]
         restless = {p.index for unit in self.cut.units if self._restless(unit) for p in unit.pieces}
         self._transfer.run([c.run for c in self._copies if c.owner[0].index in restless])
+        if self.road is not None and self.cut.shipped:
+            self._send(live, self.road)
         return proofs
+
+    def _send(self, live: LiveState, road: Road) -> None:
+        """Send what leaves a device by its road; if that can't be, copy it now."""
+        try:
+            self._shipped = road.send(live, self.cut.shipped, self._road_ended)
+        except SaveError as error:
+            road.give_up(error)
+            self._instead = set(self._names_shipped())
+            for array in self.layout.arrays:
+                if array.spec.name in self._instead:
+                    copy_at_once(live.entries[array.spec.name], array, self._arena)
 
     def _restless(self, unit: Unit) -> bool:
         """Whether a copy behind the closing tick is likely to be overtaken, as another one was."""
@@ -144,7 +169,15 @@ class Attempt:
 
     def stands_at_tick(self, live: LiveState) -> bool:
         """Whether the whole state still is, bit for bit, what it was at the last tick looked at."""
-        return self._at_once.same(live.entries) and take(live, self.cut, self._transfer) == self._evidence
+        if not self._at_once.same(live.entries):
+            return False
+        if self.cut.shipped and (
+            self.road is None
+            or self._shipped_as is None
+            or self.road.look(live, self.cut.shipped) != self._shipped_as
+        ):
+            return False
+        return take(live, self.cut, self._transfer) == self._evidence
 
     def _look(self, live: LiveState) -> Evidence:
         """Copy what is copied at once, fingerprint the rest; what left and changed unexplained is late."""
@@ -167,13 +200,41 @@ class Attempt:
 
     def start_rest(self, on_done: Callable[[], None]) -> None:
         """Start the copies that :meth:`close` took the boundary of."""
+        if self._shipped is not None:
+            self._on_rest = on_done
         self._start(on_done)
+
+    def _road_ended(self) -> None:
+        # Before start_rest() there is nobody to tell; it looks itself.
+        on_rest, self._on_rest = self._on_rest, None
+        if on_rest is not None:
+            on_rest()
+
+    @property
+    def on_the_road(self) -> bool:
+        """Whether something was sent off a device and is not settled."""
+        return self._shipped is not None
+
+    @property
+    def rest_ended(self) -> bool:
+        """Whether nothing of it is on its way any more, whatever became of it."""
+        return self._shipped is None or self._shipped.done.is_set()
+
+    def let_overwrite(self, optimizer: object | None) -> None:
+        """Finish the copies of the host's, and let the device wait for what an update would overwrite."""
+        self._settle_copies()
+        if self.road is not None:
+            try:
+                self.road.guard(optimizer)
+            except SaveError as error:  # nothing reads what the update overwrites any more
+                self.road.give_up(error)
 
     @property
     def all_proven(self) -> bool:
         """Whether every copy under way ended and is proven, without touching the live state."""
         done = self._batch is None or (self._batch.done.is_set() and not self._batch.errors)
-        return done and all(c.proven for c in self._copies)
+        arrived = self._shipped is None or self._shipped.proven
+        return done and arrived and not self.lost and all(c.proven for c in self._copies)
 
     # -- copies under way --------------------------------------------------------------------
 
@@ -190,6 +251,36 @@ class Attempt:
         May be interrupted anywhere and called again: a copy counts only once it is proven. What is in
         ``lost`` afterwards is late already inside a window; at the close the attempt is void.
         """
+        self._settle_copies()
+        self._settle_shipped()
+        self.proven = not self.lost
+
+    def _settle_shipped(self) -> None:
+        sent, road = self._shipped, self.road
+        if sent is None or road is None:
+            return
+        self._on_rest = None  # it knows this attempt
+        try:
+            road.finish(sent)
+        except SaveError as error:
+            # As if all of it had been overtaken: it leaves again at the next tick, inside the call.
+            road.give_up(error)
+            self.refused = str(error)
+            self.lost = [*self.lost, *self._names_shipped()]
+            self._shipped = None
+            return
+        names = {id(self.live.entries[name]): name for name in self._names_shipped()}
+        self.lost = [*self.lost, *(names[id(shipment.source.memory)] for shipment in sent.lost)]
+        self._shipped_as = sent.expected
+        self._shipped = None
+        self.copied_bytes += sent.nbytes
+        self.copy_seconds += sent.ended - sent.began
+        self._trace.span("copy", sent.began, sent.ended)
+
+    def _names_shipped(self) -> list[Name]:
+        return [stretch.name for piece in self.cut.shipped for stretch in piece.stretches]
+
+    def _settle_copies(self) -> None:
         batch = self._batch
         if batch is not None:
             batch.finish()
@@ -207,7 +298,6 @@ class Attempt:
             self._trace.span("copy", batch.started, batch.ended)
         # Added, not replaced: after an interrupt below this is what the next call goes by.
         self.lost = [*self.lost, *lost]
-        self.proven = not self.lost
         self._batch = None
         self._copies = []
 
@@ -217,6 +307,10 @@ class Attempt:
         self._copies = []
         if batch is not None:
             batch.cancel()
+        sent, self._shipped = self._shipped, None
+        self._on_rest = None  # it knows this attempt
+        if sent is not None and self.road is not None:
+            self.road.cancel()
 
     # -- updates -----------------------------------------------------------------------------
 
@@ -350,7 +444,7 @@ class Attempt:
 
     def places(self, live: LiveState) -> tuple[ArrayPlace, ...]:
         """Describe every array to the writer; arrays that stand in storage order say so."""
-        at_once = set(self.cut.at_once)
+        at_once = {*self.cut.at_once, *self._instead}
         result = []
         for array in self.layout.arrays:
             tensor = live.entries[array.spec.name]

@@ -14,7 +14,7 @@ import torch
 
 from gockpt import replay
 from gockpt.engine.messages import ReplayPiece, Stretch
-from gockpt.transfer import dense_bytes
+from gockpt.transfer import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,6 +119,7 @@ class Cut:
         units: What can be replayed.
         pieces: Their pieces, in the order they leave.
         loose: Pieces of arrays that leave at the closing tick, behind the next step.
+        shipped: Pieces of arrays on a device that leave at the closing tick, by the road off it.
         at_once: Arrays that are copied inside the closing tick.
         reasons: Why parameters can't be replayed, by name.
     """
@@ -126,6 +127,7 @@ class Cut:
     units: tuple[Unit, ...]
     pieces: tuple[Piece, ...]
     loose: tuple[Piece, ...]
+    shipped: tuple[Piece, ...]
     at_once: tuple[Name, ...]
     reasons: dict[str, str]
 
@@ -147,6 +149,7 @@ def cut(
     window: int,
     barred: frozenset[str] = frozenset(),
     racing: frozenset[Name] | None = frozenset(),
+    aboard: torch.device | None = None,
 ) -> Cut:
     """Cut ``live`` into what can leave early, what leaves at the close, and what is copied at once.
 
@@ -157,6 +160,7 @@ def cut(
         barred: Parameters whose replay is not trusted.
         racing: Arrays that must be copied inside the closing tick because a copy behind it was
             overtaken before; ``None`` means all of them.
+        aboard: The device that there is a road off.
     """
     arrays = {a.spec.name: a for a in layout.arrays}
     small = min(SMALL, sum(a.spec.nbytes for a in layout.arrays) // 4096)
@@ -186,6 +190,7 @@ def cut(
         units.append(unit)
         taken.update(unit.names)
     loose: list[Piece] = []
+    shipped: list[Piece] = []
     at_once: list[Name] = []
     for name, array in arrays.items():
         if name in taken or not array.slots:
@@ -196,15 +201,19 @@ def cut(
             or name in racing
             or name in live.buffers
             or array.spec.nbytes <= small
-            or dense_bytes(tensor) is None
+            or not is_dense(tensor)
+            or (tensor.device != aboard and tensor.device.type != "cpu")
             or (len(array.slots) > 1 and not tensor.is_contiguous())
         )
         if prompt:
             at_once.append(name)
             continue
-        for stretch in _loose_ranges(array, size):
-            loose.append(Piece(len(pieces) + len(loose), (stretch,)))
-    return Cut(tuple(units), tuple(pieces), tuple(loose), tuple(at_once), reasons)
+        there = tensor.device == aboard
+        # The road cuts as it needs to.
+        for stretch in _loose_ranges(array, max(1, array.spec.numel) if there else size):
+            piece = Piece(len(pieces) + len(loose) + len(shipped), (stretch,))
+            (shipped if there else loose).append(piece)
+    return Cut(tuple(units), tuple(pieces), tuple(loose), tuple(shipped), tuple(at_once), reasons)
 
 
 def _unit(live: LiveState, entry: ParamEntry, barred: frozenset[str], reasons: dict[str, str]) -> Unit | None:

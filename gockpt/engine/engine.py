@@ -19,6 +19,7 @@ from gockpt.engine.hooks import Hooks
 from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
 from gockpt.engine.pool import Pool
+from gockpt.engine.roads import Roads
 from gockpt.engine.save import Boundary, Save, as_save_error
 from gockpt.engine.signals import deferred, let_through
 from gockpt.engine.sizing import facts_of
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from gockpt.engine.attempt import Attempt
     from gockpt.engine.handle import Saved, SaveHandle
+    from gockpt.engine.roads import Devices
     from gockpt.options import Options
     from gockpt.state import LiveState
     from gockpt.storage.store import Store
@@ -68,10 +70,12 @@ class Engine:
         last_step: int = 0,
         updates: int = 0,
         on_published: Callable[[Saved], None] = lambda _: None,
+        devices: Devices | None = None,
     ) -> None:
         """Attach to a model, given as a function that returns it, or ``None`` once it is gone.
 
         ``on_published`` is called for each checkpoint once it is durable, on a worker; it must not wait.
+        ``devices`` are those that state may leave behind training; CUDA's by default.
         """
         self.options = options
         self.store = store
@@ -95,6 +99,7 @@ class Engine:
             pace=self._pace,
             drive=self.drive,
             on_saved=self._published,
+            roads=Roads(options, devices),
         )
         self._hooks = Hooks(optimizers, self)
         self._thread = threading.current_thread()
@@ -282,13 +287,13 @@ class Engine:
 
     def before_hooks(self) -> None:
         """Finish copying before a user's own pre-hook can change what is copied."""
-        self._hold_up(lambda attempt: attempt.settle())
+        self._hold_up(None, lambda attempt: attempt.settle())
 
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Make sure that nothing still needed is overwritten (an optimizer is about to step)."""
-        self._hold_up(lambda attempt: attempt.before_update(optimizer, closure=closure))
+        self._hold_up(optimizer, lambda attempt: attempt.before_update(optimizer, closure=closure))
 
-    def _hold_up(self, in_window: Callable[[Attempt], object]) -> None:
+    def _hold_up(self, optimizer: object | None, in_window: Callable[[Attempt], object]) -> None:
         """Let the update wait for the last copies of a closing tick, or for what a window needs."""
         if self._save.attempt is None:
             return
@@ -296,7 +301,7 @@ class Engine:
         with deferred(), self._changed, self._at_work():
             attempt, state = self._save.attempt, self._save.state
             if state is State.CLOSING:
-                self._guard(self._save.settle)
+                self._guard(lambda: self._save.let_overwrite(optimizer))
             elif state is State.OPEN and attempt is not None and attempt.broken is None:
                 self._guard(lambda: in_window(attempt))
             else:
@@ -333,12 +338,12 @@ class Engine:
     def _advance(self, boundary: Boundary, moment: Moment) -> None:
         save = self._save
         if save.state is State.CLOSING:
-            save.settle()
-        if save.state is State.CAPTURED:
+            save.settle_if_ended()
+        if save.state in (State.CLOSING, State.CAPTURED):
             self._while_busy(boundary.step, moment)
         if save.state is State.VOID:
             save.retarget(self._collect(), boundary)
-        elif save.state is State.CAPTURED:
+        elif save.state in (State.CLOSING, State.CAPTURED):
             return
         elif moment.due:
             self._hooks.assert_order()
@@ -352,10 +357,11 @@ class Engine:
         """The last save is still being written: help it when it is late, wait for it if asked to."""
         if moment.ticks_left >= self._window_ticks():
             return
-        if self._cadence.every > 1:
+        if self._cadence.every > 1 and self._save.state is State.CAPTURED:
             # With every=1 the next save is always due; being "late" then is no reason to disturb training.
             self._save.hurry()
         if self.options.when_busy == "wait":
+            self._save.settle()
             while self._save.state is State.CAPTURED:
                 self._changed.wait(POLL)
                 let_through()

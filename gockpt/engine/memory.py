@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from gockpt.engine.cut import Cut
     from gockpt.engine.job import Outcome
+    from gockpt.engine.roads import Roads
     from gockpt.engine.sizing import Shape
     from gockpt.engine.trace import Trace
     from gockpt.layout import ArenaLayout
@@ -43,8 +44,9 @@ class Memory:
     what the user's own ``state_dict()`` and callables make, and the JSON documents and checksums.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, roads: Roads) -> None:
         self._options = options
+        self._roads = roads
         self._held: list[Arena | None] = [None, None, None]
         self._passing = 0
         self._reordering = 0
@@ -60,11 +62,13 @@ class Memory:
         """State, ring and additions."""
         return tuple(self._arena(use, 0) for use in (STATE, RING, EXTRA))
 
-    def prepare(self, shape: Shape, transfer: Transfer) -> None:
-        """Reserve the state's arena and take its pages behind the caller."""
+    def prepare(self, live: LiveState, shape: Shape, transfer: Transfer) -> None:
+        """Reserve the state's arena and take its pages behind the caller, and make the road into it."""
         self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
         self._make_room({STATE: shape.layout.nbytes, RING: 0, EXTRA: 0})
-        transfer.submit([self._arena(STATE, shape.layout.nbytes).prefault])
+        arena = self._arena(STATE, shape.layout.nbytes)
+        transfer.submit([arena.prefault])
+        self._roads.prepare(live, arena, transfer)
 
     def admission(self) -> Callable[[int], None]:
         """Return what is to be told of each array of the extras before it is copied.
@@ -110,13 +114,21 @@ class Memory:
         Raises:
             OptionsError: If that takes more than is allowed.
         """
-        pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing)
-        ring_bytes = ring_bytes_of(pieces, plan)
-        self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
-        self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
-        needs = {STATE: shape.layout.nbytes, RING: ring_bytes}
-        self._make_room(needs | {EXTRA: 0} if afresh else needs)
-        arena = self._arena(STATE, shape.layout.nbytes)
+        # In a longer window the whole state is looked at in every tick, which a road is not made for.
+        road = self._roads.ready(live, self._held[STATE]) if plan.window == 1 else None
+        while True:
+            aboard = None if road is None else road.device
+            pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing, aboard=aboard)
+            ring_bytes = ring_bytes_of(pieces, plan)
+            self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
+            self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+            needs = {STATE: shape.layout.nbytes, RING: ring_bytes}
+            self._make_room(needs | {EXTRA: 0} if afresh else needs)
+            arena = self._arena(STATE, shape.layout.nbytes)
+            if road is None or road.arena is arena:
+                break
+            road = None  # it led to an arena that was too small, or too large
+        self._roads.prepare(live, arena, transfer)
         if self._kept(RING) < ring_bytes:
             transfer.submit([self._arena(RING, ring_bytes).prefault])
         ring = Ring(0, ring_bytes)
@@ -142,12 +154,20 @@ class Memory:
             racing=racing,
             job=job,
             trace=trace,
+            road=road,
         )
         return attempt, job
 
     def release(self) -> None:
         """Let the memory go."""
+        self._roads.leave(join=True)
         self._held = [None, None, None]
+
+    def _let_go(self, use: int) -> None:
+        """Let one arena go; the road into it ends first."""
+        if use == STATE and self._held[use] is not None:
+            self._roads.leave()
+        self._held[use] = None
 
     def _kept(self, use: int) -> int:
         arena = self._held[use]
@@ -157,7 +177,8 @@ class Memory:
         """Return the arena of one use, at least that large; a smaller one goes first."""
         arena = self._held[use]
         if arena is None or arena.nbytes < nbytes:
-            arena = self._held[use] = None  # never both at a time
+            arena = None  # never both at a time
+            self._let_go(use)
             arena = self._held[use] = Arena(nbytes)
         return arena
 
@@ -183,7 +204,7 @@ class Memory:
         if total() > limit:
             for use, nbytes in needs.items():
                 if self._kept(use) > whole_pages(nbytes):
-                    self._held[use] = None
+                    self._let_go(use)
         nbytes = total()
         if nbytes > limit:
             self._refuse(nbytes, limit, extras=copies and copies + needs[EXTRA], encoding=encoding)

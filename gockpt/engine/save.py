@@ -6,6 +6,7 @@ come from worker threads.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from gockpt.engine.messages import ArrayPlace
     from gockpt.engine.pace import Pace
     from gockpt.engine.pool import Pool
+    from gockpt.engine.roads import Roads
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
@@ -97,6 +99,7 @@ class Save:
         pace: Pace,
         drive: Callable[[SaveHandle, Callable[[], bool], float | None], None],
         on_saved: Callable[[Saved], None],
+        roads: Roads,
     ) -> None:
         self.state = State.IDLE
         self.attempt: Attempt | None = None
@@ -107,7 +110,7 @@ class Save:
         self.barred: frozenset[str] = frozenset()
         self.racing: frozenset[Name] | None = frozenset()
         self.shape: Shape | None = None
-        self.memory = Memory(options)
+        self.memory = Memory(options, roads)
         self.looked_at: Boundary | None = None
         self._store = store
         self._options = options
@@ -143,7 +146,7 @@ class Save:
 
     def prepare(self, live: LiveState) -> None:
         """Reserve the memory a save of ``live`` takes, behind the caller."""
-        self.memory.prepare(self.shape_of(live), self._transfer)
+        self.memory.prepare(live, self.shape_of(live), self._transfer)
 
     def shape_of(self, live: LiveState) -> Shape:
         """Return the geometry of ``live`` and remember it."""
@@ -230,10 +233,28 @@ class Save:
             # Which arrays lose such a race is chance, so all of their kind are copied at once from now on.
             kinds = {name[0] for name in lost}
             racing = frozenset(a.spec.name for a in attempt.layout.arrays if a.spec.name[0] in kinds)
-            why = f"{'/'.join(lost[0])} changed before it was copied"
+            why = attempt.refused or f"{'/'.join(lost[0])} changed before it was copied"
             self._run(Event.TORN, (frozenset[str](), racing, why))
         else:
             self._run(Event.ARRIVED)
+
+    def let_overwrite(self, optimizer: object | None) -> None:
+        """Let an update, or with ``None`` anything, overwrite what the closing tick took the boundary of.
+
+        What leaves a device by its road may be on its way still: then the save stays in this state.
+        """
+        attempt = self.attempt
+        if attempt is None or self.state is not State.CLOSING:
+            return
+        if attempt.on_the_road and not attempt.rest_ended:
+            attempt.let_overwrite(optimizer)
+        else:
+            self.settle()
+
+    def settle_if_ended(self) -> None:
+        """Settle unless something is still on its way off a device."""
+        if self.attempt is None or not self.attempt.on_the_road or self.attempt.rest_ended:
+            self.settle()
 
     def hurry(self) -> None:
         """Help the worker with a thread of normal priority: its deadline is here."""
@@ -312,6 +333,8 @@ class Save:
             trace=self.trace,
             afresh=afresh,
         )
+        road = self.attempt.road
+        handle.plan = dataclasses.replace(handle.plan, road=None if road is None else road.variant)
         self._pool.serve(self.job)
 
     def _plan_now(self, live: LiveState) -> Plan:
@@ -381,7 +404,9 @@ class Save:
     def _copies_ended(self, attempt: Attempt) -> None:
         """Hand over as soon as all has arrived, on whichever thread finished it."""
         with self._lock:
-            if self.attempt is attempt and self.state is State.CLOSING and attempt.all_proven:
+            if self.attempt is not attempt or self.state is not State.CLOSING:
+                return
+            if attempt.all_proven or (attempt.on_the_road and attempt.rest_ended):
                 self.settle()
 
     def _note(self, event: str) -> None:

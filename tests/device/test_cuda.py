@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import gockpt
 from gockpt.arena import Arena
 from gockpt.device.cargo import Shipment, Urgency
 from gockpt.device.interface import Source
@@ -257,3 +258,42 @@ def test_stages_are_seen_in_profiles(road):
         way.finish(sent)
     seen = {event.key for event in profile.key_averages()}
     assert {f"gockpt {name}" for name in ("boundary", "guard", "pack", "copy", "arrival")} <= seen
+
+
+@pytest.mark.parametrize("memory", [1 << 16, 1 << 28], ids=["staging", "snapshot"])
+def test_saves_of_a_model_on_a_device_are_the_boundary(cuda, memory):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(1000, 3000),
+        torch.nn.BatchNorm1d(3000),
+        torch.nn.Linear(3000, 500).to(torch.bfloat16),
+        torch.nn.Conv2d(64, 64, 3).to(memory_format=torch.channels_last),
+    ).to("cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+    options = gockpt.Options(device_memory=memory, when_busy="wait", window=1)
+    moments = {}
+    with gockpt.Checkpointer(model, optimizer, "ckpts", options=options) as saver:
+        for step in range(1, 7):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+            moments[step] = {f"model/{k}": v.cpu() for k, v in model.state_dict().items()}
+            for p, state in optimizer.state.items():
+                moments[step] |= {f"optimizer/{names[id(p)]}/{k}": v.cpu() for k, v in state.items()}
+            save = saver.after_step(step)
+            if step == 1:  # the road is made behind it
+                assert saver._engine._transfer.submit([lambda: None]).done.wait(60)
+        assert "off the device: staging and the copy engine" in save.plan.explain()
+    assert gockpt.steps("ckpts") == list(range(1, 7))
+    for step, moment in moments.items():
+        assert gockpt.verify("ckpts", step).ok
+        with gockpt.open("ckpts", step) as saved:
+            for name, expected in moment.items():
+                found = saved[name][...]
+                assert found.dtype == expected.dtype
+                same = (
+                    found.reshape(-1).view(torch.uint8),
+                    expected.contiguous().reshape(-1).view(torch.uint8),
+                )
+                assert torch.equal(*same), f"step {step}: {name}"

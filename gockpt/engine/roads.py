@@ -1,0 +1,205 @@
+"""The road off a device, as one engine uses it: which tensors take it, and when it is ready.
+
+State leaves a device behind training only where ``Options.device_memory`` says how much of the device it may
+take for that. It is tried for one device, the one that holds most. Whatever fails on the way, the next save
+copies inside the call again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, Protocol
+
+from gockpt.device.cargo import Shipment, Urgency
+from gockpt.device.interface import Source
+from gockpt.device.room import make_room
+from gockpt.device.transfer import DeviceTransfer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Sequence
+
+    import torch
+
+    from gockpt.arena import Arena
+    from gockpt.device.flight import Consignment
+    from gockpt.device.interface import Device
+    from gockpt.engine.cut import Piece
+    from gockpt.options import Options
+    from gockpt.state import LiveState
+    from gockpt.transfer import Transfer
+
+    Name = tuple[str, ...]
+
+__all__ = ["CudaDevices", "Devices", "Road", "Roads"]
+
+_log = logging.getLogger("gockpt")
+
+
+class Devices(Protocol):
+    """The devices there are; another one can be put in for tests."""
+
+    def find(self, tensors: Iterable[torch.Tensor]) -> torch.device | None:
+        """Return the device that holds most of them, if it is one that there is a road from."""
+
+    def open(self, device: torch.device) -> Device:
+        """Return what speaks to it."""
+
+
+class CudaDevices:
+    """CUDA's."""
+
+    def find(self, tensors: Iterable[torch.Tensor]) -> torch.device | None:
+        """Return the CUDA device that holds most bytes of them."""
+        held: Counter[torch.device] = Counter()
+        for tensor in tensors:
+            if tensor.device.type == "cuda":
+                held[tensor.device] += tensor.nbytes
+        return max(held, key=lambda device: held[device]) if held else None
+
+    def open(self, device: torch.device) -> Device:
+        """Return a :class:`gockpt.device.cuda.CudaDevice`."""
+        from gockpt.device.cuda import CudaDevice
+
+        return CudaDevice(device)
+
+
+class Road:
+    """One road into one arena.
+
+    Attributes:
+        arena: Where it leads.
+        device: Where it comes from.
+        variant: How bytes get into the arena, in a few words.
+        broken: Whether it must not be taken any more.
+    """
+
+    def __init__(
+        self, device: torch.device, arena: Arena, transfer: DeviceTransfer, *, scratch: bool
+    ) -> None:
+        self.arena = arena
+        self.device = device
+        self.variant = transfer.variant
+        self.broken = False
+        self._transfer = transfer
+        self._urgency = Urgency.SNAPSHOT if scratch else Urgency.STATE
+
+    def send(self, live: LiveState, pieces: Sequence[Piece], on_done: Callable[[], None]) -> Consignment:
+        """Take the boundary for some pieces; what has no room in scratch memory needs :meth:`guard`."""
+        return self._transfer.send(_shipments(live, pieces), self._urgency, on_done=on_done)
+
+    def look(self, live: LiveState, pieces: Sequence[Piece]) -> list[int]:
+        """Return the pieces' fingerprints now. Waits for the device."""
+        return self._transfer.look([shipment.source for shipment in _shipments(live, pieces)])
+
+    def guard(self, optimizer: object | None) -> None:
+        """Let an optimizer's update, or with ``None`` anything, overwrite what is queued next."""
+        self._transfer.guard(None if optimizer is None else {id(optimizer), None})
+
+    def give_up(self, error: Exception) -> None:
+        """Don't take it any more: the device refused."""
+        if not self.broken:
+            self.broken = True
+            _log.warning("state is copied inside the call from now on: %s", error)
+
+    def finish(self, consignment: Consignment) -> None:
+        """Wait until it has arrived."""
+        self._transfer.finish(consignment)
+
+    def cancel(self) -> None:
+        """Drop what is under way; afterwards nothing writes into the arena."""
+        self._transfer.cancel()
+
+    def close(self, *, join: bool) -> None:
+        """Give its memory back; with ``join`` its thread has ended afterwards."""
+        self._transfer.close(join=join)
+
+
+def _shipments(live: LiveState, pieces: Sequence[Piece]) -> list[Shipment]:
+    owners = _owners(live)
+    found = []
+    for piece in pieces:
+        for stretch in piece.stretches:
+            tensor = live.entries[stretch.name]
+            low = stretch.start * stretch.itemsize
+            source = Source(tensor, low, stretch.nbytes, stretch.itemsize, stretch.start)
+            found.append(Shipment(source, 0, stretch.offset, owners.get(stretch.name)))
+    return found
+
+
+def _owners(live: LiveState) -> dict[Name, Hashable]:
+    """Return which optimizer overwrites an array; ``None`` where it is not just one."""
+    owners: dict[Name, Hashable] = {}
+    for param in live.params:
+        owner = id(live.optimizers[param.optimizer_index])
+        for name in (param.name, *param.state_names.values()):
+            owners[name] = owner if owners.get(name, owner) == owner else None
+    return owners
+
+
+class Roads:
+    """At most one road, made behind the training thread and kept between saves."""
+
+    def __init__(self, options: Options, devices: Devices | None) -> None:
+        self._limit = options.device_memory
+        self._bounded = options.host_memory is not None
+        self._devices: Devices = CudaDevices() if devices is None else devices
+        self._lock = threading.Lock()
+        self._wanted: Arena | None = None
+        self._road: Road | None = None
+        self._given_up = False
+
+    def ready(self, live: LiveState, arena: Arena | None) -> Road | None:
+        """Return the road into ``arena``, if one is ready that the state may take."""
+        with self._lock:
+            road = self._road
+            if road is not None and road.broken:
+                self._given_up = True
+            elif road is not None and road.arena is arena:
+                return road if self._devices.find(live.entries.values()) == road.device else None
+        return None
+
+    def prepare(self, live: LiveState, arena: Arena, transfer: Transfer) -> None:
+        """Make a road into ``arena`` behind the caller, if the options ask for one and there is a device."""
+        with self._lock:
+            if self._limit is None or self._given_up or self._wanted is arena:
+                return
+            device = self._devices.find(live.entries.values())
+            if device is None:
+                return
+            self._wanted = arena
+        nbytes = sum(tensor.nbytes for tensor in live.entries.values() if tensor.device == device)
+        transfer.submit([lambda: self._make(device, arena, nbytes)])
+
+    def leave(self, *, join: bool = False) -> None:
+        """Close the road: the arena that it leads to is about to go."""
+        with self._lock:
+            road, self._road, self._wanted = self._road, None, None
+        if road is not None:
+            road.close(join=join)
+
+    def _make(self, device: torch.device, arena: Arena, nbytes: int) -> None:
+        limit = self._limit
+        if limit is None:
+            return
+        try:
+            there = self._devices.open(device)
+            room = make_room(limit, free=there.free_bytes(), state_bytes=nbytes)
+            transfer = DeviceTransfer(there, [arena], room)
+        except Exception as error:  # noqa: BLE001 - whatever the driver raises: there is another way
+            _log.warning("state on %s is copied inside the call: %s: %s", device, type(error).__name__, error)
+            with self._lock:
+                self._given_up = True
+            return
+        if self._bounded and transfer.detour:
+            # Its pinned memory would come on top of what was admitted.
+            _log.warning("state on %s is copied inside the call: %s", device, transfer.variant)
+            transfer.close()
+            return
+        road = Road(device, arena, transfer, scratch=room.scratch_bytes > 0)
+        with self._lock:
+            if self._wanted is arena and not self._given_up:
+                self._road = road
+                return
+        road.close(join=False)
