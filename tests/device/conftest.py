@@ -74,10 +74,16 @@ class Stream:
             self.device.settle()
 
 
+class Tables:
+    """What a launch reads beside its sources: whoever launched must keep it."""
+
+
 class Operation:
     """Bytes from some places to others, or nothing but time."""
 
-    def __init__(self, device, name, seconds, *, pairs=(), reads=(), writes=(), engine=None, end=None):
+    def __init__(
+        self, device, name, seconds, *, pairs=(), reads=(), writes=(), engine=None, end=None, tables=None
+    ):
         self.device = device
         self.name = name
         self.seconds = seconds
@@ -90,6 +96,7 @@ class Operation:
             span(*w) for w in writes
         ]
         self.on_end = end
+        self.tables = None if tables is None else weakref.ref(tables)
         self.halves = []
 
     def source(self, number):
@@ -109,6 +116,8 @@ class Operation:
             target[:] = RUBBISH
 
     def stop(self):
+        if self.tables is not None and self.tables() is None:
+            self.device.violations.append(f"{self.name} reads tables that nobody holds")
         for number, (_, _, n, target) in enumerate(self.pairs):
             second = self.source(number)[n // 2 :].copy()
             target[: n // 2] = self.halves[number]
@@ -225,11 +234,14 @@ class FakeDevice:
             if direct:
                 for *_, view in pairs:
                     self.expect_registered(view)
-            token = object()
+            tables = Tables()
             seconds = total / (self.outer if direct else self.inner)
             name = f"pack on {stream.name}"
-            self.put(stream, Operation(self, name, seconds, pairs=pairs, engine="bus" if direct else None))
-            return token
+            self.put(
+                stream,
+                Operation(self, name, seconds, pairs=pairs, engine="bus" if direct else None, tables=tables),
+            )
+            return tables
 
     def copy(self, stream, memory, place, target):
         with self.lock:
