@@ -37,6 +37,7 @@ def main() -> None:
         for saver in SAVERS
         for every in wanted.every
         if not wanted.only or saver.startswith("no saving") or any(part in saver for part in wanted.only)
+        if worker_of(saver) in (None, *wanted.worker)
     ]
     # Without a save, the interval means nothing: one segment of each is enough.
     variants = [v for v in variants if not v[0].startswith("no saving") or v[1] == wanted.every[0]]
@@ -63,6 +64,11 @@ def main() -> None:
             "samples": segments,
         }
         write_json(wanted.json, result)
+
+
+def worker_of(saver: str) -> str | None:
+    """Return where a saver of this project does its background work; ``None`` for the others."""
+    return SAVERS[saver][1].get("worker", "thread") if saver.startswith("gockpt") else None
 
 
 def place(variant: tuple[str, int]) -> tuple[int, int]:
@@ -152,6 +158,13 @@ def parsed() -> argparse.Namespace:
         "--every", type=int, nargs="+", help="steps between saves (default: 10 50; quick: 10)"
     )
     parser.add_argument("--only", nargs="+", metavar="PART", help="only savers with this in their name")
+    parser.add_argument(
+        "--worker",
+        nargs="+",
+        choices=("thread", "process"),
+        default=["thread"],
+        help="where gockpt's background runs; both are compared in one run (default: thread)",
+    )
     parser.add_argument("--threads", type=int, help="for torch (default: the usable cores; quick: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     parser.add_argument("--dir", default=tempfile.gettempdir(), help="where to save (default: %(default)s)")

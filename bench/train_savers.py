@@ -84,10 +84,11 @@ class Gockpt:
         *,
         every: int,
         window: Any = "auto",
+        worker: Any = "thread",
     ) -> None:
         import gockpt
 
-        options = gockpt.Options(window=window, keep=KEEP)
+        options = gockpt.Options(window=window, keep=KEEP, worker=worker)
         self._saver = gockpt.Checkpointer(model, optimizer, directory, every=every, options=options)
         self._newest: SaveHandle | None = None
         self._told: dict[int, float] = {}
@@ -227,6 +228,8 @@ SAVERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "no saving (again)": (Nothing, {}),
     "gockpt, window auto": (Gockpt, {"window": "auto"}),
     "gockpt, window 4": (Gockpt, {"window": 4}),
+    "gockpt, window auto, process": (Gockpt, {"window": "auto", "worker": "process"}),
+    "gockpt, window 4, process": (Gockpt, {"window": 4, "worker": "process"}),
     "torch.save + fsync": (TorchSave, {"sync": True}),
     "torch.save, no fsync": (TorchSave, {"sync": False}),
     "dcp.async_save": (DcpAsync, {}),

@@ -7,8 +7,12 @@ children, so that a data-loader worker neither copies it nor keeps it alive.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
-from typing import Final
+import os
+import weakref
+from contextlib import suppress
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,27 +40,62 @@ class Arena:
         nbytes: Its size in bytes, a multiple of the page size.
         data: All of it as a 1-D uint8 array; views of it share the memory.
         address: Address of the first byte.
+        fd: For a shared one: the descriptor that another process can map it by; else -1.
     """
 
-    __slots__ = ("_map", "address", "data", "nbytes")
+    __slots__ = ("__weakref__", "address", "data", "fd", "nbytes")
 
-    def __init__(self, nbytes: int) -> None:
+    data: npt.NDArray[np.uint8]
+
+    def __init__(self, nbytes: int, *, shared: bool = False) -> None:
         """Map at least ``nbytes`` bytes, zeroed. Pages are taken when first touched.
+
+        Args:
+            nbytes: How many.
+            shared: Whether another process is to be given the same pages, by ``fd``.
 
         Raises:
             SaveError: If the system has no such amount of address space or memory.
         """
         self.nbytes = whole_pages(nbytes)
+        self.fd = -1
         try:
-            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+            if shared:
+                self.fd = os.memfd_create("gockpt-arena", os.MFD_CLOEXEC)
+                os.ftruncate(self.fd, self.nbytes)
+                self.data = _map(self.fd, self.nbytes, owned=True)
+            else:
+                memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+                self.data = np.frombuffer(memory, dtype=np.uint8)
         except (OSError, ValueError, OverflowError) as error:
-            msg = (
-                f"can't reserve {self.nbytes} bytes of host memory for the checkpoint ({error}); "
-                "free memory or save a smaller state"
-            )
-            raise SaveError(msg) from error
-        self.data: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
-        self.address = self.data.ctypes.data
+            if self.fd >= 0:
+                os.close(self.fd)
+            raise _refused(self.nbytes, error) from error
+        self._settle()
+
+    @classmethod
+    def attach(cls, fd: int, nbytes: int) -> Self:
+        """Map the shared arena of another process; ``fd`` is closed, whatever happens.
+
+        Raises:
+            SaveError: If there is no room for it, or it is smaller than ``nbytes``.
+        """
+        arena = cls.__new__(cls)
+        arena.nbytes, arena.fd = nbytes, -1
+        try:
+            if os.fstat(fd).st_size < nbytes:
+                msg = "it is smaller than it was said to be"
+                raise ValueError(msg)
+            arena.data = _map(fd, nbytes, owned=False)
+        except (OSError, ValueError, OverflowError) as error:
+            raise _refused(nbytes, error) from error
+        finally:
+            os.close(fd)
+        arena._settle()  # noqa: SLF001 - its own
+        return arena
+
+    def _settle(self) -> None:
+        self.address: int = self.data.ctypes.data
         self._advise(_MADV_DONTFORK)
         self._advise(_MADV_HUGEPAGE)
 
@@ -80,3 +119,61 @@ class Arena:
         size = self.nbytes if length is None else length
         result: int = libc.madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(size), advice)
         return result == 0
+
+
+def _refused(nbytes: int, error: Exception) -> SaveError:
+    return SaveError(
+        f"can't reserve {nbytes} bytes of host memory for the checkpoint ({error}); "
+        "free memory or save a smaller state"
+    )
+
+
+_descriptors: set[int] = set()
+"""Of the shared arenas that this process owns."""
+
+
+def _map(fd: int, nbytes: int, *, owned: bool) -> npt.NDArray[np.uint8]:
+    """Map a descriptor; the mapping ends with the last view of it.
+
+    Not by ``mmap.mmap``: that keeps a descriptor of its own, which a forked child could not let go of.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long]
+    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    memory = (ctypes.c_ubyte * nbytes).from_address(address)
+    if owned:
+        _watch_forks()
+        _descriptors.add(fd)
+    # Not at exit: another process may still be writing from these pages.
+    weakref.finalize(memory, _unmap, address, nbytes, fd if owned else -1, os.getpid()).atexit = False
+    view: npt.NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+    return view
+
+
+def _unmap(address: int, nbytes: int, fd: int, pid: int) -> None:
+    if os.getpid() != pid:  # a forked child has neither the mapping nor the descriptor
+        return
+    libc = ctypes.CDLL(None)
+    libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+    if fd >= 0:
+        _descriptors.discard(fd)
+        with suppress(OSError):
+            # The memory goes now, whoever else has mapped it: nobody has any business there any more.
+            os.ftruncate(fd, 0)
+        os.close(fd)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _let_go() -> None:
+    """In a forked child: keep nothing of the parent's arenas alive."""
+    while _descriptors:
+        with suppress(OSError):
+            os.close(_descriptors.pop())

@@ -7,7 +7,6 @@ every update; a candidate is accepted when the parameters and all states are bit
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 from dataclasses import dataclass
@@ -121,14 +120,8 @@ def register_root() -> None:
     if vml.address():
         return
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-        try:
-            mkl = ctypes.CDLL(str(library))
-            root, limit = mkl.vmsSqrt, mkl.MKL_Set_Num_Threads_Local
-        except (OSError, AttributeError):
-            continue
-        limit.argtypes, limit.restype = [ctypes.c_int], ctypes.c_int
-        vml.use(ctypes.cast(root, ctypes.c_void_p).value, limit)
-        return
+        if vml.load(str(library)):
+            return
 
 
 def is_torchs_own(step: Callable[..., Any]) -> bool:

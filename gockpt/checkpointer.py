@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
+from gockpt.engine.background import InThreads
 from gockpt.engine.engine import Engine
+from gockpt.engine.orphans import open_store
 from gockpt.errors import GockptError, OptionsError, PathBusy, SaveAborted, UploadError, UsageError
 from gockpt.naming import resolve_optimizers
 from gockpt.options import Options
@@ -28,8 +30,9 @@ from gockpt.uploads import Uploads
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from gockpt.engine.background import Background
     from gockpt.engine.handle import Saved, SaveHandle
-    from gockpt.uploads import UploadStatus
+    from gockpt.uploads import Publications, UploadStatus
 
     Model = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.Tensor]
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -109,15 +112,14 @@ class Checkpointer:
             remote = self.options.remote
             homes = (self.path, None if remote is None else remote.rstrip("/"))
             parent = origin.seq if origin is not None and origin.path in homes else None
-            compression = Compression(self.options.compression, threads=self.options.worker_threads)
-            store = Store(self.path, parent=parent, compression=compression)
+            background, publications = _background(self.path, self.options, parent=parent)
             try:
                 if remote is not None:
-                    self._uploads = Uploads(remote, self.path, store, nice=self.options.nice)
+                    self._uploads = Uploads(remote, self.path, publications, nice=self.options.nice)
                 self._engine = Engine(
                     _reference(model),
                     self._optimizers,
-                    store,
+                    background,
                     every=self.every,
                     options=self.options,
                     last_step=0 if origin is None else origin.step,
@@ -125,7 +127,7 @@ class Checkpointer:
                     on_published=self._upload,
                 )
             except BaseException:
-                store.close()
+                background.close()
                 raise
             _live.add(self)
             self._model = _reference(model)
@@ -464,6 +466,18 @@ def _reference(model: Model) -> Callable[[], Any]:
         return alive if len(alive) == len(modules) else None
 
     return get
+
+
+def _background(path: str, options: Options, *, parent: int | None) -> tuple[Background[Any], Publications]:
+    """Take the path for writing; return who works there, and who numbers what is published."""
+    if options.worker == "process":
+        from gockpt.engine.remote import InProcess
+
+        worker = InProcess(path, options, parent=parent)
+        return worker, worker
+    compression = Compression(options.compression, threads=options.worker_threads)
+    store = open_store(lambda: Store(path, parent=parent, compression=compression))
+    return InThreads(store, options), store
 
 
 def _modules(model: Model) -> list[torch.nn.Module]:

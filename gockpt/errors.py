@@ -21,7 +21,7 @@
         ├── StorageError               the disk refused: full, read-only, gone
         ├── SaveAborted                the window was given up (exception, Ctrl-C, unclosed step)
         ├── UploadError                a copy in the object store is missing; the checkpoint on disk stays
-        └── WorkerError                a defect in the background; please report it
+        └── WorkerError                the background ended or failed; the next save is tried afresh
 """
 
 from __future__ import annotations
@@ -126,7 +126,15 @@ class ChunkCorrupt(CheckpointCorrupt):
 
 
 class PathBusy(GockptError):
-    """Another living writer holds this path. Use another path, or wait for it."""
+    """Another living writer holds this path. Use another path, or wait for it.
+
+    Attributes:
+        pid: Its process id, where that is known and means the same here.
+    """
+
+    def __init__(self, message: str, *, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
 
 
 class RemoteError(GockptError):
@@ -146,7 +154,7 @@ class SaveAborted(SaveError):
 
 
 class WorkerError(SaveError):
-    """An unexpected error in the background worker."""
+    """The background failed unexpectedly, or its process ended. The next save is tried afresh."""
 
 
 class UploadError(SaveError):

@@ -93,6 +93,11 @@ class Options:
             encodes the kinds of tensor whose encoding makes a save shorter. Encoding takes host memory of its
             own: at most three times the largest chunk for each of ``cpu_threads``, and three times more; and
             up to 8 MiB to write from for each of these threads, and three more.
+        worker: Where the background of saves runs. ``"thread"``: in this process. ``"process"``: in one of
+            its own over shared memory, which needs Linux: what it does in Python holds up no training step,
+            and a save that is captured is published even if this process is killed.
+        worker_timeout: For ``worker="process"``: seconds without a sign of life after which that process is
+            taken for hung and killed; the save in flight then fails.
         remote: URL of an object store, such as ``"s3://bucket/run"``, that checkpoints are copied to in the
             background once they are durable; ``None`` copies nothing. Needs ``gockpt[remote]``.
     """
@@ -108,6 +113,8 @@ class Options:
     overhead: float = 0.01
     grad_dtype: Literal["fp16", "bf16"] | None = None
     compression: Literal["zstd", "blosc", "auto"] | None = None
+    worker: Literal["thread", "process"] = "thread"
+    worker_timeout: float = 60.0
     remote: str | None = None
 
     def __post_init__(self) -> None:
@@ -140,6 +147,11 @@ class Options:
             raise OptionsError(msg)
         if self.compression not in (None, "zstd", "blosc", "auto"):
             _refuse("compression", self.compression, 'None, "zstd", "blosc" or "auto"')
+        if self.worker not in ("thread", "process"):
+            _refuse("worker", self.worker, '"thread" or "process"')
+        timeout = self.worker_timeout
+        if type(timeout) not in (int, float) or not 1 <= timeout <= 86400:
+            _refuse("worker_timeout", timeout, "seconds from 1 to 86400")
         if self.remote is not None and (not isinstance(self.remote, str) or "://" not in self.remote):
             _refuse("remote", self.remote, 'None or a URL such as "s3://bucket/run"')
 

@@ -7,7 +7,7 @@ import os
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
 from gockpt.overview import checked_step
@@ -17,8 +17,9 @@ from gockpt.storage.objects import objects_at
 from gockpt.storage.upload import Uploaded, upload_checkpoint
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from gockpt.storage.objects import Objects, Where
-    from gockpt.storage.store import Store
 
 __all__ = ["UploadStatus", "Uploads", "upload"]
 
@@ -59,6 +60,16 @@ def store_at(url: Where) -> Objects:
     return objects
 
 
+class Publications(Protocol):
+    """The writer of a path, as far as uploads concern it."""
+
+    def continue_after(self, seq: int) -> None:
+        """Number publications from above ``seq`` on, which was given out elsewhere."""
+
+    def holding(self, seq: int) -> AbstractContextManager[None]:
+        """Keep a publication from being pruned while the context is open."""
+
+
 @dataclass(frozen=True, slots=True)
 class UploadStatus:
     """How far the copies of one path's checkpoints are.
@@ -97,7 +108,7 @@ class Uploads:
     uploaded. A failure is logged and disturbs nobody; :meth:`wait` and :meth:`settle` try again and raise.
     """
 
-    def __init__(self, url: Where, path: str, store: Store, *, nice: int) -> None:
+    def __init__(self, url: Where, path: str, store: Publications, *, nice: int) -> None:
         """Look into the store once, so that what can't work shows at once.
 
         Numbers of publications go on above those that are there, and the path's newest checkpoint is

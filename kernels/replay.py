@@ -27,7 +27,7 @@ ALIGNMENT = 16
 _FLOAT32 = np.dtype(np.float32)
 _NONE = np.empty(0, np.float32)
 
-_SHAPES = {
+SHAPES = {
     "adam": (2, adam_file.COLUMNS),
     "amsgrad": (3, adam_file.COLUMNS),
     "sgd": (0, sgd_file.COLUMNS),
@@ -95,10 +95,10 @@ def _check(
     scalars: Sequence[tuple[float, ...]],
 ) -> tuple[int, int]:
     """Return the kernel's number of states and of scalars, or raise."""
-    if kernel not in _SHAPES:
-        msg = f"no kernel named {kernel!r}; there are {', '.join(_SHAPES)}"
+    if kernel not in SHAPES:
+        msg = f"no kernel named {kernel!r}; there are {', '.join(SHAPES)}"
         raise ValueError(msg)
-    count, columns = _SHAPES[kernel]
+    count, columns = SHAPES[kernel]
     if len(states) != count or len(scalars) != len(grads) or any(len(row) != columns for row in scalars):
         msg = (
             f"{kernel} takes {count} states and {columns} scalars for each gradient, got {len(states)} "

@@ -6,6 +6,7 @@ function torch calls. Nothing here knows torch: whoever does passes the address 
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
     Limit = Callable[[int], int]
 
-__all__ = ["address", "alone", "known", "sqrt_into", "use"]
+__all__ = ["address", "alone", "known", "library", "load", "sqrt_into", "use"]
 
 MODE = 0x00140102
 """High accuracy, denormals kept, errors ignored: ``VML_HA | VML_FTZDAZ_OFF | VML_ERRMODE_IGNORE``."""
 
 _address = 0
 _limit: Limit | None = None
+_library: str | None = None
 
 
 def use(function: int | None, limit: Limit | None = None) -> None:
@@ -35,8 +37,27 @@ def use(function: int | None, limit: Limit | None = None) -> None:
         limit: ``MKL_Set_Num_Threads_Local``: sets how many threads MKL uses for calls from this thread and
             returns what it was, 0 for no limit of its own.
     """
-    global _address, _limit
-    _address, _limit = function or 0, limit
+    global _address, _limit, _library
+    _address, _limit, _library = function or 0, limit, None
+
+
+def load(path: str) -> bool:
+    """Register the root of a shared library; whether it has one. It need not be loaded, nor its package."""
+    global _library  # noqa: PLW0603 - one per process, as is the library itself
+    try:
+        mkl = ctypes.CDLL(path)
+        root, limit = mkl.vmsSqrt, mkl.MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):
+        return False
+    limit.argtypes, limit.restype = [ctypes.c_int], ctypes.c_int
+    use(ctypes.cast(root, ctypes.c_void_p).value, limit)
+    _library = path
+    return True
+
+
+def library() -> str | None:
+    """Return the path that the root was loaded from: another process finds it there."""
+    return _library
 
 
 def known() -> tuple[int, Limit | None]:

@@ -52,10 +52,10 @@ class WriterLock:
             with storage_errors("lock", path):
                 self._fd = fs.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, dir_fd=dir_fd)
                 mine = fs.lock(self._fd)
-                who = "" if mine else _name(fs.pread(self._fd, owner.MAX_OWNER_BYTES, 0))
+                who = None if mine else owner.parse(fs.pread(self._fd, owner.MAX_OWNER_BYTES, 0))
             if not mine:
-                msg = f"{path} is being saved into by {who}; use another path, or wait for it"
-                raise PathBusy(msg)
+                msg = f"{path} is being saved into by {_name(who)}; use another path, or wait for it"
+                raise PathBusy(msg, pid=_pid(who))
             with storage_errors("write the lock file of", path):
                 fs.ftruncate(self._fd, 0)
                 files.write_all(fs, self._fd, memoryview(owner.encode(owner.myself())), 0)
@@ -85,6 +85,14 @@ class WriterLock:
                 self._fs.close(fd)
 
 
-def _name(data: bytes) -> str:
-    holder = owner.parse(data)
+def _name(holder: owner.Owner | None) -> str:
     return f"process {holder.pid} on {holder.host}" if holder else "another process"
+
+
+def _pid(holder: owner.Owner | None) -> int | None:
+    """Return its number, if it means the same in this process."""
+    here = owner.myself()
+    if holder is None or not holder.pid_namespace:
+        return None
+    same = (holder.host, holder.boot, holder.pid_namespace) == (here.host, here.boot, here.pid_namespace)
+    return holder.pid if same else None

@@ -7,7 +7,12 @@ such a note a lie.
 
 from __future__ import annotations
 
-__all__ = ["is_known", "remember"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["is_known", "known", "learn", "remember"]
 
 _attempts: set[str] = set()
 
@@ -15,6 +20,17 @@ _attempts: set[str] = set()
 def remember(attempt: str, *, ok: bool) -> None:
     """Note how the verification of an attempt, which is unique to its writing, ended last."""
     (_attempts.add if ok else _attempts.discard)(attempt)
+
+
+def known() -> tuple[str, ...]:
+    """Return all of them: for a process that works for this one."""
+    return tuple(_attempts)
+
+
+def learn(attempts: Iterable[str]) -> None:
+    """Know just what the process that this one works for knows."""
+    _attempts.clear()
+    _attempts.update(attempts)
 
 
 def is_known(attempt: str) -> bool:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from gockpt.arena import Arena
     from gockpt.device.flight import Consignment
+    from gockpt.engine.background import Work
     from gockpt.engine.cut import Cut, Piece, Unit
     from gockpt.engine.evidence import Evidence
-    from gockpt.engine.job import Job
     from gockpt.engine.messages import Stretch
     from gockpt.engine.ring import Ring
     from gockpt.engine.roads import Road
@@ -76,7 +76,7 @@ class Attempt:
         transfer: Transfer,
         options: Options,
         racing: frozenset[Name] | None,
-        job: Job,
+        job: Work,
         trace: Trace,
         road: Road | None = None,
     ) -> None:

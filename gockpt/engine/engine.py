@@ -18,7 +18,6 @@ from gockpt.cadence import Cadence, Moment
 from gockpt.engine.hooks import Hooks
 from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
-from gockpt.engine.pool import Pool
 from gockpt.engine.roads import Roads
 from gockpt.engine.save import Boundary, Save, as_save_error
 from gockpt.engine.signals import deferred, let_through
@@ -35,11 +34,11 @@ if TYPE_CHECKING:
     import torch
 
     from gockpt.engine.attempt import Attempt
+    from gockpt.engine.background import Background
     from gockpt.engine.handle import Saved, SaveHandle
     from gockpt.engine.roads import Devices
     from gockpt.options import Options
     from gockpt.state import LiveState
-    from gockpt.storage.store import Store
 
     Extra = Mapping[str, Any] | None
 
@@ -54,7 +53,7 @@ POLL = 0.1
 
 
 class Engine:
-    """Saves one model and its optimizers into one store.
+    """Saves one model and its optimizers into one path.
 
     The engine keeps the optimizers alive, and the model only while a save is under way.
     """
@@ -63,7 +62,7 @@ class Engine:
         self,
         model: Callable[[], Any],
         optimizers: Sequence[Any],
-        store: Store,
+        background: Background[Any],
         *,
         every: int | str,
         options: Options,
@@ -78,7 +77,6 @@ class Engine:
         ``devices`` are those that state may leave behind training; CUDA's by default.
         """
         self.options = options
-        self.store = store
         self.closed = False
         self._model = model
         self._optimizers = optimizers
@@ -88,14 +86,13 @@ class Engine:
         self._pid = os.getpid()
         self._changed = Lock()
         self._transfer = Transfer()
-        self._pool = Pool(options.worker_threads, options.nice)
+        self._background = background
         self._pace = Pace()
         self._save = Save(
-            store=store,
             options=options,
             lock=self._changed,
             transfer=self._transfer,
-            pool=self._pool,
+            background=background,
             pace=self._pace,
             drive=self.drive,
             on_saved=self._published,
@@ -232,10 +229,9 @@ class Engine:
             self._hooks.remove()
             self._transfer.close()
             try:
-                self._pool.join()
+                self._background.close()
             finally:
                 self._save.memory.release()
-                self.store.close()
 
     def drive(self, handle: SaveHandle, done: Callable[[], bool], timeout: float | None) -> None:
         """Do what only the training thread can do so that ``done`` comes true, then wait for it."""

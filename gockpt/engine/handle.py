@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -173,10 +174,15 @@ class SaveHandle:
         self._step = step
         self._attempts += 1
 
+    def take(self, step: int) -> None:
+        """Resolve ``captured`` (the engine does)."""
+        with suppress(InvalidStateError):  # done already, or rejected on another thread
+            self.captured.set_result(step)
+
     def reject(self, error: BaseException) -> None:
         """Fail both futures (the engine does)."""
         for future in (self.captured, self.durable):
-            if not future.done():
+            with suppress(InvalidStateError):  # done already
                 future.set_exception(error)
 
     def move(self, step: int) -> None:

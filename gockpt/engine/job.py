@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gockpt.arena import Arena
+    from gockpt.engine.background import Work
     from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece
-    from gockpt.engine.ring import Ring
-    from gockpt.engine.trace import Trace
     from gockpt.layout import Slot
     from gockpt.storage.store import Store
     from gockpt.storage.transaction import Published, Transaction
@@ -46,14 +45,28 @@ BATCH = 2
 class Outcome(Protocol):
     """What a job reports; called on a worker thread, at most one of the three, once."""
 
-    def published(self, job: Job, result: Published) -> None:
+    def published(self, job: Work, result: Published) -> None:
         """The checkpoint is durable."""
 
-    def mismatched(self, job: Job, pieces: Sequence[int]) -> None:
+    def mismatched(self, job: Work, pieces: Sequence[int]) -> None:
         """Replayed pieces differ from the live state; nothing was published."""
 
-    def failed(self, job: Job, error: BaseException) -> None:
+    def failed(self, job: Work, error: BaseException) -> None:
         """The background failed; nothing was published."""
+
+
+class Room(Protocol):
+    """Where gradients come from: :class:`gockpt.engine.ring.Ring`."""
+
+    def free(self, offset: int) -> None:
+        """Give a block back."""
+
+
+class Lanes(Protocol):
+    """What keeps a record: :class:`gockpt.engine.trace.Trace`."""
+
+    def span(self, lane: str, start: float, end: float) -> None:
+        """Record a span given in ``perf_counter`` seconds."""
 
 
 Report = Callable[[], None]
@@ -76,10 +89,10 @@ class Job:
         *,
         arenas: tuple[Arena, ...],
         pieces: Iterable[ReplayPiece],
-        ring: Ring,
+        ring: Room,
         store: Store,
         outcome: Outcome,
-        trace: Trace,
+        trace: Lanes,
     ) -> None:
         self._arenas = arenas
         self._pieces = {p.index: _Piece(p) for p in pieces}
@@ -137,15 +150,21 @@ class Job:
                     self._ring.free(gradient.offset)
                 del self._pieces[index]
 
-    def close(self, capture: Capture, arenas: tuple[Arena, ...]) -> None:
+    def close(
+        self, capture: Capture, arenas: tuple[Arena, ...], taken: Callable[[], None] = lambda: None
+    ) -> None:
         """All has arrived: finish the replay, prove it, write, commit.
 
         Args:
             capture: The checkpoint.
             arenas: State arena, ring arena, and the arena of what the closing tick added.
+            taken: Called once nothing but this process is needed any more: at once, unless it has failed.
         """
         with self._changed:
-            if not self._ended and capture.proofs.keys() != self._pieces.keys():
+            if self._ended:  # it has failed meanwhile, and its outcome is on the way
+                self._capture = capture
+                return
+            if capture.proofs.keys() != self._pieces.keys():
                 msg = "what is to be proven is not what is replayed"
                 raise WorkerError(msg)
             self._arenas = arenas
@@ -160,6 +179,7 @@ class Job:
             self.total_bytes = sum(slot.nbytes for _, slot in self._chunks)
             self._capture = capture
             self._changed.notify_all()
+        taken()
 
     def abort(self) -> None:
         """Give up. Returns when no task touches the arena any more; the partial is removed."""

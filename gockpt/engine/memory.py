@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gockpt.arena import Arena, whole_pages
+from gockpt.arena import whole_pages
 from gockpt.engine.attempt import Attempt
 from gockpt.engine.cut import cut
-from gockpt.engine.job import Job
 from gockpt.engine.pool import WRITERS
 from gockpt.engine.ring import Ring
 from gockpt.engine.sizing import ring_bytes_of
@@ -18,6 +17,8 @@ from gockpt.storage.compression import largest_encoded, memory_bound
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gockpt.arena import Arena
+    from gockpt.engine.background import Background, Work
     from gockpt.engine.cut import Cut
     from gockpt.engine.job import Outcome
     from gockpt.engine.roads import Roads
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
-    from gockpt.storage.store import Store
     from gockpt.transfer import Transfer
 
 __all__ = ["Memory"]
@@ -44,8 +44,9 @@ class Memory:
     what the user's own ``state_dict()`` and callables make, and the JSON documents and checksums.
     """
 
-    def __init__(self, options: Options, roads: Roads) -> None:
+    def __init__(self, options: Options, background: Background[Any], roads: Roads) -> None:
         self._options = options
+        self._background = background
         self._roads = roads
         self._held: list[Arena | None] = [None, None, None]
         self._passing = 0
@@ -104,11 +105,10 @@ class Memory:
         barred: frozenset[str],
         racing: frozenset[tuple[str, ...]] | None,
         transfer: Transfer,
-        store: Store,
         outcome: Outcome,
         trace: Trace,
         afresh: bool,
-    ) -> tuple[Attempt, Job]:
+    ) -> tuple[Attempt, Work]:
         """Set up one attempt and its background job; ``afresh`` if nothing that was added is needed any more.
 
         Raises:
@@ -132,12 +132,11 @@ class Memory:
         if self._kept(RING) < ring_bytes:
             transfer.submit([self._arena(RING, ring_bytes).prefault])
         ring = Ring(0, ring_bytes)
-        job = Job(
+        job = self._background.job(
             # Not the third: what is added may yet need a larger one, and the job would keep this one alive.
             arenas=self.arenas[:EXTRA],
             pieces=[p.message() for p in pieces.pieces],
             ring=ring,
-            store=store,
             outcome=outcome,
             trace=trace,
         )
@@ -179,7 +178,7 @@ class Memory:
         if arena is None or arena.nbytes < nbytes:
             arena = None  # never both at a time
             self._let_go(use)
-            arena = self._held[use] = Arena(nbytes)
+            arena = self._held[use] = self._background.arena(nbytes)
         return arena
 
     def _make_room(self, needs: dict[int, int], *, copies: int = 0, encoded: int = 0) -> None:

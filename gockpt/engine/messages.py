@@ -1,4 +1,4 @@
-"""What the training side tells the worker, as small picklable values.
+"""What the training side tells the worker, as small values; :mod:`gockpt.engine.wire` puts them into bytes.
 
 Bytes never travel in a message: they stand in the arenas, and messages name where. So the same worker
 can run as threads beside the training loop or in a process that maps the same arenas.

@@ -32,16 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from gockpt.engine.attempt import Attempt
-    from gockpt.engine.job import Job
+    from gockpt.engine.background import Background, Work
     from gockpt.engine.lock import Lock
     from gockpt.engine.messages import ArrayPlace
     from gockpt.engine.pace import Pace
-    from gockpt.engine.pool import Pool
     from gockpt.engine.roads import Roads
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
-    from gockpt.storage.store import Store
     from gockpt.storage.transaction import Published
     from gockpt.transfer import Transfer
 
@@ -91,11 +89,10 @@ class Save:
     def __init__(
         self,
         *,
-        store: Store,
         options: Options,
         lock: Lock,
         transfer: Transfer,
-        pool: Pool,
+        background: Background[Any],
         pace: Pace,
         drive: Callable[[SaveHandle, Callable[[], bool], float | None], None],
         on_saved: Callable[[Saved], None],
@@ -103,20 +100,19 @@ class Save:
     ) -> None:
         self.state = State.IDLE
         self.attempt: Attempt | None = None
-        self.job: Job | None = None
+        self.job: Work | None = None
         self.handle: SaveHandle | None = None
         self.error: BaseException | None = None
         self.trace = Trace()
         self.barred: frozenset[str] = frozenset()
         self.racing: frozenset[Name] | None = frozenset()
         self.shape: Shape | None = None
-        self.memory = Memory(options, roads)
+        self.memory = Memory(options, background, roads)
         self.looked_at: Boundary | None = None
-        self._store = store
         self._options = options
         self._lock = lock
         self._transfer = transfer
-        self._pool = pool
+        self._background = background
         self._pace = pace
         self._drive = drive
         self._on_saved = on_saved
@@ -260,7 +256,7 @@ class Save:
         """Help the worker with a thread of normal priority: its deadline is here."""
         if not self._boosted and self.job is not None:
             self._boosted = True
-            self._pool.boost(self.job)
+            self._background.boost(self.job)
 
     def fail(self, error: BaseException, event: Event) -> None:
         """End the save in flight with an error; its handle is told whatever happens on the way."""
@@ -328,14 +324,13 @@ class Save:
             barred=self.barred,
             racing=None if at_once else self.racing,
             transfer=self._transfer,
-            store=self._store,
             outcome=self,
             trace=self.trace,
             afresh=afresh,
         )
         road = self.attempt.road
         handle.plan = dataclasses.replace(handle.plan, road=None if road is None else road.variant)
-        self._pool.serve(self.job)
+        self._background.serve(self.job)
 
     def _plan_now(self, live: LiveState) -> Plan:
         pace, shape = self._pace, self.shape_of(live)
@@ -414,7 +409,7 @@ class Save:
         if self.handle is not None:
             self.handle.events.append(event)
 
-    def _started(self) -> tuple[Attempt, Job, SaveHandle]:
+    def _started(self) -> tuple[Attempt, Work, SaveHandle]:
         if self.attempt is None or self.job is None or self.handle is None:
             msg = "no save is under way"
             raise WorkerError(msg)
@@ -439,12 +434,16 @@ class Save:
     def _hand_over(self, _: object) -> None:
         attempt, job, handle = self._started()
         capture = self._capture
-        if capture is None or not attempt.proven or job.ended:
+        if capture is None or not attempt.proven:
             msg = "nothing was captured, or not all of it is proven"
             raise WorkerError(msg)
-        job.close(capture, self.memory.arenas)
-        if not handle.captured.done():
-            self._lock.put_off(lambda: handle.captured.set_result(capture.step))
+        job.close(capture, self.memory.arenas, lambda: self._taken(handle, capture.step))
+
+    def _taken(self, handle: SaveHandle, step: int) -> None:
+        """All of a save is where it will be finished whatever training does."""
+        with self._lock:
+            if not handle.captured.done() and not handle.failing:
+                self._lock.put_off(lambda: handle.take(step))
 
     def _quarantine(self, distrust: Distrust) -> None:
         barred, racing, why = distrust
@@ -493,16 +492,13 @@ class Save:
 
     # -- outcomes, on worker threads ---------------------------------------------------------
 
-    def published(self, job: Job, result: Published) -> None:
+    def published(self, job: Work, result: Published) -> None:
         """The checkpoint is durable: resolve the handle, and prune what is too old."""
         defect = None
-        if self._options.keep is not None:
-            try:
-                self._store.prune(self._options.keep)
-            except (GockptError, OSError) as error:
-                _log.warning("old checkpoints could not be removed: %s", error)
-            except Exception as error:  # noqa: BLE001 - the checkpoint is published, whatever comes after
-                defect = _defect(f"step {result.step} is saved, but removing old checkpoints failed", error)
+        try:
+            self._background.prune()
+        except Exception as error:  # noqa: BLE001 - the checkpoint is published, whatever comes after
+            defect = _defect(f"step {result.step} is saved, but removing old checkpoints failed", error)
         with self._lock:
             self.error = self.error or defect
             if job is not self.job:
@@ -521,7 +517,7 @@ class Save:
             1e3 * saved.hidden_seconds,
         )
 
-    def mismatched(self, job: Job, pieces: Sequence[int]) -> None:
+    def mismatched(self, job: Work, pieces: Sequence[int]) -> None:
         """A replay did not arrive at the live state: distrust it and wait for the next tick."""
         with self._lock:
             if job is not self.job:
@@ -532,7 +528,7 @@ class Save:
             why = f"the replay of {', '.join(sorted(names)[:3])} did not match the live state"
             self._run(Event.MISMATCHED, (names, frozenset[Name](), why))
 
-    def failed(self, job: Job, error: BaseException) -> None:
+    def failed(self, job: Work, error: BaseException) -> None:
         """The background failed: the handle and the next call say so."""
         with self._lock:
             if job is self.job and self.state is not State.IDLE:

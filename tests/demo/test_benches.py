@@ -40,8 +40,10 @@ def run(script, *options):
 
 
 def test_training_bench(bench):
-    result, printed = run(bench / "bench_train.py", "--steps", "10", "--only", "window 4", "+ fsync", "dcp")
-    savers = ["no saving", "no saving (again)", "gockpt, window 4", "torch.save + fsync", "dcp.async_save"]
+    more = ["--worker", "thread", "process", "--only", "window 4", "+ fsync", "dcp"]
+    result, printed = run(bench / "bench_train.py", "--steps", "10", *more)
+    savers = ["no saving", "no saving (again)", "gockpt, window 4", "gockpt, window 4, process"]
+    savers += ["torch.save + fsync", "dcp.async_save"]
     assert [row["saver"] for row in result["summary"]] == savers
     assert sorted(sample["saver"] for sample in result["samples"]) == sorted(savers)
     for row in result["summary"]:

@@ -10,6 +10,7 @@ import errno
 import functools
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -180,11 +181,15 @@ PROGRAM = """
 import os, signal, torch, gockpt
 model = torch.nn.Linear(24, 24)
 opt = torch.optim.AdamW(model.parameters())
-options = gockpt.Options(window=4, when_busy="wait")
-for step in range(1, 7):
+options = gockpt.Options(window=4, when_busy="wait", worker="thread")
+
+def go(step):
     model(torch.ones(1, 24)).square().mean().backward()
     opt.step()
-    save = gockpt.save_overlapped(model, opt, "ckpts", step=step, every=4, options=options)
+    return gockpt.save_overlapped(model, opt, "ckpts", step=step, every=4, options=options)
+
+for step in range(1, 7):
+    save = go(step)
     if step == 4:
         save.result()
 """
@@ -199,6 +204,25 @@ def ended(how):
     return done.returncode, gockpt.steps("ckpts")
 
 
+def killed_after_the_capture():
+    """Kill such a program once its last save is captured; return its worker process, which is stopped."""
+    pid = "saver._engine._background._worker.pid"
+    how = f"""
+(saver,) = gockpt.checkpointer._live
+for step in (7, 8):
+    save = go(step)
+save.captured.result()
+os.kill({pid}, signal.SIGSTOP)
+print({pid}, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    code = PROGRAM.replace('"thread"', '"process"') + how
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert gockpt.steps("ckpts") in ([4], [4, 8])
+    return int(done.stdout)
+
+
 @when("An exception ends the program inside a window")
 def _program_raises(lab):
     assert ended("raise ValueError") == (1, [4])
@@ -207,6 +231,76 @@ def _program_raises(lab):
 @when("SIGKILL inside a window")
 def _program_killed(lab):
     assert ended("os.kill(os.getpid(), signal.SIGKILL)") == (-9, [4])
+
+
+@when('SIGKILL after the capture, with `worker="process"`')
+def _program_killed_after_the_capture(lab):
+    worker = os.pidfd_open(pid := killed_after_the_capture())
+    os.kill(pid, signal.SIGCONT)
+    assert select.select([worker], [], [], 60)[0]
+    os.close(worker)
+    assert gockpt.steps("ckpts") == [4, 8]
+    assert gockpt.verify("ckpts", 8).ok
+
+
+@when("A run starts while the worker process of a killed one still publishes there")
+def _started_again(lab):
+    later = threading.Timer(0.3, os.kill, (killed_after_the_capture(), signal.SIGCONT))
+    later.start()
+    lab.Run().saved().check()
+    later.join()
+    assert gockpt.steps("ckpts") == [1, 4, 8]
+
+
+PROCESS = {"worker": "process", "worker_timeout": 3}
+
+
+def without_a_worker(lab, number):
+    """Have a worker process come to its end inside a window; what is lost is told, and nothing more."""
+    options = lab.WINDOW.replace(**PROCESS)
+    run = lab.Run()
+    for _ in range(4):
+        run.train()
+        run.tick(every=4, options=options)
+    run.check(4)
+    run.train()
+    lost = run.tick(every=4, options=options)
+    (saver,) = checkpointer._live
+    os.kill(saver._engine._background._worker.pid, number)
+    with pytest.raises(gockpt.WorkerError) as caught:
+        lost.result(60)
+    with pytest.raises(gockpt.WorkerError):
+        gockpt.wait()
+    assert gockpt.steps("ckpts") == [4]
+    for _ in range(3):
+        run.train()
+        run.tick(every=4, options=options)
+    run.check(8)
+    raise caught.value
+
+
+@when("The worker process is killed")
+def _worker_killed(lab):
+    without_a_worker(lab, signal.SIGKILL)
+
+
+@when("The worker process hangs")
+def _worker_hangs(lab):
+    without_a_worker(lab, signal.SIGSTOP)
+
+
+@when("The worker process can't be started")
+def _no_worker(lab):
+    options = lab.ONE.replace(worker="process")
+    with mock.patch.object(sys, "executable", "/nowhere/python"):
+        lab.Run().saved(options=options)
+
+
+@when('`worker="process"` where memory can\'t be shared by descriptors')
+def _nothing_to_share_with(lab):
+    options = lab.ONE.replace(worker="process")
+    with mock.patch.object(sys, "executable", ""):
+        lab.Run().saved(options=options)
 
 
 @when("The program ends inside a window without `wait()`")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -70,3 +72,69 @@ def test_the_mapping_is_shared_and_not_copied_into_children():
 def test_more_than_there_is_is_a_clear_error():
     with pytest.raises(SaveError, match=r"can't reserve \d+ bytes of host memory.*free memory"):
         Arena(1 << 62)
+
+
+def descriptors():
+    """Return what the open descriptors of this process lead to."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            found.append(str(link.readlink()))
+    return found
+
+
+def test_a_shared_arena_is_the_same_memory_to_whoever_attaches_it():
+    arena = Arena(8192, shared=True)
+    arena.data[5] = 7
+    other = Arena.attach(os.dup(arena.fd), arena.nbytes)
+    assert other.address != arena.address
+    assert other.data[5] == 7
+    other.data[8191] = 9
+    assert arena.data[8191] == 9
+    assert other.address % 4096 == 0
+    assert re.search(r"^VmFlags:.* dc ", mapping_of(arena)[0], re.MULTILINE)  # not for children
+
+
+def test_a_shared_arena_leaves_nothing_behind():
+    arena = Arena(1 << 20, shared=True)
+    other = Arena.attach(os.dup(arena.fd), arena.nbytes)
+    view = arena.view(0, 10)
+    assert len([d for d in descriptors() if "gockpt-arena" in d]) == 1
+    status = os.dup(arena.fd)
+    del arena
+    view[:] = 3  # views keep it
+    assert os.fstat(status).st_size == 1 << 20
+    del view
+    assert os.fstat(status).st_size == 0  # the memory is gone, although others still have mapped it
+    os.close(status)
+    del other
+    assert not [d for d in descriptors() if "gockpt-arena" in d]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_has_no_shared_arena():
+    arena = Arena(4096, shared=True)
+    child = os.fork()
+    if not child:
+        try:
+            held = [d for d in descriptors() if "gockpt-arena" in d]
+            del arena
+        except BaseException:  # noqa: BLE001 - told by the status
+            os._exit(2)
+        os._exit(bool(held))
+    assert os.waitpid(child, 0)[1] == 0
+    arena.data[:] = 1  # the child's end of it took nothing from the parent
+    assert os.fstat(arena.fd).st_size == 4096
+
+
+def test_what_is_smaller_than_it_was_said_to_be_is_refused():
+    arena = Arena(4096, shared=True)
+    with pytest.raises(SaveError, match="smaller"):
+        Arena.attach(os.dup(arena.fd), 8192)
+    assert len([d for d in descriptors() if "gockpt-arena" in d]) == 1
+
+
+def test_a_shared_arena_that_can_not_be_is_refused():
+    with pytest.raises(SaveError, match="free memory"):
+        Arena(1 << 62, shared=True)
+    assert not [d for d in descriptors() if "gockpt-arena" in d]

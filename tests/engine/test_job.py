@@ -322,6 +322,10 @@ def test_after_a_kernel_failed_in_the_window_the_training_side_is_never_stuck(be
     made.update(rng)
     made.job.discard(range(4))
     assert made.ring.in_use == 0
+    told = []
+    made.job.close(made.capture(), (made.state, made.ring_arena, Arena(0)), lambda: told.append(1))
+    assert made.job.closed
+    assert not told
     made.job.abort()
     assert made.job.take() is None
 

@@ -15,7 +15,7 @@ import torch
 import gockpt
 from gockpt import plain
 from gockpt.arena import Arena
-from gockpt.engine import memory
+from gockpt.engine import background
 from gockpt.storage.compression import Compression
 from gockpt.storage.filesystem import Filesystem
 
@@ -67,7 +67,7 @@ def meter(monkeypatch):
             meter.follow(data.obj, len(data.obj))
         return pwrite(self, fd, data, offset)
 
-    monkeypatch.setattr(memory, "Arena", Metered)
+    monkeypatch.setattr(background, "Arena", Metered)
     monkeypatch.setattr(plain._Encoder, "array", copy)
     monkeypatch.setattr(Compression, "_hold", held)
     monkeypatch.setattr(Filesystem, "pwrite", write)
