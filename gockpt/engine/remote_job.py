@@ -62,6 +62,7 @@ class RemoteJob:
             threading.Thread(target=self._report, name=f"gockpt-worker-outcome-{n}", daemon=True)
             for n in range(2)
         ]
+        self._reporting = len(self._threads)
 
     # -- the training side -------------------------------------------------------------------
 
@@ -141,7 +142,6 @@ class RemoteJob:
             self._worker.ask(lambda reply: notices.Abort(self.number, reply))
             self._no_more()
         self._let_go()
-        self._worker.forget(self)
 
     @property
     def closed(self) -> bool:
@@ -201,14 +201,8 @@ class RemoteJob:
             ended, self._ended = self._ended, True
         if not ended:
             self._let_go()
-            self._reports.put(lambda: self._conclude(report))
+            self._reports.put(report)
             self._no_more()
-
-    def _conclude(self, report: Callable[[], None]) -> None:
-        try:
-            report()
-        finally:
-            self._worker.forget(self)
 
     def _no_more(self) -> None:
         for _ in self._threads:
@@ -229,3 +223,8 @@ class RemoteJob:
                 error = WorkerError(f"the background of a save failed: {type(caught).__name__}: {caught}")
                 error.__cause__ = caught
                 self._outcome.failed(self, error)
+        with self._lock:
+            self._reporting -= 1
+            last = not self._reporting
+        if last:
+            self._worker.forget(self)
