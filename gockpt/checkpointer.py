@@ -5,36 +5,44 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import operator
 import os
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-
+from gockpt.arguments import (
+    checked_every,
+    checked_extra,
+    checked_options,
+    checked_step,
+    model_ids,
+    modules,
+    reference,
+)
 from gockpt.engine.background import InThreads
 from gockpt.engine.engine import Engine
 from gockpt.engine.orphans import open_store
-from gockpt.errors import GockptError, OptionsError, PathBusy, SaveAborted, UploadError, UsageError
+from gockpt.errors import GockptError, PathBusy, SaveAborted, UploadError, UsageError
 from gockpt.naming import resolve_optimizers
-from gockpt.options import Options
 from gockpt.restore import origin_of
 from gockpt.storage.compression import Compression
 from gockpt.storage.store import Store
 from gockpt.uploads import Uploads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
+    import torch
+
+    from gockpt.arguments import Model
     from gockpt.engine.background import Background
     from gockpt.engine.handle import Saved, SaveHandle
+    from gockpt.options import Options
     from gockpt.uploads import Publications, UploadStatus
 
-    Model = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.Tensor]
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 __all__ = ["Checkpointer", "save_overlapped", "wait"]
@@ -97,12 +105,12 @@ class Checkpointer:
             StorageError: If ``path`` can't be made or written.
             RemoteError: If ``options.remote`` can't be reached.
         """
-        self.options = _checked_options(options)
-        self.every = _checked_every(every, self.options)
-        self._extra = _checked_extra(extra)
+        self.options = checked_options(options)
+        self.every = checked_every(every, self.options)
+        self._extra = checked_extra(extra)
         self.path = os.path.realpath(os.fspath(path))
         self._optimizers = resolve_optimizers(optimizer)
-        self.model_ids = _ids(model)
+        self.model_ids = model_ids(model)
         self._uploads: Uploads | None = None
         origin = origin_of(model)
         with _lock:
@@ -117,7 +125,7 @@ class Checkpointer:
                 if remote is not None:
                     self._uploads = Uploads(remote, self.path, publications, nice=self.options.nice)
                 self._engine = Engine(
-                    _reference(model),
+                    reference(model),
                     self._optimizers,
                     background,
                     every=self.every,
@@ -130,9 +138,9 @@ class Checkpointer:
                 background.close()
                 raise
             _live.add(self)
-            self._model = _reference(model)
+            self._model = reference(model)
             self._origin = origin
-            self._farewells = [weakref.finalize(m, _model_gone, self) for m in _modules(model)]
+            self._farewells = [weakref.finalize(m, _model_gone, self) for m in modules(model)]
 
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
@@ -156,8 +164,8 @@ class Checkpointer:
             msg = f"the checkpointer of {self.path} is closed; make a new one"
             raise UsageError(msg)
         if extra is not None:
-            self._extra = _checked_extra(extra)
-        number = _checked_step(step)
+            self._extra = checked_extra(extra)
+        number = checked_step(step)
         # Calls and updates are counted on from what was loaded meanwhile.
         origin = origin_of(self._model())
         if origin is not None and origin is not self._origin:
@@ -264,7 +272,7 @@ class Checkpointer:
         """Whether this checkpointer was made for exactly these arguments."""
         return (
             not self.closed
-            and self.model_ids == _ids(model)
+            and self.model_ids == model_ids(model)
             and self._optimizers == resolve_optimizers(optimizer)
             and self.every == every
             and self.options == options
@@ -272,7 +280,7 @@ class Checkpointer:
 
     def rebind(self, model: Model) -> None:
         """Save from this object from now on: a mapping or list may be made anew for each call."""
-        self._model = _reference(model)
+        self._model = reference(model)
         self._engine.rebind(self._model)
 
     def let_go(self) -> None:
@@ -344,7 +352,7 @@ def save_overlapped(
         PathBusy: If another living writer saves into ``path``.
         SaveError: If a save failed in the background since the last call.
     """
-    wanted = _checked_options(options)
+    wanted = checked_options(options)
     saver = _saver_for(model, optimizer, path, every, wanted)
     return saver.after_step(step, extra if extra is not None else {})
 
@@ -382,7 +390,7 @@ def _saver_for(
     every: int | Literal["auto"],
     options: Options,
 ) -> Checkpointer:
-    key = (_ids(model), os.path.realpath(os.fspath(path)))
+    key = (model_ids(model), os.path.realpath(os.fspath(path)))
     with _lock:
         _drain()
         saver = _by_call.get(key)
@@ -424,7 +432,7 @@ def _drain() -> None:
         saver.forget_model()
 
 
-def _take_over(path: str, model_ids: tuple[int, ...], *, resumed: bool) -> None:
+def _take_over(path: str, ids: tuple[int, ...], *, resumed: bool) -> None:
     """Let an idle checkpointer of this process hand its path to the next one, where that is meant.
 
     That is: for the same model, for one that was loaded from this very path, and when the other's model
@@ -433,7 +441,7 @@ def _take_over(path: str, model_ids: tuple[int, ...], *, resumed: bool) -> None:
     for saver in list(_live):
         if saver.path != path or saver.closed or not saver.of_this_process:
             continue
-        meant = resumed or saver.model_ids == model_ids
+        meant = resumed or saver.model_ids == ids
         if not meant and not saver.model_is_gone and not saver.window_open:
             # A save under way keeps its model alive, and so does a reference cycle.
             try:
@@ -453,21 +461,6 @@ def _take_over(path: str, model_ids: tuple[int, ...], *, resumed: bool) -> None:
             _log.warning("of the checkpointer before: %s", error)
 
 
-def _reference(model: Model) -> Callable[[], Any]:
-    """Return a function that gives the model while it is alive; modules are not kept alive."""
-    if isinstance(model, torch.nn.Module):
-        return weakref.ref(model)
-    if isinstance(model, Mapping):
-        return lambda: model
-    modules = [weakref.ref(m) for m in model]
-
-    def get() -> list[torch.nn.Module] | None:
-        alive = [m for ref in modules if (m := ref()) is not None]
-        return alive if len(alive) == len(modules) else None
-
-    return get
-
-
 def _background(path: str, options: Options, *, parent: int | None) -> tuple[Background[Any], Publications]:
     """Take the path for writing; return who works there, and who numbers what is published."""
     if options.worker == "process":
@@ -478,71 +471,6 @@ def _background(path: str, options: Options, *, parent: int | None) -> tuple[Bac
     compression = Compression(options.compression, threads=options.worker_threads)
     store = open_store(lambda: Store(path, parent=parent, compression=compression))
     return InThreads(store, options), store
-
-
-def _modules(model: Model) -> list[torch.nn.Module]:
-    """Return the modules that a model is made of; a mapping has none."""
-    if isinstance(model, torch.nn.Module):
-        return [model]
-    return [] if isinstance(model, Mapping) else list(model)
-
-
-def _ids(model: Model) -> tuple[int, ...]:
-    """Identify a model, and refuse what is none. Mappings are all one: they may be made anew each call."""
-    if isinstance(model, Mapping):
-        return ()
-    if isinstance(model, torch.nn.Module):
-        return (id(model),)
-    if isinstance(model, Sequence) and model and all(isinstance(m, torch.nn.Module) for m in model):
-        return tuple(id(m) for m in model)
-    msg = (
-        f"model is a {type(model).__name__}; pass a torch.nn.Module, a non-empty list of modules, "
-        "or a mapping of names to tensors"
-    )
-    raise UsageError(msg)
-
-
-def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if extra is None:
-        return None
-    if not isinstance(extra, Mapping):
-        msg = f"extra is a {type(extra).__name__}; pass a mapping of names to values"
-        raise UsageError(msg)
-    return dict(extra)
-
-
-def _checked_options(options: Options | None) -> Options:
-    if options is None:
-        return Options()
-    if not isinstance(options, Options):
-        msg = f"options is a {type(options).__name__}; pass gockpt.Options(...)"
-        raise OptionsError(msg)
-    return options
-
-
-def _checked_step(step: int | None) -> int | None:
-    if step is None:
-        return None
-    # NumPy's and torch's whole numbers count as such; True and 3.0 do not.
-    if hasattr(step, "__index__") and not isinstance(step, bool) and 0 <= operator.index(step) < 1 << 62:
-        return operator.index(step)
-    msg = f"step={step!r}: expected a whole number from 0 up, or None to count calls"
-    raise UsageError(msg)
-
-
-def _checked_every(every: int | str, options: Options) -> int | Literal["auto"]:
-    if every == "auto":
-        return "auto"
-    if type(every) is not int or every < 1:
-        msg = f'every={every!r}: expected a whole number from 1 up, or "auto"'
-        raise OptionsError(msg)
-    if options.window != "auto" and options.window > 1 and every < options.window:
-        msg = (
-            f"a window of {options.window} steps needs every >= {options.window}, got every={every}; "
-            "call save_overlapped in each iteration with a larger every, or use window=1"
-        )
-        raise OptionsError(msg)
-    return every
 
 
 @atexit.register

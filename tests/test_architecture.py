@@ -50,7 +50,7 @@ LAYERS = (
         "uploads",
         "engine",
     ),
-    ("checkpointer",),
+    ("arguments", "checkpointer"),
     ("cli", "integrations"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
