@@ -29,29 +29,28 @@ _limit: Limit | None = None
 _library: str | None = None
 
 
-def use(function: int | None, limit: Limit | None = None) -> None:
+def use(function: int | None, limit: Limit | None = None, library: str | None = None) -> None:
     """Register the root; ``None`` forgets it.
 
     Args:
         function: Address of ``vmsSqrt(int n, const float*, float*, int64 mode)``.
         limit: ``MKL_Set_Num_Threads_Local``: sets how many threads MKL uses for calls from this thread and
             returns what it was, 0 for no limit of its own.
+        library: The file that both are from.
     """
     global _address, _limit, _library
-    _address, _limit, _library = function or 0, limit, None
+    _address, _limit, _library = function or 0, limit, library
 
 
 def load(path: str) -> bool:
     """Register the root of a shared library; whether it has one. It need not be loaded, nor its package."""
-    global _library  # noqa: PLW0603 - one per process, as is the library itself
     try:
         mkl = ctypes.CDLL(path)
         root, limit = mkl.vmsSqrt, mkl.MKL_Set_Num_Threads_Local
     except (OSError, AttributeError):
         return False
     limit.argtypes, limit.restype = [ctypes.c_int], ctypes.c_int
-    use(ctypes.cast(root, ctypes.c_void_p).value, limit)
-    _library = path
+    use(ctypes.cast(root, ctypes.c_void_p).value, limit, path)
     return True
 
 
@@ -60,9 +59,9 @@ def library() -> str | None:
     return _library
 
 
-def known() -> tuple[int, Limit | None]:
+def known() -> tuple[int, Limit | None, str | None]:
     """Return what was given to :func:`use`."""
-    return _address, _limit
+    return _address, _limit, _library
 
 
 def address() -> int:

@@ -127,7 +127,7 @@ class Worker:
     def _orphaned(self, pidfd: int | None) -> bool:
         if os.getppid() != self._trainer:
             return True
-        return pidfd is not None and bool(select.select([pidfd], [], [], 0)[0])
+        return pidfd is not None and _is_ready(pidfd)
 
     def _first(self, poller: select.poll) -> tuple[notices.Open | None, list[Any]]:
         """Wait for the first message; return it, and what came with it."""
@@ -158,7 +158,7 @@ class Worker:
         The stream need not have an end: the trainer's children may hold its socket.
         """
         with suppress(ConnectionError):
-            while select.select([self._sock], [], [], 0)[0] and self._receive():
+            while _is_ready(self._sock.fileno()) and self._receive():
                 pass
 
     def _handle(self, message: Any) -> None:
@@ -324,6 +324,13 @@ class Worker:
                 action()
             except Exception:  # noqa: BLE001 - the next request must be served
                 _log.exception("of a request of the trainer")
+
+
+def _is_ready(fd: int) -> bool:
+    """Whether reading would not wait. Not by ``select``, which takes no descriptor from 1024 up."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def _warm(nice: int) -> None:

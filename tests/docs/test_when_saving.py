@@ -237,7 +237,9 @@ def _program_killed(lab):
 def _program_killed_after_the_capture(lab):
     worker = os.pidfd_open(pid := killed_after_the_capture())
     os.kill(pid, signal.SIGCONT)
-    assert select.select([worker], [], [], 60)[0]
+    poller = select.poll()
+    poller.register(worker, select.POLLIN)
+    assert poller.poll(60_000)
     os.close(worker)
     assert gockpt.steps("ckpts") == [4, 8]
     assert gockpt.verify("ckpts", 8).ok
