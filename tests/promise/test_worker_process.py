@@ -298,6 +298,9 @@ def test_a_worker_that_does_not_start(fixture, monkeypatch, program, words):
         assert words in str(handle.exception(60))
         with contextlib.suppress(gockpt.WorkerError):  # of the window after that, if one was begun
             gockpt.wait()
+        for thread in threading.enumerate():  # those that told of the worker's end are ending
+            if thread.name.startswith(("gockpt-worker", "gockpt-outbox")):
+                thread.join(30)
         before = open_files(), threading.active_count()
         with pytest.raises(gockpt.WorkerError, match=words):
             gockpt.Checkpointer(
