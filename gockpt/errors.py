@@ -159,3 +159,12 @@ class WorkerError(SaveError):
 
 class UploadError(SaveError):
     """A checkpoint could not be uploaded. It is complete on disk; the next upload is tried afresh."""
+
+
+def as_background_error(error: BaseException) -> GockptError:
+    """Return what the background raised as one of gockpt's own, the original as its cause."""
+    if isinstance(error, GockptError):
+        return error
+    wrapped = WorkerError(f"the background of a save failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -320,9 +320,8 @@ class DeviceTransfer:
                 if len(self._flying) >= self._most or not self._waiting:
                     return
                 flight = heapq.heappop(self._waiting)
-                if (
-                    self._issued(flight, self._line.beside) is not None
-                ):  # the detour: its slot is still in use
+                if self._issued(flight, self._line.beside) is not None:
+                    # The detour: its slot is still in use.
                     heapq.heappush(self._waiting, flight)
                     return
 

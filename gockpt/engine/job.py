@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from gockpt.errors import GockptError, WorkerError
+from gockpt.errors import WorkerError, as_background_error
 from gockpt.kernels import replay
 from gockpt.kernels.fingerprint import fingerprint
 
@@ -291,11 +291,7 @@ class Job:
 
     def _fail(self, error: BaseException) -> None:
         self.abort()
-        if not isinstance(error, GockptError):
-            wrapped = WorkerError(f"the background of a save failed: {type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            error = wrapped
-        self._outcome.failed(self, error)
+        self._outcome.failed(self, as_background_error(error))
 
     def _replay(self, state: _Piece, gradients: list[Gradient], *, prove: bool) -> Report | None:
         piece = state.piece

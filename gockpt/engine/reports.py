@@ -8,7 +8,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from gockpt.engine import notices
-from gockpt.errors import GockptError, WorkerError
+from gockpt.errors import WorkerError, as_background_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,13 +116,10 @@ class Told:
 def failure(number: int, error: BaseException) -> notices.Failed:
     """Return the message that a job failed of ``error``."""
     notes = list(getattr(error, "__notes__", ()))
-    if not isinstance(error, GockptError):
-        text = f"the background of a save failed: {type(error).__name__}: {error}"
-        notes.append("in the worker process:\n" + "".join(traceback.format_exception(error)))
-        return notices.Failed(number, WorkerError.__name__, text, tuple(notes))
-    if isinstance(error, WorkerError) and error.__cause__ is not None:
-        notes.append("in the worker process:\n" + "".join(traceback.format_exception(error.__cause__)))
-    return notices.Failed(number, type(error).__name__, str(error), tuple(notes))
+    told = as_background_error(error)
+    if isinstance(told, WorkerError) and told.__cause__ is not None:
+        notes.append("in the worker process:\n" + "".join(traceback.format_exception(told.__cause__)))
+    return notices.Failed(number, type(told).__name__, str(told), tuple(notes))
 
 
 class Forward(logging.Handler):
