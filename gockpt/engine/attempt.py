@@ -8,22 +8,22 @@ the worker publishes only if its replay arrives at exactly these.
 
 from __future__ import annotations
 
-from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from gockpt import replay
 from gockpt.engine.at_once import AtOnce, copy_at_once
 from gockpt.engine.evidence import of_piece, of_pieces, take
-from gockpt.engine.messages import ArrayPlace, Gradient
+from gockpt.engine.gathering import Gathering, bar, make_late
+from gockpt.engine.messages import ArrayPlace
 from gockpt.errors import SaveError
 from gockpt.schedule import part_ranges
 from gockpt.transfer import Batch, Copy, dense_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import numpy as np
 
     from gockpt.arena import Arena
     from gockpt.device.flight import Consignment
@@ -46,9 +46,6 @@ __all__ = ["Attempt"]
 
 CHANGED = "changed outside optimizer.step()"
 OVERTAKEN = "overtaken by a change while it was copied"
-
-RING_PATIENCE = 30.0
-"""Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
 
 
 class Attempt:
@@ -85,7 +82,6 @@ class Attempt:
         self.shape_key = shape.key
         self.cut = cut
         self.plan = plan
-        self.ring = ring
         self.job = job
         self._trace = trace
         self.road = road
@@ -101,7 +97,6 @@ class Attempt:
         self.copied_bytes = 0
         self.copy_seconds = 0.0
         self._arena = arena
-        self._ring_arena = ring_arena
         self._transfer = transfer
         self._full = options.verify == "full"
         self._racing = racing
@@ -112,7 +107,7 @@ class Attempt:
         self._evidence: Evidence = {}
         at_once = set(cut.at_once)
         self._at_once = AtOnce((a for a in shape.layout.arrays if a.spec.name in at_once), arena)
-        self._grad_at_pre: dict[int, list[Gradient]] = {}
+        self._gathering = Gathering(cut, ring=ring, arena=ring_arena, job=job)
 
     # -- ticks -------------------------------------------------------------------------------
 
@@ -190,9 +185,9 @@ class Attempt:
 
     def _judge(self, piece: Piece, now: tuple[int, ...] | None) -> None:
         if now is None:
-            self._make_late(piece, "its tensors were replaced")
+            make_late(piece, "its tensors were replaced", self.job)
         elif piece.known is not None and now != piece.known:
-            self._make_late(piece, CHANGED)
+            make_late(piece, CHANGED, self.job)
         piece.known = now
 
     def _sent(self) -> list[Piece]:
@@ -291,7 +286,7 @@ class Attempt:
             piece, name = copy.owner
             lost.append(name)
             if piece.sent and piece.late is None:
-                self._make_late(piece, OVERTAKEN)
+                make_late(piece, OVERTAKEN, self.job)
         if batch is not None:
             self.copied_bytes += batch.nbytes
             self.copy_seconds += batch.ended - batch.started
@@ -320,19 +315,19 @@ class Attempt:
         for unit in self.cut.units if closure else ():
             # The closure is yet to compute the gradient that will be consumed.
             if unit.optimizer is optimizer and unit.rule.gradient_at == "pre" and unit.barred is None:
-                self._bar(unit, "its gradient comes from a closure, and the step overwrites it")
+                bar(unit, "its gradient comes from a closure, and the step overwrites it", self.job)
         if self._full:
             for piece, now in of_pieces(self._sent(), self._live_bytes(), self._transfer):
                 self._judge(piece, now)
-        self._collect(optimizer, at="pre")
+        self._gathering.before_update(optimizer)
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Take what the update consumed, for the pieces that already left."""
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:
-            self._drop_pre()
+            self._gathering.forget()
             return
-        collected = self._collect(optimizer, at="post")
+        collected = self._gathering.after_update(optimizer)
         moved = [p for p in self._sent() if p.unit is not None and p.unit.optimizer is optimizer]
         if not self._full:
             for piece in moved:
@@ -340,102 +335,10 @@ class Attempt:
             return
         for piece, now in of_pieces(moved, self._live_bytes(), self._transfer):
             if piece.index not in collected and now != piece.known:
-                self._make_late(piece, "updated without a gradient that was seen")
+                make_late(piece, "updated without a gradient that was seen", self.job)
             piece.known = now
 
-    def _collect(self, optimizer: torch.optim.Optimizer, *, at: str) -> set[int]:
-        collected: set[int] = set()
-        for unit in self.cut.units:
-            if unit.optimizer is not optimizer:
-                continue
-            pieces = [p for p in unit.pieces if p.sent and p.late is None]
-            if not pieces:
-                continue
-            if unit.rule.gradient_at == at:
-                got = self._take_gradient(unit, pieces)
-                if at == "pre":
-                    self._grad_at_pre.update({id(unit): got} if got else {})
-                    continue
-            elif at == "pre":
-                continue
-            else:
-                got = self._grad_at_pre.pop(id(unit), [])
-            gradients = self._with_scalars(unit, got)
-            if gradients:
-                # Unit by unit, so that replay can free the room that later units wait for.
-                self.job.gradients(gradients)
-                collected.update(g.piece for g in gradients)
-        return collected
-
-    def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
-        if not gradients:
-            return []
-        row = replay.scalars(unit.rule, unit.group, unit.optimizer.state.get(unit.param, {}))
-        if row is None:
-            self._bar(unit, "its parameter group's options changed")
-            for gradient in gradients:
-                self.ring.free(gradient.offset)
-            return []
-        return [Gradient(g.piece, g.offset, g.nbytes, row) for g in gradients if self._wanted(g)]
-
-    def _wanted(self, gradient: Gradient) -> bool:
-        if self.cut.pieces[gradient.piece].late is None:
-            return True
-        self.ring.free(gradient.offset)
-        return False
-
-    def _take_gradient(self, unit: Unit, pieces: list[Piece]) -> list[Gradient]:
-        grad = unit.param.grad
-        if grad is None:
-            return []
-        problem = replay.gradient_reason(unit.param)
-        source = None if problem else dense_bytes(grad)
-        if source is None:
-            self._bar(unit, problem or "its gradient has holes in memory")
-            return []
-        taken = []
-        for piece in pieces:
-            stretch = piece.stretches[0]
-            offset = self._allocate(stretch.nbytes)
-            if offset is None:
-                self._make_late(piece, "the gradient ring is full")
-                continue
-            low = stretch.start * stretch.itemsize
-            np.copyto(self._ring_arena.view(offset, stretch.nbytes), source[low : low + stretch.nbytes])
-            taken.append(Gradient(piece.index, offset, stretch.nbytes, ()))
-        return taken
-
-    def _allocate(self, nbytes: int) -> int | None:
-        offset = self.ring.allocate(nbytes)
-        if offset is not None:
-            return offset
-        deadline = perf_counter() + RING_PATIENCE
-        self.job.hurry(on=True)
-        try:
-            while offset is None and self.job.replaying and perf_counter() < deadline:
-                self.ring.wait_for_room(0.05)
-                offset = self.ring.allocate(nbytes)
-        finally:
-            self.job.hurry(on=False)
-        return offset
-
-    def _drop_pre(self) -> None:
-        for gradients in self._grad_at_pre.values():
-            for gradient in gradients:
-                self.ring.free(gradient.offset)
-        self._grad_at_pre.clear()
-
     # -- small helpers -----------------------------------------------------------------------
-
-    def _bar(self, unit: Unit, why: str) -> None:
-        unit.barred = why
-        for piece in unit.pieces:
-            self._make_late(piece, why)
-
-    def _make_late(self, piece: Piece, why: str) -> None:
-        if piece.late is None:
-            piece.late = why
-            self.job.discard([piece.index])
 
     def late_parts(self) -> dict[str, str]:
         """Return why parameters left at the closing tick although a replay was planned."""

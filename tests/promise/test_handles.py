@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.engine import attempt, save
+from gockpt.engine import gathering, save
 from gockpt.storage.store import Store
 from gockpt.storage.transaction import Transaction
 
@@ -114,7 +114,7 @@ def test_a_timeout_is_for_the_whole_of_result(harness, monkeypatch):
 
 def test_the_gradient_ring_has_room_for_one_update_of_any_model(harness, monkeypatch):
     """One large parameter, cut into few pieces: each of its gradients finds room."""
-    monkeypatch.setattr(attempt, "RING_PATIENCE", 0.0)
+    monkeypatch.setattr(gathering, "RING_PATIENCE", 0.0)
     model = torch.nn.Linear(512, 256, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     options = gockpt.Options(window=2, when_busy="wait")

@@ -1,0 +1,156 @@
+"""Gathering what updates consume: the gradients of pieces that already left, on their way to replay.
+
+It is called around every update, takes gradients where the rule says that they stand, and puts them into
+the ring. A piece whose gradient can't be taken leaves at the closing tick instead.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gockpt import replay
+from gockpt.engine.messages import Gradient
+from gockpt.transfer import dense_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from gockpt.arena import Arena
+    from gockpt.engine.background import Work
+    from gockpt.engine.cut import Cut, Piece, Unit
+    from gockpt.engine.ring import Ring
+
+__all__ = ["Gathering", "bar", "make_late"]
+
+RING_PATIENCE = 30.0
+"""Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
+
+
+def make_late(piece: Piece, why: str, job: Work) -> None:
+    """Let a piece leave at the closing tick, whatever was planned; what was sent of it is forgotten."""
+    if piece.late is None:
+        piece.late = why
+        job.discard([piece.index])
+
+
+def bar(unit: Unit, why: str, job: Work) -> None:
+    """Let all of a unit leave at the closing tick, from now on."""
+    unit.barred = why
+    for piece in unit.pieces:
+        make_late(piece, why, job)
+
+
+class Gathering:
+    """Takes gradients for one attempt, in the training thread."""
+
+    def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: Work) -> None:
+        """Gather for the pieces of ``cut``.
+
+        Args:
+            cut: What is saved.
+            ring: Room for gradients.
+            arena: The memory that the ring divides.
+            job: Where gradients are replayed.
+        """
+        self._units = cut.units
+        self._pieces = cut.pieces
+        self._ring = ring
+        self._arena = arena
+        self._job = job
+        self._at_pre: dict[int, list[Gradient]] = {}
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients that the update is about to overwrite."""
+        for unit, pieces in self._concerned(optimizer):
+            if unit.rule.gradient_at == "pre":
+                got = self._take(unit, pieces)
+                self._at_pre.update({id(unit): got} if got else {})
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> set[int]:
+        """Take the other gradients, and post all of them with the update's numbers.
+
+        Returns:
+            The pieces that will be replayed for this update.
+        """
+        collected: set[int] = set()
+        for unit, pieces in self._concerned(optimizer):
+            at_pre = unit.rule.gradient_at == "pre"
+            got = self._at_pre.pop(id(unit), []) if at_pre else self._take(unit, pieces)
+            gradients = self._with_scalars(unit, got)
+            if gradients:
+                # Unit by unit, so that replay can free the room that later units wait for.
+                self._job.gradients(gradients)
+                collected.update(g.piece for g in gradients)
+        return collected
+
+    def forget(self) -> None:
+        """Give back what was taken before an update that did not happen."""
+        for gradients in self._at_pre.values():
+            for gradient in gradients:
+                self._ring.free(gradient.offset)
+        self._at_pre.clear()
+
+    def _concerned(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:
+        """Yield the optimizer's units of which something left, with those pieces."""
+        for unit in self._units:
+            if unit.optimizer is optimizer:
+                pieces = [p for p in unit.pieces if p.sent and p.late is None]
+                if pieces:
+                    yield unit, pieces
+
+    def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
+        if not gradients:
+            return []
+        row = replay.scalars(unit.rule, unit.group, unit.optimizer.state.get(unit.param, {}))
+        if row is None:
+            bar(unit, "its parameter group's options changed", self._job)
+            for gradient in gradients:
+                self._ring.free(gradient.offset)
+            return []
+        return [Gradient(g.piece, g.offset, g.nbytes, row) for g in gradients if self._wanted(g)]
+
+    def _wanted(self, gradient: Gradient) -> bool:
+        if self._pieces[gradient.piece].late is None:
+            return True
+        self._ring.free(gradient.offset)
+        return False
+
+    def _take(self, unit: Unit, pieces: list[Piece]) -> list[Gradient]:
+        grad = unit.param.grad
+        if grad is None:
+            return []
+        problem = replay.gradient_reason(unit.param)
+        source = None if problem else dense_bytes(grad)
+        if source is None:
+            bar(unit, problem or "its gradient has holes in memory", self._job)
+            return []
+        taken = []
+        for piece in pieces:
+            stretch = piece.stretches[0]
+            offset = self._allocate(stretch.nbytes)
+            if offset is None:
+                make_late(piece, "the gradient ring is full", self._job)
+                continue
+            low = stretch.start * stretch.itemsize
+            np.copyto(self._arena.view(offset, stretch.nbytes), source[low : low + stretch.nbytes])
+            taken.append(Gradient(piece.index, offset, stretch.nbytes, ()))
+        return taken
+
+    def _allocate(self, nbytes: int) -> int | None:
+        offset = self._ring.allocate(nbytes)
+        if offset is not None:
+            return offset
+        deadline = perf_counter() + RING_PATIENCE
+        self._job.hurry(on=True)
+        try:
+            while offset is None and self._job.replaying and perf_counter() < deadline:
+                self._ring.wait_for_room(0.05)
+                offset = self._ring.allocate(nbytes)
+        finally:
+            self._job.hurry(on=False)
+        return offset
