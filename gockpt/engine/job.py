@@ -100,7 +100,10 @@ class Job:
         self._store = store
         self._outcome = outcome
         self._trace = trace
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # Writers wait apart: waking them all whenever a small chunk is done would cost more than the chunk.
+        self._large = threading.Condition(lock)
         self._capture: Capture | None = None
         self._transaction: Transaction | None = None
         self._chunks: list[tuple[ArrayPlace, Slot]] = []
@@ -178,14 +181,14 @@ class Job:
             self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes)
             self.total_bytes = sum(slot.nbytes for _, slot in self._chunks)
             self._capture = capture
-            self._changed.notify_all()
+            self._notify_all()
         taken()
 
     def abort(self) -> None:
         """Give up. Returns when no task touches the arena any more; the partial is removed."""
         with self._changed:
             self._ended = True
-            self._changed.notify_all()
+            self._notify_all()
             while self._running:
                 self._changed.wait()
             for state in self._pieces.values():
@@ -217,14 +220,16 @@ class Job:
 
     def take(self) -> Callable[[], None] | None:
         """Return the next task, waiting for one; ``None`` once the job ended."""
-        return self._take(self._next)
+        return self._take(self._next, self._changed)
 
     def take_write(self) -> Callable[[], None] | None:
         """Do as :meth:`take`, but only for large chunks that are to be written: the disk is waited for."""
-        return self._take(lambda: self._next_chunk(reversed(range(len(self._chunks))), LARGE))
+        return self._take(self._next_large, self._large)
 
-    def _take(self, find: Callable[[], Task | None]) -> Callable[[], None] | None:
-        with self._changed:
+    def _take(
+        self, find: Callable[[], Task | None], changed: threading.Condition
+    ) -> Callable[[], None] | None:
+        with changed:
             while True:
                 if self._ended:
                     return None
@@ -232,7 +237,18 @@ class Job:
                 if task is not None:
                     self._running += 1
                     return lambda: self._run(task)
-                self._changed.wait()
+                changed.wait()
+
+    def _notify_all(self) -> None:
+        """Wake every thread, with the lock held: chunks may be written now, or nothing any more."""
+        self._changed.notify_all()
+        self._large.notify_all()
+
+    def _next_large(self) -> Task | None:
+        # By size: most of the time none is left, or all that are wait for their replay.
+        if not self._chunks or self._chunks[-1][1].nbytes < LARGE:
+            return None
+        return self._next_chunk(reversed(range(len(self._chunks))), LARGE)
 
     def _next(self) -> Task | None:
         closed = self._capture is not None
@@ -278,7 +294,9 @@ class Job:
             failed = error is not None and not self._ended
             if failed:
                 self._ended = True
-            self._changed.notify_all()
+                self._notify_all()
+            elif not self._running:
+                self._changed.notify_all()  # who gives up waits for this, and so does the commit
         # Reported only now that this task no longer counts as running: whoever hears of it may
         # hold a lock that the training side holds while it waits for running tasks.
         if failed and error is not None:
@@ -332,6 +350,8 @@ class Job:
                     self._wrong.append(piece.index)
                 for stretch in piece.stretches:
                     self._waiting[stretch.name].discard(piece.index)
+                if self._chunks and self._chunks[-1][1].nbytes >= LARGE:
+                    self._large.notify_all()
             self._changed.notify_all()
         return None
 
@@ -347,7 +367,7 @@ class Job:
             self._ended = True
             self._arenas = ()
             transaction, self._transaction = self._transaction, None
-            self._changed.notify_all()
+            self._notify_all()
         try:
             if transaction is not None:
                 transaction.abort()
@@ -397,7 +417,7 @@ class Job:
             self._ended = True
             # The next save may need a larger one; threads of this job may hold on to the job for a while.
             self._arenas = ()
-            self._changed.notify_all()
+            self._notify_all()
         return lambda: self._outcome.published(self, result)
 
 
