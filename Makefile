@@ -4,7 +4,7 @@
 #   make test     lint, types and every test
 #   make check    lint and types only
 #   make bench    the measurements
-#   make gpu      the tests and the bench that need a CUDA device
+#   make gpu      the tests and the benches that need a CUDA device
 #   make docs     the documentation, into site/
 #   make soak     the long tests
 #   make powerloss  pull the plug of disks under real file systems; as root, see CONTRIBUTING.md
@@ -33,7 +33,7 @@ PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,g
 
 export HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: demo test check lint types unit test-storage-newest coverage bench gpu docs soak powerloss format clean distclean
+.PHONY: demo test check lint types unit test-storage-newest coverage bench gpu gpu-tests gpu-bench docs soak powerloss format clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo.py $(ARGS)
@@ -73,12 +73,18 @@ ifneq ($(origin PYTHON),file)
 GPU_PYTHON := $(PYTHON)
 else
 GPU_PYTHON := $(BIN)/python
-gpu: $(VENV)/.installed
+gpu-tests gpu-bench: $(VENV)/.installed
 endif
-gpu: export PYTHONPATH := $(CURDIR)
-gpu:
+gpu gpu-tests gpu-bench: export PYTHONPATH := $(CURDIR)
+gpu: gpu-tests gpu-bench
+
+gpu-tests:
 	$(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -q -ra -m gpu tests/kernels tests/device
-	$(GPU_PYTHON) bench/bench_gpu.py $(ARGS)
+
+gpu-bench:
+	$(GPU_PYTHON) bench/bench_gpu.py
+	$(GPU_PYTHON) bench/bench_train.py --device cuda --worker thread process --params 350000000 \
+	  --batch 4 --context 512 --every 10 --steps 40 --rounds 3 $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml

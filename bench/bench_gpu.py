@@ -4,8 +4,8 @@
   second, as a ratio of one device-to-device copy of as many bytes;
 - quantise: the same tensors to float16 with a scale per block, likewise;
 - fingerprint: the same tensors, bytes read per second;
-- to the host: packed into a staging buffer and copied into a registered arena, against one copy of as
-  many bytes from the device into the same arena.
+- to the host: packed into a staging buffer and copied into a registered arena, or packed straight into that
+  arena by the kernel, against one copy of as many bytes from the device into the same arena.
 
 What each kernel wrote is compared before it is timed. Needs a CUDA device; `make gpu` runs the tests that
 need one first. Rounds alternate between all of them; every sample is in the JSON.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from harness import machine_facts, settings_of, table, write_json
+from harness import device_facts, machine_facts, settings_of, table, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +37,7 @@ def main() -> int:
         print(f"bench_gpu: no CUDA device that torch {torch.__version__} can use", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    facts = {**machine_facts(tempfile.gettempdir()), **device_facts(device)}
+    facts = {**machine_facts(tempfile.gettempdir()), **device_facts(device.index)}
     samples, nbytes = measured(device, wanted)
     rows = summary(samples, nbytes)
     print(table(["", "median ms", "GB/s", "of the copy"], [cells(row) for row in rows]))
@@ -51,31 +50,12 @@ def main() -> int:
     return 0
 
 
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Return what a reader must know about the device."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(device)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index}"]
-    try:
-        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        driver = None
-    return {
-        "device": properties.name,
-        "device_memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-    }
-
-
 def measured(
     device: torch.device, wanted: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Return the milliseconds of every round of everything, and the bytes that each moves."""
     from gockpt.arena import Arena
+    from gockpt.device.cuda import PORTABLE_AND_MAPPED
     from gockpt.kernels import reference
     from gockpt.kernels.fingerprint import fingerprint
     from gockpt.packing import Fingerprints, Packing, Quantising
@@ -97,7 +77,7 @@ def measured(
     other = torch.zeros(total, dtype=torch.uint8, device=device)
     message = torch.zeros(quantising.message.nbytes, dtype=torch.uint8, device=device)
     arena = Arena(total)
-    code = torch.cuda.cudart().cudaHostRegister(arena.address, arena.nbytes, 0)
+    code = torch.cuda.cudart().cudaHostRegister(arena.address, arena.nbytes, PORTABLE_AND_MAPPED)
     if int(code) != 0:
         msg = f"can't register {arena.nbytes} bytes of host memory: CUDA error {int(code)}"
         raise SystemExit(msg)
@@ -114,20 +94,32 @@ def measured(
         "fingerprint": lambda: prints.launch(**programs),
         "copy to the host": lambda: host.copy_(staging, non_blocking=True),
         "pack, copy to the host": to_the_host,
+        "pack straight to the host": lambda: packing.pack(host, **programs),
     }
+
+    def check_arena(way: str) -> None:
+        arena.data[:] = 0
+        runs[way]()
+        torch.cuda.synchronize()
+        for number, (name, tensor) in enumerate(tensors.items()):
+            content = tensor.cpu().numpy().view(np.uint8)
+            if not np.array_equal(arena.view(offsets[number], content.nbytes), content):
+                msg = f"{way} made something else of {name}: nothing is timed"
+                raise SystemExit(msg)
+
     try:
+        for way in ("pack, copy to the host", "pack straight to the host"):
+            check_arena(way)
         for run in runs.values():
             run()
         torch.cuda.synchronize()
         values, written = prints.values(), message.cpu().numpy()
         for number, (name, tensor) in enumerate(tensors.items()):
             content = tensor.cpu().numpy()
-            stretch = arena.view(offsets[number], content.nbytes)
             out = np.empty(content.size, np.float32)
             quantising.message.read(written, number, out)
             back = reference.dequantise(*reference.quantise(content))
-            same = np.array_equal(stretch, content.view(np.uint8)) and np.array_equal(out, back)
-            if not same or values[name] != fingerprint(content.view(np.uint8), 4):
+            if not np.array_equal(out, back) or values[name] != fingerprint(content.view(np.uint8), 4):
                 msg = f"what the kernels made of {name} is wrong: nothing is timed"
                 raise SystemExit(msg)
         samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -144,6 +136,7 @@ def measured(
         "fingerprint": data,
         "copy to the host": total,
         "pack, copy to the host": total,
+        "pack straight to the host": total,
     }
 
 

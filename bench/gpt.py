@@ -146,20 +146,30 @@ class Training:
 
     Attributes:
         model: The GPT.
-        optimizer: AdamW with torch's fused CPU kernel.
+        optimizer: AdamW, by torch's fused kernel unless asked otherwise.
         schedule: A short warm-up, then a cosine.
     """
 
-    def __init__(self, config: Config, *, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        steps: int,
+        seed: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        fused: bool = True,
+    ) -> None:
         torch.manual_seed(seed)
-        self.model = Gpt(config)
+        with torch.device(device):
+            self.model = Gpt(config).to(dtype)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
             lr=1e-3,
             betas=(0.9, 0.95),
-            fused=True,
+            fused=fused,
         )
         warm_up = max(1, steps // 10)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cores",
+    "device_facts",
     "filesystem_of",
     "machine_facts",
     "megabytes",
@@ -53,6 +54,27 @@ def machine_facts(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "filesystem": filesystem_of(directory),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def device_facts(index: int) -> dict[str, Any]:
+    """Return what a reader must know about a CUDA device."""
+    import torch
+    import triton
+
+    properties = torch.cuda.get_device_properties(index)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={index}"]
+    try:
+        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = None
+    return {
+        "device": properties.name,
+        "device_memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
     }
 
 

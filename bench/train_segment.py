@@ -18,10 +18,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from corpus import Loader, standard_library
+from corpus import Batch, Loader, standard_library
 from gpt import Config, Training
 from harness import peak_bytes, reset_peak
-from train_savers import SAVERS
+from train_savers import ON_A_DEVICE, SAVERS
 
 SEED = 20
 WARM_STEPS = 2
@@ -45,22 +45,40 @@ def main() -> None:
 
 def segment(wanted: argparse.Namespace, directory: Path) -> dict[str, Any]:
     kind, options = SAVERS[wanted.saver]
-    load_code(kind, options, directory / "toy")
+    if wanted.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+        options = options | ON_A_DEVICE.get(wanted.saver, {})
+    device = torch.device(wanted.device)
+    load_code(kind, options, directory / "toy", wanted.device)
     config = Config(**json.loads(wanted.config))
-    training = Training(config, steps=1000, seed=SEED)
+    training = Training(
+        config,
+        steps=1000,
+        seed=SEED,
+        device=wanted.device,
+        dtype=getattr(torch, wanted.dtype),
+        fused=wanted.optimizer == "fused",
+    )
     corpus = standard_library(CORPUS_BYTES)
     loader = Loader(corpus, context=config.context, batch=config.batch, seed=SEED)
+
+    def train() -> None:
+        batch = loader.next()
+        # As most loops do, this one looks at its loss in every step, and so waits for the device.
+        training.step(Batch(batch.inputs.to(device), batch.targets.to(device))).item()
+
     for number in range(WARM_STEPS + PLAIN_STEPS):
         if number == WARM_STEPS:
             reset_peak()  # building model and optimizer is not what saving is compared with
-        training.step(loader.next()).item()
+        train()
     plain_peak = peak_bytes()
+    device_peak = peak_on(device)
 
     (directory / "run").mkdir()
     saver = kind(training.model, training.optimizer, directory / "run", every=wanted.every, **options)
     far = 1000 * wanted.every
     for step in range(far - LEAD + 1, far + 2):
-        training.step(loader.next()).item()
+        train()
         saver.tick(step)
     saver.finish()
     saver.timings.clear()
@@ -71,7 +89,7 @@ def segment(wanted: argparse.Namespace, directory: Path) -> dict[str, Any]:
     began = perf_counter()
     for step in range(first, first + wanted.steps):
         now = perf_counter()
-        training.step(loader.next()).item()
+        train()
         saver.tick(step)
         durations.append(round(perf_counter() - now, 5))
     seconds = perf_counter() - began
@@ -91,18 +109,28 @@ def segment(wanted: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "drain_seconds": drain,
         "plain_peak_bytes": plain_peak,
         "peak_growth_bytes": peak_bytes() - plain_peak,
+        "device_peak_growth_bytes": peak_on(device) - device_peak,
     }
 
 
-def load_code(kind: Any, options: dict[str, Any], directory: Path) -> None:
+def peak_on(device: torch.device) -> int:
+    """Return the most device memory that torch had allocated since this was asked last; 0 for the CPU."""
+    if device.type == "cpu":
+        return 0
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return int(peak)
+
+
+def load_code(kind: Any, options: dict[str, Any], directory: Path, device: str = "cpu") -> None:
     """Make a save of a toy, so that no import and no compilation is measured as memory or time."""
     directory.mkdir()
-    model = torch.nn.Linear(64, 64)
+    model = torch.nn.Linear(64, 64, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     saver = kind(model, optimizer, directory, every=5, **options)
     for step in range(1, 6):
         optimizer.zero_grad()
-        model(torch.ones(2, 64)).sum().backward()
+        model(torch.ones(2, 64, device=device)).sum().backward()
         optimizer.step()
         saver.tick(step)
     saver.finish()
@@ -123,6 +151,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--config", required=True, help="fields of gpt.Config, as JSON")
     parser.add_argument("--directory", required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--optimizer", required=True)
     return parser.parse_args()
 
 

@@ -78,6 +78,23 @@ class Plan:
     reason: str
     road: str | None = None
 
+    @property
+    def stall_seconds(self) -> float | None:
+        """Seconds that the window's steps last longer because what is due in them can't leave in time.
+
+        ``None`` while step time or copy rate are not measured. What a tick itself takes is not in it.
+        """
+        f = self.facts
+        if not f.step_seconds or not f.bytes_per_second:
+            return None
+        stall = left = 0.0
+        for share in (*self.shares, None):
+            gradients = left * f.ratio
+            state = f.state_bytes - left if share is None else share * f.replay_bytes
+            stall += max(0.0, (gradients + state) / f.bytes_per_second - f.step_seconds)
+            left += state
+        return stall
+
     def explain(self) -> str:
         """Return the plan as a few readable lines."""
         f = self.facts
@@ -92,6 +109,8 @@ class Plan:
             rest = 1.0 - sum(self.shares)
             parts = " + ".join(f"{100 * share:.0f} %" for share in (*self.shares, rest))
             lines.append(f"parts of the replayable state: {parts}")
+        if self.stall_seconds is not None:
+            lines.append(f"steps wait for copies: {1e3 * self.stall_seconds:.1f} ms in all")
         if self.road is not None:
             lines.append(f"off the device: {self.road}")
         return "\n".join(lines)

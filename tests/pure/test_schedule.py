@@ -55,6 +55,32 @@ def test_parts_shrink_so_that_every_step_moves_the_same_bytes(given_facts, windo
     assert rest + fixed >= moved[0] * (1 - 1e-6)
 
 
+@given(facts(fixed=False))
+def test_a_window_that_hides_the_copy_predicts_no_stall(given_facts):
+    plan = make_plan(given_facts, window="auto", ticks=16)
+    hides = plan.reason.startswith(("one step hides", "the fewest steps"))
+    assert (plan.stall_seconds <= 1e-6 * given_facts.step_seconds) >= hides
+
+
+@given(facts(), st.integers(1, 16))
+def test_the_predicted_stall_is_what_does_not_fit_into_the_steps(given_facts, window):
+    plan = make_plan(given_facts, window=window, ticks=16)
+    alone = make_plan(given_facts, window=1, ticks=1)
+    bare = given_facts.state_bytes / given_facts.bytes_per_second
+    late = max(0.0, bare - given_facts.step_seconds)
+    assert alone.stall_seconds == pytest.approx(late, rel=1e-9, abs=1e-12)
+    # Gradients come on top, and no step can take less than its share of the copy.
+    steps = plan.window * given_facts.step_seconds
+    assert plan.stall_seconds >= (bare - steps) * (1 - 1e-9) - 1e-9
+
+
+def test_an_unmeasured_plan_predicts_no_stall():
+    plan = make_plan(Facts(300, 300, 100), window=4, ticks=4)
+    assert plan.stall_seconds is None
+    assert "wait for copies" not in plan.explain()
+    assert "steps wait for copies: 2000.0 ms" in make_plan(Facts(3, 3, 1, 1, 1), window=1, ticks=1).explain()
+
+
 @given(facts(), st.integers(2, 16))
 def test_the_ring_holds_at_most_two_gradients(given_facts, window):
     plan = make_plan(given_facts, window=window, ticks=16)
