@@ -28,6 +28,7 @@ __all__ = [
     "call_vml",
     "copy_bytes",
     "fma",
+    "fma64",
     "serial",
 ]
 
@@ -62,6 +63,18 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001 - numba'
         return builder.fma(*args)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def fma64(typingctx: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001 - numba's own protocol
+    """``a * b + c`` of three float64, rounded once."""
+    if not all(isinstance(t, types.Float) and t.bitwidth == 64 for t in (a, b, c)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.fma(*args)
+
+    return types.float64(types.float64, types.float64, types.float64), codegen
 
 
 @intrinsic

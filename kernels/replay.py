@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gockpt.kernels import adam as adam_file
+from gockpt.kernels import cuda_adam, cuda_sgd, vml
 from gockpt.kernels import sgd as sgd_file
-from gockpt.kernels import vml
 from gockpt.kernels.native import address_of
 
 if TYPE_CHECKING:
@@ -32,8 +32,24 @@ SHAPES = {
     "amsgrad": (3, adam_file.COLUMNS),
     "sgd": (0, sgd_file.COLUMNS),
     "momentum": (1, sgd_file.COLUMNS),
+    "cuda_adam": (2, cuda_adam.COLUMNS),
+    "cuda_amsgrad": (3, cuda_adam.COLUMNS),
+    "cuda_fused_adam": (2, cuda_adam.COLUMNS),
+    "cuda_fused_amsgrad": (3, cuda_adam.COLUMNS),
+    "cuda_sgd": (0, cuda_sgd.COLUMNS),
+    "cuda_momentum": (1, cuda_sgd.COLUMNS),
 }
 """Kernel name -> how many states it takes and how many scalars each update has."""
+
+FORMS = {
+    "cuda_adam": cuda_adam.FORMS["adam"],
+    "cuda_amsgrad": cuda_adam.FORMS["adam"],
+    "cuda_fused_adam": cuda_adam.FORMS["fused_adam"],
+    "cuda_fused_amsgrad": cuda_adam.FORMS["fused_adam"],
+    "cuda_sgd": cuda_sgd.FORM,
+    "cuda_momentum": cuda_sgd.FORM,
+}
+"""Kernel of a device's formulas -> how many values each number of its form has."""
 
 
 def run(
@@ -51,9 +67,10 @@ def run(
     Releases the GIL and starts no thread: call it from several threads on different pieces.
 
     Args:
-        kernel: ``adam``, ``amsgrad``, ``sgd`` or ``momentum``.
+        kernel: A key of :data:`SHAPES`. Those that begin with ``cuda_`` follow a device's formulas.
         flags: ``(vector, root)``: fused code's vector width, whose scalar tail rounds differently, or 0
-            for code without such a tail; 1 for MKL's square root, 0 for the IEEE one.
+            for code without such a tail; 1 for MKL's square root, 0 for the IEEE one. For a device's
+            formulas, the form that is written down in ``cuda_adam`` and ``cuda_sgd``.
         p: Contiguous one-dimensional float32 view of the parameter's piece, in storage order.
         states: The elementwise states' pieces in the rule's order, of the same form.
         grads: One gradient piece per update, oldest first. Never written.
@@ -64,8 +81,11 @@ def run(
         ValueError: If the arguments do not fit together; nothing was changed.
         RuntimeError: If MKL's root is asked for and was never registered in this process.
     """
-    vector, root = flags
     count, columns = _check(kernel, p, states, grads, scalars)
+    if kernel in FORMS:
+        _run_cuda(kernel, flags, p, states, grads, scalars)
+        return
+    vector, root = flags
     if not grads or not p.size:
         return
     last = p.size % vector if vector else 0
@@ -85,6 +105,31 @@ def run(
             adam_file.adam(p, states[0], states[1], top, addresses, table, last, function)
     else:
         sgd_file.sgd(p, states[0] if count else _NONE, addresses, table, last)
+
+
+def _run_cuda(
+    kernel: str,
+    form: tuple[int, ...],
+    p: np.ndarray,
+    states: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray],
+    scalars: Sequence[tuple[float, ...]],
+) -> None:
+    """Do as :func:`run`, by a device's formulas."""
+    values = FORMS[kernel]
+    if len(form) != len(values) or any(not 0 <= f < n for f, n in zip(form, values, strict=True)):
+        msg = f"{kernel} has no form {form}: its numbers are below {values}"
+        raise ValueError(msg)
+    if not grads or not p.size:
+        return
+    addresses = np.array([address_of(g) for g in grads], np.int64)
+    table = np.array(scalars, np.float64)
+    if kernel in ("cuda_sgd", "cuda_momentum"):
+        cuda_sgd.sgd(p, states[0] if states else _NONE, addresses, table, *form)
+        return
+    top = states[2] if len(states) == 3 else _NONE
+    update = cuda_adam.fused_adam if kernel.startswith("cuda_fused") else cuda_adam.adam
+    update(p, states[0], states[1], top, addresses, table, *form)
 
 
 def _check(
