@@ -31,9 +31,12 @@ __all__ = [
     "counts_for_scheduler",
     "finding_for",
     "is_torchs_own",
+    "make",
     "overwriting",
+    "probe",
     "register_root",
     "row",
+    "without_hooks",
 ]
 
 OPTIMIZERS: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -171,14 +174,14 @@ def calibrate(case: Case, candidates: Sequence[tuple[int, int]]) -> Finding | st
     step restores autograd's mode itself.
     """
     generator = np.random.default_rng(20)
-    tensors = [torch.from_numpy(_probe(generator, shape, scale=0.05)) for shape in SHAPES]
-    optimizer = _make(case, tensors)
-    group, step = optimizer.param_groups[0], _without_hooks(case.optimizer)
+    tensors = [torch.from_numpy(probe(generator, shape, scale=0.05)) for shape in SHAPES]
+    optimizer = make(case, tensors)
+    group, step = optimizer.param_groups[0], without_hooks(case.optimizer)
     left = [_Copies(case.kernel, flags) for flags in candidates if vml.address() or not flags[1]]
     overwrites = False
     for update in range(UPDATES):
         _change_options(group, case.kernel, update)
-        gradients = [_probe(generator, shape, scale=1e-3) for shape in SHAPES]
+        gradients = [probe(generator, shape, scale=1e-3) for shape in SHAPES]
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = torch.from_numpy(gradient.copy())
         step(optimizer)
@@ -236,7 +239,7 @@ def _arrays(kernel: str, tensor: torch.Tensor, state: dict[str, Any]) -> list[np
     return [t.numpy().reshape(-1) for t in (tensor, *(state[name] for name in STATES[kernel]))]
 
 
-def _make(case: Case, tensors: list[torch.Tensor]) -> torch.optim.Optimizer:
+def make(case: Case, tensors: list[torch.Tensor]) -> torch.optim.Optimizer:
     """Build a real optimizer over the probes."""
     build: Callable[..., torch.optim.Optimizer] = case.optimizer
     options: dict[str, Any] = {"lr": 1e-3, "foreach": case.foreach, "fused": case.fused}
@@ -247,7 +250,7 @@ def _make(case: Case, tensors: list[torch.Tensor]) -> torch.optim.Optimizer:
     return build(tensors, **options)
 
 
-def _without_hooks(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+def without_hooks(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     """Return torch's ``step`` below the layer that runs hooks: users' global hooks must not see probes."""
     step: Callable[..., Any] = kind.step
     hooked = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
@@ -270,7 +273,7 @@ def _change_options(group: dict[str, Any], kernel: str, update: int) -> None:
         group["dampening"] = 0.0 if group["nesterov"] else (0.0, 0.3)[update % 2]
 
 
-def _probe(generator: np.random.Generator, shape: tuple[int, ...], *, scale: float) -> np.ndarray:
+def probe(generator: np.random.Generator, shape: tuple[int, ...], *, scale: float) -> np.ndarray:
     """Return log-normal values of both signs with zeros, denormals and values whose squares overflow."""
     values = np.exp(generator.normal(size=shape) * 3) * generator.choice((-scale, scale), size=shape)
     lot = generator.random(shape)
