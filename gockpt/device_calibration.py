@@ -92,9 +92,11 @@ _lock = threading.Lock()
 
 def candidates(case: Case) -> list[Candidate]:
     """Return what may equal an optimizer on a device, the likeliest first."""
-    if "adam" not in case.kernel and "amsgrad" not in case.kernel:
+    if case.kernel in ("sgd", "momentum"):
         name = f"cuda_{case.kernel}"
-        return [Candidate(name, form, None) for form in _forms(name, ((1, 1, 1), (0, 1, 1)))]
+        forms = _forms(name, ((1, 1, 1), (0, 1, 1)))
+        # Without a buffer, its form changes nothing.
+        return [Candidate(name, form, None) for form in forms if case.kernel == "momentum" or form[1] == 1]
     if not case.fused:
         name = f"cuda_{case.kernel}"
         return [Candidate(name, form, None) for form in _forms(name, ((0, 0, 0), (0, 1, 0)))]
@@ -231,13 +233,12 @@ def _options(case: Case, update: int) -> dict[str, Any]:
         options["decoupled_weight_decay"] = update % 2 == 0
         if update == 8:  # all that is left of a parameter is what was rounded off
             options |= {"lr": 0.7, "weight_decay": 1 / 0.7}
+    elif case.kernel == "momentum":
+        options["momentum"] = (0.9, 0.7)[update % 2]
+        options["nesterov"] = update > 4
+        options["dampening"] = 0.0 if update > 4 else (0.3, 0.1)[update % 2]
     else:
-        if case.kernel == "momentum":
-            options["momentum"] = (0.9, 0.7)[update % 2]
-            options["nesterov"] = update > 4
-            options["dampening"] = 0.0 if update > 4 else (0.3, 0.1)[update % 2]
-        else:
-            options |= {"momentum": 0, "nesterov": False, "dampening": 0}
+        options |= {"momentum": 0, "nesterov": False, "dampening": 0}
     return options
 
 
@@ -264,6 +265,7 @@ def _delicate(
         return values.astype(np.float32).astype(np.float64)
 
     none = np.zeros(SECTION)
+    sections: list[tuple[np.ndarray, ...]]
     if kernel in ("adam", "amsgrad"):
         b1, b2 = options["betas"]
         m, g, p = some(1e-3), some(1e-3), some(0.05)

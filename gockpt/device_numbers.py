@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["POWERS", "filled", "numbers", "numbers_of", "power", "row"]
 
 POWERS = ("single", "single from a tensor", "double")
-"""How a fused kernel may have got a power of beta: in float32, the base a scalar or a tensor, or in float64."""
+"""How a fused kernel may get a power of beta: in float32, the base a scalar or a tensor, or in float64."""
 
 _LR, _BC1, _BC2S = 3, 6, 7
 _STEP = 5

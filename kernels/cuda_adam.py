@@ -70,7 +70,7 @@ def _moments(p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray, s: np.n
 def _raise(top: np.ndarray, v: np.ndarray) -> None:
     """``top = max(top, v)``; a NaN on either side stays."""
     for i in range(v.size):
-        kept = top[i] > v[i] or top[i] != top[i]  # noqa: PLR0124
+        kept = top[i] > v[i] or top[i] != top[i]
         top[i] = top[i] if kept else v[i]
 
 

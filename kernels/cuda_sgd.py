@@ -6,8 +6,8 @@ Contract: bit for bit ``reference_cuda.sgd`` applied once per update, with the s
 On a device every element is alike: there is no tail rule. Denormals are kept. Each NaN that arithmetic gives
 is CUDA's only one. The form is (double, buffer, fuse):
 
-* double: 1 for arithmetic in float64, as the fused kernel's, each result rounded to float32; but the look-ahead
-  of nesterov takes the momentum as it was before it was rounded.
+* double: 1 for arithmetic in float64, as the fused kernel's, each result rounded to float32; but the
+  look-ahead of nesterov takes the momentum as it was before it was rounded.
 * buffer: 0 ``fma(momentum, buffer, (1 - dampening) * g)``; 1 ``fma(1 - dampening, g, momentum * buffer)``.
 * fuse: 1 where decay, look-ahead and move are fused multiply-adds, 0 where the product is rounded first.
 """

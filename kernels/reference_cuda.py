@@ -74,7 +74,7 @@ def _store(target: np.ndarray, values: Any) -> None:
 def adam(
     p: np.ndarray,
     states: list[np.ndarray],
-    g: np.ndarray,
+    g: Any,
     scalars: tuple[float, ...],
     form: tuple[int, int, int],
 ) -> None:
@@ -105,7 +105,7 @@ def adam(
 def fused_adam(
     p: np.ndarray,
     states: list[np.ndarray],
-    g: np.ndarray,
+    g: Any,
     scalars: tuple[float, ...],
     form: tuple[int, int, int, int],
 ) -> None:
@@ -132,7 +132,9 @@ def fused_adam(
         q = g * g
         _store(
             v,
-            (by(b2, v, by(-b2, q, q)), by(b2, v, (c2 * wide) * wide), by(c2 * wide, g, b2 * kind(v)))[form[2]],
+            (by(b2, v, by(-b2, q, q)), by(b2, v, (c2 * wide) * wide), by(c2 * wide, g, b2 * kind(v)))[
+                form[2]
+            ],
         )
         if len(states) == 3:
             top = states[2]
@@ -146,7 +148,7 @@ def fused_adam(
 def sgd(
     p: np.ndarray,
     states: list[np.ndarray],
-    g: np.ndarray,
+    g: Any,
     scalars: tuple[float, ...],
     form: tuple[int, int, int],
 ) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from gockpt import replay
 from gockpt.engine.messages import Gradient
+from gockpt.late_numbers import LateNumbers
 from gockpt.transfer import dense_bytes
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class Gathering:
         if not gradients:
             return []
         row = replay.scalars(unit.rule, unit.group, unit.optimizer.state.get(unit.param, {}))
+        if isinstance(row, LateNumbers):
+            row = row.row(tuple(float(tensor) for tensor in row.tensors))
         if row is None:
             bar(unit, "its parameter group's options changed", self._job)
             for gradient in gradients:
