@@ -37,8 +37,14 @@ SHAPES = ((), (1,), (7,), (16,), (5, 11), (1000,), (4099,), (65543,))
 SECTION = 2048
 """Elements of one kind of cancellation."""
 
-STEPS = (1, 2, 3, 10, 99, 1000, 12345, 54321, 1_000_000, 7)
+STEPS = (1, 2, 3, 10, 99, 5, 3000, 20, 600, 12345)
 """Counters before the updates; one for each."""
+
+BETAS = (
+    *((0.9, 0.999), (0.9, 0.999), (0.4, 0.99), (0.4, 0.99), (0.5, 0.9999)),
+    *((0.5, 0.9), (0.95, 0.9999), (0.95, 0.98), (0.9, 0.999), (0.8, 0.99999)),
+)
+"""Likewise: powers that are still far from zero, so that their last bits count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +234,7 @@ def _options(case: Case, update: int) -> dict[str, Any]:
         "maximize": update in (3, 4),
     }
     if case.kernel in ("adam", "amsgrad"):
-        options["betas"] = ((0.9, 0.999), (0.4, 0.99), (0.5, 0.9), (0.95, 0.98))[update // 2 % 4]
+        options["betas"] = BETAS[update]
         options["eps"] = (1e-8, 1e-6)[update % 2]
         options["decoupled_weight_decay"] = update % 2 == 0
         if update == 8:  # all that is left of a parameter is what was rounded off

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt import replay
+from gockpt import device_numbers, replay
+from gockpt.kernels import reference_cuda
 from gockpt.kernels import replay as kernels
+from gockpt.lab import Seen
 
 IMPLEMENTATIONS = {
     "default": {},
@@ -130,3 +132,70 @@ def make():
 @pytest.fixture(scope="session")  # stateless: safe to share between examples
 def draw_gradient():
     return gradient
+
+
+class SimulatedLab:
+    """A device that is not there: it follows one formula, in plain NumPy, and has a ``pow`` of its own.
+
+    Its tensors stand on the CPU.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, truth, key="simulated", change=None):
+        """Follow ``truth``; ``change`` may spoil what an update did."""
+        self.truth = truth
+        self.key = key
+        self.change = change
+        self.updates = 0
+        self.reason = None
+
+    def refusal(self):
+        return self.reason
+
+    def power(self, form, beta, step):
+        """No power is the host's, and no two ways give the same."""
+        if form == "double":
+            return float(np.nextafter(beta**step, 0.0))
+        single = np.nextafter(np.float32(beta) ** np.float32(step), np.float32(0))
+        return float(single if form == "single" else np.nextafter(single, np.float32(0)))
+
+    def numbers(self, group, step):
+        truth = self.truth
+        known = device_numbers.row(truth.kernel, group, {"step": step})
+        if truth.late is None:
+            return known
+        powers = [self.power(truth.late, beta, step) for beta in group["betas"]]
+        return device_numbers.filled(truth.kernel, truth.form, known, powers, None)
+
+    def apply(self, arrays, gradient, numbers):
+        """Update the flat arrays, the parameter first."""
+        kernel = self.truth.kernel
+        formula = reference_cuda.adam
+        if kernel in ("cuda_sgd", "cuda_momentum"):
+            formula = reference_cuda.sgd
+        elif kernel.startswith("cuda_fused"):
+            formula = reference_cuda.fused_adam
+        formula(arrays[0], arrays[1:], gradient, numbers, self.truth.form)
+
+    def update(self, case, options, step, before, gradients):
+        self.updates += 1
+        group = {"foreach": case.foreach, "fused": case.fused, **options}
+        numbers = self.numbers(group, step + 1)
+        after = []
+        for arrays, gradient in zip(before, gradients, strict=True):
+            mine = [array.reshape(-1).copy() for array in arrays]
+            self.apply(mine, gradient.reshape(-1), numbers)
+            after.append(mine)
+        if self.change is not None:
+            self.change(self.updates, after)
+        powers = {
+            form: tuple(self.power(form, beta, step + 1) for beta in options.get("betas", ()))
+            for form in device_numbers.POWERS
+        }
+        return Seen(after, [g.copy() for g in gradients], powers)
+
+
+@pytest.fixture(scope="session")  # a class
+def simulated_lab():
+    return SimulatedLab
