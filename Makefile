@@ -79,7 +79,8 @@ gpu gpu-tests gpu-bench: export PYTHONPATH := $(CURDIR)
 gpu: gpu-tests gpu-bench
 
 gpu-tests:
-	$(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -q -ra -m gpu tests/kernels tests/device
+	$(GPU_PYTHON) bench/probe_cuda_replay.py
+	$(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -q -ra -m gpu tests/kernels tests/device tests/replay
 
 gpu-bench:
 	$(GPU_PYTHON) bench/bench_gpu.py

@@ -256,7 +256,7 @@ def _arrays(kernel: str, generator: np.random.Generator, shape: tuple[int, ...])
     first = probe(generator, shape, scale=1e-3)
     if kernel == "momentum":
         return [p, first]
-    squares = [np.abs(probe(generator, shape, scale=1e-6)) for _ in range(2)]
+    squares = [np.asarray(np.abs(probe(generator, shape, scale=1e-6))) for _ in range(2)]
     return [p, first, *squares[: 2 if kernel == "amsgrad" else 1]]
 
 

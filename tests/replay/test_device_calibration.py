@@ -214,7 +214,7 @@ def test_a_real_optimizer_is_run_and_recognised():
     )
     # Others don't: Adam's moments are rounded in other places.
     for case in CASES[:4]:
-        assert isinstance(finding_for(case, OnCpu()), str)
+        assert "no kernel equals" in finding_for(case, OnCpu())
 
 
 def test_the_users_world_is_left_alone():
