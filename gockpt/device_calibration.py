@@ -122,8 +122,8 @@ def finding_for(case: Case, lab: Lab) -> Found | str:
     Measured once per process and kind of device. Never raises: an optimizer that can't be run on probes is
     not believed. Not to be called in a hook: it runs the optimizer.
     """
+    key = (case, lab.key)
     try:
-        key = (case, lab.key)
         with _lock:
             if key in _findings:
                 return _findings[key]
