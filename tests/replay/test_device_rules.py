@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt import device_calibration, device_numbers, replay
-from gockpt.calibration import Case
+from gockpt.calibration import STATES, Case
 from gockpt.device_calibration import Candidate, candidates
 from gockpt.kernels import replay as kernels
 from gockpt.late_numbers import LateNumbers
@@ -212,6 +212,23 @@ def test_numbers_on_the_device_are_not_read_but_sent(lab_like):
     assert row[6:8] == (0.75, float(np.sqrt(np.float32(0.5))))
 
 
+def test_corrections_are_rounded_as_the_kernel_rounds_them():
+    known = (1.0, 0.0, 0.0, 0.1, 0.9, 0.999, np.nan, np.nan, 1e-8)
+    powers = np.random.default_rng(0).uniform(0.01, 0.99, (1000, 2)).astype(np.float32)
+    differ = 0
+    for first, second in powers:
+        single, double = (
+            device_numbers.filled("cuda_fused_adam", form, known, (float(first), float(second)), None)[6:8]
+            for form in ((0, 0, 0, 1), (1, 1, 1, 1))
+        )
+        one = np.float32(1)
+        assert single == (one - first, np.sqrt(one - second))
+        exact = 1 - float(first), (1 - float(second)) ** 0.5
+        assert double == tuple(float(np.float32(value)) for value in exact)
+        differ += single != double
+    assert differ > 10
+
+
 def test_an_update_of_many_parameters_takes_few_launches(lab_like):
     p = [torch.nn.Parameter(torch.ones(3)) for _ in range(5)]
     optimizer = ADAMW(p, fused=True)
@@ -308,3 +325,38 @@ def test_each_candidate_names_a_kernel_that_there_is():
             assert len(set(every)) == len(every)
             assert all(isinstance(c, Candidate) and c.kernel in kernels.FORMS for c in every)
             assert all((c.late is not None) == ("fused" in c.kernel) for c in every)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("kind", "options"), FLAVOURS, ids=str)
+def test_every_form_computes_what_torch_means(kind, options, maximize):
+    # Up to rounding, which is all that forms differ in: against torch's own optimizer on the CPU.
+    rng = np.random.default_rng(1)
+    start = torch.from_numpy(rng.normal(size=1003).astype(np.float32))
+    lr = options.get("lr", 0.05)
+    optimizer = stepped(kind, torch.nn.Parameter(start), maximize=maximize, **options | {"lr": lr})
+    group = optimizer.param_groups[0]
+    (p,) = group["params"]
+    kernel = kernel_of(optimizer)
+    names = STATES[kernel]
+
+    def live():
+        return [t.detach().numpy().copy() for t in (p, *(optimizer.state[p][name] for name in names))]
+
+    before, gradients, rows = live(), [], {}
+    every = candidates(Case(kind, kernel, group["foreach"], group["fused"]))
+    for _ in range(3):
+        gradients.append(rng.normal(size=1003).astype(np.float32))
+        p.grad = torch.from_numpy(gradients[-1].copy())
+        optimizer.step()
+        for c in every:
+            row = device_numbers.numbers(c.kernel, c.form, c.late, group, optimizer.state[p])
+            if isinstance(row, LateNumbers):
+                row = row.row(tuple(float(t) for t in row.tensors))
+            rows.setdefault(c, []).append(row)
+    for c in every:
+        mine = [array.copy() for array in before]
+        kernels.run(c.kernel, c.form, mine[0], mine[1:], gradients, rows[c], tail=True)
+        for array, expected in zip(mine, live(), strict=True):
+            assert np.allclose(array, expected, rtol=1e-4, atol=1e-6), c
+        assert not np.allclose(mine[0], before[0], rtol=1e-4, atol=1e-6)
