@@ -34,7 +34,8 @@ def _known_apart():
 def stepped(kind, p=None, **options):
     """An optimizer over one parameter that has taken one step."""
     p = torch.nn.Parameter(torch.ones(4, 6)) if p is None else p
-    optimizer = kind([p], **{"lr": 0.1} | options)
+    own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in options.items()}
+    optimizer = kind([p], **{"lr": 0.1} | own)
     p.grad = torch.ones_like(p)
     optimizer.step()
     return optimizer
