@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gockpt import retention
+from gockpt.deviation import Deviation, deviation_of
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt, NotACheckpoint, UsageError
 from gockpt.options import Keep
 from gockpt.saved_state import SavedState, parse
@@ -64,6 +65,7 @@ class Metadata:
         optimizer_steps: Optimizer updates that the run had seen.
         exact: Whether every bit is what a blocking save would have written.
         inexact: Where it is not, and by how much, by name; empty for an exact one.
+        deviation: How far it is from exact, measured, over all these; ``None`` for an exact one.
         extras: Names of the user's extras.
         optimizers: Class of each saved optimizer.
         buffers: Names of the model's entries that are buffers.
@@ -81,6 +83,7 @@ class Metadata:
     optimizer_steps: int
     exact: bool
     inexact: Mapping[str, Any]
+    deviation: Deviation | None
     extras: tuple[str, ...]
     optimizers: tuple[str, ...]
     buffers: tuple[str, ...]
@@ -117,6 +120,7 @@ def metadata_of(stored: StoredCheckpoint, state: SavedState) -> Metadata:
         optimizer_steps=state.optimizer_steps,
         exact=manifest.exact,
         inexact=state.inexact,
+        deviation=None if manifest.exact else deviation_of(manifest.attributes),
         extras=tuple(state.extra),
         optimizers=tuple(entry.kind for entry in state.optimizers),
         buffers=state.buffers,

@@ -147,6 +147,9 @@ def load(
             with stored:
                 load_into = _Load(path, stored, model, optimizer, strict=strict, extra=extra, rng=rng)
                 restored = load_into.run()
+            if not restored.metadata.exact:
+                why = restored.metadata.deviation or "metadata.inexact names the tensors"
+                _log.warning("loaded step %d, which is not exact: %s", restored.step, why)
             if passed_over:
                 _log.warning("loaded step %d; passed over: %s", restored.step, _some(_steps_of(passed_over)))
             return dataclasses.replace(restored, passed_over=passed_over)

@@ -157,6 +157,18 @@ class Draft:
         with self._compression.encoded(codec, layout, slot, buffer) as data, self._stopwatch:
             return chunk_writer.write_encoded(self._fs, self._fd, name, data=data, direct=self._direct)
 
+    def restate(self, contents: Contents) -> None:
+        """Hold other documents than it was begun with: the same arrays.
+
+        Raises:
+            UsageError: If the documents are written.
+        """
+        with self._documenting:
+            if self._documents is not None:
+                msg = "what a checkpoint holds can't be said otherwise once its documents are written"
+                raise UsageError(msg)
+            self._contents = contents
+
     def write_documents(self, describe: Describe) -> None:
         """Write everything but the chunks, their checksums and the manifest; again is fine.
 

@@ -11,9 +11,9 @@ import os
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gockpt import __version__
 from gockpt.errors import SaveAborted, StorageError, UsageError
@@ -23,7 +23,7 @@ from gockpt.storage.draft import Contents, Draft
 from gockpt.storage.failures import storage_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from gockpt.layout import ArrayLayout, Slot
@@ -152,6 +152,16 @@ class Transaction:
         with self._work():
             self._draft.write_chunk(layout, slot, buffer)
             self._show_life()
+
+    def restate(self, *, state: Mapping[str, Any], attributes: Mapping[str, Any], exact: bool) -> None:
+        """Say otherwise what it holds than it was begun with; before the documents are written.
+
+        Raises:
+            UsageError: If they are.
+        """
+        with self._work():
+            self._contents = replace(self._contents, state=state, attributes=attributes, exact=exact)
+            self._draft.restate(self._contents)
 
     def write_documents(self) -> None:
         """Write all that is neither a chunk nor known only when all of these are written.

@@ -197,7 +197,14 @@ def _row(entry: CheckpointEntry) -> tuple[object, ...]:
 def _metadata(metadata: Metadata, stored: StoredCheckpoint) -> dict[str, Any]:
     nbytes = sum(array.spec.nbytes for array in stored.arrays.values())
     document = {field.name: getattr(metadata, field.name) for field in dataclasses.fields(metadata)}
-    return {**document, "tensor_count": len(stored.arrays), "nbytes": nbytes}
+    deviation = metadata.deviation and dataclasses.asdict(metadata.deviation)
+    return {**document, "deviation": deviation, "tensor_count": len(stored.arrays), "nbytes": nbytes}
+
+
+def _exactness(metadata: Metadata) -> str:
+    if metadata.exact:
+        return "yes"
+    return f"no: {metadata.deviation or ', '.join(metadata.inexact) or 'not said why'}"
 
 
 def _show(metadata: Metadata, stored: StoredCheckpoint) -> None:
@@ -208,7 +215,7 @@ def _show(metadata: Metadata, stored: StoredCheckpoint) -> None:
         ("path", metadata.path),
         ("step", metadata.step),
         ("optimizer steps", metadata.optimizer_steps),
-        ("exact", "yes" if metadata.exact else f"no: {', '.join(metadata.inexact)}"),
+        ("exact", _exactness(metadata)),
         ("tensors", f"{len(stored.arrays)}, {byte_size(nbytes)}"),
         ("optimizers", ", ".join(metadata.optimizers)),
         ("extras", ", ".join(metadata.extras)),

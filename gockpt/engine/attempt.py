@@ -53,6 +53,7 @@ class Attempt:
 
     Attributes:
         ticks: Ticks it was spread over so far.
+        samples: Where the live values of probes stand, by piece, once it is closed.
         proven: Whether all that was copied last arrived as it was at its boundary.
         lost: Names of arrays of which the last copies arrived otherwise.
         road: How arrays leave a device behind training; ``None`` if none do.
@@ -98,7 +99,10 @@ class Attempt:
         self.copy_seconds = 0.0
         self._arena = arena
         self._transfer = transfer
-        self._full = options.verify == "full"
+        # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
+        self._encodes = options.grad_dtype is not None
+        self._full = options.verify == "full" or self._encodes
+        self.samples: dict[int, int] = {}
         self._racing = racing
         self._parts = part_ranges([p.nbytes for p in cut.pieces], plan.shares)
         self._next_part = 0
@@ -107,7 +111,7 @@ class Attempt:
         self._evidence: Evidence = {}
         at_once = set(cut.at_once)
         self._at_once = AtOnce((a for a in shape.layout.arrays if a.spec.name in at_once), arena)
-        self._gathering = Gathering(cut, ring=ring, arena=ring_arena, job=job)
+        self._gathering = Gathering(cut, ring=ring, arena=ring_arena, job=job, grad_dtype=options.grad_dtype)
 
     # -- ticks -------------------------------------------------------------------------------
 
@@ -136,6 +140,7 @@ class Attempt:
         self.ticks += 1
         evidence = self._look(live)
         proofs = {p.index: of_piece(evidence, p) for p in self._sent()}
+        self.samples = self._gathering.sample(live, proofs)
         late = [p for p in self.cut.pieces if p.index not in proofs]
         self.job.discard(p.index for p in late)
         self._copies = [self._copy(p, s) for p in (*late, *self.cut.loose) for s in p.stretches]
@@ -313,9 +318,14 @@ class Attempt:
         """Let the update go ahead: nothing it overwrites is still needed afterwards."""
         self.settle()
         for unit in self.cut.units if closure else ():
+            if unit.optimizer is not optimizer or unit.barred is not None:
+                continue
             # The closure is yet to compute the gradient that will be consumed.
-            if unit.optimizer is optimizer and unit.rule.gradient_at == "pre" and unit.barred is None:
+            if unit.rule.gradient_at == "pre":
                 bar(unit, "its gradient comes from a closure, and the step overwrites it", self.job)
+            elif self._encodes:
+                why = "a closure or hook runs inside the step; what it changes can't be told from rounding"
+                bar(unit, why, self.job)
         if self._full:
             for piece, now in of_pieces(self._sent(), self._live_bytes(), self._transfer):
                 self._judge(piece, now)

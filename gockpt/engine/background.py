@@ -13,6 +13,7 @@ from gockpt.errors import GockptError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from gockpt.deviation import Deviation
     from gockpt.engine.job import Outcome
     from gockpt.engine.messages import Capture, Gradient, ReplayPiece
     from gockpt.engine.ring import Ring
@@ -33,10 +34,12 @@ class Work(Protocol):
     Attributes:
         total_bytes: Bytes to be written, once it is closed.
         written_bytes: Bytes written so far.
+        deviation: Once it is published: how far that is from exact; ``None`` if it is.
     """
 
     total_bytes: int
     written_bytes: int
+    deviation: Deviation | None
 
     def gradients(self, gradients: Iterable[Gradient]) -> None:
         """Queue one update's gradients for replay, in the order of updates."""

@@ -15,6 +15,7 @@ from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gockpt.cadence import Cadence, Moment
+from gockpt.engine.encodings import warm
 from gockpt.engine.hooks import Hooks
 from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
@@ -372,12 +373,14 @@ class Engine:
             if self.options.window not in ("auto", 1):
                 # Kernels are compiled and calibrated now, at the first call, not in the middle of the run.
                 facts_of(live, save.shape_of(live), save.barred, None, None)
+                warm(self.options.grad_dtype)
         ticks = moment.ticks_left + 1
         if ticks > self._window_ticks():
             return
         live = self._collect()
         pace = self._pace
-        facts = facts_of(live, save.shape_of(live), save.barred, pace.step_seconds, pace.copy_rate)
+        rates = (pace.step_seconds, pace.copy_rate)
+        facts = facts_of(live, save.shape_of(live), save.barred, *rates, self.options.grad_dtype)
         plan = make_plan(facts, window=self.options.window, ticks=ticks)
         if plan.window > 1 and plan.window == ticks:
             self._hooks.assert_order()
@@ -390,7 +393,8 @@ class Engine:
             return self.options.window
         if self._save.shape is None:
             return 1
-        facts = self._save.shape.rough(self._pace.step_seconds, self._pace.copy_rate)
+        rates = (self._pace.step_seconds, self._pace.copy_rate)
+        facts = self._save.shape.rough(*rates, self.options.grad_dtype)
         return make_plan(facts, window="auto", ticks=64).window
 
     def _collect(self) -> LiveState:

@@ -1,23 +1,27 @@
 """Gathering what updates consume: the gradients of pieces that already left, on their way to replay.
 
 It is called around every update, takes gradients where the rule says that they stand, and puts them into
-the ring. A piece whose gradient can't be taken leaves at the closing tick instead.
+the ring, in 16 bits if so asked. A piece whose gradient can't be taken leaves at the closing tick instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gockpt import replay
+from gockpt.engine.encodings import encode
 from gockpt.engine.messages import Gradient
+from gockpt.engine.probes import choose, elements
+from gockpt.engine.ring import block_bytes
 from gockpt.late_numbers import LateNumbers
 from gockpt.transfer import dense_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from gockpt.engine.background import Work
     from gockpt.engine.cut import Cut, Piece, Unit
     from gockpt.engine.ring import Ring
+    from gockpt.state import LiveState
 
 __all__ = ["Gathering", "bar", "make_late"]
 
@@ -49,21 +54,24 @@ def bar(unit: Unit, why: str, job: Work) -> None:
 class Gathering:
     """Takes gradients for one attempt, in the training thread."""
 
-    def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: Work) -> None:
+    def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: Work, grad_dtype: str | None) -> None:
         """Gather for the pieces of ``cut``.
 
         Args:
             cut: What is saved.
             ring: Room for gradients.
-            arena: The memory that the ring divides.
+            arena: The memory that the ring divides; live values of probes have their place behind it.
             job: Where gradients are replayed.
+            grad_dtype: How gradients are encoded, if at all.
         """
         self._units = cut.units
         self._pieces = cut.pieces
         self._ring = ring
         self._arena = arena
         self._job = job
+        self._grad_dtype = grad_dtype
         self._at_pre: dict[int, list[Gradient]] = {}
+        self._probes: dict[int, tuple[int, ...]] = {}
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gradients that the update is about to overwrite."""
@@ -87,6 +95,7 @@ class Gathering:
                 # Unit by unit, so that replay can free the room that later units wait for.
                 self._job.gradients(gradients)
                 collected.update(g.piece for g in gradients)
+                self._probes.update({g.piece: g.probes for g in gradients if g.probes})
         return collected
 
     def forget(self) -> None:
@@ -95,6 +104,32 @@ class Gathering:
             for gradient in gradients:
                 self._ring.free(gradient.offset)
         self._at_pre.clear()
+
+    def sample(self, live: LiveState, pieces: Iterable[int]) -> dict[int, int]:
+        """Copy the live values of the probes, of those pieces that an encoded gradient came for.
+
+        Returns:
+            Where they stand in the ring's arena, by piece.
+        """
+        places = {}
+        offset = self._ring.nbytes
+        for index in pieces:
+            starts = self._probes.get(index)
+            if starts is None:
+                continue
+            stretches = self._pieces[index].stretches
+            at = elements(starts, stretches[0].stop - stretches[0].start)
+            nbytes = 4 * at.size * len(stretches)
+            rows = self._arena.view(offset, nbytes).view(np.float32).reshape(len(stretches), at.size)
+            for stretch, row in zip(stretches, rows, strict=True):
+                data = dense_bytes(live.entries[stretch.name])
+                if data is None:
+                    msg = f"{'/'.join(stretch.name)} does not lie gapless in memory any more"
+                    raise ValueError(msg)
+                np.take(data.view(np.float32)[stretch.start : stretch.stop], at, out=row)
+            places[index] = offset
+            offset += block_bytes(nbytes)
+        return places
 
     def _concerned(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:
         """Yield the optimizer's units of which something left, with those pieces."""
@@ -115,7 +150,7 @@ class Gathering:
             for gradient in gradients:
                 self._ring.free(gradient.offset)
             return []
-        return [Gradient(g.piece, g.offset, g.nbytes, row) for g in gradients if self._wanted(g)]
+        return [replace(g, scalars=row) for g in gradients if self._wanted(g)]
 
     def _wanted(self, gradient: Gradient) -> bool:
         if self._pieces[gradient.piece].late is None:
@@ -135,13 +170,14 @@ class Gathering:
         taken = []
         for piece in pieces:
             stretch = piece.stretches[0]
-            offset = self._allocate(stretch.nbytes)
-            if offset is None:
+            low = stretch.start * stretch.itemsize
+            values = source[low : low + stretch.nbytes].view(np.float32)
+            found = encode(self._grad_dtype, values, self._allocate, self._arena.view, self._ring.free)
+            if found is None:
                 make_late(piece, "the gradient ring is full", self._job)
                 continue
-            low = stretch.start * stretch.itemsize
-            np.copyto(self._arena.view(offset, stretch.nbytes), source[low : low + stretch.nbytes])
-            taken.append(Gradient(piece.index, offset, stretch.nbytes, ()))
+            probes = choose(values) if found.encoding and piece.index not in self._probes else ()
+            taken.append(Gradient(piece.index, found.offset, found.nbytes, (), found.encoding, probes))
         return taken
 
     def _allocate(self, nbytes: int) -> int | None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from gockpt.deviation import Deviation
     from gockpt.engine.trace import Span, Trace
     from gockpt.schedule import Plan
 
@@ -32,6 +33,7 @@ class Saved:
         window: Ticks the published attempt was spread over.
         attempts: 1, or more when the save was retargeted.
         exact: Whether it is bit-exact.
+        deviation: How far it is from exact, measured; ``None`` if it is. Only with ``Options.grad_dtype``.
         exposed_seconds: How long training waited for this save, all ticks and updates together.
         hidden_seconds: Background seconds (copying, replay, writing), summed over threads.
         durable_seconds: From the start of the window until the checkpoint was durable.
@@ -47,6 +49,7 @@ class Saved:
     window: int
     attempts: int
     exact: bool
+    deviation: Deviation | None
     exposed_seconds: float
     hidden_seconds: float
     durable_seconds: float

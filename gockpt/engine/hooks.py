@@ -29,7 +29,7 @@ class Listener(Protocol):
         """Other pre-hooks, which may change parameters, are about to run."""
 
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
-        """The optimizer is about to change parameters, after running a closure if it was given one."""
+        """The optimizer is about to change parameters; ``closure``: after running other code, such as one."""
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has changed parameters."""
@@ -108,8 +108,11 @@ class Hooks:
         if depth == 1:
             # torch hands over the arguments of step() with the optimizer itself first.
             given = any(value is not None for value in (*args[1:], *kwargs.values()))
+            # A hook that came inside a window runs behind this one: other code as well.
+            ours = {handle.id for handle in self._handles}
+            later = next(reversed(getattr(optimizer, "_optimizer_step_pre_hooks", {})), None) not in ours
             with self._call():
-                listener.before_update(optimizer, closure=given)
+                listener.before_update(optimizer, closure=given or later)
 
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         listener = self._heard()

@@ -12,11 +12,15 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import compress
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from gockpt.engine.findings import Findings
+from gockpt.engine.probes import Probes
+from gockpt.engine.replaying import replay_encoded
 from gockpt.errors import WorkerError, as_background_error
 from gockpt.kernels import replay
 from gockpt.kernels.fingerprint import fingerprint
@@ -25,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gockpt.arena import Arena
+    from gockpt.deviation import Deviation
     from gockpt.engine.background import Work
-    from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece
+    from gockpt.engine.findings import Sums
+    from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
     from gockpt.layout import Slot
     from gockpt.storage.store import Store
     from gockpt.storage.transaction import Published, Transaction
@@ -79,6 +85,7 @@ class _Piece:
     pending: list[Gradient] = field(default_factory=list)
     busy: bool = False
     proven: bool = False
+    probes: Probes | None = None
 
 
 class Job:
@@ -109,6 +116,8 @@ class Job:
         self._chunks: list[tuple[ArrayPlace, Slot]] = []
         self._waiting: dict[tuple[str, ...], set[int]] = {}
         self._wrong: list[int] = []
+        self._unproven = 0
+        self._findings = Findings()
         self._running = 0
         self._documents_taken = False
         self._commit_taken = False
@@ -116,6 +125,7 @@ class Job:
         self._hurry = False
         self.total_bytes = 0
         self.written_bytes = 0
+        self.deviation: Deviation | None = None
 
     # -- the training side -------------------------------------------------------------------
 
@@ -176,6 +186,7 @@ class Job:
                 for stretch in state.piece.stretches:
                     owners[stretch.name].add(index)
             self._waiting = owners
+            self._unproven = len(self._pieces)
             chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
             # By size, so that the largest go first on one side and the smallest on the other.
             self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes)
@@ -262,7 +273,8 @@ class Job:
                 return lambda: self._replay(state, gradients, prove=closed)
         if not closed or self._wrong:
             return self._end_wrong() if closed and not self._running else None
-        if not self._documents_taken:
+        # Whether it is exact is known once all is replayed, and the documents say it.
+        if not self._documents_taken and not self._undecided:
             self._documents_taken = True
             return self._write_documents
         task = self._next_chunk(range(len(self._chunks)), 0)
@@ -270,6 +282,11 @@ class Job:
             return task
         self._commit_taken = True
         return self._commit
+
+    @property
+    def _undecided(self) -> bool:
+        """Whether it is yet to be seen if what is replayed is exact."""
+        return self._unproven > 0 and self._capture is not None and bool(self._capture.samples)
 
     def _next_chunk(self, positions: Iterable[int], least: int) -> Task | None:
         """Return the writing of the first chunk of that size whose replay, if any, is proven."""
@@ -318,15 +335,16 @@ class Job:
         try:
             if gradients:
                 views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in piece.stretches]
-                replay.run(
-                    piece.kernel,
-                    piece.flags,
-                    views[0],
-                    views[1:],
-                    [ring.view(g.offset, g.nbytes).view(np.float32) for g in gradients],
-                    [g.scalars for g in gradients],
-                    tail=piece.tail,
-                )
+                data = [ring.view(g.offset, g.nbytes) for g in gradients]
+                starts = next((g.probes for g in gradients if g.probes), ())
+                if starts and state.probes is None:
+                    state.probes = Probes(starts, views)
+                if state.probes is None:
+                    grads = [encoded.view(np.float32) for encoded in data]
+                    rows = [g.scalars for g in gradients]
+                    replay.run(piece.kernel, piece.flags, views[0], views[1:], grads, rows, tail=piece.tail)
+                else:
+                    replay_encoded(piece, views, gradients, data, state.probes)
         except BaseException:
             with self._changed:
                 state.busy = False
@@ -336,16 +354,24 @@ class Job:
                 self._ring.free(gradient.offset)
         self._trace.span("replay", began, perf_counter())
         right = True
+        sums: list[tuple[Stretch, Sums]] = []
         if prove and self._capture is not None:
             expected = self._capture.proofs[piece.index]
             got = tuple(
                 fingerprint(arena.view(s.offset, s.nbytes), s.itemsize, s.start) for s in piece.stretches
             )
-            right = got == expected
+            if got != expected:
+                found = self._measure(state, arena, ring)
+                right = found is not None
+                wrong = [a != b for a, b in zip(got, expected, strict=True)]
+                sums = list(compress(zip(piece.stretches, found or (), strict=False), wrong))
         with self._changed:
             state.busy = False
             if prove:
                 state.proven = True
+                self._unproven -= 1
+                for stretch, measured in sums:
+                    self._findings.add(stretch.name, measured)
                 if not right:
                     self._wrong.append(piece.index)
                 for stretch in piece.stretches:
@@ -354,6 +380,15 @@ class Job:
                     self._large.notify_all()
             self._changed.notify_all()
         return None
+
+    def _measure(self, state: _Piece, arena: Arena, ring: Arena) -> list[Sums] | None:
+        """Return how far a piece that is not exact is from the live state; ``None`` if it must not be."""
+        offset = None if self._capture is None else self._capture.samples.get(state.piece.index)
+        if offset is None or state.probes is None:
+            return None
+        live = ring.view(offset, state.probes.nbytes).view(np.float32)
+        views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in state.piece.stretches]
+        return state.probes.judge(views, live)
 
     def _end_wrong(self) -> Task | None:
         if self._commit_taken:
@@ -388,7 +423,12 @@ class Job:
 
     def _write_documents(self) -> Report | None:
         began = perf_counter()
-        self._begun().write_documents()
+        transaction, capture = self._begun(), self._capture
+        found = None if capture is None else self._findings.documents(capture)
+        if found is not None:
+            self.deviation, state, attributes = found
+            transaction.restate(state=state, attributes=attributes, exact=False)
+        transaction.write_documents()
         self._trace.span("write", began, perf_counter())
         return None
 

@@ -9,8 +9,10 @@ from gockpt.arena import whole_pages
 from gockpt.engine.attempt import Attempt
 from gockpt.engine.cut import cut
 from gockpt.engine.pool import WRITERS
+from gockpt.engine.probes import PROBE_COPIES
+from gockpt.engine.replaying import SCRATCH_BYTES
 from gockpt.engine.ring import Ring
-from gockpt.engine.sizing import ring_bytes_of
+from gockpt.engine.sizing import ring_bytes_of, sample_bytes_of
 from gockpt.errors import OptionsError
 from gockpt.storage.compression import largest_encoded, memory_bound
 
@@ -39,9 +41,10 @@ class Memory:
     """The arenas of one engine: state, gradient ring, and what a closing tick adds. Kept between saves.
 
     Promise: the arenas, the copies of extras on their way into theirs, what the last copies are compared by,
-    what arrays in storage order are reordered in, and what encoding and writing the encoded takes, never come
-    to more than ``Options.host_memory`` at a time; what would is refused before it is taken. Not counted are
-    what the user's own ``state_dict()`` and callables make, and the JSON documents and checksums.
+    what arrays in storage order are reordered in, what encoding and writing the encoded takes, and what
+    replay from gradients in 16 bits takes, never come to more than ``Options.host_memory`` at a time; what
+    would is refused before it is taken. Not counted are what the user's own ``state_dict()`` and callables
+    make, and the JSON documents and checksums.
     """
 
     def __init__(self, options: Options, background: Background[Any], roads: Roads) -> None:
@@ -52,6 +55,7 @@ class Memory:
         self._passing = 0
         self._reordering = 0
         self._encoded = 0
+        self._replaying = 0
 
     @property
     def nbytes(self) -> int:
@@ -119,18 +123,22 @@ class Memory:
         while True:
             aboard = None if road is None else road.device
             pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing, aboard=aboard)
-            ring_bytes = ring_bytes_of(pieces, plan)
+            ring_bytes = ring_bytes_of(pieces, plan, self._options.grad_dtype)
+            samples = sample_bytes_of(pieces, plan, self._options.grad_dtype)
+            # With a helper for saves that are late.
+            threads = self._options.worker_threads + 1
+            self._replaying = threads * SCRATCH_BYTES + PROBE_COPIES * samples if samples else 0
             self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
             self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
-            needs = {STATE: shape.layout.nbytes, RING: ring_bytes}
+            needs = {STATE: shape.layout.nbytes, RING: ring_bytes + samples}
             self._make_room(needs | {EXTRA: 0} if afresh else needs)
             arena = self._arena(STATE, shape.layout.nbytes)
             if road is None or road.arena is arena:
                 break
             road = None  # it led to an arena that was too small, or too large
         self._roads.prepare(live, arena, transfer)
-        if self._kept(RING) < ring_bytes:
-            transfer.submit([self._arena(RING, ring_bytes).prefault])
+        if self._kept(RING) < ring_bytes + samples:
+            transfer.submit([self._arena(RING, ring_bytes + samples).prefault])
         ring = Ring(0, ring_bytes)
         job = self._background.job(
             # Not the third: what is added may yet need a larger one, and the job would keep this one alive.
@@ -147,7 +155,7 @@ class Memory:
             plan=plan,
             arena=arena,
             ring=ring,
-            ring_arena=self._arena(RING, ring_bytes),
+            ring_arena=self._arena(RING, ring_bytes + samples),
             transfer=transfer,
             options=self._options,
             racing=racing,
@@ -194,7 +202,7 @@ class Memory:
             return
         encoding = memory_bound(max(self._encoded, encoded), self._options.worker_threads)
         # One after the other: extras are copied, the closing tick is compared, chunks are written.
-        beside = max(copies, self._passing, self._reordering + encoding)
+        beside = max(copies, self._passing, self._reordering + encoding) + self._replaying
 
         def total() -> int:
             uses = (max(self._kept(use), whole_pages(needs.get(use, 0))) for use in (STATE, RING, EXTRA))

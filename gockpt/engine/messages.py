@@ -6,7 +6,7 @@ can run as threads beside the training loop or in a process that maps the same a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,12 +67,16 @@ class Gradient:
         offset: Arena offset of the gradient's bytes.
         nbytes: Their number.
         scalars: What the kernel needs of the update: learning rate, step, …
+        encoding: ``None`` for float32; else as :mod:`gockpt.engine.encodings` says.
+        probes: With the first encoded one of its piece: where the runs of probes begin.
     """
 
     piece: int
     offset: int
     nbytes: int
     scalars: tuple[float, ...]
+    encoding: str | None = None
+    probes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,10 @@ class Capture:
         proofs: For each replayed piece, the live fingerprints at the boundary, one per stretch.
         state: The state document.
         attributes: Small attributes of the root group.
-        exact: Whether the checkpoint is bit-exact.
+        exact: Whether the checkpoint is bit-exact, as far as is known before replay has ended.
+        grad_dtype: How gradients were encoded, if any was.
+        samples: For each piece that an encoded gradient came for: where the live values of its probes at the
+            boundary stand in the ring's arena, stretch after stretch.
     """
 
     step: int
@@ -109,3 +116,5 @@ class Capture:
     state: dict[str, Any]
     attributes: dict[str, Any]
     exact: bool
+    grad_dtype: str | None = None
+    samples: dict[int, int] = field(default_factory=dict)

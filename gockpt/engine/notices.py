@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gockpt.deviation import Deviation
     from gockpt.engine.messages import Capture, Gradient, ReplayPiece
     from gockpt.storage.transaction import Published
 
@@ -243,11 +244,13 @@ class Publication:
         job: Of which attempt.
         published: The checkpoint.
         defect: What went wrong with the pruning that must not; empty if nothing did.
+        deviation: How far it is from exact; ``None`` if it is.
     """
 
     job: int
     published: Published
     defect: str
+    deviation: Deviation | None
 
 
 @dataclass(frozen=True, slots=True)

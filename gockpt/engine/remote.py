@@ -145,6 +145,7 @@ class InProcess:
             "cpu_threads": o.worker_threads,
             "nice": o.nice,
             "compression": o.compression,
+            "grad_dtype": o.grad_dtype,
         }
         first = notices.Open(self._path, self._run, self._parent, plain, keep)
         worker = WorkerProcess(first, o.worker_timeout, self._numbers, self._published)

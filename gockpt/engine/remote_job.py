@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gockpt.arena import Arena
+    from gockpt.deviation import Deviation
     from gockpt.engine.job import Outcome
     from gockpt.engine.messages import Capture, Gradient, ReplayPiece
     from gockpt.engine.ring import Ring
@@ -45,6 +46,7 @@ class RemoteJob:
         self.number = number
         self.total_bytes = 0
         self.written_bytes = 0
+        self.deviation: Deviation | None = None
         self._worker = worker
         self._arenas = arenas  # kept until it has ended: an arena that nobody has here is nobody's anywhere
         self._pieces = {p.index: p for p in pieces}
@@ -182,8 +184,9 @@ class RemoteJob:
         if taken is not None:
             self._reports.put(taken)
 
-    def published(self, result: Published) -> None:
+    def published(self, result: Published, deviation: Deviation | None) -> None:
         """The checkpoint is durable."""
+        self.deviation = deviation
         self.written_bytes = self.total_bytes
         self.taken()
         self._end(lambda: self._outcome.published(self, result))

@@ -90,7 +90,7 @@ class Told:
         self._outbox = outbox
         self._prune = prune
 
-    def published(self, job: Work, result: Published) -> None:  # noqa: ARG002 - a job's outcome
+    def published(self, job: Work, result: Published) -> None:
         """The checkpoint is durable: prune here, since the trainer may be gone."""
         defect = ""
         try:
@@ -98,7 +98,7 @@ class Told:
         except Exception as error:  # noqa: BLE001 - told with the save, which is published all the same
             _log.exception("of the pruning after a save")
             defect = f"{type(error).__name__}: {error}"
-        self._tell(notices.Publication(self._number, result, defect))
+        self._tell(notices.Publication(self._number, result, defect, job.deviation))
 
     def mismatched(self, job: Work, pieces: Sequence[int]) -> None:  # noqa: ARG002
         """Nothing was published."""

@@ -335,9 +335,11 @@ class Save:
     def _plan_now(self, live: LiveState) -> Plan:
         pace, shape = self._pace, self.shape_of(live)
         if self._options.window in ("auto", 1):
-            facts = shape.rough(pace.step_seconds, pace.copy_rate)
+            facts = shape.rough(pace.step_seconds, pace.copy_rate, self._options.grad_dtype)
         else:
-            facts = facts_of(live, shape, self.barred, pace.step_seconds, pace.copy_rate)
+            facts = facts_of(
+                live, shape, self.barred, pace.step_seconds, pace.copy_rate, self._options.grad_dtype
+            )
         return make_plan(facts, window=self._options.window, ticks=1)
 
     def _broken(self, live: LiveState) -> str | None:
@@ -379,7 +381,16 @@ class Save:
         known = {"step": moment.step, "optimizer_steps": moment.updates, "exact": True}
         attributes = {"gockpt": {**known, **self._metrics(moment.step)}}
         arrays = attempt.places(live) + self._additions
-        self._capture = Capture(moment.step, arrays, proofs, self._document, attributes, exact=True)
+        self._capture = Capture(
+            moment.step,
+            arrays,
+            proofs,
+            self._document,
+            attributes,
+            exact=True,
+            grad_dtype=self._options.grad_dtype,
+            samples=attempt.samples,
+        )
         self._run(Event.DUE)
 
     def _metrics(self, step: int) -> dict[str, Any]:
@@ -504,17 +515,18 @@ class Save:
             if job is not self.job:
                 return
             attempt, _, handle = self._started()
-            saved = self._saved(handle, attempt, result)
+            saved = self._saved(handle, attempt, job, result)
             self._run(Event.PUBLISHED, saved)
             # Once the lock is free: callbacks of the handle are the user's code.
             self._lock.put_off(lambda: handle.durable.set_result(saved))
         _log.info(
-            "saved step %d: %.1f MB over %d step(s), %.1f ms exposed, %.1f ms hidden",
+            "saved step %d: %.1f MB over %d step(s), %.1f ms exposed, %.1f ms hidden%s",
             saved.step,
             saved.nbytes / 1e6,
             saved.window,
             1e3 * saved.exposed_seconds,
             1e3 * saved.hidden_seconds,
+            "" if saved.deviation is None else f"; not exact: {saved.deviation}",
         )
 
     def mismatched(self, job: Work, pieces: Sequence[int]) -> None:
@@ -534,7 +546,7 @@ class Save:
             if job is self.job and self.state is not State.IDLE:
                 self.fail(error, Event.FAILED)
 
-    def _saved(self, handle: SaveHandle, attempt: Attempt, result: Published) -> Saved:
+    def _saved(self, handle: SaveHandle, attempt: Attempt, job: Work, result: Published) -> Saved:
         trace = self.trace
         return Saved(
             step=result.step,
@@ -543,7 +555,8 @@ class Save:
             nbytes=result.nbytes,
             window=attempt.ticks,
             attempts=handle.attempts,
-            exact=True,
+            exact=job.deviation is None,
+            deviation=job.deviation,
             exposed_seconds=trace.seconds("stall"),
             hidden_seconds=trace.seconds("copy") + trace.seconds("replay") + trace.seconds("write"),
             durable_seconds=perf_counter() - trace.began,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from gockpt.deviation import Deviation
 from gockpt.engine import notices
 from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.errors import WorkerError
@@ -139,6 +140,8 @@ def _gradients(m: notices.Gradients) -> list[Any]:
             g.piece,
             g.offset,
             g.nbytes,
+            g.encoding,
+            g.probes,
             rows.setdefault(struct.pack(f"{len(g.scalars)}d", *g.scalars), len(rows)),
         )
         for g in m.gradients
@@ -149,20 +152,23 @@ def _gradients(m: notices.Gradients) -> list[Any]:
 
 def _to_gradients(job: int, table: Any, body: Any) -> notices.Gradients:
     rows = [tuple(row) for row in table]
-    return notices.Gradients(
-        job, tuple(Gradient(piece, offset, nbytes, rows[row]) for piece, offset, nbytes, row in body)
+    found = (
+        Gradient(piece, offset, nbytes, rows[row], encoding, tuple(probes))
+        for piece, offset, nbytes, encoding, probes, row in body
     )
+    return notices.Gradients(job, tuple(found))
 
 
 def _close(m: notices.Close) -> list[Any]:
     c = m.capture
     proofs = list(c.proofs.items())
     places = [_place(place) for place in c.arrays]
-    return [m.job, m.arenas, m.verified, c.step, places, proofs, c.state, c.attributes, c.exact]
+    inexact = [c.exact, c.grad_dtype, list(c.samples.items())]
+    return [m.job, m.arenas, m.verified, c.step, places, proofs, c.state, c.attributes, *inexact]
 
 
 def _to_close(job: int, arenas: Any, verified: Any, step: int, *rest: Any) -> notices.Close:
-    places, proofs, state, attributes, exact = rest
+    places, proofs, state, attributes, exact, grad_dtype, samples = rest
     capture = Capture(
         step,
         tuple(_to_place(*place) for place in places),
@@ -170,16 +176,21 @@ def _to_close(job: int, arenas: Any, verified: Any, step: int, *rest: Any) -> no
         state,
         attributes,
         exact,
+        grad_dtype,
+        dict(samples),
     )
     return notices.Close(job, tuple(arenas), tuple(verified), capture)
 
 
 def _publication(m: notices.Publication) -> list[Any]:
-    return [m.job, m.defect, *(getattr(m.published, field.name) for field in fields(Published))]
+    deviation = None if m.deviation is None else asdict(m.deviation)
+    published = (getattr(m.published, field.name) for field in fields(Published))
+    return [m.job, m.defect, deviation, *published]
 
 
-def _to_publication(job: int, defect: str, *rest: Any) -> notices.Publication:
-    return notices.Publication(job, Published(*rest), defect)
+def _to_publication(job: int, defect: str, deviation: Any, *rest: Any) -> notices.Publication:
+    found = None if deviation is None else Deviation(**deviation)
+    return notices.Publication(job, Published(*rest), defect, found)
 
 
 _KINDS: dict[str, type[Any]] = {name: getattr(notices, name) for name in notices.__all__}

@@ -191,7 +191,7 @@ class Worker:
         from gockpt.engine.pool import Pool
 
         self._pool = Pool(self._options.worker_threads, self._options.nice)
-        threading.Thread(target=_warm, args=(self._options.nice,), name="gockpt-warm", daemon=True).start()
+        threading.Thread(target=_warm, args=(self._options,), name="gockpt-warm", daemon=True).start()
         threading.Thread(target=self._serve_requests, name="gockpt-requests", daemon=True).start()
 
     def _finish(self) -> None:
@@ -333,15 +333,17 @@ def _is_ready(fd: int) -> bool:
     return bool(poller.poll(0))
 
 
-def _warm(nice: int) -> None:
+def _warm(options: Options) -> None:
     """Have the kernels compiled, or loaded from the disk, before the first save needs them."""
     import numpy as np
 
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), options.nice)
+    from gockpt.engine.encodings import warm
     from gockpt.kernels import replay
     from gockpt.kernels.fingerprint import fingerprint
 
+    warm(options.grad_dtype)
     fingerprint(np.zeros(64, np.uint8), 4)
     for kernel, (states, columns) in replay.SHAPES.items():
         p, *rest = (np.zeros(16, np.float32) for _ in range(2 + states))

@@ -282,7 +282,7 @@ def _tell(job: RemoteJob, message: Any) -> None:
         case notices.Taken():
             job.taken()
         case notices.Publication():
-            job.published(message.published)
+            job.published(message.published, message.deviation)
         case notices.Mismatched():
             job.mismatched(message.pieces)
         case notices.Failed():

@@ -95,6 +95,27 @@ def test_show(call, ask):
     assert "tensors" not in ask("show", "ckpts/step-0000000001")[1]
 
 
+def test_show_and_ls_say_that_one_is_not_exact(call, ask):
+    model = torch.nn.Linear(30, 20)
+    optimizer = torch.optim.AdamW(model.parameters())
+    options = gockpt.Options(window=3, grad_dtype="fp16")
+    with gockpt.Checkpointer(model, optimizer, "ckpts", every=6, options=options) as saver:
+        for step in range(1, 7):
+            model.zero_grad()
+            model(torch.randn(4, 30)).square().mean().backward()
+            optimizer.step()
+            saver.after_step(step)
+        saved = saver.handle.result()
+    assert not saved.exact
+    _, out, _ = call("show", "ckpts")
+    assert re.search(r"^exact +no: gradients in fp16; \d tensors off by at most ", out, re.MULTILINE)
+    _, document = ask("show", "ckpts")
+    assert document["exact"] is False
+    assert document["deviation"]["max_abs"] == saved.deviation.max_abs
+    assert set(document["inexact"]) <= set(gockpt.open("ckpts"))
+    assert re.search(r" no +/?.*step-0000000006", call("ls", "ckpts")[1])
+
+
 def test_verify(call, ask):
     fill()
     code, out, _ = call("verify", "ckpts")

@@ -45,13 +45,13 @@ class Run:
         )
         return self.save
 
-    def window(self, upto=8, between=None):
+    def window(self, upto=8, between=None, options=WINDOW):
         """Train and tick; windows of 4 end on the steps 4 and 8, ``between`` comes before tick 6."""
         while self.step < upto:
             self.train()
             if between is not None and self.step == 6:
                 between()
-            self.tick(every=4, options=WINDOW)
+            self.tick(every=4, options=options)
         return self
 
     def saved(self, **how):

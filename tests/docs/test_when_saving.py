@@ -24,6 +24,7 @@ import torch
 
 import gockpt
 from gockpt import checkpointer
+from gockpt.kernels import replay
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.objects import Objects
 
@@ -303,6 +304,85 @@ def _nothing_to_share_with(lab):
     options = lab.ONE.replace(worker="process")
     with mock.patch.object(sys, "executable", ""):
         lab.Run().saved(options=options)
+
+
+def _rounded(lab):
+    return lab.WINDOW.replace(grad_dtype="bf16", verify="close")
+
+
+def _inexact(run, saved):
+    """Fail unless all that is not said to be inexact is equal, and all else is near."""
+    with gockpt.open("ckpts") as held:
+        assert held.metadata.exact is saved.exact is False
+        assert held.metadata.deviation == saved.deviation
+        for name, value in run.seen[saved.step][0].items():
+            got = held[f"model/{name}"][...]
+            if f"model/{name}" in held.metadata.inexact:
+                assert torch.allclose(got, value, atol=1e-4)
+            else:
+                assert torch.equal(got, value)
+        return set(held.metadata.inexact)
+
+
+@when("Gradients travel in 16 bits, with `grad_dtype`")
+def _sixteen_bits(lab):
+    run = lab.Run()
+    saved = run.window(options=_rounded(lab)).save.result()
+    assert saved.deviation.max_abs < 1e-3
+    assert {"model/0.weight", "optimizer/0.weight/exp_avg"} <= _inexact(run, saved)
+
+
+@when("With `grad_dtype`, a parameter is changed behind the optimizer's back inside a window")
+def _rounded_behind_the_back(lab):
+    run = lab.Run(width=2)
+
+    def nudge():
+        run.model[0].weight.data.mul_(1 + 2**-20)
+
+    saved = run.window(between=nudge, options=_rounded(lab)).save.result()
+    assert (saved.attempts, list(saved.late_parts)) == (1, ["0.weight"])
+    assert "model/0.weight" not in _inexact(run, saved)
+
+
+@when("With `grad_dtype`, a closure or a new hook runs inside `step`")
+def _rounded_inside(lab):
+    for how in ("closure", "hook"):
+        run = lab.Run()
+
+        def nudge(*_, run=run):
+            run.model[0].bias.data.mul_(1.0001)
+
+        while run.step < 8:
+            run.model.zero_grad()
+            run.model(torch.randn(4, 24)).square().mean().backward()
+            if run.step == 6 and how == "hook":
+                run.opt.register_step_pre_hook(nudge)
+            run.opt.step(*([nudge] if how == "closure" else []))
+            run.step += 1
+            run.tick(every=4, options=_rounded(lab))
+        assert "0.weight" in run.check().late_parts
+
+
+@when("With `grad_dtype`, replay goes wrong")
+def _rounded_wrong(lab):
+    run = lab.Run()
+    run.window(upto=4, options=_rounded(lab)).save.result()
+    real = replay.run
+
+    def wrong(kernel, flags, p, states, grads, scalars, *, tail):
+        rows = [(*row[:-1], 1.1 * row[-1]) for row in scalars]
+        real(kernel, flags, p, states, grads, rows, tail=tail)
+
+    with mock.patch.object(replay, "run", wrong):
+        run.window(options=_rounded(lab))
+        save = run.save
+        while not any("did not match" in event for event in save.events):
+            save.captured.result(30)
+    run.train()
+    run.tick(every=4, options=_rounded(lab))
+    assert (save.result().step, save.attempts) == (9, 2)
+    run.save = save
+    run.check()
 
 
 @when("The program ends inside a window without `wait()`")

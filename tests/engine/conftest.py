@@ -14,6 +14,7 @@ class Transaction:
     def __init__(self, contents, *, fail_at_write=None, fail_at_documents=None, fail_at_commit=None):
         self.contents = contents
         self.documents = 0
+        self.restated = None
         self.attempt = "0123abcd"
         self.writes = []
         self.committed = False
@@ -29,6 +30,10 @@ class Transaction:
             self.writes.append((layout.spec.name, slot.chunk, bytes(buffer[: slot.nbytes]), len(buffer)))
         if number in self._fail_at_write:
             raise self._fail_at_write[number]
+
+    def restate(self, **contents):
+        assert not self.documents
+        self.restated = contents
 
     def write_documents(self):
         self.documents += 1

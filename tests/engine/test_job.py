@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from gockpt.arena import Arena
 from gockpt.engine import job as job_module
+from gockpt.engine.encodings import encode
 from gockpt.engine.job import Job
 from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.engine.pool import Pool
+from gockpt.engine.probes import choose, elements
 from gockpt.engine.ring import Ring
 from gockpt.engine.trace import Trace
 from gockpt.errors import StorageError, WorkerError
@@ -197,6 +200,70 @@ def test_a_late_piece_is_not_replayed_and_its_gradients_are_given_back(bench):
     pool.join()
     for name, values in made.written().items():
         assert values.tobytes() == made.live[name].tobytes()
+
+
+def encoded_update(made, rng, piece):
+    """Post a gradient in 16 bits for one piece; return the elements that are its probes."""
+    grad = rng.standard_normal(ELEMENTS).astype(np.float32)
+    part = made.part(piece)
+    np.subtract(part, np.float32(LR) * grad, out=part)
+    found = encode("fp16", grad, made.ring.allocate, made.ring_arena.view, made.ring.free)
+    starts = choose(grad)
+    made.job.gradients([Gradient(piece.index, found.offset, found.nbytes, (LR,), found.encoding, starts)])
+    return elements(starts, ELEMENTS)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_not_exact_is_measured_before_the_documents_are_written(bench, threads, broken):
+    made = bench()
+    rng = np.random.default_rng(0)
+    piece = made.pieces[1]
+    made.update(rng)
+    at = encoded_update(made, rng, piece)
+    if broken:
+        made.part(piece)[at[3]] += 0.01
+    offset = made.ring.nbytes
+    made.ring_arena.view(offset, 4 * at.size).view(np.float32)[:] = made.part(piece)[at]
+    known = {"gockpt": {"step": 7, "exact": True}, "b": 2}
+    capture = replace(
+        made.capture(),
+        state={"a": 1, "exact": True},
+        attributes=known,
+        samples={1: offset},
+        grad_dtype="fp16",
+    )
+    made.job.close(capture, (made.state, made.ring_arena, Arena(0)))
+    pool = Pool(threads, 0)
+    pool.serve(made.job)
+    if broken:
+        assert made.outcome.wait() == ("mismatched", (1,))
+        assert not any(t.committed or t.documents for t in made.transactions)
+        pool.join()
+        return
+    assert made.outcome.wait() == ("published", "published")
+    pool.join()
+    (transaction,) = made.transactions
+    found = made.job.deviation
+    assert transaction.committed
+    assert transaction.restated["exact"] is False
+    assert set(transaction.restated["state"]["inexact"]) == {"model/a"}
+    assert transaction.restated["state"]["exact"] is False
+    assert transaction.restated["attributes"]["gockpt"]["deviation"] == asdict(found)
+    assert transaction.restated["attributes"]["b"] == 2
+    assert (found.grad_dtype, found.tensors, found.sampled, found.elements) == ("fp16", 1, ELEMENTS, ELEMENTS)
+    difference = made.written()[("model", "a")].astype(np.float64) - made.live[("model", "a")]
+    assert found.max_abs == np.abs(difference).max() > 0
+    assert not difference[:ELEMENTS].any()
+    assert made.written()[("model", "b")].tobytes() == made.live[("model", "b")].tobytes()
+    assert made.ring.in_use == 0
+
+
+def test_without_live_values_of_its_probes_a_piece_must_be_exact(bench):
+    made = bench(threads=1)
+    encoded_update(made, np.random.default_rng(0), made.pieces[1])
+    made.close()
+    assert made.outcome.wait() == ("mismatched", (1,))
 
 
 def test_a_wrong_replay_is_reported_with_its_pieces_and_nothing_is_published(bench):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gockpt.deviation import Deviation
 from gockpt.engine import notices
 from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.engine.wire import Frames, decode, encode
@@ -46,7 +47,8 @@ pieces = st.builds(
     stretches=many(st.builds(Stretch, names, counts, counts, counts, counts)),
     tail=st.booleans(),
 )
-gradients = st.builds(Gradient, counts, counts, counts, rows)
+encodings = st.sampled_from([None, "fp16", "bf16"])
+gradients = st.builds(Gradient, counts, counts, counts, rows, encodings, numbers)
 layouts = st.builds(
     ArrayLayout,
     spec=st.builds(ArraySpec, names, numbers, st.sampled_from(sorted(DTYPES))),
@@ -61,7 +63,11 @@ captures = st.builds(
     state=documents,
     attributes=documents,
     exact=st.booleans(),
+    grad_dtype=encodings,
+    samples=st.dictionaries(counts, counts, max_size=3),
 )
+shares = st.none() | st.floats(0, allow_infinity=False)
+deviations = st.builds(Deviation, texts, counts, floats, shares, shares, counts, counts)
 FIELDS = {
     "int": counts,
     "bool": st.booleans(),
@@ -76,6 +82,7 @@ FIELDS = {
     "tuple[Gradient, ...]": many(gradients),
     "tuple[tuple[str, float, float], ...]": many(st.tuples(texts, floats, floats)),
     "Capture": captures,
+    "Deviation | None": st.none() | deviations,
     "Published": st.builds(Published, counts, counts, texts, texts, counts, counts),
 }
 """What a field may hold, by its type as it is written."""

@@ -121,6 +121,24 @@ def test_documents_without_an_exact_form(store, sample, part, value):
     assert listing.list_checkpoints(store.path) == []
 
 
+def test_what_it_holds_can_be_said_otherwise_until_it_is_written(store, sample):
+    with sample.begin(store, 1) as transaction:
+        sample.write(transaction, 1)
+        transaction.restate(state={"said": "later"}, attributes={"title": "other"}, exact=False)
+        transaction.commit()
+    (found,) = listing.list_checkpoints(store.path)
+    assert found.exact is False
+    with listing.open_checkpoint(store.path) as stored:
+        assert stored.state() == {"said": "later"}
+        assert stored.manifest.attributes == {"title": "other"}
+        assert stored.verify().ok
+    with sample.begin(store, 2) as transaction:
+        sample.write(transaction, 1)
+        transaction.write_documents()
+        with pytest.raises(UsageError, match="once its documents are written"):
+            transaction.restate(state={}, attributes={}, exact=False)
+
+
 def test_after_an_error_there_is_only_the_end(store, sample):
     with sample.begin(store, 1) as transaction:
         with pytest.raises(UsageError):

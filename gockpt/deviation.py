@@ -1,0 +1,66 @@
+"""How far a checkpoint is from exact, if it is not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Deviation", "deviation_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far tensors that were replayed from gradients in 16 bits are from what training computed.
+
+    Measured at a sample of their elements. Norms are Euclidean, over that sample.
+
+    Attributes:
+        grad_dtype: How the gradients travelled.
+        tensors: How many tensors are not exact.
+        max_abs: The largest difference of any element, saved less live.
+        of_movement: The norm of the differences over that of how far the elements moved between leaving and
+            the checkpoint's step; of the tensor where it is the largest. ``None`` if one did not move at all.
+        of_values: The norm of the differences over that of the live values, likewise.
+        sampled: How many elements were compared.
+        elements: How many there are in these tensors' stretches that are not exact.
+    """
+
+    grad_dtype: str
+    tensors: int
+    max_abs: float
+    of_movement: float | None
+    of_values: float | None
+    sampled: int
+    elements: int
+
+    def __str__(self) -> str:
+        moved = "" if self.of_movement is None else f", {self.of_movement:.2g} of the window's movement"
+        return (
+            f"gradients in {self.grad_dtype}; {self.tensors} tensors off by at most {self.max_abs:.2g}{moved}"
+            f", measured at {self.sampled} of {self.elements} elements"
+        )
+
+
+def deviation_of(attributes: Any) -> Deviation | None:
+    """Return what the root group's attributes say; ``None`` if nothing, or nothing that makes sense.
+
+    Attributes are anybody's.
+    """
+    own = attributes.get("gockpt") if isinstance(attributes, dict) else None
+    found = own.get("deviation") if isinstance(own, dict) else None
+    if not isinstance(found, dict) or not {field.name for field in fields(Deviation)} <= found.keys():
+        return None
+    values = {field.name: found[field.name] for field in fields(Deviation)}
+    counts = (values["tensors"], values["sampled"], values["elements"])
+    shares = [values[name] for name in ("of_movement", "of_values") if values[name] is not None]
+    sound = (
+        isinstance(values["grad_dtype"], str)
+        and all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
+        and all(_is_size(size) for size in (values["max_abs"], *shares))
+    )
+    return Deviation(**values) if sound else None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf and value < 1e300

@@ -1,0 +1,152 @@
+"""Gradients as they stand in the ring: as they are, or in 16 bits.
+
+Encodings of one piece's gradient, which starts its own blocks of 1024:
+
+- ``None``: float32, as the update consumed it.
+- ``"fp16"``: the message of :mod:`gockpt.kernels.quantised`, with exactly as many slots for raw blocks as
+  there are blocks with an Inf or NaN.
+- ``"bf16"``: the upper halves of float32, rounded to nearest even.
+
+One that would not be smaller than the float32 it stands for is not used: the gradient then travels as it is.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from gockpt.kernels.quantise import narrow, quantise, widen
+from gockpt.kernels.quantised import BLOCK, RAW, Message, plan_message
+from gockpt.kernels.quantised import Gradient as Planned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Encoded", "decode", "encode", "uncertainty", "usual_bytes", "warm"]
+
+
+class Encoded(NamedTuple):
+    """Where a gradient stands in the ring, and how.
+
+    Attributes:
+        offset: Its offset.
+        nbytes: Its bytes.
+        encoding: ``None``, ``"fp16"`` or ``"bf16"``.
+    """
+
+    offset: int
+    nbytes: int
+    encoding: str | None
+
+
+def usual_bytes(encoding: str | None, count: int) -> int:
+    """Return what a gradient of ``count`` values takes unless there is an Inf or NaN among them."""
+    plain = 4 * count
+    if encoding == "bf16":
+        return 2 * count
+    return min(plain, _layout(count, 0).nbytes) if encoding == "fp16" else plain
+
+
+def encode(
+    encoding: str | None,
+    values: np.ndarray,
+    allocate: Callable[[int], int | None],
+    view: Callable[[int, int], np.ndarray],
+    free: Callable[[int], None],
+) -> Encoded | None:
+    """Put a gradient into the ring, in the smallest form that says all of it.
+
+    Args:
+        encoding: The one that is wanted.
+        values: One-dimensional contiguous float32.
+        allocate: Returns the offset of that many bytes, or ``None`` if there is no room.
+        view: Returns the bytes that are there: offset, number.
+        free: Gives an offset back.
+
+    Returns:
+        Where it stands; ``None`` if there is no room.
+    """
+    plain = values.nbytes
+    if encoding == "bf16":
+        offset = allocate(plain // 2)
+        if offset is None:
+            return None
+        narrow(values, view(offset, plain // 2).view(np.uint16))
+        return Encoded(offset, plain // 2, encoding)
+    raw = 0
+    # Once more if there are raw blocks, and as it is if these leave nothing to gain.
+    while encoding == "fp16":
+        layout = _layout(values.size, raw)
+        if layout.nbytes >= plain:
+            break
+        offset = allocate(layout.nbytes)
+        if offset is None:
+            return None
+        lost = quantise(values, layout, view(offset, layout.nbytes))
+        if not lost:
+            return Encoded(offset, layout.nbytes, encoding)
+        free(offset)
+        raw += lost
+    offset = allocate(plain)
+    if offset is None:
+        return None
+    np.copyto(view(offset, plain).view(np.float32), values)
+    return Encoded(offset, plain, None)
+
+
+def decode(encoding: str | None, data: np.ndarray, count: int, first: int, out: np.ndarray) -> None:
+    """Write values of an encoded gradient, from the ``first`` on, to ``out``: contiguous float32.
+
+    Args:
+        encoding: How it stands there.
+        data: All of its bytes.
+        count: How many values it has.
+        first: Index of the first one wanted.
+        out: Its length says how many are.
+    """
+    if encoding == "fp16":
+        _layout_of(data, count).read(data, 0, out, first)
+    elif encoding == "bf16":
+        widen(data.view(np.uint16)[first : first + out.size], out)
+    else:
+        out[:] = data.view(np.float32)[first : first + out.size]
+
+
+def uncertainty(
+    encoding: str | None, data: np.ndarray, count: int, at: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Return by how much rounding may have moved the decoded ``values`` of the elements ``at``; float32.
+
+    Half of the distance between neighbours, at the most. 0 where a value stands as it was.
+    """
+    sizes = np.where(np.isfinite(values), np.abs(values), 0).astype(np.float64)
+    if encoding == "fp16":
+        layout = _layout_of(data, count)
+        codes = data[layout.codes : layout.codes + layout.blocks][at // BLOCK].astype(np.int32)
+        least = np.ldexp(1.0, np.maximum(codes, 15) - 166)
+        found = np.where(codes == RAW, 0.0, np.maximum(sizes * 2.0**-11, least))
+    elif encoding == "bf16":
+        found = np.maximum(sizes * 2.0**-8, 2.0**-134)
+    else:
+        found = np.zeros_like(sizes)
+    return np.where(np.isfinite(values), found, 0).astype(np.float32)
+
+
+def warm(encoding: str | None) -> None:
+    """Have what writes and reads an encoding compiled, or loaded from the disk, before it is needed."""
+    if encoding is not None:
+        values, memory = np.zeros(2 * BLOCK, np.float32), np.zeros(12 * BLOCK, np.uint8)
+        done = encode(encoding, values, lambda _: 0, lambda _, n: memory[:n], lambda _: None)
+        if done is not None:
+            decode(encoding, memory[: done.nbytes], values.size, 0, values)
+
+
+@lru_cache(maxsize=4096)
+def _layout(count: int, raw: int) -> Message:
+    return plan_message([Planned(0, count, 4)], raw)
+
+
+def _layout_of(data: np.ndarray, count: int) -> Message:
+    return _layout(count, (data.size - _layout(count, 0).nbytes) // (4 * BLOCK))
