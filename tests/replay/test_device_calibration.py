@@ -217,6 +217,20 @@ def test_a_real_optimizer_is_run_and_recognised():
         assert "no kernel equals" in finding_for(case, OnCpu())
 
 
+def test_what_is_given_is_where_the_update_begins():
+    case = CASES[2]
+    options = {"betas": (0.9, 0.999), "lr": 0.5, "weight_decay": 0.25, "eps": 1e-8}
+    before = [[np.full(3, value, np.float32) for value in (2.0, 0.5, 0.25)]]
+    zero = np.zeros(3, np.float32)
+    seen = step_on(torch.device("cpu"), case, options, 41.0, before, [zero])
+    ((p, first, second),) = seen.arrays
+    assert seen.powers["double"] == pytest.approx((0.9**42, 0.999**42), rel=1e-12)
+    assert (first[0], second[0]) == pytest.approx((0.45, 0.24975))
+    root = 0.24975**0.5 / (1 - 0.999**42) ** 0.5
+    assert p.tolist() == pytest.approx([2 * (1 - 0.5 * 0.25) - 0.5 / (1 - 0.9**42) * 0.45 / root] * 3)
+    assert before[0][0].tolist() == [2.0] * 3  # what was given is left alone
+
+
 def test_the_users_world_is_left_alone():
     calls = []
     hooks = [
