@@ -46,6 +46,7 @@ class Rule:
             was given a closure can't be replayed then.
         guard: The group options that chose the kernel; when one changes, the rule no longer holds.
         late: Which numbers of an update only the device knows, see :mod:`gockpt.device_numbers`.
+        overwrites: On a device: whether the step overwrites ``.grad`` under options that let it.
     """
 
     kernel: str
@@ -54,6 +55,7 @@ class Rule:
     gradient_at: str
     guard: tuple[Any, ...] = ()
     late: str | None = None
+    overwrites: bool = False
 
     @property
     def follows_device(self) -> bool:
@@ -141,7 +143,9 @@ def _rule_on(
         return found
     at = "pre" if found.overwrites_gradient and calibration.overwriting(group) else "post"
     candidate = found.candidate
-    return Rule(candidate.kernel, candidate.form, names, at, _guard(group), candidate.late)
+    return Rule(
+        candidate.kernel, candidate.form, names, at, _guard(group), candidate.late, found.overwrites_gradient
+    )
 
 
 def scalars(
@@ -171,8 +175,7 @@ def _scalars_on_device(
         device = group["lr"].device
     if _guard(group) != rule.guard or _options_reason(group, device or _CPU):
         return None
-    by_foreach = not group["fused"] and group["foreach"] is not False
-    if rule.gradient_at == "post" and by_foreach and calibration.overwriting(group):
+    if rule.gradient_at == "post" and rule.overwrites and calibration.overwriting(group):
         return None
     return device_numbers.numbers(rule.kernel, rule.flags, rule.late, group, state)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt import device_numbers, replay
+from gockpt import calibration, device_numbers, replay
 from gockpt.kernels import reference_cuda
 from gockpt.kernels import replay as kernels
 from gockpt.lab import Seen
@@ -149,6 +149,7 @@ class SimulatedLab:
         self.change = change
         self.updates = 0
         self.reason = None
+        self.overwrites = False
 
     def refusal(self):
         return self.reason
@@ -193,7 +194,10 @@ class SimulatedLab:
             form: tuple(self.power(form, beta, step + 1) for beta in options.get("betas", ()))
             for form in device_numbers.POWERS
         }
-        return Seen(after, [g.copy() for g in gradients], powers)
+        left = [g.copy() for g in gradients]
+        if self.overwrites and calibration.overwriting(group):
+            left = [g + np.float32(1) for g in gradients]
+        return Seen(after, left, powers)
 
 
 @pytest.fixture(scope="session")  # a class

@@ -75,7 +75,7 @@ def test_five_updates_are_replayed_to_the_last_bit(lab, kind, implementation, op
     def update():
         for p in params:
             p.grad = drawn(generator, tuple(p.shape), 1e-3)
-        before = [p.grad.cpu().numpy().reshape(-1) for p in params]
+        before = [p.grad.cpu().numpy().reshape(-1).copy() for p in params]
         optimizer.step()
         return before
 

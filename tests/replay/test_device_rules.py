@@ -187,12 +187,17 @@ def test_a_rule_ends_when_options_change_under_it(lab_like, change):
 def test_a_rule_ends_when_the_gradient_starts_to_be_overwritten(lab_like):
     optimizer = stepped(SGD, momentum=0.9, nesterov=True, weight_decay=0.1)
     (p,), group = optimizer.param_groups[0]["params"], optimizer.param_groups[0]
-    good = rule(optimizer, lab_like(optimizer))
-    assert replay.scalars(good, group, optimizer.state[p]) is not None
-    group["weight_decay"] = 0
-    assert replay.scalars(good, group, optimizer.state[p]) is None
-    group["foreach"] = False
-    assert replay.scalars(rule(optimizer, lab_like(optimizer)), group, optimizer.state[p]) is not None
+    for overwrites in (False, True):
+        lab = lab_like(optimizer)
+        lab.key = ("overwrites", overwrites)
+        lab.overwrites = overwrites
+        group["weight_decay"] = 0.1
+        good = rule(optimizer, lab)
+        assert (good.gradient_at, good.overwrites) == ("post", overwrites)
+        assert replay.scalars(good, group, optimizer.state[p]) is not None
+        group["weight_decay"] = 0
+        assert (replay.scalars(good, group, optimizer.state[p]) is None) is overwrites
+        assert rule(optimizer, lab).gradient_at == ("pre" if overwrites else "post")
 
 
 def test_numbers_on_the_device_are_not_read_but_sent(lab_like):
