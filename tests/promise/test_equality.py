@@ -80,6 +80,9 @@ def cases(draw):
             max_size=len(shapes),
         )
     )
+    absent = draw(st.sampled_from([0.0, 0.0, 0.3]))
+    if kind is torch.optim.SGD and options.get("fused"):
+        absent = 0.0  # torch's own step raises where some have no momentum buffer yet
     return Case(
         kind=kind,
         options=options,
@@ -87,7 +90,7 @@ def cases(draw):
         shapes=tuple(shapes),
         layouts=tuple(layouts),
         set_to_none=draw(st.booleans()),
-        absent=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        absent=absent,
         clip=draw(st.booleans()),
         micro=draw(st.integers(1, 3)),
         schedule=draw(st.sampled_from([None, "step", "cycle"])),
