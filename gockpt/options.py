@@ -78,9 +78,9 @@ class Options:
             fit is refused before memory is taken for it. What ``state_dict()`` of extras itself makes, JSON
             documents, checksums and uploads come on top.
         device_memory: Upper bound in bytes of device memory for staging and a snapshot. With it, state on a
-            CUDA device leaves behind training at the closing tick; the kernels' tables, a thousandth of the
-            state, come on top. ``None`` copies such state inside the call. That road has been tested on a
-            simulated device only. State on the CPU needs none.
+            CUDA device leaves behind training; the kernels' tables, a thousandth of the state, and gradients
+            that have not left yet come on top. ``None`` copies such state inside the call. That road has been
+            tested on a simulated device only. State on the CPU needs none.
         cpu_threads: Background threads for replay, checksums and writing; ``None`` is half the
             usable cores, between 1 and 8.
         nice: Niceness of those threads (0 to 19); a save past its deadline gets an un-niced one.

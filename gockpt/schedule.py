@@ -24,6 +24,8 @@ __all__ = ["MAX_AUTO_WINDOW", "Facts", "Plan", "choose_every", "make_plan", "par
 MAX_AUTO_WINDOW = 16
 RING_GRADIENTS = 2
 """How many full gradients the ring holds at most: one being replayed, one arriving."""
+ROAD_GRADIENTS = 3
+"""The same off a device: one more may be queued there and not have run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class Facts:
         grad_bytes: Bytes of one full gradient of the replayable parameters (g).
         step_seconds: Measured seconds from tick to tick (T); ``None`` before two ticks.
         bytes_per_second: Measured copy rate (B); ``None`` before the first copy.
+        aboard_bytes: Bytes of the state that leave a device by a road.
+        aboard_replay_bytes: Those of them whose later steps can be replayed.
+        obstacle: Why state on a device does not leave it behind training, or not early; else ``None``.
     """
 
     state_bytes: int
@@ -43,6 +48,9 @@ class Facts:
     grad_bytes: int
     step_seconds: float | None = None
     bytes_per_second: float | None = None
+    aboard_bytes: int = 0
+    aboard_replay_bytes: int = 0
+    obstacle: str | None = None
 
     @property
     def ratio(self) -> float:
@@ -113,6 +121,11 @@ class Plan:
             lines.append(f"steps wait for copies: {1e3 * self.stall_seconds:.1f} ms in all")
         if self.road is not None:
             lines.append(f"off the device: {self.road}")
+        if f.aboard_bytes:
+            lines.append(
+                f"on the device: {_mb(f.aboard_bytes)}, of which {_mb(f.aboard_replay_bytes)} can leave "
+                "early, followed by gradients, and be replayed"
+            )
         return "\n".join(lines)
 
 
@@ -135,10 +148,12 @@ def make_plan(facts: Facts, *, window: int | Literal["auto"], ticks: int) -> Pla
         wanted, reason = 1, "nothing can be replayed, so all of it leaves at the closing step"
     if wanted > ticks:
         wanted, reason = ticks, f"{reason}; cut from {wanted}: the due step is only {ticks - 1} ticks away"
+    if wanted == 1 and window != 1 and facts.obstacle is not None:
+        reason = f"{reason}; {facts.obstacle}"
     shares = _shares(facts, wanted)
     ring = 0
     if wanted > 1:
-        gradients = min(RING_GRADIENTS, wanted - 1)
+        gradients = min(ROAD_GRADIENTS if facts.aboard_replay_bytes else RING_GRADIENTS, wanted - 1)
         ring = math.ceil(gradients * facts.grad_bytes * min(1.0, sum(shares)))
     return Plan(wanted, shares, ring, facts, reason)
 

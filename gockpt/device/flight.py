@@ -30,7 +30,8 @@ class Consignment:
         done: Set when all of it has arrived, or none of it will any more.
         lost: Shipments that did not arrive as they were at the boundary. Complete when ``done`` is set.
         error: Why it will not arrive; ``None`` if it did, or still may.
-        expected: The shipments' fingerprints at the boundary, in order; filled when ``done``.
+        expected: The fingerprints at the boundary, in order: the shipments', or those of what was only
+            looked at; filled when ``done``.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Consignment:
         prints: Prints,
         boundary: Event,
         on_done: Callable[[], None] | None,
+        *,
+        look: bool = False,
     ) -> None:
         self.shipments: Sequence[Shipment] = tuple(shipments)
         self.began = self.ended = perf_counter()
@@ -53,16 +56,36 @@ class Consignment:
         self.error: BaseException | None = None
         self.on_done = on_done
         self.loads_left = 0
+        self._look = look
         self._arrived = [0] * len(shipments)
+        self._first: tuple[float, int] | None = None
 
     @property
     def proven(self) -> bool:
         """Whether all of it has arrived as it was at the boundary."""
         return self.done.is_set() and self.error is None and not self.lost
 
+    @property
+    def sample(self) -> tuple[int, float]:
+        """Bytes and seconds that tell how fast it moved, once it is ``done``.
+
+        From the first load's end to the last one's, since before that it may have waited for the boundary;
+        of a single load, all of its time.
+        """
+        began, before = self._first or (self.began, 0)
+        if self.error is not None or before == self.nbytes or self.ended <= began:
+            began, before = self.began, 0
+        return (0, 0.0) if self.error is not None else (self.nbytes - before, self.ended - began)
+
     def add(self, number: int, value: int) -> None:
         """Count a fingerprint of what arrived of one shipment."""
         self._arrived[number] = (self._arrived[number] + value) % MODULUS
+
+    def landed(self, nbytes: int) -> None:
+        """One more load has arrived."""
+        self.loads_left -= 1
+        if self._first is None:
+            self._first = (perf_counter(), nbytes)
 
     def tell(self) -> None:
         """Tell whoever waits for it that it has ended, once."""
@@ -75,6 +98,9 @@ class Consignment:
 
     def judge(self) -> None:
         """Compare what arrived with what the device saw at the boundary, once all has arrived."""
+        if self._look:
+            self.expected = self.prints.values()
+            return
         if self.nbytes:
             self.expected = self.prints.values()
         else:  # nothing had to be moved, so nothing was awaited

@@ -1,7 +1,7 @@
 """The line that loads move along: pack, copy, arrival. Queues work on the device, and decides nothing.
 
-A line is not thread-safe; its owner calls :meth:`Line.photograph`, :meth:`Line.move`, :meth:`Line.let_go`
-and :meth:`Line.forget` under a lock.
+A line is not thread-safe; its owner calls :meth:`Line.photograph`, :meth:`Line.move`, :meth:`Line.let_go`,
+:meth:`Line.forget`, :meth:`Line.add` and :meth:`Line.remove` under a lock.
 """
 
 from __future__ import annotations
@@ -77,6 +77,18 @@ class Line:
         if self._direct:
             return "kernels that store into registered memory"
         return "staging and the copy engine"
+
+    def pin(self, arena: Arena) -> Pinned:
+        """Register one more arena, if that can be. Slow."""
+        return Pinned(self.device, arena, piece_bytes=self._piece_bytes)
+
+    def add(self, pinned: Pinned) -> None:
+        """Let loads go into an arena that was registered."""
+        self._pinned.append(pinned)
+
+    def remove(self) -> Pinned:
+        """Let no loads go any more into the arena that was added last."""
+        return self._pinned.pop()
 
     def main(self) -> Stream:
         """Return the stream that the calling thread trains on, and remember it for :meth:`await_all`."""

@@ -23,7 +23,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gockpt.device.cargo import Urgency
+from gockpt.device.cargo import Load, Urgency
 from gockpt.device.flight import Consignment, Flight
 from gockpt.device.line import Line
 from gockpt.device.pinning import PIECE_BYTES
@@ -136,10 +136,7 @@ class DeviceTransfer:
             SaveError: If the device refused, now or since the last call; nothing of it is under way any more.
         """
         self._raise_pending()
-        if self._device.capturing():
-            self.graphed = True
-            msg = "a graph is being captured: what is queued now would become part of it instead of running"
-            raise SaveError(msg)
+        self._refuse_captured()
         with self._watched(), self._device.range("gockpt boundary"):
             main = self._line.main()
             prints = self._device.prints(main, [shipment.source for shipment in shipments])
@@ -150,6 +147,40 @@ class DeviceTransfer:
             return consignment
         self._raise_pending()
         raise SaveError(self._told)
+
+    def watch(self, sources: Sequence[Source], *, on_done: Callable[[], None] | None = None) -> Consignment:
+        """Take the sources' fingerprints as of now, and move nothing; does not wait for the device.
+
+        They are the consignment's ``expected``, once it is ``done``; until then the sources are held.
+
+        Raises:
+            SaveError: As :meth:`send`.
+        """
+        self._raise_pending()
+        self._refuse_captured()
+        with self._watched(), self._device.range("gockpt look"):
+            main = self._line.main()
+            prints = self._device.prints(main, sources)
+            consignment = Consignment((), Urgency.GRADIENT, prints, main.record(), on_done, look=True)
+            flight = Flight(Load(), consignment, (Urgency.GRADIENT, self._sent), beside=False)
+            flight.packed = flight.landed = consignment.boundary
+            flight.keep.append(tuple(sources))
+            with self._changed:
+                consignment.loads_left = 1
+                self._open.append(consignment)
+                self._flying.append(flight)
+                self._changed.notify_all()
+            if self._threaded and self._thread is None:
+                self._start_thread()
+            return consignment
+        self._raise_pending()
+        raise SaveError(self._told)
+
+    def _refuse_captured(self) -> None:
+        if self._device.capturing():
+            self.graphed = True
+            msg = "a graph is being captured: what is queued now would become part of it instead of running"
+            raise SaveError(msg)
 
     def guard(self, owners: Collection[Hashable] | None) -> None:
         """Let what is queued next overwrite what belongs to ``owners``; ``None`` means to anyone.
@@ -175,6 +206,47 @@ class DeviceTransfer:
             if packed and (last := packed[-1]) is not None:
                 self._line.main().wait(last)
         self._raise_pending()
+
+    def hasten(self) -> None:
+        """Queue all that waits for its turn: what is sent from now on arrives behind it.
+
+        Raises:
+            SaveError: As :meth:`send`.
+        """
+        with self._watched():
+            while True:
+                with self._changed:
+                    flight = heapq.heappop(self._waiting) if self._waiting else None
+                if flight is None:
+                    break
+                self._issue(flight, self._line.beside)
+        self._raise_pending()
+
+    # -- arenas ------------------------------------------------------------------------------
+
+    def admit(self, arena: Arena) -> str | None:
+        """Let shipments go into one more arena, with the next index. Slow: not for the training thread.
+
+        Returns:
+            Why they can't; ``None`` if they can.
+        """
+        pinned = self._line.pin(arena)
+        if not pinned.registered:
+            return pinned.reason
+        with self._changed:
+            if not self.closed:
+                self._line.add(pinned)
+                return None
+        pinned.release()
+        return f"the road from {self._device.name} is closed"
+
+    def dismiss(self) -> None:
+        """Let nothing go any more into the arena that was admitted last. Nothing may be on its way there."""
+        with self._changed:
+            pinned = None if self.closed else self._line.remove()
+        if pinned is not None:
+            with self._watched():
+                pinned.release()
 
     # -- whoever waits -----------------------------------------------------------------------
 
@@ -375,7 +447,7 @@ class DeviceTransfer:
             self._changed.notify_all()
             for number, value in values:
                 consignment.add(number, value)
-            consignment.loads_left -= 1
+            consignment.landed(flight.load.nbytes)
             last = not consignment.loads_left
         if last:
             self._end(consignment)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gockpt.engine.at_once import AtOnce, copy_at_once
+from gockpt.engine.aboard import Aboard
+from gockpt.engine.at_once import AtOnce
 from gockpt.engine.evidence import of_piece, of_pieces, take
+from gockpt.engine.following import CHANGED, OVERTAKEN
 from gockpt.engine.gathering import Gathering, bar, make_late
 from gockpt.engine.messages import ArrayPlace
-from gockpt.errors import SaveError
 from gockpt.schedule import part_ranges
 from gockpt.transfer import Batch, Copy, dense_bytes
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gockpt.arena import Arena
-    from gockpt.device.flight import Consignment
     from gockpt.engine.background import Work
     from gockpt.engine.cut import Cut, Piece, Unit
     from gockpt.engine.evidence import Evidence
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt"]
 
-CHANGED = "changed outside optimizer.step()"
-OVERTAKEN = "overtaken by a change while it was copied"
+GRAPHED = "an update was captured into a graph, which runs unseen"
+ELSEWHERE = "what its gradient scaler found stands on another device"
+CPU = torch.device("cpu")
 
 
 class Attempt:
@@ -56,8 +57,9 @@ class Attempt:
         samples: Where the live values of probes stand, by piece, once it is closed.
         proven: Whether all that was copied last arrived as it was at its boundary.
         lost: Names of arrays of which the last copies arrived otherwise.
-        road: How arrays leave a device behind training; ``None`` if none do.
-        refused: Why a device did not let what was sent arrive; else ``None``.
+        aboard: What leaves a device behind training; ``None`` if nothing does.
+        variant: How it leaves, in a few words; ``None`` if nothing does.
+        graphed: Whether an update was captured into a graph, which may run unseen.
         broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
 
@@ -85,18 +87,28 @@ class Attempt:
         self.plan = plan
         self.job = job
         self._trace = trace
-        self.road = road
-        self._shipped: Consignment | None = None
-        self._shipped_as: list[int] | None = None
-        self._instead: set[Name] = set()
-        self.refused: str | None = None
-        self._on_rest: Callable[[], None] | None = None
+        self.aboard: Aboard | None = None
+        self.variant: str | None = None
+        if road is not None:
+            self.variant = road.variant
+            self.aboard = Aboard(
+                road,
+                cut,
+                shape.layout,
+                arena=arena,
+                ring=ring,
+                ring_arena=ring_arena,
+                job=job,
+                trace=trace,
+                full=options.verify == "full",
+            )
+        self.graphed = False
+        self._unsettled = False
         self.broken: str | None = None
         self.ticks = 0
         self.proven = False
         self.lost: list[Name] = []
-        self.copied_bytes = 0
-        self.copy_seconds = 0.0
+        self._copied = (0, 0.0)
         self._arena = arena
         self._transfer = transfer
         # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
@@ -119,11 +131,16 @@ class Attempt:
         """Start copying the next part; its live bytes of this moment are what must arrive."""
         self.settle()
         self.ticks += 1
+        self._note_graph()
         evidence = self._look(live)
-        if self._next_part >= len(self._parts) - 1:
+        last = self._next_part >= len(self._parts) - 1
+        part = [] if last else [self.cut.pieces[i] for i in self._parts[self._next_part]]
+        if self.aboard is not None:
+            self.aboard.tick(live, [piece for piece in part if piece.aboard])
+        if last:
             return
-        pieces = [self.cut.pieces[i] for i in self._parts[self._next_part]]
         self._next_part += 1
+        pieces = [piece for piece in part if not piece.aboard]
         self._copies = [self._copy(piece, stretch) for piece in pieces for stretch in piece.stretches]
         for piece in pieces:
             piece.sent = True
@@ -134,32 +151,28 @@ class Attempt:
         """Take the closing boundary; :meth:`start_rest` then copies the rest behind the next step.
 
         Returns:
-            The fingerprints that each replayed piece must arrive at.
+            The fingerprints that each replayed piece must arrive at, but of what stands on a device: once
+            that is settled, :meth:`proofs` tells.
         """
         self.settle()
         self.ticks += 1
+        self._note_graph()
         evidence = self._look(live)
         proofs = {p.index: of_piece(evidence, p) for p in self._sent()}
         self.samples = self._gathering.sample(live, proofs)
-        late = [p for p in self.cut.pieces if p.index not in proofs]
+        aboard = set() if self.aboard is None else self.aboard.close(live, self._restless)
+        late = [p for p in self.cut.pieces if p.index not in proofs and p.index not in aboard]
         self.job.discard(p.index for p in late)
-        self._copies = [self._copy(p, s) for p in (*late, *self.cut.loose) for s in p.stretches]
+        ashore = (p for p in (*late, *self.cut.loose) if not p.aboard)
+        self._copies = [self._copy(p, s) for p in ashore for s in p.stretches]
         restless = {p.index for unit in self.cut.units if self._restless(unit) for p in unit.pieces}
         self._transfer.run([c.run for c in self._copies if c.owner[0].index in restless])
-        if self.road is not None and self.cut.shipped:
-            self._send(live, self.road)
+        self._unsettled = self.aboard is not None
         return proofs
 
-    def _send(self, live: LiveState, road: Road) -> None:
-        """Send what leaves a device by its road; if that can't be, copy it now."""
-        try:
-            self._shipped = road.send(live, self.cut.shipped, self._road_ended)
-        except SaveError as error:
-            road.give_up(error)
-            self._instead = set(self._names_shipped())
-            for array in self.layout.arrays:
-                if array.spec.name in self._instead:
-                    copy_at_once(live.entries[array.spec.name], array, self._arena)
+    def proofs(self) -> dict[int, tuple[int, ...]]:
+        """Return what the replay of pieces that stand on a device must arrive at, once all is settled."""
+        return {} if self.aboard is None else self.aboard.proofs()
 
     def _restless(self, unit: Unit) -> bool:
         """Whether a copy behind the closing tick is likely to be overtaken, as another one was."""
@@ -171,11 +184,7 @@ class Attempt:
         """Whether the whole state still is, bit for bit, what it was at the last tick looked at."""
         if not self._at_once.same(live.entries):
             return False
-        if self.cut.shipped and (
-            self.road is None
-            or self._shipped_as is None
-            or self.road.look(live, self.cut.shipped) != self._shipped_as
-        ):
+        if self.aboard is not None and not self.aboard.stands(live):
             return False
         return take(live, self.cut, self._transfer) == self._evidence
 
@@ -196,45 +205,60 @@ class Attempt:
         piece.known = now
 
     def _sent(self) -> list[Piece]:
-        return [p for p in self.cut.pieces if p.sent and p.late is None]
+        return [p for p in self.cut.pieces if p.sent and p.late is None and not p.aboard]
+
+    def _note_graph(self) -> None:
+        """After an update was captured: what left before may be changed by the graph, unseen."""
+        if not self.graphed:
+            return
+        for piece in self._sent():
+            make_late(piece, GRAPHED, self.job)
+        if self.aboard is not None:
+            self.aboard.gathering.all_late(GRAPHED)
 
     def start_rest(self, on_done: Callable[[], None]) -> None:
         """Start the copies that :meth:`close` took the boundary of."""
-        if self._shipped is not None:
-            self._on_rest = on_done
+        if self.aboard is not None:
+            self.aboard.tell(on_done)
         self._start(on_done)
-
-    def _road_ended(self) -> None:
-        # Before start_rest() there is nobody to tell; it looks itself.
-        on_rest, self._on_rest = self._on_rest, None
-        if on_rest is not None:
-            on_rest()
 
     @property
     def on_the_road(self) -> bool:
-        """Whether something was sent off a device and is not settled."""
-        return self._shipped is not None
+        """Whether the closing boundary was taken of something on a device, and that is not settled."""
+        return self._unsettled
 
     @property
     def rest_ended(self) -> bool:
         """Whether nothing of it is on its way any more, whatever became of it."""
-        return self._shipped is None or self._shipped.done.is_set()
+        return self.aboard is None or not self.aboard.under_way
+
+    @property
+    def refused(self) -> str | None:
+        """Why a device did not let what was sent arrive; else ``None``."""
+        return None if self.aboard is None else self.aboard.refused
 
     def let_overwrite(self, optimizer: object | None) -> None:
-        """Finish the copies of the host's, and let the device wait for what an update would overwrite."""
+        """Finish the copies of the host's, and let the device wait for what would be overwritten."""
         self._settle_copies()
-        if self.road is not None:
-            try:
-                self.road.guard(optimizer)
-            except SaveError as error:  # nothing reads what the update overwrites any more
-                self.road.give_up(error)
+        if self.aboard is not None:
+            self.aboard.guard(optimizer)
 
     @property
     def all_proven(self) -> bool:
         """Whether every copy under way ended and is proven, without touching the live state."""
         done = self._batch is None or (self._batch.done.is_set() and not self._batch.errors)
-        arrived = self._shipped is None or self._shipped.proven
-        return done and arrived and not self.lost and all(c.proven for c in self._copies)
+        return done and not self._unsettled and not self.lost and all(c.proven for c in self._copies)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that have arrived."""
+        return self._copied[0] + (0 if self.aboard is None else self.aboard.nbytes)
+
+    @property
+    def sample(self) -> tuple[int, float]:
+        """Bytes and seconds that tell how fast state is copied."""
+        nbytes, seconds = (0, 0.0) if self.aboard is None else self.aboard.sample
+        return self._copied[0] + nbytes, self._copied[1] + seconds
 
     # -- copies under way --------------------------------------------------------------------
 
@@ -252,33 +276,10 @@ class Attempt:
         ``lost`` afterwards is late already inside a window; at the close the attempt is void.
         """
         self._settle_copies()
-        self._settle_shipped()
+        if self._unsettled and self.aboard is not None:
+            self.lost = [*self.lost, *self.aboard.settle()]
+            self._unsettled = False
         self.proven = not self.lost
-
-    def _settle_shipped(self) -> None:
-        sent, road = self._shipped, self.road
-        if sent is None or road is None:
-            return
-        self._on_rest = None  # it knows this attempt
-        try:
-            road.finish(sent)
-        except SaveError as error:
-            # As if all of it had been overtaken: it leaves again at the next tick, inside the call.
-            road.give_up(error)
-            self.refused = str(error)
-            self.lost = [*self.lost, *self._names_shipped()]
-            self._shipped = None
-            return
-        names = {id(self.live.entries[name]): name for name in self._names_shipped()}
-        self.lost = [*self.lost, *(names[id(shipment.source.memory)] for shipment in sent.lost)]
-        self._shipped_as = sent.expected
-        self._shipped = None
-        self.copied_bytes += sent.nbytes
-        self.copy_seconds += sent.ended - sent.began
-        self._trace.span("copy", sent.began, sent.ended)
-
-    def _names_shipped(self) -> list[Name]:
-        return [stretch.name for piece in self.cut.shipped for stretch in piece.stretches]
 
     def _settle_copies(self) -> None:
         batch = self._batch
@@ -293,8 +294,8 @@ class Attempt:
             if piece.sent and piece.late is None:
                 make_late(piece, OVERTAKEN, self.job)
         if batch is not None:
-            self.copied_bytes += batch.nbytes
-            self.copy_seconds += batch.ended - batch.started
+            nbytes, seconds = self._copied
+            self._copied = (nbytes + batch.nbytes, seconds + batch.ended - batch.started)
             self._trace.span("copy", batch.started, batch.ended)
         # Added, not replaced: after an interrupt below this is what the next call goes by.
         self.lost = [*self.lost, *lost]
@@ -307,20 +308,28 @@ class Attempt:
         self._copies = []
         if batch is not None:
             batch.cancel()
-        sent, self._shipped = self._shipped, None
-        self._on_rest = None  # it knows this attempt
-        if sent is not None and self.road is not None:
-            self.road.cancel()
+        if self.aboard is not None:
+            self.aboard.cancel()
 
     # -- updates -----------------------------------------------------------------------------
+
+    def before_hooks(self) -> None:
+        """Others may change anything from here on."""
+        self.settle()
+        if self.aboard is not None:
+            self.aboard.guard(None)
 
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Let the update go ahead: nothing it overwrites is still needed afterwards."""
         self.settle()
+        if self.aboard is not None:
+            self.aboard.before_update(optimizer, closure=closure)
         for unit in self.cut.units if closure else ():
             if unit.optimizer is not optimizer or unit.barred is not None:
                 continue
             # The closure is yet to compute the gradient that will be consumed.
+            if unit.aboard:
+                continue
             if unit.rule.gradient_at == "pre":
                 bar(unit, "its gradient comes from a closure, and the step overwrites it", self.job)
             elif self._encodes:
@@ -334,8 +343,22 @@ class Attempt:
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Take what the update consumed, for the pieces that already left."""
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0.0:
-            self._gathering.forget()
+        aboard = self.aboard is not None and self.aboard.holds(found_inf)
+        if found_inf is not None and not aboard:
+            if getattr(found_inf, "device", CPU) != CPU:
+                self._unread(optimizer)
+                if self.aboard is not None:
+                    self.aboard.gathering.all_late(ELSEWHERE, optimizer)
+                return
+            if float(found_inf) != 0.0:
+                self._gathering.forget()
+                if self.aboard is not None:
+                    self.aboard.gathering.skipped(optimizer)
+                return
+        if self.aboard is not None:
+            self.aboard.gathering.after_update(optimizer, found_inf if aboard else None)
+        if aboard:
+            self._unread(optimizer)
             return
         collected = self._gathering.after_update(optimizer)
         moved = [p for p in self._sent() if p.unit is not None and p.unit.optimizer is optimizer]
@@ -348,6 +371,13 @@ class Attempt:
                 make_late(piece, "updated without a gradient that was seen", self.job)
             piece.known = now
 
+    def _unread(self, optimizer: torch.optim.Optimizer) -> None:
+        """Whether the update happened stands on a device, and reading that would wait for it."""
+        self._gathering.forget()
+        for piece in self._sent():
+            if piece.unit is not None and piece.unit.optimizer is optimizer:
+                make_late(piece, ELSEWHERE, self.job)
+
     # -- small helpers -----------------------------------------------------------------------
 
     def late_parts(self) -> dict[str, str]:
@@ -357,7 +387,8 @@ class Attempt:
 
     def places(self, live: LiveState) -> tuple[ArrayPlace, ...]:
         """Describe every array to the writer; arrays that stand in storage order say so."""
-        at_once = {*self.cut.at_once, *self._instead}
+        instead = set() if self.aboard is None else self.aboard.instead
+        at_once = {*self.cut.at_once, *instead}
         result = []
         for array in self.layout.arrays:
             tensor = live.entries[array.spec.name]

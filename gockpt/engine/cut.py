@@ -14,10 +14,11 @@ import torch
 
 from gockpt import replay
 from gockpt.engine.messages import ReplayPiece, Stretch
+from gockpt.lab import lab_for
 from gockpt.transfer import is_dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from gockpt.layout import ArenaLayout, ArrayLayout
     from gockpt.replay import Rule
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["Cut", "Piece", "Unit", "cut"]
 
 MAX_PIECE = 1 << 20
+MAX_PIECE_ABOARD = 8 << 20
+"""Elements of a piece at the most. On a device each costs a place in every launch, so there are fewer."""
 MIN_PIECE = 256
 SMALL = 64 << 10
 """Arrays up to this size are copied inside the closing tick: cheaper than proving a copy behind it."""
+NO_ROAD = "there is no road off the device that it stands on"
 _ALIGN = 16
 
 
@@ -45,6 +49,7 @@ class Unit:
         group_index: Its parameter group there.
         rule: How it is replayed.
         names: Array names: the parameter's, then its states' in kernel order.
+        aboard: Whether it stands on a device, and leaves it by a road.
         pieces: Its pieces.
         barred: Why its pieces leave at the closing tick after all; ``None`` while they need not.
     """
@@ -55,6 +60,7 @@ class Unit:
     group_index: int
     rule: Rule
     names: tuple[Name, ...]
+    aboard: bool = False
     pieces: list[Piece] = field(default_factory=list)
     barred: str | None = None
 
@@ -98,6 +104,11 @@ class Piece:
     known: tuple[int, ...] | None = None
 
     @property
+    def aboard(self) -> bool:
+        """Whether it stands on a device, and leaves it by a road."""
+        return self.unit is not None and self.unit.aboard
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all stretches."""
         return sum(s.nbytes for s in self.stretches)
@@ -120,6 +131,7 @@ class Cut:
         pieces: Their pieces, in the order they leave.
         loose: Pieces of arrays that leave at the closing tick, behind the next step.
         shipped: Pieces of arrays on a device that leave at the closing tick, by the road off it.
+        prompt: Those of them that are packed inside it.
         at_once: Arrays that are copied inside the closing tick.
         reasons: Why parameters can't be replayed, by name.
     """
@@ -128,6 +140,7 @@ class Cut:
     pieces: tuple[Piece, ...]
     loose: tuple[Piece, ...]
     shipped: tuple[Piece, ...]
+    prompt: tuple[Piece, ...]
     at_once: tuple[Name, ...]
     reasons: dict[str, str]
 
@@ -149,7 +162,8 @@ def cut(
     window: int,
     barred: frozenset[str] = frozenset(),
     racing: frozenset[Name] | None = frozenset(),
-    aboard: torch.device | None = None,
+    aboard: Callable[[torch.Tensor], bool] | None = None,
+    stay: str | None = None,
 ) -> Cut:
     """Cut ``live`` into what can leave early, what leaves at the close, and what is copied at once.
 
@@ -160,11 +174,13 @@ def cut(
         barred: Parameters whose replay is not trusted.
         racing: Arrays that must be copied inside the closing tick because a copy behind it was
             overtaken before; ``None`` means all of them.
-        aboard: The device that there is a road off.
+        aboard: Whether a tensor stands on the device that there is a road off; ``None`` if there is none.
+        stay: Why nothing leaves that device early; ``None`` if it may.
     """
     arrays = {a.spec.name: a for a in layout.arrays}
     small = min(SMALL, sum(a.spec.nbytes for a in layout.arrays) // 4096)
-    size = _piece_elements(live, window)
+    size = _piece_elements(live, window, MAX_PIECE)
+    size_aboard = _piece_elements(live, window, MAX_PIECE_ABOARD)
     units: list[Unit] = []
     pieces: list[Piece] = []
     reasons: dict[str, str] = {}
@@ -174,12 +190,19 @@ def cut(
         if owners[id(entry.param)] > 1:
             reasons[entry.fqn] = "several optimizers update it"
             continue
+        if entry.param.device.type != "cpu" and (aboard is None or not aboard(entry.param)):
+            reasons[entry.fqn] = NO_ROAD
+            continue
         unit = _unit(live, entry, barred, reasons)
         if unit is None:
             continue
+        why = _place(unit, live, aboard, stay)
+        if why is not None:
+            reasons[unit.fqn] = why
+            continue
         if sum(arrays[n].spec.nbytes for n in unit.names) <= small:
             continue
-        ranges = _ranges([arrays[n] for n in unit.names], size)
+        ranges = _ranges([arrays[n] for n in unit.names], size_aboard if unit.aboard else size)
         if ranges is None or (len(arrays[unit.names[0]].slots) > 1 and not unit.param.is_contiguous()):
             reasons[unit.fqn] = "its chunks can't be cut for replay"
             continue
@@ -191,29 +214,50 @@ def cut(
         taken.update(unit.names)
     loose: list[Piece] = []
     shipped: list[Piece] = []
+    prompt: list[Piece] = []
     at_once: list[Name] = []
     for name, array in arrays.items():
         if name in taken or not array.slots:
             continue
         tensor = live.entries[name]
-        prompt = (
-            racing is None
-            or name in racing
-            or name in live.buffers
-            or array.spec.nbytes <= small
-            or not is_dense(tensor)
-            or (tensor.device != aboard and tensor.device.type != "cpu")
-            or (len(array.slots) > 1 and not tensor.is_contiguous())
-        )
-        if prompt:
+        there = aboard is not None and aboard(tensor)
+        whole = not is_dense(tensor) or (len(array.slots) > 1 and not tensor.is_contiguous())
+        hurried = racing is None or name in racing or name in live.buffers or array.spec.nbytes <= small
+        # A window must not wait for the device at each of its ticks.
+        packed = there and hurried and window > 1
+        if whole or (hurried and not packed) or (not there and tensor.device.type != "cpu"):
             at_once.append(name)
             continue
-        there = tensor.device == aboard
+        into = prompt if packed else shipped if there else loose
         # The road cuts as it needs to.
         for stretch in _loose_ranges(array, max(1, array.spec.numel) if there else size):
-            piece = Piece(len(pieces) + len(loose) + len(shipped), (stretch,))
-            (shipped if there else loose).append(piece)
-    return Cut(tuple(units), tuple(pieces), tuple(loose), tuple(shipped), tuple(at_once), reasons)
+            number = len(pieces) + len(loose) + len(shipped) + len(prompt)
+            into.append(Piece(number, (stretch,)))
+    return Cut(
+        tuple(units),
+        tuple(pieces),
+        tuple(loose),
+        tuple(shipped),
+        tuple(prompt),
+        tuple(at_once),
+        reasons,
+    )
+
+
+def _place(
+    unit: Unit, live: LiveState, aboard: Callable[[torch.Tensor], bool] | None, stay: str | None
+) -> str | None:
+    """Note where a unit stands; return why it can't leave early from there."""
+    tensors = [live.entries[name] for name in unit.names]
+    if aboard is not None and all(aboard(tensor) for tensor in tensors):
+        unit.aboard = True
+        return stay
+    # Of a mixture there is no road for the half.
+    if aboard is not None and any(aboard(tensor) for tensor in tensors):
+        return "its state stands on several devices"
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return NO_ROAD
+    return None
 
 
 def _unit(live: LiveState, entry: ParamEntry, barred: frozenset[str], reasons: dict[str, str]) -> Unit | None:
@@ -225,7 +269,8 @@ def _unit(live: LiveState, entry: ParamEntry, barred: frozenset[str], reasons: d
         reasons[entry.fqn] = "its optimizer is none of torch's"
         return None
     group = optimizer.param_groups[entry.group_index]
-    rule = replay.rule_for(optimizer, group, entry.param, optimizer.state.get(entry.param, {}))
+    lab = lab_for(entry.param.device)
+    rule = replay.rule_for(optimizer, group, entry.param, optimizer.state.get(entry.param, {}), lab)
     if isinstance(rule, str):
         reasons[entry.fqn] = rule
         return None
@@ -233,11 +278,11 @@ def _unit(live: LiveState, entry: ParamEntry, barred: frozenset[str], reasons: d
     return Unit(entry.fqn, entry.param, optimizer, entry.group_index, rule, names)
 
 
-def _piece_elements(live: LiveState, window: int) -> int:
+def _piece_elements(live: LiveState, window: int, most: int) -> int:
     """Return how many elements a piece has: enough pieces to balance parts, never tiny ones."""
     total = sum(tensor.numel() for name, tensor in live.entries.items() if name[0] == "model")
     wanted = total // (8 * max(1, window))
-    return max(MIN_PIECE, min(MAX_PIECE, -(-wanted // _ALIGN) * _ALIGN))
+    return max(MIN_PIECE, min(most, -(-wanted // _ALIGN) * _ALIGN))
 
 
 def _ranges(arrays: list[ArrayLayout], size: int) -> list[tuple[tuple[Stretch, ...], bool]] | None:

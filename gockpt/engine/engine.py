@@ -89,6 +89,7 @@ class Engine:
         self._transfer = Transfer()
         self._background = background
         self._pace = Pace()
+        self._roads = Roads(options, devices)
         self._save = Save(
             options=options,
             lock=self._changed,
@@ -97,7 +98,7 @@ class Engine:
             pace=self._pace,
             drive=self.drive,
             on_saved=self._published,
-            roads=Roads(options, devices),
+            roads=self._roads,
         )
         self._hooks = Hooks(optimizers, self)
         self._thread = threading.current_thread()
@@ -137,6 +138,12 @@ class Engine:
             msg = "this process was forked from the one that saves; only the parent may call gockpt"
             raise UsageError(msg)
         self._expect_outside()
+        if self._roads.capturing():
+            msg = (
+                "a CUDA graph is being captured, and a save made now would become part of it: "
+                "call gockpt when the capture has ended, and after each replay of the graph"
+            )
+            raise UsageError(msg)
         with deferred(), self._changed, self._at_work():
             self._thread = threading.current_thread()
             before = self._save.handle
@@ -284,7 +291,7 @@ class Engine:
 
     def before_hooks(self) -> None:
         """Finish copying before a user's own pre-hook can change what is copied."""
-        self._hold_up(None, lambda attempt: attempt.settle())
+        self._hold_up(None, lambda attempt: attempt.before_hooks())
 
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Make sure that nothing still needed is overwritten (an optimizer is about to step)."""
@@ -299,6 +306,8 @@ class Engine:
             attempt, state = self._save.attempt, self._save.state
             if state is State.CLOSING:
                 self._guard(lambda: self._save.let_overwrite(optimizer))
+            elif attempt is not None and self._roads.capturing():
+                attempt.graphed = True  # nothing runs now
             elif state is State.OPEN and attempt is not None and attempt.broken is None:
                 self._guard(lambda: in_window(attempt))
             else:
@@ -307,12 +316,17 @@ class Engine:
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Collect what the update consumed (an optimizer has stepped)."""
-        self._updates += 1
+        captured = self._roads.capturing()
+        if not captured:
+            self._updates += 1
         if self._save.attempt is None:
             return
         began = perf_counter()
         with deferred(), self._changed, self._at_work():
             attempt = self._save.attempt
+            if captured and attempt is not None:
+                attempt.graphed = True  # nothing runs now
+                return
             if self._save.state is not State.OPEN or attempt is None or attempt.broken is not None:
                 return
             self._guard(lambda: attempt.after_update(optimizer))
@@ -378,10 +392,7 @@ class Engine:
         if ticks > self._window_ticks():
             return
         live = self._collect()
-        pace = self._pace
-        rates = (pace.step_seconds, pace.copy_rate)
-        facts = facts_of(live, save.shape_of(live), save.barred, *rates, self.options.grad_dtype)
-        plan = make_plan(facts, window=self.options.window, ticks=ticks)
+        plan = save.plan(live, ticks)
         if plan.window > 1 and plan.window == ticks:
             self._hooks.assert_order()
             due = boundary.step + moment.ticks_left * self._cadence.stride

@@ -30,10 +30,11 @@ Evidence = dict[tuple["Name", int], int]
 
 
 def take(live: LiveState, cut: Cut, transfer: Transfer) -> Evidence:
-    """Fingerprint every piece of ``live`` now, on the background thread and this one together."""
+    """Fingerprint every piece of ``live`` on the host now, on the background thread and this one together."""
     evidence: Evidence = {}
     views: dict[Name, np.ndarray] = {}
-    tasks = [_piece_task(piece, live, views, evidence) for piece in (*cut.pieces, *cut.loose)]
+    ashore = [piece for piece in (*cut.pieces, *cut.loose) if not piece.aboard]
+    tasks = [_piece_task(piece, live, views, evidence) for piece in ashore]
     transfer.run(tasks)
     return evidence
 

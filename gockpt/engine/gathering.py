@@ -132,9 +132,9 @@ class Gathering:
         return places
 
     def _concerned(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:
-        """Yield the optimizer's units of which something left, with those pieces."""
+        """Yield the optimizer's units on the host of which something left, with those pieces."""
         for unit in self._units:
-            if unit.optimizer is optimizer:
+            if unit.optimizer is optimizer and not unit.aboard:
                 pieces = [p for p in unit.pieces if p.sent and p.late is None]
                 if pieces:
                     yield unit, pieces

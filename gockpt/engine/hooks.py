@@ -94,9 +94,10 @@ class Hooks:
             return None
         return self._listener()
 
-    def _first(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _first(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         listener = self._heard()
-        if listener is not None:
+        # Two are ours.
+        if listener is not None and len(optimizer._optimizer_step_pre_hooks) > 2:  # noqa: SLF001
             with self._call():
                 listener.before_hooks()
 

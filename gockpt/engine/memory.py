@@ -14,16 +14,17 @@ from gockpt.engine.replaying import SCRATCH_BYTES
 from gockpt.engine.ring import Ring
 from gockpt.engine.sizing import ring_bytes_of, sample_bytes_of
 from gockpt.errors import OptionsError
+from gockpt.schedule import RING_GRADIENTS
 from gockpt.storage.compression import largest_encoded, memory_bound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gockpt.arena import Arena
     from gockpt.engine.background import Background, Work
     from gockpt.engine.cut import Cut
     from gockpt.engine.job import Outcome
-    from gockpt.engine.roads import Roads
+    from gockpt.engine.roads import Road, Roads
     from gockpt.engine.sizing import Shape
     from gockpt.engine.trace import Trace
     from gockpt.layout import ArenaLayout
@@ -100,6 +101,35 @@ class Memory:
         self._make_room({EXTRA: layout.nbytes}, copies=copies, encoded=encoded)
         return self._arena(EXTRA, layout.nbytes)
 
+    def road(self, live: LiveState) -> Road | None:
+        """Return the road into the state's arena, if there is one that the state may take."""
+        return self._roads.ready(live, self._held[STATE])
+
+    def obstacle(self, live: LiveState) -> str | None:
+        """Return why no state leaves a device behind training; ``None`` if some does or none is on one."""
+        return None if self.road(live) is not None else self._roads.obstacle(live)
+
+    def hindrance(self, road: Road) -> str | None:
+        """Return why gradients could not follow by the road when they were to; ``None`` if they could."""
+        return self._roads.hindrance(road)
+
+    def reach(
+        self, road: Road, shape: Shape, plans: Sequence[tuple[Cut, Plan]], transfer: Transfer
+    ) -> str | None:
+        """Return why gradients can't follow off a device in any of these plans; ``None`` if they can.
+
+        Raises:
+            OptionsError: If the ring takes more than is allowed.
+        """
+        nbytes = max(
+            self._ring_bytes(pieces, plan, shape) + sample_bytes_of(pieces, plan, self._options.grad_dtype)
+            for pieces, plan in plans
+        )
+        self._make_room({STATE: shape.layout.nbytes, RING: nbytes, EXTRA: 0})
+        if self._held[STATE] is not road.arena:
+            return "the road has to be made anew"
+        return self._roads.reach(road, self._arena(RING, nbytes), transfer)
+
     def attempt(
         self,
         live: LiveState,
@@ -118,12 +148,19 @@ class Memory:
         Raises:
             OptionsError: If that takes more than is allowed.
         """
-        # In a longer window the whole state is looked at in every tick, which a road is not made for.
-        road = self._roads.ready(live, self._held[STATE]) if plan.window == 1 else None
+        road, stay = self.road(live), None
         while True:
-            aboard = None if road is None else road.device
-            pieces = cut(live, shape.layout, window=plan.window, barred=barred, racing=racing, aboard=aboard)
-            ring_bytes = ring_bytes_of(pieces, plan, self._options.grad_dtype)
+            aboard = None if road is None else road.holds
+            pieces = cut(
+                live,
+                shape.layout,
+                window=plan.window,
+                barred=barred,
+                racing=racing,
+                aboard=aboard,
+                stay=stay,
+            )
+            ring_bytes = self._ring_bytes(pieces, plan, shape)
             samples = sample_bytes_of(pieces, plan, self._options.grad_dtype)
             # With a helper for saves that are late.
             threads = self._options.worker_threads + 1
@@ -133,18 +170,22 @@ class Memory:
             needs = {STATE: shape.layout.nbytes, RING: ring_bytes + samples}
             self._make_room(needs | {EXTRA: 0} if afresh else needs)
             arena = self._arena(STATE, shape.layout.nbytes)
-            if road is None or road.arena is arena:
+            ring = self._held[RING] if self._kept(RING) >= ring_bytes + samples else None
+            if road is not None and road.arena is not arena:
+                road = None  # it led to an arena that was too small, or too large
+            elif road is not None and stay is None and road.ring is not ring and _early(pieces):
+                stay = "its gradients can't follow now"
+            else:
                 break
-            road = None  # it led to an arena that was too small, or too large
         self._roads.prepare(live, arena, transfer)
         if self._kept(RING) < ring_bytes + samples:
             transfer.submit([self._arena(RING, ring_bytes + samples).prefault])
-        ring = Ring(0, ring_bytes)
+        room = Ring(0, ring_bytes)
         job = self._background.job(
             # Not the third: what is added may yet need a larger one, and the job would keep this one alive.
             arenas=self.arenas[:EXTRA],
             pieces=[p.message() for p in pieces.pieces],
-            ring=ring,
+            ring=room,
             outcome=outcome,
             trace=trace,
         )
@@ -154,7 +195,7 @@ class Memory:
             cut=pieces,
             plan=plan,
             arena=arena,
-            ring=ring,
+            ring=room,
             ring_arena=self._arena(RING, ring_bytes + samples),
             transfer=transfer,
             options=self._options,
@@ -170,10 +211,24 @@ class Memory:
         self._roads.leave(join=True)
         self._held = [None, None, None]
 
+    def _ring_bytes(self, pieces: Cut, plan: Plan, shape: Shape) -> int:
+        """Return the room for gradients; as much as for a state on the host where there is no more."""
+        most = ring_bytes_of(pieces, plan, self._options.grad_dtype)
+        limit = self._options.host_memory
+        encoding = memory_bound(self._encoded, self._options.worker_threads)
+        beside = max(self._passing, self._reordering + encoding) + self._replaying
+        extras = max(self._kept(EXTRA), whole_pages(0))
+        taken = whole_pages(shape.layout.nbytes) + extras + beside
+        if limit is None or taken + whole_pages(most) <= limit:
+            return most
+        return ring_bytes_of(pieces, plan, self._options.grad_dtype, of_device=RING_GRADIENTS)
+
     def _let_go(self, use: int) -> None:
         """Let one arena go; the road into it ends first."""
         if use == STATE and self._held[use] is not None:
             self._roads.leave()
+        if use == RING and self._held[use] is not None:
+            self._roads.leave_ring()
         self._held[use] = None
 
     def _kept(self, use: int) -> int:
@@ -226,6 +281,11 @@ class Memory:
         if extras:
             msg += f", or save less along with it: copies of extras take {extras} bytes"
         raise OptionsError(msg)
+
+
+def _early(pieces: Cut) -> bool:
+    """Whether something leaves a device before the closing tick."""
+    return any(piece.aboard for piece in pieces.pieces)
 
 
 def _rearranged(live: LiveState, layout: ArenaLayout, pieces: Cut, options: Options) -> tuple[int, int]:

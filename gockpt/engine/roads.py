@@ -12,6 +12,8 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 from gockpt.device.cargo import Shipment, Urgency
 from gockpt.device.interface import Source
 from gockpt.device.room import make_room
@@ -19,8 +21,6 @@ from gockpt.device.transfer import DeviceTransfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
-
-    import torch
 
     from gockpt.arena import Arena
     from gockpt.device.flight import Consignment
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 
     Name = tuple[str, ...]
 
-__all__ = ["CudaDevices", "Devices", "Road", "Roads"]
+__all__ = ["CudaDevices", "Devices", "Road", "Roads", "sources_of"]
 
 _log = logging.getLogger("gockpt")
+
+REGISTERING = "the gradient ring is being registered with the device"
 
 
 class Devices(Protocol):
@@ -42,6 +44,12 @@ class Devices(Protocol):
 
     def find(self, tensors: Iterable[torch.Tensor]) -> torch.device | None:
         """Return the device that holds most of them, if it is one that there is a road from."""
+
+    def holds(self, device: torch.device, tensor: torch.Tensor) -> bool:
+        """Whether a tensor stands on that device."""
+
+    def capturing(self) -> bool:
+        """Whether what the calling thread queues now would go into a graph instead of running."""
 
     def open(self, device: torch.device) -> Device:
         """Return what speaks to it."""
@@ -58,6 +66,16 @@ class CudaDevices:
                 held[tensor.device] += tensor.nbytes
         return max(held, key=lambda device: held[device]) if held else None
 
+    def holds(self, device: torch.device, tensor: torch.Tensor) -> bool:
+        """Whether a tensor stands on that device."""
+        return tensor.device == device
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured on the current stream."""
+        # Asking would initialise CUDA.
+        started = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        return started and bool(torch.cuda.is_current_stream_capturing())
+
     def open(self, device: torch.device) -> Device:
         """Return a :class:`gockpt.device.cuda.CudaDevice`."""
         from gockpt.device.cuda import CudaDevice
@@ -66,38 +84,89 @@ class CudaDevices:
 
 
 class Road:
-    """One road into one arena.
+    """One road into one arena, and maybe into the ring of gradients.
 
     Attributes:
         arena: Where it leads.
+        ring: Where gradients can follow; ``None`` if they can't.
         device: Where it comes from.
         variant: How bytes get into the arena, in a few words.
         broken: Whether it must not be taken any more.
     """
 
     def __init__(
-        self, device: torch.device, arena: Arena, transfer: DeviceTransfer, *, scratch: bool
+        self,
+        device: torch.device,
+        arena: Arena,
+        transfer: DeviceTransfer,
+        *,
+        scratch: bool,
+        holds: Callable[[torch.device, torch.Tensor], bool],
     ) -> None:
         self.arena = arena
+        self.ring: Arena | None = None
         self.device = device
         self.variant = transfer.variant
         self.broken = False
         self._transfer = transfer
         self._urgency = Urgency.SNAPSHOT if scratch else Urgency.STATE
+        self._holds = holds
 
-    def send(self, live: LiveState, pieces: Sequence[Piece], on_done: Callable[[], None]) -> Consignment:
-        """Take the boundary for some pieces; what has no room in scratch memory needs :meth:`guard`."""
-        return self._transfer.send(_shipments(live, pieces), self._urgency, on_done=on_done)
+    @property
+    def detour(self) -> bool:
+        """Whether the host must carry all of it on, so that a call may wait for the device."""
+        return self._transfer.detour
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether it starts where a tensor stands."""
+        return self._holds(self.device, tensor)
+
+    def send(
+        self, live: LiveState, pieces: Sequence[Piece], on_done: Callable[[], None], *, prompt: bool = False
+    ) -> Consignment:
+        """Take the boundary for some pieces.
+
+        What is ``prompt``, and what has room in scratch memory, may be overwritten at once; all else needs
+        :meth:`guard`.
+        """
+        urgency = Urgency.BUFFER if prompt else self._urgency
+        return self._transfer.send(_shipments(live, pieces), urgency, on_done=on_done)
+
+    def hasten(self) -> None:
+        """Let what is sent from now on arrive behind all that was sent before."""
+        self._transfer.hasten()
+
+    def follow(self, gradients: Sequence[tuple[Source, int]], on_done: Callable[[], None]) -> Consignment:
+        """Send gradients, and numbers, each to a place in the ring; they may be overwritten at once."""
+        shipments = [Shipment(source, 1, offset, None) for source, offset in gradients]
+        return self._transfer.send(shipments, Urgency.GRADIENT, on_done=on_done)
+
+    def watch(self, sources: Sequence[Source], on_done: Callable[[], None]) -> Consignment:
+        """Take fingerprints of what stands on the device now; waits for nothing."""
+        return self._transfer.watch(sources, on_done=on_done)
 
     def look(self, live: LiveState, pieces: Sequence[Piece]) -> list[int]:
         """Return the pieces' fingerprints now. Waits for the device."""
-        return self._transfer.look([shipment.source for shipment in _shipments(live, pieces)])
+        return self._transfer.look(sources_of(live, pieces))
+
+    def admit(self, ring: Arena) -> str | None:
+        """Let gradients follow into ``ring``, or return why they can't. Slow."""
+        why = self._transfer.admit(ring)
+        if why is None:
+            self.ring = ring
+        return why
+
+    def dismiss(self) -> None:
+        """Let no gradients follow any more: the ring's arena is about to go."""
+        if self.ring is not None:
+            self.ring = None
+            self._transfer.dismiss()
 
     def guard(self, optimizer: object | None) -> None:
         """Let an optimizer's update, or with ``None`` anything, overwrite what is queued next."""
         self._transfer.guard(None if optimizer is None else {id(optimizer), None})
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         """Don't take it any more: the device refused."""
         if not self.broken:
             self.broken = True
@@ -114,6 +183,11 @@ class Road:
     def close(self, *, join: bool) -> None:
         """Give its memory back; with ``join`` its thread has ended afterwards."""
         self._transfer.close(join=join)
+
+
+def sources_of(live: LiveState, pieces: Sequence[Piece]) -> list[Source]:
+    """Return where the stretches of some pieces stand, as they are in ``live``."""
+    return [shipment.source for shipment in _shipments(live, pieces)]
 
 
 def _shipments(live: LiveState, pieces: Sequence[Piece]) -> list[Shipment]:
@@ -148,6 +222,8 @@ class Roads:
         self._lock = threading.Lock()
         self._wanted: Arena | None = None
         self._road: Road | None = None
+        self._ring: Arena | None = None
+        self._no_ring: str | None = None
         self._given_up = False
 
     def ready(self, live: LiveState, arena: Arena | None) -> Road | None:
@@ -172,12 +248,71 @@ class Roads:
         nbytes = sum(tensor.nbytes for tensor in live.entries.values() if tensor.device == device)
         transfer.submit([lambda: self._make(device, arena, nbytes)])
 
+    def capturing(self) -> bool:
+        """Whether what the calling thread queues on a device now would go into a graph instead."""
+        return self._devices.capturing()
+
+    def obstacle(self, live: LiveState) -> str | None:
+        """Return why no state leaves a device behind training; ``None`` if there is none on one."""
+        device = self._devices.find(live.entries.values())
+        if device is None:
+            return None
+        if self._limit is None:
+            return f"what stands on {device} leaves behind training only with device_memory"
+        if self._given_up:
+            return f"the road off {device} can't be taken"
+        return f"the road off {device} is being made"
+
+    def reach(self, road: Road, ring: Arena, transfer: Transfer) -> str | None:
+        """Return why gradients can't follow into ``ring`` by that road now; ``None`` if they can.
+
+        The first time, the way there is made behind the caller.
+        """
+        with self._lock:
+            if road.detour or self._ring is ring:
+                return self._hindrance(road)
+            self._ring, self._no_ring = ring, None
+        transfer.submit([lambda: self._admit(road, ring)])
+        return REGISTERING
+
+    def hindrance(self, road: Road) -> str | None:
+        """Return why gradients could not follow when :meth:`reach` was asked; ``None`` if they could."""
+        with self._lock:
+            return self._hindrance(road)
+
+    def _hindrance(self, road: Road) -> str | None:
+        if road.detour:
+            return f"gradients can't follow by {road.variant}"
+        if self._ring is None or road.ring is self._ring:
+            return None
+        return self._no_ring or REGISTERING
+
+    def leave_ring(self) -> None:
+        """Let no gradients follow: the ring's arena is about to go."""
+        with self._lock:
+            road, self._ring, self._no_ring = self._road, None, None
+            if road is not None:
+                road.dismiss()
+
     def leave(self, *, join: bool = False) -> None:
         """Close the road: the arena that it leads to is about to go."""
         with self._lock:
             road, self._road, self._wanted = self._road, None, None
+            self._ring = self._no_ring = None
         if road is not None:
             road.close(join=join)
+
+    def _admit(self, road: Road, ring: Arena) -> None:
+        with self._lock:
+            if self._ring is not ring or self._road is not road:
+                return
+        why = road.admit(ring)
+        with self._lock:
+            if self._ring is not ring:
+                road.dismiss()
+            elif why is not None:
+                _log.info("gradients can't follow off %s: %s", road.device, why)
+                self._no_ring = why
 
     def _make(self, device: torch.device, arena: Arena, nbytes: int) -> None:
         limit = self._limit
@@ -197,7 +332,7 @@ class Roads:
             _log.warning("state on %s is copied inside the call: %s", device, transfer.variant)
             transfer.close()
             return
-        road = Road(device, arena, transfer, scratch=room.scratch_bytes > 0)
+        road = Road(device, arena, transfer, scratch=room.scratch_bytes > 0, holds=self._devices.holds)
         with self._lock:
             if self._wanted is arena and not self._given_up:
                 self._road = road

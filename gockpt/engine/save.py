@@ -19,7 +19,8 @@ from gockpt.engine.closing import write_additions
 from gockpt.engine.handle import Progress, Saved, SaveHandle
 from gockpt.engine.memory import Memory
 from gockpt.engine.messages import Capture
-from gockpt.engine.sizing import Shape, facts_of, shape_of
+from gockpt.engine.planning import plan_for
+from gockpt.engine.sizing import Shape, shape_of
 from gockpt.engine.trace import Trace
 from gockpt.errors import GockptError, OptionsError, SaveAborted, SaveError, WorkerError
 from gockpt.lifecycle import Command, Event, State, advance
@@ -223,7 +224,7 @@ class Save:
             attempt.settle()
         finally:
             self._settling = False
-        self._pace.copied(attempt.copied_bytes, attempt.copy_seconds)
+        self._pace.copied(*attempt.sample)
         lost = attempt.lost
         if lost:
             # Which arrays lose such a race is chance, so all of their kind are copied at once from now on.
@@ -328,18 +329,28 @@ class Save:
             trace=self.trace,
             afresh=afresh,
         )
-        road = self.attempt.road
-        handle.plan = dataclasses.replace(handle.plan, road=None if road is None else road.variant)
+        handle.plan = dataclasses.replace(handle.plan, road=self.attempt.variant)
         self._background.serve(self.job)
 
+    def plan(self, live: LiveState, ticks: int) -> Plan:
+        """Return the plan for a save whose closing tick is ``ticks - 1`` ticks away."""
+        return plan_for(
+            live,
+            self.shape_of(live),
+            ticks=ticks,
+            options=self._options,
+            pace=self._pace,
+            barred=self.barred,
+            memory=self.memory,
+            transfer=self._transfer,
+        )
+
     def _plan_now(self, live: LiveState) -> Plan:
-        pace, shape = self._pace, self.shape_of(live)
-        if self._options.window in ("auto", 1):
-            facts = shape.rough(pace.step_seconds, pace.copy_rate, self._options.grad_dtype)
-        else:
-            facts = facts_of(
-                live, shape, self.barred, pace.step_seconds, pace.copy_rate, self._options.grad_dtype
-            )
+        if self._options.window not in ("auto", 1):
+            return self.plan(live, 1)
+        rates = (self._pace.step_seconds, self._pace.copy_rate)
+        facts = self.shape_of(live).rough(*rates, self._options.grad_dtype)
+        facts = dataclasses.replace(facts, obstacle=self.memory.obstacle(live))
         return make_plan(facts, window=self._options.window, ticks=1)
 
     def _broken(self, live: LiveState) -> str | None:
@@ -448,6 +459,8 @@ class Save:
         if capture is None or not attempt.proven:
             msg = "nothing was captured, or not all of it is proven"
             raise WorkerError(msg)
+        # Of what stands on a device they are known only now that all of it has arrived.
+        capture = dataclasses.replace(capture, proofs={**capture.proofs, **attempt.proofs()})
         job.close(capture, self.memory.arenas, lambda: self._taken(handle, capture.step))
 
     def _taken(self, handle: SaveHandle, step: int) -> None:

@@ -10,10 +10,14 @@ from gockpt.engine.encodings import usual_bytes
 from gockpt.engine.probes import most_elements
 from gockpt.engine.ring import block_bytes
 from gockpt.layout import ArenaLayout, lay_out
-from gockpt.schedule import RING_GRADIENTS, Facts, part_ranges
+from gockpt.schedule import RING_GRADIENTS, ROAD_GRADIENTS, Facts, part_ranges
 from gockpt.schema import ArraySpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from gockpt.engine.cut import Cut, Piece
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
@@ -64,20 +68,63 @@ def facts_of(
     step_seconds: float | None,
     copy_rate: float | None,
     grad_dtype: str | None = None,
+    *,
+    aboard: Callable[[torch.Tensor], bool] | None = None,
+    stay: str | None = None,
+    obstacle: str | None = None,
 ) -> Facts:
-    """Return what a plan is made from: looks at every parameter's optimizer."""
-    pieces = cut(live, shape.layout, window=2, barred=barred)
-    gradient = sum(usual_bytes(grad_dtype, _count(p)) for p in pieces.pieces)
-    return Facts(shape.nbytes, pieces.replay_bytes, gradient, step_seconds, copy_rate)
+    """Return what a plan is made from: looks at every parameter's optimizer.
+
+    Args:
+        live: The state.
+        shape: Its geometry.
+        barred: Parameters whose replay is not trusted.
+        step_seconds: As measured.
+        copy_rate: As measured.
+        grad_dtype: How gradients are encoded, if at all.
+        aboard: Whether a tensor stands on the device that there is a road off; ``None`` if there is none.
+        stay: Why nothing leaves that device early; ``None`` if it may.
+        obstacle: What keeps state on a device from leaving behind training, or early; ``None`` for nothing.
+    """
+    pieces = cut(live, shape.layout, window=2, barred=barred, aboard=aboard, stay=stay)
+    on_device = [t.nbytes for t in live.entries.values() if aboard is not None and aboard(t)]
+    return Facts(
+        shape.nbytes,
+        pieces.replay_bytes,
+        sum(_gradient_bytes(p, grad_dtype) for p in pieces.pieces),
+        step_seconds,
+        copy_rate,
+        aboard_bytes=sum(on_device),
+        aboard_replay_bytes=sum(piece.nbytes for piece in pieces.pieces if piece.aboard),
+        obstacle=obstacle,
+    )
 
 
-def ring_bytes_of(pieces: Cut, plan: Plan, grad_dtype: str | None = None) -> int:
+def ring_bytes_of(
+    pieces: Cut, plan: Plan, grad_dtype: str | None = None, *, of_device: int = ROAD_GRADIENTS
+) -> int:
     """Return the room that gradients need: an update never waits for room that it holds itself.
 
     Encoded gradients with an Inf or NaN are larger and may have to wait, or make their piece late.
+    Gradients that leave a device are never waited for, so there is room for more of them, as far as they
+    are that many.
+
+    Args:
+        pieces: The state.
+        plan: The plan.
+        grad_dtype: How gradients are encoded, if at all.
+        of_device: How many full gradients there is room for at the most if some leave a device.
     """
-    one_update = sum(block_bytes(usual_bytes(grad_dtype, _count(p))) for p in _early(pieces, plan))
-    return min(RING_GRADIENTS, plan.window - 1) * one_update
+    early = _early(pieces, plan)
+    sizes = [[block_bytes(_gradient_bytes(p, grad_dtype)) for p in part] for part in early]
+    one_update = sum(sum(part) for part in sizes)
+    units = {id(p.unit) for part in early for p in part if p.aboard}
+    if not units:
+        return min(RING_GRADIENTS, plan.window - 1) * one_update
+    all_of_them = sum((plan.window - 1 - number) * sum(part) for number, part in enumerate(sizes))
+    # Numbers that stand on the device follow as well: a few for each parameter, in a block per update.
+    numbers = (plan.window - 1) * block_bytes(32 * (len(units) + 1))
+    return max(one_update, min(all_of_them, of_device * one_update)) + numbers
 
 
 def sample_bytes_of(pieces: Cut, plan: Plan, grad_dtype: str | None) -> int:
@@ -86,14 +133,20 @@ def sample_bytes_of(pieces: Cut, plan: Plan, grad_dtype: str | None) -> int:
         return 0
     return sum(
         block_bytes(4 * most_elements(_count(p)) * len(p.stretches))
-        for p in _early(pieces, plan)
-        if usual_bytes(grad_dtype, _count(p)) < p.stretches[0].nbytes
+        for part in _early(pieces, plan)
+        for p in part
+        if _gradient_bytes(p, grad_dtype) < p.stretches[0].nbytes
     )
 
 
-def _early(pieces: Cut, plan: Plan) -> list[Piece]:
+def _gradient_bytes(piece: Piece, grad_dtype: str | None) -> int:
+    """Return what one gradient of a piece takes; off a device it travels as it is."""
+    return piece.stretches[0].nbytes if piece.aboard else usual_bytes(grad_dtype, _count(piece))
+
+
+def _early(pieces: Cut, plan: Plan) -> list[list[Piece]]:
     parts = part_ranges([p.nbytes for p in pieces.pieces], plan.shares)
-    return [pieces.pieces[i] for part in parts[:-1] for i in part]
+    return [[pieces.pieces[i] for i in part] for part in parts[:-1]]
 
 
 def _count(piece: Piece) -> int:

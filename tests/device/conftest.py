@@ -10,6 +10,8 @@ The clock moves only when told to (``advance``), or when somebody waits on the h
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import weakref
 from collections import deque
@@ -18,7 +20,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import gockpt
+from gockpt import checkpointer
+from gockpt.device.interface import Source
+from gockpt.engine.engine import Engine
 from gockpt.kernels.fingerprint import fingerprint
 
 RUBBISH = 0xDD
@@ -415,3 +422,97 @@ class FakeDevice:
 def fakes():
     """Return the fake device's class, and what it raises."""
     return SimpleNamespace(Device=FakeDevice, Refused=Refused, DeadlockError=DeadlockError)
+
+
+def bytes_of(tensor):
+    """Return a tensor's memory in storage order, as the device sees it."""
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8).numpy()
+
+
+@pytest.fixture
+def devices(fakes, monkeypatch):
+    """Return what stands for the devices there are, and let every checkpointer use it."""
+
+    class TorchDevice(fakes.Device):
+        """Takes CPU tensors for its own. Training on it is never behind: each wait is over at once."""
+
+        def settle(self):
+            super().settle()
+            if not self.settling:
+                self.settling = True
+                while self.training.queue or self.training.running:
+                    if not self.step(float("inf")):
+                        raise fakes.DeadlockError
+                self.settling = False
+
+        settling = False
+
+        def called(self, name):
+            for watcher in self.watchers:
+                watcher(self, name)
+            if name == "synchronize" and threading.current_thread().name == "gockpt-device":
+                self.patience()
+            super().called(name)
+
+        def patience(self):
+            depth = 0
+            while self.lock._is_owned():
+                self.lock.release()
+                depth += 1
+            assert self.gate.wait(60)
+            for _ in range(depth):
+                self.lock.acquire()
+
+        def pack(self, stream, sources, places, target):
+            seen = [Source(bytes_of(s.memory), s.low, s.nbytes, s.itemsize, s.start) for s in sources]
+            return seen, super().pack(stream, seen, places, target)
+
+        def prints(self, stream, sources):
+            seen = [Source(bytes_of(s.memory), s.low, s.nbytes, s.itemsize, s.start) for s in sources]
+            return super().prints(stream, seen)
+
+    class Devices:
+        def __init__(self):
+            self.made = []
+            self.gate = threading.Event()
+            self.gate.set()
+            self.settings = {}
+            self.watchers = []
+
+        def find(self, tensors):
+            return torch.device("cpu") if any(t.numel() for t in tensors) else None
+
+        def holds(self, device, tensor):
+            return tensor.device == device
+
+        def capturing(self):
+            return any(device.graph for device in self.made)
+
+        def open(self, device):
+            made = TorchDevice(**self.settings)
+            made.gate = self.gate
+            made.watchers = self.watchers
+            self.made.append(made)
+            return made
+
+        def opened(self):
+            (device,) = self.made
+            return device
+
+        def check(self):
+            """Nothing was used wrongly, and all is given back."""
+            for device in self.made:
+                assert device.violations == []
+                assert device.registered == []
+                assert device.used == 0
+            self.made.clear()
+
+    found = Devices()
+    monkeypatch.setattr(checkpointer, "Engine", functools.partial(Engine, devices=found))
+    yield found
+    found.gate.set()
+    for saver in list(checkpointer._live):
+        with contextlib.suppress(gockpt.GockptError):
+            saver.close()
+    found.check()

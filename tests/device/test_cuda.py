@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import gockpt
+from gockpt import replay
 from gockpt.arena import Arena
 from gockpt.device.cargo import Shipment, Urgency
 from gockpt.device.interface import Source
 from gockpt.device.room import Room
 from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveError
+from gockpt.lab import lab_for
 
 pytestmark = pytest.mark.gpu
 
@@ -297,3 +299,138 @@ def test_saves_of_a_model_on_a_device_are_the_boundary(cuda, memory):
                     expected.contiguous().reshape(-1).view(torch.uint8),
                 )
                 assert torch.equal(*same), f"step {step}: {name}"
+
+
+OPTIMIZERS = {
+    "adam": lambda ps: torch.optim.Adam(ps, lr=0.01, foreach=False),
+    "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.01),
+    "fused": lambda ps: torch.optim.AdamW(ps, lr=0.01, fused=True),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.01),
+}
+
+
+class Training:
+    """A model on the device, trained in windows, with a copy of every tick."""
+
+    def __init__(self, kind, window, *, memory=1 << 22, every=8, **options):
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(1000, 300), torch.nn.BatchNorm1d(300), torch.nn.Linear(300, 1000)
+        ).to("cuda")
+        self.optimizer = OPTIMIZERS[kind](self.model.parameters())
+        options = gockpt.Options(device_memory=memory, when_busy="wait", window=window, **options)
+        self.saver = gockpt.Checkpointer(self.model, self.optimizer, "ckpts", every=every, options=options)
+        self.every, self.step, self.moments, self.handles = every, 0, {}, []
+
+    def update(self):
+        self.optimizer.zero_grad()
+        self.model(torch.randn(64, 1000, device="cuda")).square().mean().backward()
+        self.optimizer.step()
+
+    def replayable(self):
+        """Whether a formula of this optimizer is known on this device."""
+        group, p = self.optimizer.param_groups[0], self.model[0].weight
+        state, lab = self.optimizer.state[p], lab_for(p.device)
+        return isinstance(replay.rule_for(self.optimizer, group, p, state, lab), replay.Rule)
+
+    def moment(self):
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        found = {f"model/{k}": v.cpu() for k, v in self.model.state_dict().items()}
+        for p, state in self.optimizer.state.items():
+            found |= {
+                f"optimizer/{names[id(p)]}/{k}": v.cpu() for k, v in state.items() if torch.is_tensor(v)
+            }
+        return found
+
+    def tick(self):
+        self.step += 1
+        self.moments[self.step] = self.moment()
+        handle = self.saver.after_step(self.step)
+        if handle is not None and handle not in self.handles:
+            self.handles.append(handle)
+
+    def run(self, ticks, *, settle=False):
+        for _ in range(ticks):
+            self.update()
+            self.tick()
+            if settle:  # what is made behind training is there for the next tick
+                assert self.saver._engine._transfer.submit([lambda: None]).done.wait(60)
+        return self
+
+    def finish(self):
+        self.saver.close()
+        for step in gockpt.steps("ckpts"):
+            assert gockpt.verify("ckpts", step).ok
+            with gockpt.open("ckpts", step) as saved:
+                for name, expected in self.moments[step].items():
+                    found = saved[name][...].contiguous().reshape(-1).view(torch.uint8)
+                    assert torch.equal(found, expected.contiguous().reshape(-1).view(torch.uint8)), name
+        return [handle.result(60) for handle in self.handles]
+
+
+@pytest.mark.parametrize("worker", ["thread", "process"])
+@pytest.mark.parametrize("window", [2, 4])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_windows_off_a_device_end_at_the_boundary(cuda, kind, window, worker):
+    training = Training(kind, window, worker=worker).run(8, settle=True)
+    expected = window if training.replayable() else 1
+    saved = training.run(16).finish()
+    assert [(s.window, s.attempts) for s in saved[1:]] == [(expected, 1), (expected, 1)]
+    assert not any(s.late_parts for s in saved[1:]) or expected == 1
+
+
+def test_steps_that_a_scaler_skips_on_a_device(cuda):
+    training = Training("fused", 4).run(8, settle=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=3)
+
+    def update():
+        training.optimizer.zero_grad()
+        loss = training.model(torch.randn(64, 1000, device="cuda")).square().mean()
+        if training.step % 3 == 1:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        scaler.step(training.optimizer)
+        scaler.update()
+
+    training.update = update
+    saved = training.run(16).finish()
+    assert [s.attempts for s in saved] == [1, 1, 1]
+
+
+def test_hooks_of_a_window_do_not_wait_for_the_device(cuda):
+    training = Training("adamw", 4).run(16, settle=True)
+    training.run(5)  # a window is open
+    training.optimizer.zero_grad()
+    training.model(torch.randn(64, 1000, device="cuda")).square().mean().backward()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    asleep = torch.cuda.Event()
+    asleep.record()
+    training.optimizer.step()
+    assert not asleep.query()
+    training.tick()
+    training.run(2).finish()
+
+
+def test_an_update_that_runs_as_a_graph_is_exact(cuda):
+    training = Training("adamw", 4).run(8, settle=True)
+    training.saver.wait()
+    for group in training.optimizer.param_groups:
+        group["capturable"] = True
+    for state in training.optimizer.state.values():
+        state["step"] = state["step"].to("cuda")
+    static = torch.randn(64, 1000, device="cuda")
+    training.optimizer.zero_grad()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        training.model(static).square().mean().backward()
+        training.optimizer.step()
+        with pytest.raises(gockpt.UsageError, match="a CUDA graph is being captured"):
+            training.saver.after_step(9)
+
+    training.update = graph.replay
+    training.run(17)
+    training.saver.wait()
+    training.finish()

@@ -21,6 +21,7 @@ from gockpt.device.interface import Source
 from gockpt.device.room import Room
 from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveAborted, SaveError
+from gockpt.kernels.fingerprint import fingerprint
 
 KB = 1024
 
@@ -752,3 +753,70 @@ def test_training_and_the_road_side_by_side(fakes, run):
         for shipment in shipments:
             inside[shipment.offset : shipment.offset + shipment.source.nbytes] = True
     assert (at.arena.data[~inside] == 9).all()
+
+
+# -- looks, and a second arena
+
+
+@VARIANTS
+def test_a_look_waits_for_nothing_and_says_what_stood_there(scene, options):
+    at = scene(**options)
+    shipment = at.tensor(3 * KB)
+    at.device.compute(5)
+    at.device.write(shipment.source.memory, 1)
+    seen = at.road.watch([shipment.source])
+    at.device.write(shipment.source.memory, 2)
+    assert at.device.now == 0.0
+    assert not seen.done.is_set()
+    at.road.finish(seen)
+    ones = np.full(3 * KB, 1, np.uint8)
+    assert seen.expected == [fingerprint(ones, 4, 3)]
+    assert (at.arena.data == 9).all()
+    at.end_well()
+
+
+def test_a_look_is_refused_inside_a_graph_and_told_when_it_fails(scene):
+    at = scene(made={"fail": {"prints": {0}}})
+    shipment = at.tensor(KB)
+    with pytest.raises(SaveError, match="prints refused"):
+        at.road.watch([shipment.source])
+    at.device.graph = True
+    with pytest.raises(SaveError, match="a graph is being captured"):
+        at.road.watch([shipment.source])
+    at.device.graph = False
+    at.end_well()
+
+
+def test_a_second_arena_can_come_and_go(scene):
+    at = scene()
+    other = Arena(1 << 16)
+    assert at.road.admit(other) is None
+    shipment = at.tensor(KB)
+    sent = at.road.send([Shipment(shipment.source, 1, 64, "opt")], Urgency.GRADIENT)
+    at.road.finish(sent)
+    assert sent.proven
+    assert np.array_equal(other.view(64, KB), shipment.source.memory)
+    at.road.dismiss()
+    assert len(at.device.registered) == 4  # the first arena's pieces
+    at.end_well()
+    assert at.road.admit(other) == "the road from the fake device is closed"
+
+
+def test_a_second_arena_that_can_not_be_registered_is_told_why(scene):
+    at = scene(made={"refuse": 1 << 20})
+    assert "could not be registered (no memory may be locked)" in at.road.admit(Arena(1 << 20))
+    assert at.road.variant == "staging and the copy engine"
+    at.end_well()
+
+
+def test_what_is_hastened_arrives_before_what_is_sent_later(scene):
+    """Both go to the same place; without it, what waits in scratch memory would land last."""
+    at = scene(room=Room(4 * KB, 4, 40 * KB))
+    first = at.tensor(40 * KB)
+    second = Shipment(at.tensor(40 * KB).source, 0, first.offset, "opt")
+    at.road.send([first], Urgency.SNAPSHOT)
+    at.road.hasten()
+    at.road.send([second], Urgency.STATE)
+    at.road.guard(None)
+    at.end_well()
+    assert np.array_equal(at.arrived(first), second.source.memory)

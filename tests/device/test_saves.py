@@ -2,101 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import threading
 
 import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
-from gockpt.device.interface import Source
-from gockpt.engine.engine import Engine
 from gockpt.engine.roads import CudaDevices
 
 KB = 1024
 FEW = 1 << 16
 PLENTY = 1 << 26
-
-
-def bytes_of(tensor):
-    """Return a tensor's memory in storage order, as the device sees it."""
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    return flat.view(torch.uint8).numpy()
-
-
-@pytest.fixture
-def devices(fakes, monkeypatch):
-    """Return what stands for the devices there are, and let every checkpointer use it."""
-
-    class TorchDevice(fakes.Device):
-        """Takes CPU tensors for its own. Training on it is never behind: each wait is over at once."""
-
-        def settle(self):
-            super().settle()
-            if not self.settling:
-                self.settling = True
-                while self.training.queue or self.training.running:
-                    if not self.step(float("inf")):
-                        raise fakes.DeadlockError
-                self.settling = False
-
-        settling = False
-
-        def called(self, name):
-            if name == "synchronize" and threading.current_thread().name == "gockpt-device":
-                self.patience()
-            super().called(name)
-
-        def patience(self):
-            depth = 0
-            while self.lock._is_owned():
-                self.lock.release()
-                depth += 1
-            assert self.gate.wait(60)
-            for _ in range(depth):
-                self.lock.acquire()
-
-        def pack(self, stream, sources, places, target):
-            seen = [Source(bytes_of(s.memory), s.low, s.nbytes, s.itemsize, s.start) for s in sources]
-            return seen, super().pack(stream, seen, places, target)
-
-        def prints(self, stream, sources):
-            seen = [Source(bytes_of(s.memory), s.low, s.nbytes, s.itemsize, s.start) for s in sources]
-            return super().prints(stream, seen)
-
-    class Devices:
-        def __init__(self):
-            self.made = []
-            self.gate = threading.Event()
-            self.gate.set()
-            self.settings = {}
-
-        def find(self, tensors):
-            return torch.device("cpu") if any(t.numel() for t in tensors) else None
-
-        def open(self, device):
-            made = TorchDevice(**self.settings)
-            made.gate = self.gate
-            self.made.append(made)
-            return made
-
-        def opened(self):
-            (device,) = self.made
-            return device
-
-    found = Devices()
-    monkeypatch.setattr(checkpointer, "Engine", functools.partial(Engine, devices=found))
-    yield found
-    found.gate.set()
-    for saver in list(checkpointer._live):
-        with contextlib.suppress(gockpt.GockptError):
-            saver.close()
-    for device in found.made:
-        assert device.violations == []
-        assert device.registered == []
-        assert device.used == 0
 
 
 class Run:

@@ -24,6 +24,7 @@ import torch
 
 import gockpt
 from gockpt import checkpointer
+from gockpt.engine.roads import CudaDevices
 from gockpt.kernels import replay
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.objects import Objects
@@ -471,6 +472,15 @@ def _other_process(lab):
 def _other_model(lab):
     lab.others = [lab.Run().saved()]
     lab.Run().saved()
+
+
+@when("A CUDA graph is being captured when `save_overlapped` is called")
+def _captured(lab):
+    capturing = mock.patch.object(CudaDevices, "capturing", return_value=True)
+    run = lab.Run()
+    run.train()
+    with capturing:
+        run.tick()
 
 
 @when("A forked child calls `save_overlapped`")
