@@ -192,4 +192,5 @@ class Gathering:
                 offset = self._ring.allocate(nbytes)
         finally:
             self._job.hurry(on=False)
-        return offset
+        # The last replay may have ended between the two looks, and freed what it had.
+        return self._ring.allocate(nbytes) if offset is None else offset
