@@ -37,8 +37,8 @@ class Deviation:
     def __str__(self) -> str:
         moved = "" if self.of_movement is None else f", {self.of_movement:.2g} of the window's movement"
         return (
-            f"gradients in {self.grad_dtype}; {self.tensors} tensors off by at most {self.max_abs:.2g}{moved}"
-            f", measured at {self.sampled} of {self.elements} elements"
+            f"gradients in {self.grad_dtype}; {self.tensors} tensors off, by up to {self.max_abs:.2g}{moved} "
+            f"at the {self.sampled} of {self.elements} elements that were compared"
         )
 
 
@@ -55,7 +55,7 @@ def deviation_of(attributes: Any) -> Deviation | None:
     counts = (values["tensors"], values["sampled"], values["elements"])
     shares = [values[name] for name in ("of_movement", "of_values") if values[name] is not None]
     sound = (
-        isinstance(values["grad_dtype"], str)
+        values["grad_dtype"] in ("fp16", "bf16")
         and all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
         and all(_is_size(size) for size in (values["max_abs"], *shares))
     )

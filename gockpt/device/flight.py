@@ -87,11 +87,15 @@ class Consignment:
         if self._first is None:
             self._first = (perf_counter(), nbytes)
 
-    def tell(self) -> None:
-        """Tell whoever waits for it that it has ended, once."""
+    def end(self) -> None:
+        """Let nobody wait for it any more."""
         self.shipments = ()
         self.ended = perf_counter()
         self.done.set()
+
+    def tell(self) -> None:
+        """Tell whoever wants to know that it has ended, once."""
+        self.end()
         on_done, self.on_done = self.on_done, None
         if on_done is not None:
             on_done()

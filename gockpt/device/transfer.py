@@ -18,6 +18,7 @@ could not be registered: there the host must carry each slot on before it can be
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 import weakref
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from gockpt.device.room import Room
 
 __all__ = ["DeviceTransfer"]
+
+_log = logging.getLogger("gockpt")
 
 BRIEF = 0.01
 """Seconds between two looks at what another thread is about to end."""
@@ -95,6 +98,7 @@ class DeviceTransfer:
         self._open: list[Consignment] = []
         self._sent = 0
         self._error: BaseException | None = None
+        self._failing: set[int] = set()
         self._threaded = thread
         self._thread: threading.Thread | None = None
 
@@ -166,6 +170,7 @@ class DeviceTransfer:
             flight.packed = flight.landed = consignment.boundary
             flight.keep.append(tuple(sources))
             with self._changed:
+                self._expect_well()
                 consignment.loads_left = 1
                 self._open.append(consignment)
                 self._flying.append(flight)
@@ -191,7 +196,7 @@ class DeviceTransfer:
         Raises:
             SaveError: As :meth:`send`. The update may go ahead all the same.
         """
-        if not self._waiting and not self._flying:
+        if self.idle:
             self._raise_pending()
             return
         if self._device.capturing():
@@ -335,6 +340,7 @@ class DeviceTransfer:
         loads = self._line.load_up(consignment)
         flights = [Flight(load, consignment, (urgency, self._sent + i)) for i, load in enumerate(loads)]
         with self._changed:
+            self._expect_well()
             self._sent += len(loads)
             consignment.loads_left = len(loads)
             self._open.append(consignment)
@@ -347,8 +353,8 @@ class DeviceTransfer:
         else:
             room = urgency is Urgency.SNAPSHOT
             for flight in flights:
-                with self._changed:
-                    room = room and self._line.photograph(flight, main)
+                with self._moving():
+                    room = room and not self._failing and self._line.photograph(flight, main)
                     if not room:
                         flight.order = (Urgency.STATE, flight.order[1])
                     self._queue(flight)
@@ -374,8 +380,8 @@ class DeviceTransfer:
 
     def _issued(self, flight: Flight, stream: Stream) -> Flight | None:
         """Queue one load, or return the one that the host must receive before."""
-        with self._changed:
-            if flight.consignment not in self._open:
+        with self._moving():
+            if self._failing or flight.consignment not in self._open:
                 self._abandon(flight)
                 return None
             before = self._line.in_the_way()
@@ -465,6 +471,24 @@ class DeviceTransfer:
     # -- errors ------------------------------------------------------------------------------
 
     @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Take the lock to queue a load. If that fails half-way, none is queued before all was awaited.
+
+        What a slot is used for is not known then: the next load in it would not wait for it.
+        """
+        with self._changed:
+            try:
+                yield
+            except BaseException:
+                self._failing.add(threading.get_ident())
+                raise
+
+    def _expect_well(self) -> None:
+        """Refuse what is new, with the lock held, while another thread awaits the end of what failed."""
+        if self._failing:
+            raise SaveError(self._told)
+
+    @contextmanager
     def _watched(self) -> Iterator[None]:
         """End all that is under way if what is done here fails; the error is pending then."""
         try:
@@ -485,13 +509,24 @@ class DeviceTransfer:
             )
             wrapped.__cause__ = error
         with self._changed:
+            self._failing.add(threading.get_ident())
             dropped, self._open = self._open, []
             self._error = self._error or wrapped
             self._drop_waiting()
-        self._settle_all(error)
+        try:
+            self._settle_all(error)
+        finally:
+            with self._changed:
+                self._failing.discard(threading.get_ident())
+        # All have ended before the first one is told of: whoever is told may wait for others of them.
         for consignment in dropped:
             consignment.error = wrapped
-            consignment.tell()
+            consignment.end()
+        for consignment in dropped:
+            try:
+                consignment.tell()
+            except Exception:  # noqa: BLE001 - the others must be told
+                _log.exception("what follows a refused transfer failed")
 
     def _drop_waiting(self) -> None:
         """Forget what has not left, with the lock held."""

@@ -84,9 +84,8 @@ class Aboard:
     def tick(self, live: LiveState, pieces: Sequence[Piece]) -> None:
         """Take a boundary inside the window, and send ``pieces``."""
         self.gathering.make_late()
-        if self._road.broken:
-            return
-        if not self._all:
+        self._seen = []
+        if self._road.broken or not self._all:
             return
         # One may be barred already, as by a closure.
         pieces = [piece for piece in pieces if piece.late is None]
@@ -196,6 +195,7 @@ class Aboard:
             with suppress(SaveError):  # it is noted with what was to arrive
                 self._road.finish(sent)
             self._following.receive()
+        lost = self._lost()
         error = self._following.error
         if error is not None:
             # As if all of it had been overtaken: it leaves again at the next tick, inside the call.
@@ -206,13 +206,23 @@ class Aboard:
             self._trace.span("copy", began, ended)
         if self.refused is not None:
             return list(self._names())
-        lost = self._following.lost
         torn = [piece for piece in self._following.pieces if piece.index in self._following.torn]
         missing = [self._cut.pieces[index] for index in self._kept - self.proofs().keys()]
         stale = [
             piece for piece in self._pieces if piece.index in self._again and not self._stands_in_arena(piece)
         ]
         return [*lost, *(s.name for piece in (*torn, *missing, *stale) for s in piece.stretches)]
+
+    def _lost(self) -> list[Name]:
+        """Return the arrays that did not arrive at the close as they were; asks what was sent itself."""
+        lost = list(self._following.lost)
+        for pieces, sent in self._seen:
+            self._following.error = self._following.error or sent.error
+            places = {shipment.offset for shipment in sent.lost}
+            for stretch in (s for piece in pieces for s in piece.stretches):
+                if (stretch.offset in places or not sent.done.is_set()) and stretch.name not in lost:
+                    lost.append(stretch.name)
+        return lost
 
     def _stands_in_arena(self, piece: Piece) -> bool:
         """Whether a piece that left twice at a time arrived in that order, now that nothing is on its way."""
@@ -245,10 +255,9 @@ class Aboard:
     def cancel(self) -> None:
         """Drop what is on its way; afterwards nothing of it writes into the arenas."""
         self._on_rest = None
-        under_way = self.under_way
         self._following.stop()
-        if under_way:
-            self._road.cancel()
+        # Even if nothing is noted: an interrupt may have come between sending and noting.
+        self._road.cancel()
 
     def _arrived(self) -> None:
         self._following.receive()

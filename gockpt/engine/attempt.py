@@ -54,7 +54,8 @@ class Attempt:
 
     Attributes:
         ticks: Ticks it was spread over so far.
-        samples: Where the live values of probes stand, by piece, once it is closed.
+        samples: Once it is closed: where the live values of probes stand, and how many gradients were
+            posted, by piece.
         proven: Whether all that was copied last arrived as it was at its boundary.
         lost: Names of arrays of which the last copies arrived otherwise.
         aboard: What leaves a device behind training; ``None`` if nothing does.
@@ -114,7 +115,7 @@ class Attempt:
         # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
         self._encodes = options.grad_dtype is not None
         self._full = options.verify == "full" or self._encodes
-        self.samples: dict[int, int] = {}
+        self.samples: dict[int, tuple[int, int]] = {}
         self._racing = racing
         self._parts = part_ranges([p.nbytes for p in cut.pieces], plan.shares)
         self._next_part = 0

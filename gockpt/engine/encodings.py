@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from gockpt.kernels.fingerprint import fingerprint
 from gockpt.kernels.quantise import narrow, quantise, widen
 from gockpt.kernels.quantised import BLOCK, RAW, Message, plan_message
 from gockpt.kernels.quantised import Gradient as Planned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["Encoded", "decode", "encode", "uncertainty", "usual_bytes", "warm"]
+__all__ = ["Encoded", "decode", "encode", "seal", "uncertainty", "usual_bytes", "warm"]
 
 
 class Encoded(NamedTuple):
@@ -112,6 +113,20 @@ def decode(encoding: str | None, data: np.ndarray, count: int, first: int, out: 
         widen(data.view(np.uint16)[first : first + out.size], out)
     else:
         out[:] = data.view(np.float32)[first : first + out.size]
+
+
+def seal(encoding: str | None, data: np.ndarray, number: int, scalars: Sequence[float]) -> int:
+    """Return 64 bits that stand for a gradient as it was posted: by them replay knows that it has that one.
+
+    Args:
+        encoding: How it stands in the ring.
+        data: All of its bytes.
+        number: Which gradient of its piece, counted from 1.
+        scalars: The update's numbers.
+    """
+    base = number << 40
+    numbers = np.asarray(scalars, np.float64).view(np.uint8)
+    return fingerprint(data, 2 if encoding == "bf16" else 4, base) ^ fingerprint(numbers, 8, base)
 
 
 def uncertainty(

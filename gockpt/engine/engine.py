@@ -388,6 +388,9 @@ class Engine:
                 # Kernels are compiled and calibrated now, at the first call, not in the middle of the run.
                 facts_of(live, save.shape_of(live), save.barred, None, None)
                 warm(self.options.grad_dtype)
+            elif self.options.window == "auto":
+                # Whether there will be a window is not known yet, so nobody waits for it.
+                self._transfer.submit([lambda: warm(self.options.grad_dtype)])
         ticks = moment.ticks_left + 1
         if ticks > self._window_ticks():
             return

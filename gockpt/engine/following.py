@@ -295,10 +295,14 @@ class Following:
     def receive(self) -> None:
         """Go on with what has arrived."""
         with self._lock:
-            ended = [(sent, load) for sent, load in self._open if sent.done.is_set()]
+            ended: list[tuple[Consignment, _Load]] = []
+            left: list[tuple[Consignment, _Load]] = []
+            for entry in self._open:
+                # One look at each: what ends behind it is received next time, by whoever ended it.
+                (ended if entry[0].done.is_set() else left).append(entry)
             if self._over or not ended:
                 return
-            self._open = [(sent, load) for sent, load in self._open if not sent.done.is_set()]
+            self._open = left
             for sent, load in ended:
                 self.error = self.error or sent.error
                 if isinstance(load, _Look):

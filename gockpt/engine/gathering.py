@@ -6,6 +6,7 @@ the ring, in 16 bits if so asked. A piece whose gradient can't be taken leaves a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gockpt import replay
-from gockpt.engine.encodings import encode
+from gockpt.engine.encodings import encode, seal
 from gockpt.engine.messages import Gradient
 from gockpt.engine.probes import choose, elements
 from gockpt.engine.ring import block_bytes
@@ -72,6 +73,7 @@ class Gathering:
         self._grad_dtype = grad_dtype
         self._at_pre: dict[int, list[Gradient]] = {}
         self._probes: dict[int, tuple[int, ...]] = {}
+        self._posted: Counter[int] = Counter()
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gradients that the update is about to overwrite."""
@@ -105,11 +107,11 @@ class Gathering:
                 self._ring.free(gradient.offset)
         self._at_pre.clear()
 
-    def sample(self, live: LiveState, pieces: Iterable[int]) -> dict[int, int]:
+    def sample(self, live: LiveState, pieces: Iterable[int]) -> dict[int, tuple[int, int]]:
         """Copy the live values of the probes, of those pieces that an encoded gradient came for.
 
         Returns:
-            Where they stand in the ring's arena, by piece.
+            Where they stand in the ring's arena, and how many gradients were posted, by piece.
         """
         places = {}
         offset = self._ring.nbytes
@@ -127,7 +129,7 @@ class Gathering:
                     msg = f"{'/'.join(stretch.name)} does not lie gapless in memory any more"
                     raise ValueError(msg)
                 np.take(data.view(np.float32)[stretch.start : stretch.stop], at, out=row)
-            places[index] = offset
+            places[index] = (offset, self._posted[index])
             offset += block_bytes(nbytes)
         return places
 
@@ -150,7 +152,16 @@ class Gathering:
             for gradient in gradients:
                 self._ring.free(gradient.offset)
             return []
-        return [replace(g, scalars=row) for g in gradients if self._wanted(g)]
+        return [self._sealed(replace(g, scalars=row)) for g in gradients if self._wanted(g)]
+
+    def _sealed(self, gradient: Gradient) -> Gradient:
+        """Number and seal a gradient that is about to be posted, if rounding is to be told from errors."""
+        if self._grad_dtype is None:
+            return gradient
+        self._posted[gradient.piece] += 1
+        data = self._arena.view(gradient.offset, gradient.nbytes)
+        number = self._posted[gradient.piece]
+        return replace(gradient, seal=seal(gradient.encoding, data, number, gradient.scalars))
 
     def _wanted(self, gradient: Gradient) -> bool:
         if self._pieces[gradient.piece].late is None:

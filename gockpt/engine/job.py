@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from gockpt.engine.encodings import seal
 from gockpt.engine.findings import Findings
 from gockpt.engine.probes import Probes
 from gockpt.engine.replaying import replay_encoded
@@ -86,6 +87,8 @@ class _Piece:
     busy: bool = False
     proven: bool = False
     probes: Probes | None = None
+    gradients: int = 0
+    intact: bool = True
 
 
 class Job:
@@ -206,6 +209,7 @@ class Job:
                 for gradient in state.pending:
                     self._ring.free(gradient.offset)
             self._pieces.clear()
+            self._changed.notify_all()
             self._arenas = ()
             transaction, self._transaction = self._transaction, None
         if transaction is not None:
@@ -336,6 +340,7 @@ class Job:
             if gradients:
                 views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in piece.stretches]
                 data = [ring.view(g.offset, g.nbytes) for g in gradients]
+                _unseal(state, gradients, data)
                 starts = next((g.probes for g in gradients if g.probes), ())
                 if starts and state.probes is None:
                     state.probes = Probes(starts, views)
@@ -383,8 +388,12 @@ class Job:
 
     def _measure(self, state: _Piece, arena: Arena, ring: Arena) -> list[Sums] | None:
         """Return how far a piece that is not exact is from the live state; ``None`` if it must not be."""
-        offset = None if self._capture is None else self._capture.samples.get(state.piece.index)
-        if offset is None or state.probes is None:
+        sample = None if self._capture is None else self._capture.samples.get(state.piece.index)
+        if sample is None or state.probes is None:
+            return None
+        offset, posted = sample
+        # Rounding explains only what was made of the very gradients that were posted, of all of them.
+        if not state.intact or state.gradients != posted:
             return None
         live = ring.view(offset, state.probes.nbytes).view(np.float32)
         views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in state.piece.stretches]
@@ -459,6 +468,15 @@ class Job:
             self._arenas = ()
             self._notify_all()
         return lambda: self._outcome.published(self, result)
+
+
+def _unseal(state: _Piece, gradients: list[Gradient], data: list[np.ndarray]) -> None:
+    """Count the gradients that are sealed, and note if one is not what was posted."""
+    for gradient, encoded in zip(gradients, data, strict=True):
+        if gradient.seal is not None:
+            state.gradients += 1
+            found = seal(gradient.encoding, encoded, state.gradients, gradient.scalars)
+            state.intact &= found == gradient.seal
 
 
 def _to_row_major(data: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:

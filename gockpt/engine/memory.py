@@ -160,20 +160,25 @@ class Memory:
                 aboard=aboard,
                 stay=stay,
             )
-            ring_bytes = self._ring_bytes(pieces, plan, shape)
             samples = sample_bytes_of(pieces, plan, self._options.grad_dtype)
             # With a helper for saves that are late.
             threads = self._options.worker_threads + 1
             self._replaying = threads * SCRATCH_BYTES + PROBE_COPIES * samples if samples else 0
             self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
             self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+            ring_bytes = self._ring_bytes(pieces, plan, shape)
             needs = {STATE: shape.layout.nbytes, RING: ring_bytes + samples}
             self._make_room(needs | {EXTRA: 0} if afresh else needs)
             arena = self._arena(STATE, shape.layout.nbytes)
             ring = self._held[RING] if self._kept(RING) >= ring_bytes + samples else None
             if road is not None and road.arena is not arena:
                 road = None  # it led to an arena that was too small, or too large
-            elif road is not None and stay is None and road.ring is not ring and _early(pieces):
+            elif (
+                road is not None
+                and stay is None
+                and (ring is None or road.ring is not ring)
+                and _early(pieces)
+            ):
                 stay = "its gradients can't follow now"
             else:
                 break

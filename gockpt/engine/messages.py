@@ -69,6 +69,8 @@ class Gradient:
         scalars: What the kernel needs of the update: learning rate, step, …
         encoding: ``None`` for float32; else as :mod:`gockpt.engine.encodings` says.
         probes: With the first encoded one of its piece: where the runs of probes begin.
+        seal: What :func:`gockpt.engine.encodings.seal` says of it; ``None`` where gradients are not encoded:
+            then replay is proven by its bits.
     """
 
     piece: int
@@ -77,6 +79,7 @@ class Gradient:
     scalars: tuple[float, ...]
     encoding: str | None = None
     probes: tuple[int, ...] = ()
+    seal: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ class Capture:
         exact: Whether the checkpoint is bit-exact, as far as is known before replay has ended.
         grad_dtype: How gradients were encoded, if any was.
         samples: For each piece that an encoded gradient came for: where the live values of its probes at the
-            boundary stand in the ring's arena, stretch after stretch.
+            boundary stand in the ring's arena, stretch after stretch; and how many gradients came for it.
     """
 
     step: int
@@ -117,4 +120,4 @@ class Capture:
     attributes: dict[str, Any]
     exact: bool
     grad_dtype: str | None = None
-    samples: dict[int, int] = field(default_factory=dict)
+    samples: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -142,6 +142,7 @@ def _gradients(m: notices.Gradients) -> list[Any]:
             g.nbytes,
             g.encoding,
             g.probes,
+            g.seal,
             rows.setdefault(struct.pack(f"{len(g.scalars)}d", *g.scalars), len(rows)),
         )
         for g in m.gradients
@@ -153,8 +154,8 @@ def _gradients(m: notices.Gradients) -> list[Any]:
 def _to_gradients(job: int, table: Any, body: Any) -> notices.Gradients:
     rows = [tuple(row) for row in table]
     found = (
-        Gradient(piece, offset, nbytes, rows[row], encoding, tuple(probes))
-        for piece, offset, nbytes, encoding, probes, row in body
+        Gradient(piece, offset, nbytes, rows[row], encoding, tuple(probes), seal)
+        for piece, offset, nbytes, encoding, probes, seal, row in body
     )
     return notices.Gradients(job, tuple(found))
 
@@ -177,7 +178,7 @@ def _to_close(job: int, arenas: Any, verified: Any, step: int, *rest: Any) -> no
         attributes,
         exact,
         grad_dtype,
-        dict(samples),
+        {index: tuple(sample) for index, sample in samples},
     )
     return notices.Close(job, tuple(arenas), tuple(verified), capture)
 

@@ -6,6 +6,7 @@ training stream waits too long, once the rule is broken.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -516,6 +517,57 @@ def test_an_error_in_the_background_is_raised_by_the_next_call_once(scene):
     assert caught.value is error
     at.road.guard({"opt"})
     at.end_well()
+
+
+def test_all_have_ended_before_anyone_is_told(scene, caplog):
+    """Who is told may wait for others; and if telling one fails, the others are told all the same."""
+    s = scene()
+    seen = []
+
+    def told():
+        seen.append(second.done.is_set())
+        msg = "a defect"
+        raise RuntimeError(msg)
+
+    first = s.road.send(s.tensors(2, KB), Urgency.STATE, on_done=told)
+    second = s.road.send(s.tensors(2, KB), Urgency.STATE, on_done=lambda: seen.append("second"))
+    s.device.fail = {"synchronize": {s.device.calls.get("synchronize", -1) + 1}}
+    with pytest.raises(SaveError, match="synchronize refused"):
+        s.road.finish(first)
+    assert seen == [True, "second"]
+    assert "what follows a refused transfer failed" in caplog.text
+    assert isinstance(second.error, SaveError)
+
+
+def test_nothing_new_leaves_before_what_failed_was_awaited(scene, monkeypatch):
+    """A load that failed half-way has a slot and no event: the next one in it would not wait for its copy."""
+    s = scene(Room(4 * KB, 1, 0))
+    s.road.send(s.tensors(2, KB), Urgency.STATE)
+    real, refused = s.road._fail, []
+
+    def send():
+        with pytest.raises(SaveError):
+            s.road.send(s.tensors(1, KB), Urgency.GRADIENT)
+        refused.append("refused")
+
+    def fail(error):
+        if not refused:
+            refused.append("asked")
+            thread = threading.Thread(target=send)
+            thread.start()
+            thread.join()
+        real(error)
+
+    monkeypatch.setattr(s.road, "_fail", fail)
+    s.device.fail = {"record": {s.device.calls["record"] + 2}}
+    s.road.poll()
+    assert refused == ["asked", "refused"]
+    s.device.fail = {}
+    again = s.tensor(KB)
+    with contextlib.suppress(SaveError):  # what was refused is told once
+        s.road.send([], Urgency.STATE)
+    s.road.finish(s.road.send([again], Urgency.STATE))
+    assert s.arrived(again).tobytes() == again.source.memory.tobytes()
 
 
 def test_memory_of_a_device_that_does_not_answer_is_left_alone(scene, caplog):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gockpt.arena import Arena
 from gockpt.engine import job as job_module
-from gockpt.engine.encodings import encode
+from gockpt.engine.encodings import encode, seal
 from gockpt.engine.job import Job
 from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.engine.pool import Pool
@@ -209,11 +209,13 @@ def encoded_update(made, rng, piece):
     np.subtract(part, np.float32(LR) * grad, out=part)
     found = encode("fp16", grad, made.ring.allocate, made.ring_arena.view, made.ring.free)
     starts = choose(grad)
-    made.job.gradients([Gradient(piece.index, found.offset, found.nbytes, (LR,), found.encoding, starts)])
+    print_ = seal("fp16", made.ring_arena.view(found.offset, found.nbytes), 1, (LR,))
+    where = (piece.index, found.offset, found.nbytes)
+    made.job.gradients([Gradient(*where, (LR,), found.encoding, starts, print_)])
     return elements(starts, ELEMENTS)
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", ["", "moved", "lost"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_is_not_exact_is_measured_before_the_documents_are_written(bench, threads, broken):
     made = bench()
@@ -221,7 +223,7 @@ def test_what_is_not_exact_is_measured_before_the_documents_are_written(bench, t
     piece = made.pieces[1]
     made.update(rng)
     at = encoded_update(made, rng, piece)
-    if broken:
+    if broken == "moved":
         made.part(piece)[at[3]] += 0.01
     offset = made.ring.nbytes
     made.ring_arena.view(offset, 4 * at.size).view(np.float32)[:] = made.part(piece)[at]
@@ -230,7 +232,7 @@ def test_what_is_not_exact_is_measured_before_the_documents_are_written(bench, t
         made.capture(),
         state={"a": 1, "exact": True},
         attributes=known,
-        samples={1: offset},
+        samples={1: (offset, 2 if broken == "lost" else 1)},
         grad_dtype="fp16",
     )
     made.job.close(capture, (made.state, made.ring_arena, Arena(0)))

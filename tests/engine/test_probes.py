@@ -257,7 +257,7 @@ def test_the_summary_is_the_worst():
     assert (found.tensors, found.sampled, found.elements, found.max_abs) == (2, 144, 1516, 3e-6)
     assert found.of_movement == pytest.approx(1e-4)
     assert found.of_values == pytest.approx(1e-6)
-    assert "2 tensors off by at most 3e-06, 0.0001 of the window's movement" in str(found)
+    assert "2 tensors off, by up to 3e-06, 0.0001 of the window's movement" in str(found)
     still = summary("bf16", {"model/c": Sums(1e-6, 1e-12, 0.0, 1.0, 16, 16)})
     assert still.of_movement is None
     assert "movement" not in str(still)

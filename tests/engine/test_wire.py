@@ -48,7 +48,7 @@ pieces = st.builds(
     tail=st.booleans(),
 )
 encodings = st.sampled_from([None, "fp16", "bf16"])
-gradients = st.builds(Gradient, counts, counts, counts, rows, encodings, numbers)
+gradients = st.builds(Gradient, counts, counts, counts, rows, encodings, numbers, st.none() | bits)
 layouts = st.builds(
     ArrayLayout,
     spec=st.builds(ArraySpec, names, numbers, st.sampled_from(sorted(DTYPES))),
@@ -64,7 +64,7 @@ captures = st.builds(
     attributes=documents,
     exact=st.booleans(),
     grad_dtype=encodings,
-    samples=st.dictionaries(counts, counts, max_size=3),
+    samples=st.dictionaries(counts, st.tuples(counts, counts), max_size=3),
 )
 shares = st.none() | st.floats(0, allow_infinity=False)
 deviations = st.builds(Deviation, texts, counts, floats, shares, shares, counts, counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import gockpt
 from gockpt.engine import gathering, replaying
+from gockpt.engine.job import Job
 from gockpt.kernels import replay
 
 KINDS = {
@@ -335,6 +337,53 @@ def test_the_ring_is_half_as_large_and_the_bound_holds(harness, monkeypatch):
     for ring, host in others:
         assert ring < 0.53 * plain
         assert host < held
+
+
+@pytest.mark.parametrize("grad_dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("damage", ["lost", "bytes", "numbers"])
+def test_a_gradient_that_is_not_the_one_that_was_posted_is_caught(harness, monkeypatch, damage, grad_dtype):
+    """Probes are chosen by the first gradient, and see nothing of others that move other elements."""
+    real, posted = Job.gradients, []
+
+    def gradients(job, found):
+        kept = []
+        for gradient in found:
+            if gradient.piece == 0:
+                posted.append(job)
+            if gradient.piece != 0 or posted.count(job) < 2:
+                kept.append(gradient)
+                continue
+            if damage == "lost":
+                job._ring.free(gradient.offset)
+                continue
+            kept.append(gradient)
+            view = job._arenas[1].view(gradient.offset, gradient.nbytes)
+            if damage == "bytes":
+                view[len(view) // 3 :][:40] ^= 0x55
+            else:
+                kept[-1] = replace(gradient, scalars=(*gradient.scalars[:-1], 1.0001 * gradient.scalars[-1]))
+        real(job, kept)
+
+    def sparse():
+        model = harness.Tensors({"rows": torch.randn(4000, 16)})
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def few_rows(model, optimizer, step):
+        grad = torch.zeros(4000, 16)
+        grad[torch.randint(0, 4000, (100,))] = torch.randn(100, 16)
+        model.rows.grad = grad
+        optimizer.step()
+
+    with harness.closing():
+        loop = harness.Loop(sparse, few_rows, every=6, window=4, grad_dtype=grad_dtype)
+        loop.run(6)
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "gradients", gradients)
+            loop.run(6)
+            result = loop.handles[-1].result(30)
+        assert (result.attempts, result.exact) == (2, True)
+        saved, _ = finish(loop)
+    assert (saved[0].attempts, saved[0].exact) == (1, False)
 
 
 def test_a_run_goes_on_from_it(harness, caplog):

@@ -53,6 +53,7 @@ def test_what_a_later_version_adds_is_passed_over():
         *(attributes(max_abs=value) for value in (None, "1", -1.0, float("nan"), float("inf"), True)),
         *(attributes(of_movement=value) for value in ("1", -1e-9, [], 10**400)),
         attributes(grad_dtype=None),
+        attributes(grad_dtype="\x1b[31mfp16"),
     ],
 )
 def test_what_makes_no_sense_is_nothing(found):
@@ -62,6 +63,6 @@ def test_what_makes_no_sense_is_nothing(found):
 def test_it_reads_as_a_sentence():
     text = str(Deviation("fp16", 3, 1.234e-5, 2e-4, 1e-6, 64, 1000))
     assert text == (
-        "gradients in fp16; 3 tensors off by at most 1.2e-05, 0.0002 of the window's movement, "
-        "measured at 64 of 1000 elements"
+        "gradients in fp16; 3 tensors off, by up to 1.2e-05, 0.0002 of the window's movement "
+        "at the 64 of 1000 elements that were compared"
     )

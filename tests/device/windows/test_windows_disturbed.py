@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gockpt
+from gockpt.device.transfer import DeviceTransfer
+from gockpt.engine.following import Following
 from gockpt.engine.roads import Road
 
 PLACES = ("before backward", "after backward", "after step", "after tick")
@@ -279,6 +281,28 @@ def test_a_state_that_grows_inside_a_window_leaves_at_its_close(devices, runs):
 
 
 # -- graphs
+
+
+def test_an_interrupt_between_sending_and_noting_leaves_nothing_on_its_way(devices, runs, monkeypatch):
+    run = runs.Run("adamw").ticks(2)
+    run.let_arrive()
+    cancelled = []
+    cancel = DeviceTransfer.cancel
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def counted(road):
+        cancelled.append(road)
+        cancel(road)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Following, "state", interrupted)
+        patch.setattr(DeviceTransfer, "cancel", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run.tick()
+    assert cancelled
+    assert cancelled[0].idle
 
 
 def test_while_a_graph_is_captured_nothing_is_queued(devices, runs):
