@@ -146,8 +146,7 @@ class DeviceTransfer:
             prints = self._device.prints(main, [shipment.source for shipment in shipments])
             consignment = Consignment(shipments, urgency, prints, main.record(), on_done)
             self._dispatch(consignment, main)
-            if self._threaded and self._thread is None:
-                self._start_thread()
+            self._start_thread()
             return consignment
         self._raise_pending()
         raise SaveError(self._told)
@@ -175,8 +174,7 @@ class DeviceTransfer:
                 self._open.append(consignment)
                 self._flying.append(flight)
                 self._changed.notify_all()
-            if self._threaded and self._thread is None:
-                self._start_thread()
+            self._start_thread()
             return consignment
         self._raise_pending()
         raise SaveError(self._told)
@@ -559,6 +557,9 @@ class DeviceTransfer:
     # -- the background thread ---------------------------------------------------------------
 
     def _start_thread(self) -> None:
+        """Start it with the first thing that is sent, if there is to be one."""
+        if not self._threaded or self._thread is not None:
+            return
         of = (weakref.ref(self), self._changed)
         self._thread = threading.Thread(target=_serve, args=of, name="gockpt-device", daemon=True)
         self._thread.start()

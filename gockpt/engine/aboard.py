@@ -195,8 +195,9 @@ class Aboard:
             with suppress(SaveError):  # it is noted with what was to arrive
                 self._road.finish(sent)
             self._following.receive()
-        lost = self._lost()
-        error = self._following.error
+        # Asked of what was sent as well: nothing of the close may be missed.
+        errors = (self._following.error, *(sent.error for _, sent in self._seen))
+        error = next((error for error in errors if error is not None), None)
         if error is not None:
             # As if all of it had been overtaken: it leaves again at the next tick, inside the call.
             self._road.give_up(error)
@@ -211,13 +212,12 @@ class Aboard:
         stale = [
             piece for piece in self._pieces if piece.index in self._again and not self._stands_in_arena(piece)
         ]
-        return [*lost, *(s.name for piece in (*torn, *missing, *stale) for s in piece.stretches)]
+        return [*self._lost(), *(s.name for piece in (*torn, *missing, *stale) for s in piece.stretches)]
 
     def _lost(self) -> list[Name]:
         """Return the arrays that did not arrive at the close as they were; asks what was sent itself."""
         lost = list(self._following.lost)
         for pieces, sent in self._seen:
-            self._following.error = self._following.error or sent.error
             places = {shipment.offset for shipment in sent.lost}
             for stretch in (s for piece in pieces for s in piece.stretches):
                 if (stretch.offset in places or not sent.done.is_set()) and stretch.name not in lost:

@@ -220,10 +220,8 @@ class Memory:
         """Return the room for gradients; as much as for a state on the host where there is no more."""
         most = ring_bytes_of(pieces, plan, self._options.grad_dtype)
         limit = self._options.host_memory
-        encoding = memory_bound(self._encoded, self._options.worker_threads)
-        beside = max(self._passing, self._reordering + encoding) + self._replaying
         extras = max(self._kept(EXTRA), whole_pages(0))
-        taken = whole_pages(shape.layout.nbytes) + extras + beside
+        taken = whole_pages(shape.layout.nbytes) + extras + self._beside()
         if limit is None or taken + whole_pages(most) <= limit:
             return most
         return ring_bytes_of(pieces, plan, self._options.grad_dtype, of_device=RING_GRADIENTS)
@@ -260,9 +258,7 @@ class Memory:
         limit = self._options.host_memory
         if limit is None:
             return
-        encoding = memory_bound(max(self._encoded, encoded), self._options.worker_threads)
-        # One after the other: extras are copied, the closing tick is compared, chunks are written.
-        beside = max(copies, self._passing, self._reordering + encoding) + self._replaying
+        beside = self._beside(copies, encoded)
 
         def total() -> int:
             uses = (max(self._kept(use), whole_pages(needs.get(use, 0))) for use in (STATE, RING, EXTRA))
@@ -274,7 +270,17 @@ class Memory:
                     self._let_go(use)
         nbytes = total()
         if nbytes > limit:
-            self._refuse(nbytes, limit, extras=copies and copies + needs[EXTRA], encoding=encoding)
+            extras = copies and copies + needs[EXTRA]
+            self._refuse(nbytes, limit, extras=extras, encoding=self._encoding(encoded))
+
+    def _beside(self, copies: int = 0, encoded: int = 0) -> int:
+        """Return what a save takes beside the arenas; see :meth:`_make_room`."""
+        # One after the other: extras are copied, the closing tick is compared, chunks are written.
+        return max(copies, self._passing, self._reordering + self._encoding(encoded)) + self._replaying
+
+    def _encoding(self, encoded: int) -> int:
+        """Return what encoding takes if a chunk of ``encoded`` bytes is among what is encoded."""
+        return memory_bound(max(self._encoded, encoded), self._options.worker_threads)
 
     def _refuse(self, nbytes: int, limit: int, *, extras: int, encoding: int) -> None:
         msg = (
