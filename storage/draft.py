@@ -7,7 +7,6 @@ draft is of no use, and nothing of it is written or synced again.
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.layout import CHECKSUM_BYTES
-from gockpt.storage import checksum, chunk_writer, files, grid, manifest, names, strict_json, zarr_documents
+from gockpt.storage import checksum, chunk_writer, files, grid, manifest, strict_json, zarr_documents
 from gockpt.storage.checked import MAX_INTEGER
 from gockpt.storage.codecs import Coded
 from gockpt.storage.entries import ArrayEntry, FileEntry
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from gockpt.layout import ArrayLayout, Slot
     from gockpt.storage.compression import Compression
     from gockpt.storage.filesystem import Filesystem
+    from gockpt.storage.outline import ArrayFile, Outline
 
     Describe = Callable[[tuple[ArrayEntry, ...], tuple[FileEntry, ...]], manifest.Manifest]
 
@@ -43,28 +43,17 @@ _MANIFEST_IN_THE_MAKING = f"{MANIFEST_FILE}.tmp"
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint is to hold: everything but the bytes of its arrays.
+    """What a checkpoint is to hold beside its arrays.
 
     Attributes:
-        arrays: All arrays, in the manifest's order.
         state: The state document: a JSON object.
         attributes: Attributes of the root group: a small JSON object.
         exact: Whether the checkpoint equals a blocking save bit for bit.
     """
 
-    arrays: tuple[ArrayLayout, ...]
     state: Mapping[str, Any]
     attributes: Mapping[str, Any]
     exact: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What an array's directory was made with."""
-
-    codec: str | None
-    document: dict[str, Any]
-    meta: FileEntry
 
 
 @dataclass(slots=True)
@@ -76,7 +65,7 @@ class _Array:
 
     layout: ArrayLayout
     path: str
-    made: _Made | None = None
+    made: ArrayFile | None = None
     blocks: dict[int, npt.NDArray[np.uint32] | None] = field(default_factory=dict)
     stored: dict[int, int] = field(default_factory=dict)
 
@@ -89,7 +78,13 @@ class Draft:
     """
 
     def __init__(
-        self, fs: Filesystem, dir_fd: int, where: str, compression: Compression, contents: Contents
+        self,
+        fs: Filesystem,
+        dir_fd: int,
+        where: str,
+        compression: Compression,
+        outline: Outline,
+        contents: Contents,
     ) -> None:
         """Start in an empty directory.
 
@@ -98,10 +93,10 @@ class Draft:
             dir_fd: The directory; stays the caller's.
             where: Its path, for messages.
             compression: Which arrays are encoded.
-            contents: What there will be.
+            outline: Which arrays there will be.
+            contents: And what else.
 
         Raises:
-            UsageError: If names can't stand together.
             OSError: If the file system can't be identified.
         """
         self.nbytes = 0
@@ -109,20 +104,19 @@ class Draft:
         self._fd = dir_fd
         self._where = where
         self._compression = compression
+        self._outline = outline
         self._contents = contents
         self._stopwatch = Stopwatch()
         self._mutex = threading.Lock()
         self._making = threading.Lock()
         self._documenting = threading.Lock()
         self._unsynced = Unsynced(fs, dir_fd, where)
-        names.check_names(layout.spec.name for layout in contents.arrays)
-        self._paths = names.escape_all(layout.spec.name for layout in contents.arrays)
         self._arrays = {
-            layout.spec.name: _Array(layout, self._paths[layout.spec.name]) for layout in contents.arrays
+            layout.spec.name: _Array(layout, outline.paths[layout.spec.name]) for layout in outline.arrays
         }
         self._directories: dict[str, None] = {}  # parents before children
-        self._documents: tuple[FileEntry, ...] | None = None
         self._tried: manifest.Manifest | None = None
+        self._documents: tuple[FileEntry, ...] | None = None
         self._direct = True
 
     def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
@@ -133,10 +127,10 @@ class Draft:
                 msg = f"chunk {slot.chunk} of {layout.spec.public_name!r} was written before"
                 raise UsageError(msg)
             array.blocks[slot.chunk] = None
-        codec = self._make(array).codec
+        codec = (array.made or self._make(array)).codec
         name = f"{array.path}/{grid.chunk_key(slot.chunk, len(layout.chunk_shape))}"
-        with storage_errors("write", os.path.join(self._where, name)):
-            written = self._write(name, layout, slot, buffer, codec)
+        with storage_errors("write", self._where, name):
+            written = self._write_rows(name, layout, slot, buffer, codec)
             self._unsynced.add(name, written.fd)
         with self._mutex:
             array.blocks[slot.chunk] = written.blocks
@@ -144,7 +138,7 @@ class Draft:
             self.nbytes += written.nbytes
             self._direct = self._direct and not written.refused
 
-    def _write(
+    def _write_rows(
         self, name: str, layout: ArrayLayout, slot: Slot, buffer: memoryview, codec: str | None
     ) -> chunk_writer.WrittenChunk:
         """Write a chunk's file, raw or encoded."""
@@ -184,24 +178,30 @@ class Draft:
         with self._documenting:
             if self._documents is not None:
                 return
-            made = [self._make(array) for array in self._arrays.values()]
+            codecs = tuple((array.made or self._make(array)).codec for array in self._arrays.values())
             others = {
                 STATE_FILE: strict_json.dumps(
                     dict(self._contents.state), what="the state document", depth=strict_json.STATE_DEPTH
                 ),
-                GROUP_FILE: zarr_documents.dump(self._root()),
+                GROUP_FILE: zarr_documents.root(
+                    self._contents.attributes, self._outline.consolidated(codecs)
+                ),
             }
             group = zarr_documents.dump(zarr_documents.group_document())
             documents = tuple(
                 self._write_file(path, others.get(path, group))
-                for path in manifest.expected_files(self._paths)
+                for path in self._outline.files
                 if path != BLOCKS_FILE
             )
-            if all(one.codec is None for one in made):  # else lengths are yet to be known
-                entries = self._entries()
-                blocks = FileEntry(BLOCKS_FILE, 4 * sum(entry.block_count for entry in entries), 0)
-                content = describe(entries, (*documents, blocks))
-                _expect_readable(manifest.encode(content))
+            if not any(codecs):  # else lengths are yet to be known
+                raw = self._outline.raw()
+                blocks = FileEntry(BLOCKS_FILE, raw.blocks_nbytes, 0)
+                content = describe(raw.entries, (*documents, blocks))
+                if self._outline.vetted:
+                    _expect_readable(manifest.encode(_without_arrays(content)))
+                else:
+                    _expect_readable(manifest.encode(content, raw.text))
+                    self._outline.vetted = True
                 self._tried = content
             self._documents = documents
 
@@ -246,10 +246,11 @@ class Draft:
             StorageError: If the disk refuses.
         """
         fs = self._fs
-        data = manifest.encode(content)
+        known = self._tried is not None and content.arrays is self._tried.arrays
+        data = manifest.encode(content, self._outline.raw().text if known else None)
         if self._tried is None or not _is_as_good(content, self._tried):
             _expect_readable(data)
-        with storage_errors("write", os.path.join(self._where, MANIFEST_FILE)):
+        with storage_errors("write", self._where, MANIFEST_FILE):
             fd = files.write_new_file(fs, self._fd, _MANIFEST_IN_THE_MAKING, data)
             try:
                 fs.fsync(fd)
@@ -277,57 +278,52 @@ class Draft:
             raise UsageError(msg)
         return array
 
-    def _make(self, array: _Array) -> _Made:
+    def _make(self, array: _Array) -> ArrayFile:
         """Make an array's directory and document, unless they are there."""
-        if array.made is not None:
-            return array.made
         with self._making:
-            if array.made is not None:
-                return array.made
-            layout = array.layout
-            if not grid.is_regular(layout):
-                msg = f"{layout.spec.public_name!r} is not cut on a regular grid: {layout}"
-                raise UsageError(msg)
-            parts = array.path.split("/")
-            for depth in range(1, len(parts) + 1):
-                self._make_directory("/".join(parts[:depth]))
-            codec = self._compression.codec_for(layout)
-            document = zarr_documents.array_document(layout.spec, layout.chunk_shape, codec)
-            meta = self._write_file(f"{array.path}/{GROUP_FILE}", zarr_documents.dump(document))
-            array.made = made = _Made(codec, document, meta)
-        return made
+            if array.made is None:
+                codec = self._compression.codec_for(array.layout)
+                document = self._outline.document(array.layout, codec)
+                self._make_directory(array.path)
+                self._write(document.entry.path, document.text)
+                array.made = document
+            return array.made
 
     def _make_directory(self, path: str) -> None:
+        """Make a directory, its parents first."""
         if path not in self._directories:
-            with storage_errors("make", os.path.join(self._where, path)):
+            parent = path.rpartition("/")[0]
+            if parent:
+                self._make_directory(parent)
+            with storage_errors("make", self._where, path):
                 self._fs.mkdir(path, dir_fd=self._fd)
             self._directories[path] = None
 
-    def _write_file(self, path: str, data: bytes) -> FileEntry:
-        with storage_errors("write", os.path.join(self._where, path)):
+    def _write(self, path: str, data: bytes) -> None:
+        with storage_errors("write", self._where, path):
             self._unsynced.add(path, files.write_new_file(self._fs, self._fd, path, data))
         with self._mutex:
             self.nbytes += len(data)
+
+    def _write_file(self, path: str, data: bytes) -> FileEntry:
+        self._write(path, data)
         return FileEntry(path, len(data), checksum.crc32c(data))
 
-    def _root(self) -> dict[str, Any]:
-        made = {array.path: self._make(array).document for array in self._arrays.values()}
-        return zarr_documents.root_document(
-            self._contents.attributes,
-            groups=sorted(path for path in self._directories if path not in made),
-            arrays=made,
-            dtypes=[array.layout.spec.dtype for array in self._arrays.values()],
-        )
-
     def _entries(self) -> tuple[ArrayEntry, ...]:
-        return tuple(_entry(array, self._make(array)) for array in self._arrays.values())
+        return tuple(_entry(array, array.made or self._make(array)) for array in self._arrays.values())
 
 
-def _entry(array: _Array, made: _Made) -> ArrayEntry:
+def _entry(array: _Array, made: ArrayFile) -> ArrayEntry:
     coded = None
     if made.codec is not None:
         coded = Coded(made.codec, tuple(array.stored[slot.chunk] for slot in array.layout.slots))
-    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, made.meta, coded)
+    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, made.entry, coded)
+
+
+def _without_arrays(content: manifest.Manifest) -> manifest.Manifest:
+    """Return a manifest as short as can be that readers take if they take this one's arrays."""
+    own = (content.file(GROUP_FILE), content.file(STATE_FILE), FileEntry(BLOCKS_FILE, 0, 0))
+    return replace(content, arrays=(), files=own)
 
 
 def _block_checksums(array: _Array) -> bytes:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gockpt.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from types import TracebackType
 
 __all__ = ["as_storage_error", "storage_errors"]
 
@@ -43,10 +42,22 @@ def as_storage_error(error: OSError, doing: str, path: str) -> StorageError:
     return StorageError(f"can't {doing} {path}: {words} [{name}]; {_WAY_OUT.get(code, _DEFAULT_WAY_OUT)}")
 
 
-@contextmanager
-def storage_errors(doing: str, path: str) -> Iterator[None]:
+class storage_errors:  # noqa: N801 - used like a function, once per file: a generator would cost more
     """Turn any ``OSError`` of the block into a :class:`StorageError`, which it is the cause of."""
-    try:
-        yield
-    except OSError as error:
-        raise as_storage_error(error, doing, path) from error
+
+    __slots__ = ("_doing", "_path")
+
+    def __init__(self, doing: str, *path: str) -> None:
+        """Say what is being done to which path; its parts are joined when that must be told."""
+        self._doing = doing
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raise what the caller can do something about."""
+        if isinstance(error, OSError):
+            raise as_storage_error(error, self._doing, os.path.join(*self._path)) from error

@@ -39,6 +39,7 @@ __all__ = [
     "Identity",
     "Manifest",
     "encode",
+    "encode_arrays",
     "expected_files",
     "glance",
     "identify",
@@ -157,8 +158,12 @@ def expected_files(paths: Mapping[tuple[str, ...], str]) -> list[str]:
     return [*(f"{directory}{GROUP_FILE}" for directory in sorted(directories)), STATE_FILE, BLOCKS_FILE]
 
 
-def encode(manifest: Manifest) -> bytes:
+def encode(manifest: Manifest, arrays: bytes | None = None) -> bytes:
     """Return the bytes of ``gockpt.json``.
+
+    Args:
+        manifest: What it says.
+        arrays: What :func:`encode_arrays` returned for its arrays, where that is known.
 
     Raises:
         UnsupportedState: If attributes or names have no exact form as JSON.
@@ -175,14 +180,24 @@ def encode(manifest: Manifest) -> bytes:
         "created": manifest.created,
         "writer": dict(manifest.writer),
         "attributes": dict(manifest.attributes),
-        "arrays": [_array_object(entry) for entry in manifest.arrays],
-        "files": [
-            {"path": entry.path, "size": entry.size, "crc32c": f"{entry.crc32c:08x}"}
-            for entry in manifest.files
-        ],
     }
-    line = strict_json.dumps(document, what=MANIFEST_FILE, foreign=document["attributes"]) + b"\n"
+    files = [
+        {"path": entry.path, "size": entry.size, "crc32c": f"{entry.crc32c:08x}"} for entry in manifest.files
+    ]
+    head = strict_json.dumps(document, what=MANIFEST_FILE, foreign=document["attributes"])[:-1]
+    text = encode_arrays(manifest.arrays) if arrays is None else arrays
+    line = head + b',"arrays":' + text + b',"files":' + _dump(files) + b"}\n"
+    strict_json.of_size(line, what=MANIFEST_FILE)
     return line + json.dumps({"crc32c": f"{checksum.crc32c(line):08x}"}).encode() + b"\n"
+
+
+def encode_arrays(entries: Sequence[ArrayEntry]) -> bytes:
+    """Return what a manifest says of its arrays, as JSON: the same for all checkpoints of them, raw."""
+    return _dump([_array_object(entry) for entry in entries])
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def _version(arrays: Sequence[ArrayEntry]) -> int:

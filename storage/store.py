@@ -21,6 +21,7 @@ from gockpt.storage.draft import Contents
 from gockpt.storage.failures import storage_errors
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.lock import WriterLock
+from gockpt.storage.outline import Outline
 from gockpt.storage.transaction import Lineage, Transaction
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Store:
         self._pid = os.getpid()
         self._lineage = Lineage(self.run, parent)
         self._compression = compression or Compression(None, threads=1)
+        self._outline: Outline | None = None  # of the latest save: the next one mostly has the same arrays
         self._transactions: set[Transaction] = set()
         self._closed = False
         with storage_errors("save into", self.path):
@@ -117,12 +119,16 @@ class Store:
         if type(step) is not int or not 0 <= step <= MAX_INTEGER:
             msg = f"step must be an integer from 0 to 2**63 - 1, got {step!r}"
             raise UsageError(msg)
+        outline = self._outline
+        if outline is None or outline.arrays != tuple(arrays):
+            self._outline = outline = Outline(arrays)
         transaction = Transaction(
             self._place,
             self._catalog,
             self._lineage,
             self._compression,
-            Contents(tuple(arrays), state, attributes, exact),
+            outline,
+            Contents(state, attributes, exact),
             step=step,
             attempt=secrets.token_hex(16),
             on_end=self._transactions.discard,

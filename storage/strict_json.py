@@ -18,7 +18,7 @@ from gockpt.errors import ManifestCorrupt, UnsupportedState
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MANIFEST_DEPTH", "MAX_BYTES", "STATE_DEPTH", "dumps", "loads", "nesting"]
+__all__ = ["MANIFEST_DEPTH", "MAX_BYTES", "STATE_DEPTH", "dumps", "loads", "nesting", "of_size"]
 
 MAX_BYTES = 64 << 20
 MANIFEST_DEPTH = 32
@@ -159,8 +159,19 @@ def dumps(
     except (ValueError, TypeError, RecursionError) as error:
         msg = f"{what} has no exact form as JSON: {error}"
         raise UnsupportedState(msg) from error
-    if len(data) > MAX_BYTES or (found := nesting(data)) > depth:
-        size = f"{len(data)} bytes" if len(data) > MAX_BYTES else f"{found} levels of nesting"
-        msg = f"{what} would take {size}; at most {MAX_BYTES} bytes and {depth} levels can be read back"
+    if (found := nesting(of_size(data, what=what))) > depth:
+        msg = f"{what} would take {found} levels of nesting; at most {depth} can be read back"
+        raise UnsupportedState(msg)
+    return data
+
+
+def of_size(data: bytes, *, what: str) -> bytes:
+    """Return a text that is not too large for :func:`loads`.
+
+    Raises:
+        UnsupportedState: If it is.
+    """
+    if len(data) > MAX_BYTES:
+        msg = f"{what} would take {len(data)} bytes; at most {MAX_BYTES} can be read back"
         raise UnsupportedState(msg)
     return data

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gockpt.storage.catalog import Catalog, Place
     from gockpt.storage.compression import Compression
     from gockpt.storage.entries import ArrayEntry, FileEntry
+    from gockpt.storage.outline import Outline
 
 __all__ = ["Lineage", "Published", "Transaction"]
 
@@ -84,6 +85,7 @@ class Transaction:
         catalog: Catalog,
         lineage: Lineage,
         compression: Compression,
+        outline: Outline,
         contents: Contents,
         *,
         step: int,
@@ -93,7 +95,6 @@ class Transaction:
         """Make the partial's directory, and say whose it is.
 
         Raises:
-            UsageError: If names of arrays can't stand together.
             StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
         """
         self.step = step
@@ -125,7 +126,7 @@ class Transaction:
                 self._fd = fs.open(self._partial, files.DIRECTORY, dir_fd=place.fd)
                 opened.append(self._fd)
                 self._inode = _inode(fs.fstat(self._fd))
-                self._draft = Draft(fs, self._fd, where, compression, contents)
+                self._draft = Draft(fs, self._fd, where, compression, outline, contents)
         except BaseException:
             for fd in opened:
                 with suppress(OSError):

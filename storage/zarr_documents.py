@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gockpt.schema import ArraySpec
 
-__all__ = ["array_document", "dump", "group_document", "root_document"]
+__all__ = ["array_document", "consolidated", "dump", "group_document", "root"]
 
 
 def array_document(spec: ArraySpec, chunk_shape: tuple[int, ...], codec: str | None = None) -> dict[str, Any]:
@@ -53,39 +53,48 @@ def group_document() -> dict[str, Any]:
     return {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 
 
-def root_document(
-    attributes: Mapping[str, Any],
-    *,
-    groups: Sequence[str],
-    arrays: Mapping[str, Mapping[str, Any]],
-    dtypes: Sequence[str],
-) -> dict[str, Any]:
-    """Return the root group's document, with all others consolidated in it if every reader can take that.
+def consolidated(
+    *, groups: Sequence[str], arrays: Mapping[str, bytes], dtypes: Sequence[str]
+) -> bytes | None:
+    """Return the documents of all arrays and groups but the root, by path, as one JSON object.
 
-    One dtype that zarr-python doesn't know, named in consolidated metadata, makes it refuse the whole
-    group; unconsolidated, it refuses that array only.
+    ``None`` unless every reader can take that: one dtype that zarr-python doesn't know, named in
+    consolidated metadata, makes it refuse the whole group; unconsolidated, it refuses that array only.
 
     Args:
-        attributes: The root's attributes.
-        groups: Paths of all other groups.
+        groups: Paths of all groups but the root.
         arrays: Each array's document by path.
         dtypes: The dtypes of all arrays.
     """
-    document: dict[str, Any] = {"attributes": dict(attributes), "zarr_format": 3}
-    if all(DTYPES[dtype].core for dtype in dtypes):
-        nothing = {"kind": "inline", "must_understand": False, "metadata": {}}
-        inner = {
-            path: {"attributes": {}, "zarr_format": 3, "consolidated_metadata": nothing, "node_type": "group"}
-            for path in groups
-        }
-        metadata = dict(sorted({**inner, **arrays}.items()))
-        document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": metadata}
-    document["node_type"] = "group"
-    return document
+    if not all(DTYPES[dtype].core for dtype in dtypes):
+        return None
+    nothing = {"kind": "inline", "must_understand": False, "metadata": {}}
+    group = dump({"attributes": {}, "zarr_format": 3, "consolidated_metadata": nothing, "node_type": "group"})
+    documents = {**dict.fromkeys(groups, group), **arrays}
+    pairs = (json.dumps(path).encode("ascii") + b":" + documents[path] for path in sorted(documents))
+    return b"{" + b",".join(pairs) + b"}"
+
+
+def root(attributes: Mapping[str, Any], metadata: bytes | None) -> bytes:
+    """Return the root group's document.
+
+    Args:
+        attributes: The root's attributes, which are anybody's.
+        metadata: What :func:`consolidated` said.
+
+    Raises:
+        UnsupportedState: If the attributes have no exact form as JSON, or the whole is larger than readers
+            take.
+    """
+    what = "the root group's zarr.json"
+    head = {"attributes": dict(attributes), "zarr_format": 3}
+    text = strict_json.dumps(head, what=what, foreign=head["attributes"])[:-1]
+    if metadata is not None:
+        kind = b'"kind":"inline","must_understand":false'
+        text += b',"consolidated_metadata":{' + kind + b',"metadata":' + metadata + b"}"
+    return strict_json.of_size(text + b',"node_type":"group"}', what=what)
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
-    """Return a document's bytes, small ones without the checks that only users' values need."""
-    if document["attributes"]:
-        return strict_json.dumps(document, what="the root group's zarr.json", foreign=document["attributes"])
+    """Return the bytes of a document that holds nothing of users'."""
     return json.dumps(document, allow_nan=False, separators=(",", ":")).encode("ascii")

@@ -75,7 +75,7 @@ def write_checkpoint(
     root = parent / (directory or f"step-{step:010d}")
     root.mkdir(parents=True)
     paths = names.escape_all(arrays)
-    documents, entries, values, blocks, dtypes = {}, [], {}, bytearray(), []
+    texts, entries, values, blocks, dtypes = {}, [], {}, bytearray(), []
     for number, (name, (shape, dtype)) in enumerate(arrays.items()):
         spec = ArraySpec(name, shape, dtype)
         dtypes.append(dtype)
@@ -84,8 +84,7 @@ def write_checkpoint(
         chunk = (rows, *(max(1, n) for n in shape[1:])) if shape else ()
         folder = root / paths[name]
         folder.mkdir(parents=True)
-        documents[paths[name]] = zarr_documents.array_document(spec, chunk)
-        text = zarr_documents.dump(documents[paths[name]])
+        texts[paths[name]] = text = zarr_documents.dump(zarr_documents.array_document(spec, chunk))
         (folder / "zarr.json").write_bytes(text)
         meta = FileEntry(f"{paths[name]}/zarr.json", len(text), crc32c(text))
         entries.append(ArrayEntry(spec, paths[name], chunk, meta))
@@ -97,11 +96,9 @@ def write_checkpoint(
             for at in range(0, len(real), BLOCK):
                 blocks += crc32c(real[at : at + BLOCK]).to_bytes(4, "little")
     groups = ["/".join(paths[name].split("/")[:depth]) for name in paths for depth in range(1, len(name))]
-    root_document = zarr_documents.root_document(
-        attributes or {}, groups=sorted(set(groups)), arrays=documents, dtypes=dtypes
-    )
+    metadata = zarr_documents.consolidated(groups=sorted(set(groups)), arrays=texts, dtypes=dtypes)
     files = {f"{group}/zarr.json": zarr_documents.dump(zarr_documents.group_document()) for group in groups}
-    files["zarr.json"] = zarr_documents.dump(root_document)
+    files["zarr.json"] = zarr_documents.root(attributes or {}, metadata)
     files["state.json"] = strict_json.dumps(state or {}, what="state.json", depth=strict_json.STATE_DEPTH)
     files["blocks.crc32c"] = bytes(blocks)
     for path, text in files.items():

@@ -6,7 +6,6 @@ applies: so these libraries and gockpt mean the same by each document and each b
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -123,19 +122,15 @@ def adopt(root, arrays):
             left -= len(real)
             for at in range(0, len(real), BLOCK):
                 blocks += crc32c(real[at : at + BLOCK]).to_bytes(4, "little")
-    documents = {array: json.loads((root / path / "zarr.json").read_bytes()) for array, path in paths.items()}
+    texts = {path: (root / path / "zarr.json").read_bytes() for path in paths.values()}
     groups = sorted(
         {"/".join(path.split("/")[:n]) for path in paths.values() for n in range(1, path.count("/") + 1)}
     )
     files = {f"{group}/zarr.json": zarr_documents.dump(zarr_documents.group_document()) for group in groups}
-    files["zarr.json"] = zarr_documents.dump(
-        zarr_documents.root_document(
-            {"by": "others"},
-            groups=groups,
-            arrays={paths[name]: documents[name] for name in arrays},
-            dtypes=[dtype for _, dtype, _ in arrays.values()],
-        )
+    metadata = zarr_documents.consolidated(
+        groups=groups, arrays=texts, dtypes=[dtype for _, dtype, _ in arrays.values()]
     )
+    files["zarr.json"] = zarr_documents.root({"by": "others"}, metadata)
     files["state.json"] = strict_json.dumps({"a": 1}, what="state.json")
     files["blocks.crc32c"] = bytes(blocks)
     for path, data in files.items():
