@@ -366,11 +366,14 @@ class Engine:
 
     def _while_busy(self, step: int, moment: Moment) -> None:
         """The last save is still being written: help it when it is late, wait for it if asked to."""
-        if moment.ticks_left >= self._window_ticks():
-            return
-        if self._cadence.every > 1 and self._save.state is State.CAPTURED:
+        cadence = self._cadence
+        needed = moment.ticks_left < self._window_ticks()
+        late = needed or 2 * moment.ticks_left * cadence.stride <= cadence.every
+        if late and cadence.every > 1 and self._save.state is State.CAPTURED:
             # With every=1 the next save is always due; being "late" then is no reason to disturb training.
             self._save.hurry()
+        if not needed:
+            return
         if self.options.when_busy == "wait":
             self._save.settle()
             while self._save.state is State.CAPTURED:

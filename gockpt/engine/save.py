@@ -254,7 +254,7 @@ class Save:
             self.settle()
 
     def hurry(self) -> None:
-        """Help the worker with a thread of normal priority: its deadline is here."""
+        """Help the worker with a thread of normal priority: it is late."""
         if not self._boosted and self.job is not None:
             self._boosted = True
             self._background.boost(self.job)

@@ -163,6 +163,34 @@ def test_what_is_due_while_a_save_is_written_is_skipped_and_logged(run, harness,
     assert handles[0].result(30).step == 1
 
 
+@pytest.mark.parametrize("every", [2, 7, 10])
+def test_a_save_that_is_late_gets_a_thread_of_normal_priority(run, harness, monkeypatch, every):
+    """Half-way to the next one: on busy cores the others would hardly run before that is due."""
+    gockpt.wait()
+    release = threading.Event()
+
+    class Slow(Filesystem):
+        def fsync(self, fd):
+            assert release.wait(30)
+            super().fsync(fd)
+
+    def helped():
+        return any(thread.name == "gockpt-worker-boost" for thread in threading.enumerate())
+
+    monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=Slow()))
+    path = harness.directory()
+    options = gockpt.Options(window=1)
+    seen = []
+    for step in range(every, 2 * every):
+        run.update()
+        gockpt.save_overlapped(run.model, run.optimizer, path, step=step, every=every, options=options)
+        seen.append(helped())
+    release.set()
+    gockpt.wait()
+    assert seen == [2 * number >= every for number in range(every)]
+    assert gockpt.steps(path) == [every]
+
+
 def test_only_the_newest_are_kept(run, harness):
     path = harness.directory()
     options = gockpt.Options(keep=2, when_busy="wait")
