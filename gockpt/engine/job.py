@@ -45,6 +45,11 @@ _log = logging.getLogger("gockpt")
 LARGE = 1 << 20
 """Chunks from this many bytes on are also written by threads that do nothing else, several at once."""
 
+SMALL = 64 << 10
+"""Chunks below this many bytes are written several in a row: taking them one by one costs as much again."""
+
+SMALL_BATCH = 16
+
 BATCH = 2
 """Gradients of one piece that are replayed in one pass while the window is open."""
 
@@ -268,7 +273,8 @@ class Job:
     def _next(self) -> Task | None:
         closed = self._capture is not None
         threshold = 1 if closed or self._hurry else BATCH
-        for state in self._pieces.values():
+        # Looked through for each task, and so not any more when all are proven.
+        for state in self._pieces.values() if self._unproven or not closed else ():
             if state.busy or state.proven:
                 continue
             if closed or len(state.pending) >= threshold:
@@ -297,11 +303,20 @@ class Job:
         if self._wrong:
             return None
         for position in positions:
-            place, slot = self._chunks[position]
-            if slot.nbytes >= least and not self._waiting.get(place.layout.spec.name):
-                del self._chunks[position]
-                return lambda: self._write(place, slot)
+            if self._is_ready(position, least):
+                end = position + 1
+                if self._chunks[position][1].nbytes < SMALL:
+                    most = min(len(self._chunks), position + SMALL_BATCH)
+                    while end < most and self._chunks[end][1].nbytes < SMALL and self._is_ready(end, least):
+                        end += 1
+                chosen = self._chunks[position:end]
+                del self._chunks[position:end]
+                return lambda: self._write(chosen)
         return None
+
+    def _is_ready(self, position: int, least: int) -> bool:
+        place, slot = self._chunks[position]
+        return slot.nbytes >= least and not self._waiting.get(place.layout.spec.name)
 
     def _run(self, task: Task) -> None:
         error: BaseException | None = None
@@ -419,14 +434,16 @@ class Job:
             _log.warning("what a void save had written could not be removed", exc_info=True)
         return lambda: self._outcome.mismatched(self, wrong)
 
-    def _write(self, place: ArrayPlace, slot: Slot) -> Report | None:
-        arena = self._arenas[place.arena]
+    def _write(self, chunks: Sequence[tuple[ArrayPlace, Slot]]) -> Report | None:
         began = perf_counter()
-        if place.strides is not None:
-            _to_row_major(arena.view(slot.offset, slot.nbytes), place.layout.spec.shape, place.strides)
-        self._begun().write_chunk(place.layout, slot, arena.view(slot.offset, slot.capacity).data)
+        arenas, transaction = self._arenas, self._begun()
+        for place, slot in chunks:
+            arena = arenas[place.arena]
+            if place.strides is not None:
+                _to_row_major(arena.view(slot.offset, slot.nbytes), place.layout.spec.shape, place.strides)
+            transaction.write_chunk(place.layout, slot, arena.view(slot.offset, slot.capacity).data)
         with self._changed:
-            self.written_bytes += slot.nbytes
+            self.written_bytes += sum(slot.nbytes for _, slot in chunks)
         self._trace.span("write", began, perf_counter())
         return None
 

@@ -376,6 +376,39 @@ def test_writers_take_the_large_proven_chunks_and_nothing_else(bench, monkeypatc
     assert made.job.take_write() is None
 
 
+def test_small_chunks_are_written_in_a_row_but_none_before_its_proof(bench):
+    made = bench()
+    made.close()
+    for _ in range(2):  # the pieces of the first array
+        made.job.take()()
+    held = [made.job.take(), made.job.take()]  # those of the second
+    made.job.take()()  # the documents
+    made.job.take()()
+    (transaction,) = made.transactions
+    assert [write[0][1] for write in transaction.writes] == ["loose", "a"]
+    for replay in held:
+        replay()
+    made.job.take()()
+    made.job.take()()
+    assert made.outcome.wait() == ("published", "published")
+    assert [write[0][1] for write in transaction.writes] == ["loose", "a", "b"]
+    assert made.job.written_bytes == made.job.total_bytes
+    assert made.written().keys() == made.live.keys()
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_at_most_so_many_chunks_and_only_small_ones_are_written_in_a_row(bench, monkeypatch, small):
+    monkeypatch.setattr(job_module, "SMALL", small)
+    monkeypatch.setattr(job_module, "SMALL_BATCH", 2)
+    made = bench()
+    made.close()
+    for _ in made.pieces:
+        made.job.take()()
+    made.job.take()()
+    made.job.take()()
+    assert len(made.transactions[0].writes) == (2 if small else 1)
+
+
 def test_after_a_kernel_failed_in_the_window_the_training_side_is_never_stuck(bench, monkeypatch):
     """Posting and discarding pieces of a job that failed return, and give the ring's room back."""
 
