@@ -142,7 +142,11 @@ class Worker:
 
     def _read(self) -> list[Any] | None:
         """Wait for messages and return them; ``None`` at the end of the stream."""
-        data, descriptors, _, _ = socket.recv_fds(self._sock, 1 << 18, 8)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._sock, 1 << 18, 8)
+        except ConnectionError:
+            # So ends the stream of a trainer that had not read all it was told. All it sent came before this.
+            return None
         self._descriptors.extend(descriptors)
         return self._frames.feed(data) if data else None
 
@@ -157,9 +161,8 @@ class Worker:
 
         The stream need not have an end: the trainer's children may hold its socket.
         """
-        with suppress(ConnectionError):
-            while _is_ready(self._sock.fileno()) and self._receive():
-                pass
+        while _is_ready(self._sock.fileno()) and self._receive():
+            pass
 
     def _handle(self, message: Any) -> None:
         self._handlers[type(message)](message)

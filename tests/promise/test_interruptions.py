@@ -25,9 +25,11 @@ LAYERS, WIDTH = 8, 200
 def link(monkeypatch):
     """A link to the arena that is slow from the background thread while ``slow`` is set.
 
-    ``in_main`` runs once, inside the first copy that the main thread helps with.
+    ``in_main`` runs once, inside the first copy that the main thread helps with. ``open`` lets the
+    background through at all.
     """
-    found = SimpleNamespace(slow=False, in_main=None, copies=0)
+    found = SimpleNamespace(slow=False, in_main=None, copies=0, open=threading.Event())
+    found.open.set()
     original = transfer.copy_fingerprint
 
     def copy(*args):
@@ -35,8 +37,10 @@ def link(monkeypatch):
             action, found.in_main = found.in_main, None
             if action is not None:
                 action()
-        elif found.slow:
-            sleep(0.02)
+        else:
+            assert found.open.wait(30)
+            if found.slow:
+                sleep(0.02)
         found.copies += 1
         return original(*args)
 
@@ -75,10 +79,15 @@ def test_interrupted_while_wait_helps_with_the_last_copies(harness, link):
     model, optimizer = build(torch.optim.SGD)
     path = harness.directory()
     saver = gockpt.Checkpointer(model, optimizer, path, options=gockpt.Options(window=1))
-    link.slow = True
+
+    def interrupted():
+        link.open.set()
+        interrupt()
+
+    link.in_main = interrupted
+    link.open.clear()
     saver.after_step(1)
     expected = values(model)
-    link.in_main = interrupt
     with pytest.raises(KeyboardInterrupt):
         saver.wait()
     saver.abort("the program ended by an exception")

@@ -557,6 +557,36 @@ def test_a_trainer_killed_when_the_capture_was_only_sent(harness):
     holds(path, 6)
 
 
+def test_a_trainer_killed_before_it_has_read_what_it_was_told(harness):
+    """The stream then ends in an error, not in an end."""
+    path = harness.directory()
+    (worker,) = trainer(
+        """
+        import fcntl, select, struct, termios
+        stuck, unread = threading.Event(), select.poll()
+        worker._hear = lambda _: (stuck.set(), threading.Event().wait())
+        stuck.wait()
+        unread.register(worker._sock, select.POLLIN)
+        unread.poll()
+        train(range(4, 7))
+        saver._engine._save.attempt._batch.finish()
+        with saver._engine._changed:
+            saver._engine._save.settle()
+        while worker._outbox._queue:
+            threading.Event().wait(0.01)
+        while struct.unpack("i", fcntl.ioctl(worker._sock, termios.TIOCOUTQ, bytes(4)))[0]:
+            pass
+        os.kill(worker.pid, signal.SIGSTOP)
+        last_words()
+        die()
+        """,
+        path,
+    )
+    os.kill(worker, signal.SIGCONT)
+    gone(worker)
+    holds(path, 6)
+
+
 def test_a_trainer_killed_before_the_capture(harness):
     path = harness.directory()
     (worker,) = trainer("train(range(4, 6)); last_words(); die()", path)
