@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from gockpt.engine import notices
-from gockpt.errors import WorkerError
+from gockpt.errors import WorkerError, as_background_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -223,9 +223,7 @@ class RemoteJob:
             try:
                 report()
             except BaseException as caught:  # noqa: BLE001 - a waiting caller must hear of it
-                error = WorkerError(f"the background of a save failed: {type(caught).__name__}: {caught}")
-                error.__cause__ = caught
-                self._outcome.failed(self, error)
+                self._outcome.failed(self, as_background_error(caught))
         with self._lock:
             self._reporting -= 1
             last = not self._reporting
