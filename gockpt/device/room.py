@@ -18,9 +18,6 @@ COPY_BYTES = 32 << 20
 SLOTS = 4
 """Slots of the ring: one is packed, one is copied, and two stand by while the host looks what has landed."""
 
-MODEST = 1 / 8
-"""Without a bound, staging takes no more than this share of the free device memory, and no scratch."""
-
 GRAIN = 512
 """What device allocators round to."""
 
@@ -62,7 +59,7 @@ class Room:
         return max(0.0, (nbytes - self.ring_bytes + self.slot_bytes) / bytes_per_second - hidden_seconds)
 
 
-def make_room(limit: int | None, *, free: int, state_bytes: int) -> Room:
+def make_room(limit: int, *, free: int, state_bytes: int) -> Room:
     """Share a bound of device memory between the staging ring and a snapshot.
 
     The ring comes first, up to four slots of 32 MB; what is left is scratch, up to the size of the state.
@@ -72,11 +69,10 @@ def make_room(limit: int | None, *, free: int, state_bytes: int) -> Room:
         free: Bytes of device memory that nobody uses.
         state_bytes: What a save moves.
     """
-    allowed = int(free * MODEST) if limit is None else limit
     # More slots than the state fills would never be used.
     wanted = min(COPY_BYTES, max(GRAIN, state_bytes))
-    slot = min(wanted, allowed // SLOTS) // GRAIN * GRAIN
+    slot = min(wanted, limit // SLOTS) // GRAIN * GRAIN
     slot = max(ALIGNMENT, slot)
     ring = slot * SLOTS
-    scratch = 0 if limit is None else max(0, min(allowed, free) - ring)
+    scratch = max(0, min(limit, free) - ring)
     return Room(slot, SLOTS, min(scratch, -(-state_bytes // GRAIN) * GRAIN) // GRAIN * GRAIN)

@@ -103,25 +103,21 @@ def test_half_elements_are_refused(nbytes, offset):
         load_up([odd], slot_bytes=64, copy_bytes=64, piece_bytes=64)
 
 
-@given(st.none() | st.integers(1 << 16, 1 << 40), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+@given(st.integers(1 << 16, 1 << 40), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
 def test_the_room_stays_within_its_bound(limit, free, state):
     room = make_room(limit, free=free, state_bytes=state)
     assert room.slot_bytes % 64 == 0
     assert 64 <= room.slot_bytes <= COPY_BYTES
     assert room.slots == SLOTS
-    if limit is not None:
-        assert room.nbytes <= limit
-        assert room.scratch_bytes <= state + 512
-    else:
-        assert not room.scratch_bytes
-        assert room.nbytes <= max(free // 8, SLOTS * 64)
+    assert room.nbytes <= limit
+    assert room.scratch_bytes <= min(state + 512, free)
 
 
 def test_what_a_room_is_made_of():
     gb = 1 << 30
     assert make_room(8 * gb, free=80 * gb, state_bytes=100 * gb) == Room(32 << 20, 4, 8 * gb - (128 << 20))
     assert make_room(8 * gb, free=80 * gb, state_bytes=gb) == Room(32 << 20, 4, gb)
-    assert make_room(None, free=80 * gb, state_bytes=100 * gb) == Room(32 << 20, 4, 0)
+    assert make_room(8 * gb, free=gb, state_bytes=100 * gb) == Room(32 << 20, 4, gb - (128 << 20))
     assert make_room(1 << 16, free=80 * gb, state_bytes=100 * gb) == Room(1 << 14, 4, 0)
 
 
