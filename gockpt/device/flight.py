@@ -31,7 +31,7 @@ class Consignment:
         lost: Shipments that did not arrive as they were at the boundary. Complete when ``done`` is set.
         error: Why it will not arrive; ``None`` if it did, or still may.
         expected: The fingerprints at the boundary, in order: the shipments', or those of what was only
-            looked at; filled when ``done``.
+            looked at; filled when ``done``, after an error too if the device still says them, else empty.
     """
 
     def __init__(
@@ -99,6 +99,14 @@ class Consignment:
         on_done, self.on_done = self.on_done, None
         if on_done is not None:
             on_done()
+
+    def recall(self) -> None:
+        """Take what the device saw at the boundary, although nothing arrives. Waits; raises nothing."""
+        try:
+            self.boundary.synchronize()
+            self.expected = self.prints.values()
+        except Exception:  # noqa: BLE001 - whatever the driver raises: nothing is known then
+            self.expected = []
 
     def judge(self) -> None:
         """Compare what arrived with what the device saw at the boundary, once all has arrived."""

@@ -519,6 +519,8 @@ class DeviceTransfer:
         # All have ended before the first one is told of: whoever is told may wait for others of them.
         for consignment in dropped:
             consignment.error = wrapped
+            if not self._line.dead:
+                consignment.recall()
             consignment.end()
         for consignment in dropped:
             try:

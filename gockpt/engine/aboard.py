@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gockpt.engine.at_once import copy_at_once
+from gockpt.engine.at_once import AtOnce
 from gockpt.engine.following import Following, Role
 from gockpt.engine.gathering_aboard import REFUSED, GatheringAboard
 from gockpt.engine.roads import sources_of
@@ -74,6 +74,7 @@ class Aboard:
         self._pieces = [piece for piece in cut.pieces if piece.aboard]
         self._all = [*self._pieces, *cut.shipped, *cut.prompt]
         self._seen: list[tuple[Sequence[Piece], Consignment]] = []
+        self._at_once: AtOnce | None = None
         self._closed = False
         self._kept: set[int] = set()
         self._again: set[int] = set()
@@ -85,7 +86,10 @@ class Aboard:
         """Take a boundary inside the window, and send ``pieces``."""
         self.gathering.make_late()
         self._seen = []
-        if self._road.broken or not self._all:
+        if not self._all:
+            return
+        if self._road.broken:
+            self._look_only(live)
             return
         # One may be barred already, as by a closure.
         pieces = [piece for piece in pieces if piece.late is None]
@@ -100,6 +104,7 @@ class Aboard:
                 self._following.state(pieces, state)
         except SaveError as error:
             self.gathering.give_up(error)
+            self._look_only(live)
             return
         roles = (Role.SAME, Role.FIRST)
         self._following.look([(piece, roles[piece.index in leaving]) for piece in self._all], sent)
@@ -147,12 +152,28 @@ class Aboard:
             return set()
         return kept
 
+    def _look_only(self, live: LiveState) -> None:
+        """Take the boundary's fingerprints for :meth:`stands` alone: the road is not taken any more."""
+        for _ in range(2):  # the first time may tell only of what failed before
+            with suppress(SaveError):
+                self._seen = [(self._all, self._road.watch(sources_of(live, self._all), self._arrived))]
+                return
+
     def stands(self, live: LiveState) -> bool:
-        """Whether all of it is what it was at the last tick. Waits for the device."""
+        """Whether all of it is shown to be what it was at the last tick. Waits for the device.
+
+        Raises:
+            SaveError: If the device refuses to say.
+        """
+        if self._at_once is not None:
+            return self._at_once.same(live.entries)
         if self._all and not self._seen:
             return False
         for pieces, sent in self._seen:
-            self._road.finish(sent)
+            with suppress(SaveError):  # of what did not arrive, it may be known all the same what it was
+                self._road.finish(sent)
+            if sent.error is not None and not sent.expected:
+                raise sent.error
             if self._road.look(live, pieces) != list(sent.expected):
                 return False
         return True
@@ -166,9 +187,9 @@ class Aboard:
         for piece in self._pieces:
             self.gathering.drop(piece, REFUSED)
         self.instead = set(self._names())
-        for array in self._layout.arrays:
-            if array.spec.name in self.instead:
-                copy_at_once(live.entries[array.spec.name], array, self._arena)
+        arrays = (array for array in self._layout.arrays if array.spec.name in self.instead)
+        self._at_once = AtOnce(arrays, self._arena)
+        self._at_once.copy(live.entries)
 
     def _names(self) -> Iterator[Name]:
         for piece in self._all:
