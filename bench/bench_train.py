@@ -102,6 +102,10 @@ def summary(segments: list[dict[str, Any]], saver: str, every: int) -> dict[str,
     saves = [timing for s in own for timing in s["saves"]]
     ratios = [plain[s["round"]]["seconds"] / s["seconds"] for s in own]
     extra = [(s["seconds"] - plain[s["round"]]["seconds"]) / len(s["saves"]) for s in own if s["saves"]]
+    stalls = [sum(t["exposed"] for t in s["saves"]) for s in own]
+    beyond = [
+        plain[s["round"]]["seconds"] / (s["seconds"] - stall) for s, stall in zip(own, stalls, strict=True)
+    ]
     durable = [t["durable"] for t in saves if t["durable"] is not None]
     slowed = [slowdown for s in own for slowdown in window_slowdowns(s, plain[s["round"]])]
     return {
@@ -110,6 +114,7 @@ def summary(segments: list[dict[str, Any]], saver: str, every: int) -> dict[str,
         "tokens_per_second": median(s["tokens"] / s["seconds"] for s in own),
         "vs_none": median(ratios),
         "vs_none_range": [min(ratios), max(ratios)],
+        "vs_none_beyond_stall": median(beyond),
         "exposed_seconds_per_save": median(t["exposed"] for t in saves) if saves else None,
         "extra_seconds_per_save": median(extra) if extra else None,
         "durable_seconds": median(durable) if durable else None,
@@ -147,7 +152,7 @@ def show(rows: list[dict[str, Any]], segment: dict[str, Any], tokens: int) -> No
         f"{segment['parameters'] / 1e6:.1f} M parameters, state {megabytes(segment['state_bytes'])}, "
         f"{tokens} tokens per step"
     )
-    header = ["saver", "every", "saves", "window", "tokens/s", "vs none", "range"]
+    header = ["saver", "every", "saves", "window", "tokens/s", "vs none", "range", "beyond stall"]
     header += ["exposed/save", "extra/save", "in the window", "durable after", "peak RSS"]
     print(table(header, [cells(row) for row in rows]))
 
@@ -167,6 +172,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['tokens_per_second']:.0f}",
         f"{row['vs_none']:.3f}",
         f"{low:.3f}-{high:.3f}",
+        f"{row['vs_none_beyond_stall']:.3f}",
         seconds("exposed_seconds_per_save"),
         seconds("extra_seconds_per_save"),
         "-" if row["window_slowdown"] is None else f"{100 * row['window_slowdown']:+.1f} %",

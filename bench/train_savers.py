@@ -91,10 +91,13 @@ class Gockpt:
         window: Any = "auto",
         worker: Any = "thread",
         device_memory: int | None = None,
+        nice: int | None = None,
     ) -> None:
         import gockpt
 
         options = gockpt.Options(window=window, keep=KEEP, worker=worker, device_memory=device_memory)
+        if nice is not None:
+            options = options.replace(nice=nice)
         self._saver = gockpt.Checkpointer(model, optimizer, directory, every=every, options=options)
         self._newest: SaveHandle | None = None
         self._told: dict[int, float] = {}
@@ -343,6 +346,7 @@ SAVERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "no saving (again)": (Nothing, {}),
     "gockpt, window auto": (Gockpt, {"window": "auto"}),
     "gockpt, window 4": (Gockpt, {"window": 4}),
+    "gockpt, window auto, nice 19": (Gockpt, {"window": "auto", "nice": 19}),
     "gockpt, window auto, process": (Gockpt, {"window": "auto", "worker": "process"}),
     "gockpt, window 4, process": (Gockpt, {"window": 4, "worker": "process"}),
     "torch.save + fsync": (TorchSave, {"sync": True}),

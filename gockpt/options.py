@@ -113,7 +113,7 @@ class Options:
     host_memory: int | None = None
     device_memory: int | None = None
     cpu_threads: int | None = None
-    nice: int = 19
+    nice: int = 10
     overhead: float = 0.01
     grad_dtype: Literal["fp16", "bf16"] | None = None
     compression: Literal["zstd", "blosc", "auto"] | None = None

@@ -88,6 +88,7 @@ def write_chunk(
     slot: Slot,
     buffer: memoryview,
     direct: bool,
+    known: bool = False,
 ) -> WrittenChunk:
     """Create the file ``name`` and write the slot's chunk into it.
 
@@ -101,6 +102,7 @@ def write_chunk(
             rows is overwritten.
         direct: Whether to try direct I/O; where the file system refuses it, the page cache is used. Memory
             that isn't page-aligned is copied by pieces of 8 MiB.
+        known: Whether a file beside it was written directly: then it isn't asked again what that takes.
 
     Raises:
         ValueError: If the buffer is not the slot's size.
@@ -131,7 +133,7 @@ def write_chunk(
         pieces.append((_trailer(crc_bytes[begin - whole :], begin - start), start))
 
     fd, used, refused = _write_pieces(
-        fs, dir_fd, name, pieces, end=end, nbytes=whole + CHECKSUM_BYTES, direct=direct
+        fs, dir_fd, name, pieces, end=end, nbytes=whole + CHECKSUM_BYTES, direct=direct, known=known
     )
     return WrittenChunk(fd, blocks, real + CHECKSUM_BYTES, used, refused)
 
@@ -147,7 +149,9 @@ def _write_small(fs: Filesystem, dir_fd: int, name: str, buffer: memoryview, nby
     return WrittenChunk(files.write_new_file(fs, dir_fd, name, buffer[:end]), blocks, end, False, False)
 
 
-def write_encoded(fs: Filesystem, dir_fd: int, name: str, *, data: bytes, direct: bool) -> WrittenChunk:
+def write_encoded(
+    fs: Filesystem, dir_fd: int, name: str, *, data: bytes, direct: bool, known: bool = False
+) -> WrittenChunk:
     """Create the file ``name`` and write an encoded chunk into it.
 
     Args:
@@ -156,6 +160,7 @@ def write_encoded(fs: Filesystem, dir_fd: int, name: str, *, data: bytes, direct
         name: The file, which must not exist.
         data: The chunk as encoded.
         direct: As for :func:`write_chunk`.
+        known: Likewise.
 
     Raises:
         OSError: What the system says. The file is of no use then.
@@ -169,7 +174,7 @@ def write_encoded(fs: Filesystem, dir_fd: int, name: str, *, data: bytes, direct
     pieces = [(view[:body], 0), (last, body)] if body else [(last, 0)]
     nbytes = view.nbytes + CHECKSUM_BYTES
     fd, used, refused = _write_pieces(
-        fs, dir_fd, name, pieces, end=_pages(nbytes), nbytes=nbytes, direct=direct
+        fs, dir_fd, name, pieces, end=_pages(nbytes), nbytes=nbytes, direct=direct, known=known
     )
     return WrittenChunk(fd, blocks, nbytes, used, refused)
 
@@ -183,6 +188,7 @@ def _write_pieces(
     end: int,
     nbytes: int,
     direct: bool,
+    known: bool,
 ) -> tuple[int, bool, bool]:
     """Create a file of ``nbytes`` with these whole pages at their offsets, no hole before ``end``.
 
@@ -190,7 +196,7 @@ def _write_pieces(
         The open file, whether it was written directly, and whether the file system refused that.
     """
     wanted = direct and end >= DIRECT_FROM
-    fd, direct = _create(fs, dir_fd, name, direct=wanted)
+    fd, direct = _create(fs, dir_fd, name, direct=wanted, known=known)
     try:
         if end >= _RESERVE_FROM:
             _reserve(fs, fd, end)
@@ -225,7 +231,7 @@ def _write(fs: Filesystem, fd: int, piece: memoryview, offset: int, *, direct: b
         files.write_all(fs, fd, bounce[: part.nbytes], offset + start)
 
 
-def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool) -> tuple[int, bool]:
+def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool, known: bool) -> tuple[int, bool]:
     if direct:
         try:
             fd = fs.open(name, files.NEW_FILE | os.O_DIRECT, dir_fd=dir_fd)
@@ -234,7 +240,7 @@ def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool) -> tuple[in
                 raise
         else:
             try:
-                fits = 0 < fs.direct_alignment(fd) <= ALIGNMENT
+                fits = known or 0 < fs.direct_alignment(fd) <= ALIGNMENT
             except BaseException:
                 fs.close(fd)
                 raise

@@ -118,6 +118,7 @@ class Draft:
         self._tried: manifest.Manifest | None = None
         self._documents: tuple[FileEntry, ...] | None = None
         self._direct = True
+        self._known = False  # whether a chunk was written directly
 
     def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
         """Write one chunk; see :meth:`gockpt.storage.transaction.Transaction.write_chunk`."""
@@ -137,6 +138,7 @@ class Draft:
             array.stored[slot.chunk] = written.nbytes - CHECKSUM_BYTES
             self.nbytes += written.nbytes
             self._direct = self._direct and not written.refused
+            self._known = self._known or written.direct
 
     def _write_rows(
         self, name: str, layout: ArrayLayout, slot: Slot, buffer: memoryview, codec: str | None
@@ -146,10 +148,19 @@ class Draft:
             self._compression.sample(layout, slot, buffer)
             with self._stopwatch:
                 return chunk_writer.write_chunk(
-                    self._fs, self._fd, name, layout=layout, slot=slot, buffer=buffer, direct=self._direct
+                    self._fs,
+                    self._fd,
+                    name,
+                    layout=layout,
+                    slot=slot,
+                    buffer=buffer,
+                    direct=self._direct,
+                    known=self._known,
                 )
         with self._compression.encoded(codec, layout, slot, buffer) as data, self._stopwatch:
-            return chunk_writer.write_encoded(self._fs, self._fd, name, data=data, direct=self._direct)
+            return chunk_writer.write_encoded(
+                self._fs, self._fd, name, data=data, direct=self._direct, known=self._known
+            )
 
     def restate(self, contents: Contents) -> None:
         """Hold other documents than it was begun with: the same arrays.

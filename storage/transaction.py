@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
@@ -23,7 +23,7 @@ from gockpt.storage.draft import Contents, Draft
 from gockpt.storage.failures import storage_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from gockpt.layout import ArrayLayout, Slot
@@ -69,6 +69,24 @@ class Published:
     path: str
     nbytes: int
     encoding_memory: int
+
+
+class _Work:
+    """A context manager around one piece of work: hundreds of a save, so no generator."""
+
+    __slots__ = ("_alone", "_transaction")
+
+    def __init__(self, transaction: Transaction, *, alone: bool = False) -> None:
+        self._transaction = transaction
+        self._alone = alone
+
+    def __enter__(self) -> None:
+        self._transaction._start(alone=self._alone)  # noqa: SLF001 - a part of it
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._transaction._end(error, alone=self._alone)  # noqa: SLF001 - a part of it
 
 
 class Transaction:
@@ -150,7 +168,7 @@ class Transaction:
             UsageError: If that chunk was written before, or the checkpoint was begun without the array, or
                 with another layout of it.
         """
-        with self._work():
+        with _Work(self):
             self._draft.write_chunk(layout, slot, buffer)
             self._show_life()
 
@@ -160,7 +178,7 @@ class Transaction:
         Raises:
             UsageError: If they are.
         """
-        with self._work():
+        with _Work(self):
             self._contents = replace(self._contents, state=state, attributes=attributes, exact=exact)
             self._draft.restate(self._contents)
 
@@ -173,7 +191,7 @@ class Transaction:
             StorageError: If the disk refuses.
             UsageError: If readers would not take what the checkpoint was begun with.
         """
-        with self._work():
+        with _Work(self):
             self._draft.write_documents(self._tentatively)
 
     def commit(self) -> Published:
@@ -183,7 +201,7 @@ class Transaction:
             StorageError: If the disk refuses, or the place was taken by something else meanwhile.
             UsageError: If chunks are missing, or as for :meth:`write_documents`.
         """
-        with self._work(alone=True):
+        with _Work(self, alone=True):
             arrays, documents = self._draft.finish(self._tentatively)
             self._draft.sync()
             with self._catalog.turn:
@@ -227,9 +245,8 @@ class Transaction:
     ) -> None:
         self.abort()
 
-    @contextmanager
-    def _work(self, *, alone: bool = False) -> Iterator[None]:
-        """Let one piece of work happen, unless it is over; an error, whatever it is, ends it for good."""
+    def _start(self, *, alone: bool) -> None:
+        """Let one piece of work happen, unless it is over."""
         with self._changed:
             if os.getpid() != self._pid:
                 msg = "a forked process can't go on with its parent's save"
@@ -245,16 +262,14 @@ class Transaction:
                 msg = "commit while chunks are being written"
                 raise UsageError(msg)
             self._workers += 1
-        try:
-            yield
-        except BaseException as error:
+
+    def _end(self, error: BaseException | None, *, alone: bool) -> None:
+        """It has happened; an error, whatever it is, ends all."""
+        with self._changed:
             self._failure = self._failure or error
-            raise
-        finally:
-            with self._changed:
-                self._workers -= 1
-                self._ended = self._ended or (alone and self._failure is None)
-                self._changed.notify_all()
+            self._workers -= 1
+            self._ended = self._ended or (alone and self._failure is None)
+            self._changed.notify_all()
 
     def _show_life(self) -> None:
         """Let observers on other hosts know, now and then, that the writer lives."""

@@ -51,6 +51,7 @@ def test_training_bench(bench):
         assert row["tokens_per_second"] > 0
         low, high = row["vs_none_range"]
         assert low <= row["vs_none"] <= high
+        assert row["vs_none_beyond_stall"] >= row["vs_none"]
         if row["saver"].startswith("no saving"):
             assert (row["every"], row["saves"], row["durable_seconds"]) == (None, 0, None)
         else:
