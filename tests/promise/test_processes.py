@@ -45,7 +45,7 @@ def digest(model, optimizer):
     return found.hexdigest()
 
 def options(**more):
-    return gockpt.Options(**{"window": 3, "cpu_threads": 1, "nice": 0, **more})
+    return gockpt.Options(**{"window": 3, "cpu_threads": 1, "nice": 0, "worker": WORKER, **more})
 
 def warm():
     # What is imported, compiled and calibrated before a fork need not be in each child.
@@ -58,13 +58,16 @@ def warm():
 """
 
 
-def script(body):
+WORKERS = ("thread", "process")
+
+
+def script(body, worker):
     """Return a program: the training above, then ``body``."""
-    return TRAIN + textwrap.dedent(body)
+    return f"WORKER = {worker!r}\n" + TRAIN + textwrap.dedent(body)
 
 
-def start(body, *arguments, **more):
-    command = [sys.executable, "-W", "error::UserWarning", "-c", script(body), *map(str, arguments)]
+def start(body, *arguments, worker="thread", **more):
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script(body, worker), *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", **more
     )
@@ -144,8 +147,8 @@ print(json.dumps(reached))
 """
 
 
-def check_kills(path, seed, kills):
-    code, out, errors = finish(start(KILLS, path, seed, kills))
+def check_kills(path, seed, kills, worker="thread"):
+    code, out, errors = finish(start(KILLS, path, seed, kills, worker=worker))
     assert code == 0, errors
     reached = json.loads(out)
     assert reached == sorted(reached), "the newest never goes back"
@@ -158,9 +161,13 @@ def check_kills(path, seed, kills):
     assert left == []
 
 
-def test_killed_at_random_moments(harness):
-    """Continuous saving, killed again and again; each run resumes from the newest and goes on."""
-    check_kills(harness.directory(), 1, 8)
+@pytest.mark.parametrize("worker", WORKERS)
+def test_killed_at_random_moments(harness, worker):
+    """Continuous saving, killed again and again; each run resumes from the newest and goes on.
+
+    What a worker process holds when its trainer is killed is published behind the checks.
+    """
+    check_kills(harness.directory(), 1, 8, worker)
 
 
 @pytest.mark.soak
@@ -233,11 +240,11 @@ exec(body)
 """
 
 
-@pytest.fixture(scope="module")
-def endings(harness):
+@pytest.fixture(scope="module", params=WORKERS)
+def endings(harness, request):
     """Return how each ending went: its directory, exit code and output."""
     root = harness.directory()
-    code, out, errors = finish(start(LOOP, root, json.dumps(ENDINGS)))
+    code, out, errors = finish(start(LOOP, root, json.dumps(ENDINGS), worker=request.param))
     assert code == 0, errors
     return {how: (Path(root, how), *told) for how, told in json.loads(out).items()}
 
@@ -339,7 +346,8 @@ def forked(child):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_fork_inside_a_window_leaves_the_parents_save_alone(harness):
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_fork_inside_a_window_leaves_the_parents_save_alone(harness, worker):
     """As data loader workers do: the child trains nothing and may not save; the parent goes on."""
 
     def build():
@@ -351,7 +359,7 @@ def test_a_fork_inside_a_window_leaves_the_parents_save_alone(harness):
         optimizer.step()
 
     with harness.closing():
-        loop = harness.Loop(build, update, every=6, window=4)
+        loop = harness.Loop(build, update, every=6, window=4, worker=worker)
         loop.run(4)
         assert "only the parent may call" in forked(loop.boundary)
         assert forked(lambda: torch.ones(3).sum().item()) == "3.0"
@@ -363,7 +371,8 @@ def test_a_fork_inside_a_window_leaves_the_parents_save_alone(harness):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_data_loader_workers_forked_inside_a_window(harness):
+@pytest.mark.parametrize("worker", WORKERS)
+def test_data_loader_workers_forked_inside_a_window(harness, worker):
     class Numbers(torch.utils.data.Dataset):
         def __len__(self):
             return 12
@@ -391,7 +400,7 @@ def test_data_loader_workers_forked_inside_a_window(harness):
         optimizer.step()
 
     with harness.closing():
-        loop = harness.Loop(build, update, every=5, window=4)
+        loop = harness.Loop(build, update, every=5, window=4, worker=worker)
         saved = loop.run(11).finish()
     assert [(s.step, s.attempts) for s in saved] == [(5, 1), (10, 1)]
 
