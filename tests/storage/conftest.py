@@ -299,21 +299,34 @@ class KilledAt(Interposer):
         self.at, self.after = at, after
         self.count = 0
         self.dead = False
+        self.held: set[int] = set()
+
+    def bury(self, store: Store | None) -> None:
+        """Do what the kernel does for a process that is gone: end its lock, close what it had open."""
+        if store is not None:
+            store._place.lock.release()
+        while self.held:
+            os.close(self.held.pop())
 
     def around(self, name, call, arguments, dir_fd):
         if self.dead:
             if name == "close":  # the kernel does it for the dead
+                self.held.discard(arguments[0])
                 return call()
             raise Killed
         self.dead = self.count == self.at
         self.count += 1
         if self.dead and not self.after:
             raise Killed
+        if name == "close":
+            self.held.discard(arguments[0])
         result = call()
         if self.dead:
             if name == "open":
                 os.close(result)
             raise Killed
+        if name == "open":
+            self.held.add(result)
         return result
 
 

@@ -80,9 +80,7 @@ def test_death_at_every_call(scenario, after, small_sample, checker, faults, scr
             store = Store(path, fs=fs)
             act(store, scenario, small_sample)
         assert fs.dead
-        if store is not None:  # what the kernel does for the dead
-            store._place.lock.release()
-            os.close(store._place.fd)
+        fs.bury(store)
 
         done = number > publishing or (number == publishing and after)
         expected = before if not done or scenario == "prune" else 9

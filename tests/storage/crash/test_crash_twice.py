@@ -65,7 +65,7 @@ def test_death_while_tidying_up_after_the_dead(scenario, stride, small_sample, c
             store = Store(left, fs=fs)
             act(store, scenario, small_sample)
         assert fs.dead
-        bury(store)
+        fs.bury(store)
         before = newest(checker.examine(checker.read(left)))
         for second in itertools.count(first % stride, stride):
             path = scratch / "path"
@@ -74,7 +74,7 @@ def test_death_while_tidying_up_after_the_dead(scenario, stride, small_sample, c
             with contextlib.suppress(faults.Killed):
                 store = Store(path, fs=fs)
             over, fs.at = not fs.dead, -1
-            bury(store)
+            fs.bury(store)
             seen = checker.examine(checker.read(path))
             assert newest(seen) == before, (first, second)
             assert not any(one.problems for one in seen)
