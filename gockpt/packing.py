@@ -1,4 +1,4 @@
-"""Launches of the device kernels on torch tensors: pack, unpack, quantise, fingerprint.
+"""Launches of the device kernels on torch tensors: pack, unpack, quantise, encode, fingerprint.
 
 Each class plans once, for given tensors, and keeps its tables on the device. Its methods only launch, on
 the current stream: they allocate nothing, wait for nothing and read nothing back. The tensors are
@@ -17,6 +17,7 @@ import torch
 
 from gockpt.errors import UnsupportedState
 from gockpt.kernels import blocks
+from gockpt.kernels.encoded import Place, plan_each
 from gockpt.kernels.quantised import Gradient, Message, plan_message
 from gockpt.transfer import is_dense
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from gockpt.kernels.blocks import BlockTable
 
-__all__ = ["Fingerprints", "Packing", "Quantising"]
+__all__ = ["Encoding", "Fingerprints", "Packing", "Quantising"]
 
 
 class _Launches:
@@ -271,6 +272,66 @@ class Quantising(_Launches):
                     len(table.blocks),
                     plan.raw_slots,
                     SIZE=table.word,
+                    WIDTH=table.width,
+                    enable_fp_fusion=False,
+                )
+
+
+class Encoding(_Launches):
+    """Gradients that are encoded while they are packed, each at its place, see ``gockpt.kernels.encoded``."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        encoding: str,
+        places: Sequence[tuple[int, int]],
+        nbytes: int,
+        device: torch.device,
+    ) -> None:
+        """Plan the launches.
+
+        Args:
+            tensors: float32 gradients, by name, in storage order.
+            encoding: ``"fp16"`` or ``"bf16"``.
+            places: For each of them, the byte of the buffer where it starts, and how many it takes.
+            nbytes: Size of the buffer.
+            device: Where tensors and buffer are.
+
+        Raises:
+            ValueError: If two would meet in the buffer, or one does not fit, or is on another device.
+            UnsupportedState: If a tensor has holes, overlaps itself, or has another dtype.
+        """
+        super().__init__(tensors, device)
+        for name, tensor in self._tensors.items():
+            if tensor.dtype != torch.float32:
+                msg = f"{name!r} is {tensor.dtype}; only float32 gradients are encoded"
+                raise UnsupportedState(msg)
+        self.nbytes = nbytes
+        self._encoding = encoding
+        rows = [
+            Place(tensor.data_ptr(), tensor.numel(), offset, size)
+            for tensor, (offset, size) in zip(self._tensors.values(), places, strict=True)
+        ]
+        self._upload(plan_each(encoding, rows, nbytes))
+
+    def encode(self, buffer: torch.Tensor, *, max_programs: int) -> None:
+        """Write all of them to ``buffer``: contiguous uint8, at a multiple of 16 bytes."""
+        from gockpt.kernels.quantise_triton import narrow_each, quantise_each, reset
+
+        _check_buffer(buffer, self.nbytes, self._device)
+        rounding = self._encoding == "bf16"
+        kernel = narrow_each if rounding else quantise_each
+        with self._on_device():
+            for table, addresses, places, rows in self._tables:
+                if not rounding:
+                    many = len(places)
+                    reset[(min(many, max_programs),)](places, buffer, many, enable_fp_fusion=False)
+                kernel[_grid(table, max_programs)](
+                    addresses,
+                    places,
+                    rows,
+                    buffer,
+                    len(table.blocks),
                     WIDTH=table.width,
                     enable_fp_fusion=False,
                 )

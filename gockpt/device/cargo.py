@@ -6,14 +6,15 @@ of which fills one slot of the staging ring by one launch, and leaves it by one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable, Iterable, Iterator
 
     from gockpt.device.interface import Source
+    from gockpt.kernels.encoded import Form
 
 __all__ = ["HostCopy", "Load", "Shipment", "Slice", "Urgency", "load_up"]
 
@@ -43,12 +44,27 @@ class Shipment:
         arena: Index of the arena it goes to.
         offset: Byte of the arena where it goes; a multiple of its element's size.
         owner: Who overwrites the source; see ``DeviceTransfer.guard``.
+        form: How it travels if it is encoded on the way, in one piece; see ``gockpt.kernels.encoded``. What
+            arrives is then proven by what the device has made of it, with ``source.start`` as the start.
     """
 
     source: Source
     arena: int
     offset: int
     owner: Hashable
+    form: Form | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return self.source.nbytes if self.form is None else self.form.nbytes
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of what travels, as far as fingerprints go."""
+        if self.form is None:
+            return self.source.itemsize
+        return 2 if self.form.encoding == "bf16" else 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +148,8 @@ def load_up(
         direct: Whether loads are stored into the arena, each into one piece of it.
 
     Raises:
-        ValueError: If a size is not usable, or an offset no multiple of the element's size.
+        ValueError: If a size is not usable, an offset no multiple of the element's size (of 64 for what is
+            encoded), or a slot too small for what is encoded, which travels in one piece.
     """
     if slot_bytes < ALIGNMENT or slot_bytes % ALIGNMENT or copy_bytes < 1 or piece_bytes % ALIGNMENT:
         msg = f"slots of {slot_bytes}, copies of {copy_bytes}, pieces of {piece_bytes} bytes don't work"
@@ -144,6 +161,12 @@ def load_up(
         if shipment.offset % source.itemsize or source.nbytes % source.itemsize:
             msg = f"{source.nbytes} bytes at {shipment.offset} are no whole elements of {source.itemsize}"
             raise ValueError(msg)
+        if shipment.form is not None:
+            load = _encoded(loads, load, Slice(number, shipment, 0, shipment.nbytes, 0), slot_bytes)
+            for low, nbytes in _within(shipment, piece_bytes):
+                copy = HostCopy(load.slices[-1].place + low, shipment.arena, shipment.offset + low, nbytes)
+                _extend(load.copies, copy, copy_bytes, piece_bytes)
+            continue
         low = 0
         while low < source.nbytes:
             offset = shipment.offset + low
@@ -167,6 +190,30 @@ def load_up(
     if load.slices:
         loads.append(load)
     return loads
+
+
+def _encoded(loads: list[Load], load: Load, whole: Slice, slot_bytes: int) -> Load:
+    """Put what is encoded on the way into one load; return that load."""
+    shipment = whole.shipment
+    if shipment.offset % ALIGNMENT or shipment.nbytes > slot_bytes:
+        msg = f"{shipment.form} at {shipment.offset} can't leave by a slot of {slot_bytes} bytes"
+        raise ValueError(msg)
+    if load.slices and _aligned(load.used) + shipment.nbytes > slot_bytes:
+        loads.append(load)
+        load = Load()
+    place = _aligned(load.used)
+    load.slices.append(replace(whole, place=place))
+    load.used = place + shipment.nbytes
+    return load
+
+
+def _within(shipment: Shipment, piece_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield first byte and size of each part of a shipment that lies within one piece of the arena."""
+    low = 0
+    while low < shipment.nbytes:
+        nbytes = min(shipment.nbytes - low, piece_bytes - (shipment.offset + low) % piece_bytes)
+        yield low, nbytes
+        low += nbytes
 
 
 def _aligned(place: int) -> int:

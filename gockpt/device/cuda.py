@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gockpt.packing import Fingerprints, Packing
+from gockpt.packing import Encoding, Fingerprints, Packing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +33,8 @@ BESIDE = 32
 
 PER_PROCESSOR = 8
 """Programs per multiprocessor of a launch that training waits for anyway."""
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Stream:
@@ -119,6 +121,21 @@ class CudaDevice:
             packing.pack(buffer, max_programs=own.programs)
         return packing
 
+    def encode(
+        self,
+        stream: Stream,
+        sources: Sequence[Source],
+        encoding: str,
+        places: Sequence[tuple[int, int]],
+        target: Any,
+    ) -> object:
+        """Launch the kernels that encode, with their tables on the way."""
+        own = _own(stream)
+        with torch.cuda.stream(own.stream):
+            encoded = Encoding(_named(sources), encoding, places, target.numel(), self._device)
+            encoded.encode(target, max_programs=own.programs)
+        return encoded
+
     def copy(self, stream: Stream, memory: Any, place: int, target: Bytes) -> None:
         """Queue one copy."""
         with torch.cuda.stream(_own(stream).stream):
@@ -185,6 +202,10 @@ def _named(sources: Sequence[Source]) -> dict[str, torch.Tensor]:
     for number, source in enumerate(sources):
         tensor: torch.Tensor = source.memory.detach()
         flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+        if tensor.itemsize != source.itemsize:  # elements of something that was packed there
+            inside = flat.view(torch.uint8)[source.low : source.low + source.nbytes]
+            found[str(number)] = inside.view(_WORDS[source.itemsize])
+            continue
         first = source.low // source.itemsize
         found[str(number)] = flat[first : first + source.nbytes // source.itemsize]
     return found

@@ -30,8 +30,9 @@ class Consignment:
         done: Set when all of it has arrived, or none of it will any more.
         lost: Shipments that did not arrive as they were at the boundary. Complete when ``done`` is set.
         error: Why it will not arrive; ``None`` if it did, or still may.
-        expected: The fingerprints at the boundary, in order: the shipments', or those of what was only
-            looked at; filled when ``done``, after an error too if the device still says them, else empty.
+        expected: The fingerprints at the boundary, in order: the shipments', of what was encoded on the way
+            as the device has made it, or those of what was only looked at; filled when ``done``, after an
+            error too if the device still says them, else empty.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Consignment:
     ) -> None:
         self.shipments: Sequence[Shipment] = tuple(shipments)
         self.began = self.ended = perf_counter()
-        self.nbytes = sum(shipment.source.nbytes for shipment in shipments)
+        self.nbytes = sum(shipment.nbytes for shipment in shipments)
         self.urgency = urgency
         self.prints = prints
         self.boundary = boundary
@@ -58,6 +59,7 @@ class Consignment:
         self.loads_left = 0
         self._look = look
         self._arrived = [0] * len(shipments)
+        self._made: dict[int, int] = {}
         self._first: tuple[float, int] | None = None
 
     @property
@@ -80,6 +82,10 @@ class Consignment:
     def add(self, number: int, value: int) -> None:
         """Count a fingerprint of what arrived of one shipment."""
         self._arrived[number] = (self._arrived[number] + value) % MODULUS
+
+    def made(self, number: int, value: int) -> None:
+        """Note the fingerprint of what the device has made of a shipment that was encoded on the way."""
+        self._made[number] = value
 
     def landed(self, nbytes: int) -> None:
         """One more load has arrived."""
@@ -114,7 +120,11 @@ class Consignment:
             self.expected = self.prints.values()
             return
         if self.nbytes:
-            self.expected = self.prints.values()
+            stood = iter(self.prints.values())
+            self.expected = [
+                next(stood) if shipment.form is None else self._made[number]
+                for number, shipment in enumerate(self.shipments)
+            ]
         else:  # nothing had to be moved, so nothing was awaited
             self.expected = [0] * len(self.shipments)
         rows = zip(self.shipments, self.expected, self._arrived, strict=True)
@@ -134,6 +144,7 @@ class Flight:
         slot: Its slot of the ring, if it has one.
         packed: Once this is complete, its sources may be overwritten; ``None`` before that was queued.
         landed: Once this is complete, it has left the device; ``None`` before that was queued.
+        prints: Of what was encoded into its slot, in the order of the slices; ``None`` if nothing was.
         keep: What else must be kept alive until it has landed.
         beside: Whether it was packed on a stream of its own, so that an update has to wait for it.
         claimed: Whether a thread is about to receive it on the host.
@@ -148,6 +159,7 @@ class Flight:
     slot: Slot | None = None
     packed: Event | None = None
     landed: Event | None = None
+    prints: Prints | None = None
     keep: list[object] = field(default_factory=list)
     beside: bool = True
     claimed: bool = False

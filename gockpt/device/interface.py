@@ -26,8 +26,8 @@ class Source:
     """Consecutive bytes of device memory, whole elements of it.
 
     Attributes:
-        memory: The tensor (or what the device takes for one); holds its memory alive. Its elements fill one
-            gapless stretch, and bytes are counted in storage order.
+        memory: The tensor, or what :meth:`Device.allocate` gave; holds its memory alive. Its elements fill
+            one gapless stretch, and bytes are counted in storage order.
         low: First byte within it.
         nbytes: How many.
         itemsize: Bytes per element.
@@ -105,6 +105,27 @@ class Device(Protocol):
             sources: What is copied.
             places: Where each of them goes.
             target: What :meth:`allocate` gave, or registered host memory, which is then stored to directly.
+
+        Returns:
+            What must be kept alive until it has run.
+        """
+
+    def encode(
+        self,
+        stream: Stream,
+        sources: Sequence[Source],
+        encoding: str,
+        places: Sequence[tuple[int, int]],
+        target: Any,
+    ) -> object:
+        """Write each source, float32, to its place in the target in 16 bits, see ``gockpt.kernels.encoded``.
+
+        Args:
+            stream: Where it is queued.
+            sources: What is encoded.
+            encoding: ``"fp16"`` or ``"bf16"``.
+            places: Where each of them goes, a byte offset that is a multiple of 16, and the bytes it takes.
+            target: What :meth:`allocate` gave.
 
         Returns:
             What must be kept alive until it has run.

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from gockpt.device.cargo import Urgency, load_up
+from gockpt.device.interface import Source
 from gockpt.device.pinning import Pinned
 from gockpt.device.staging import Staging
 from gockpt.kernels.fingerprint import copy_fingerprint, fingerprint
@@ -67,6 +68,11 @@ class Line:
         self._staging = Staging(device, room, bounced=self.detour)
         self.beside, self._copy = device.side(), device.side()
         self._main: Stream | None = None
+
+    @property
+    def slot_bytes(self) -> int:
+        """The most that leaves in one piece."""
+        return self._room.slot_bytes
 
     @property
     def variant(self) -> str:
@@ -153,6 +159,13 @@ class Line:
         with self.device.range("gockpt arrival"):
             return [(piece.number, self._arrival(flight, piece)) for piece in flight.load.slices]
 
+    def made(self, flight: Flight) -> list[tuple[int, int]]:
+        """Return the number and the fingerprint of each slice that was encoded, as the device made it."""
+        if flight.prints is None:
+            return []
+        numbers = (piece.number for piece in flight.load.slices if piece.shipment.form is not None)
+        return list(zip(numbers, flight.prints.values(), strict=True))
+
     def let_go(self, flight: Flight) -> None:
         """Free what a load had that has landed and was received."""
         flight.over = True
@@ -198,11 +211,35 @@ class Line:
             _log.exception("memory of %s could not be given back; it is left alone", self.device.name)
 
     def _pack(self, flight: Flight, stream: Stream) -> None:
-        sources = [piece.shipment.source.part(piece.low, piece.nbytes) for piece in flight.load.slices]
-        places = [flight.base + piece.place for piece in flight.load.slices]
+        plain = [piece for piece in flight.load.slices if piece.shipment.form is None]
+        encoded = [piece for piece in flight.load.slices if piece.shipment.form is not None]
         with self.device.range("gockpt pack"):
-            flight.keep.append(self.device.pack(stream, sources, places, flight.memory))
+            if plain:
+                sources = [piece.shipment.source.part(piece.low, piece.nbytes) for piece in plain]
+                places = [flight.base + piece.place for piece in plain]
+                flight.keep.append(self.device.pack(stream, sources, places, flight.memory))
+            if encoded:
+                self._encode(flight, encoded, stream)
             flight.packed = stream.record()
+
+    def _encode(self, flight: Flight, pieces: Sequence[Slice], stream: Stream) -> None:
+        """Encode some slices into the slot, and fingerprint there what that has made of them."""
+        by_encoding: dict[str, list[Slice]] = {}
+        for piece in pieces:
+            form = piece.shipment.form
+            if form is not None and form.encoding is not None:
+                by_encoding.setdefault(form.encoding, []).append(piece)
+        for encoding, some in by_encoding.items():
+            sources = [piece.shipment.source for piece in some]
+            places = [(flight.base + piece.place, piece.nbytes) for piece in some]
+            flight.keep.append(self.device.encode(stream, sources, encoding, places, flight.memory))
+        made = [
+            Source(
+                flight.memory, flight.base + p.place, p.nbytes, p.shipment.itemsize, p.shipment.source.start
+            )
+            for p in pieces
+        ]
+        flight.prints = self.device.prints(stream, made)
 
     def _targets(self, flight: Flight) -> Iterator[tuple[int, Bytes]]:
         """Yield each copy of a load: where it starts in the load, and where it goes."""
@@ -218,10 +255,10 @@ class Line:
         return whole.view(start, min(self._piece_bytes, whole.nbytes - start))
 
     def _arrival(self, flight: Flight, piece: Slice) -> int:
-        source = piece.shipment.source
-        start = source.start + piece.low // source.itemsize
+        itemsize = piece.shipment.itemsize
+        start = piece.shipment.source.start + piece.low // itemsize
         target = self._pinned[piece.shipment.arena].arena.view(piece.offset, piece.nbytes)
         if flight.slot is None or flight.slot.bounce is None:
-            return fingerprint(target, source.itemsize, start)
+            return fingerprint(target, itemsize, start)
         inside = flight.slot.bounce[piece.place : piece.place + piece.nbytes]
-        return copy_fingerprint(inside, target, source.itemsize, start)
+        return copy_fingerprint(inside, target, itemsize, start)

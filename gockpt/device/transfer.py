@@ -113,6 +113,11 @@ class DeviceTransfer:
         return self._line.detour
 
     @property
+    def slot_bytes(self) -> int:
+        """The most that can be encoded on the way in one piece."""
+        return self._line.slot_bytes
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is under way."""
         with self._changed:
@@ -143,7 +148,9 @@ class DeviceTransfer:
         self._refuse_captured()
         with self._watched(), self._device.range("gockpt boundary"):
             main = self._line.main()
-            prints = self._device.prints(main, [shipment.source for shipment in shipments])
+            # Of what is encoded on the way, fingerprints are taken when that is done.
+            stands = [shipment.source for shipment in shipments if shipment.form is None]
+            prints = self._device.prints(main, stands)
             consignment = Consignment(shipments, urgency, prints, main.record(), on_done)
             self._dispatch(consignment, main)
             self._start_thread()
@@ -440,6 +447,7 @@ class DeviceTransfer:
         try:
             flight.landed.synchronize()
             values = self._line.arrival(flight) if wanted else []
+            made = self._line.made(flight) if wanted else []
         except BaseException:
             with self._changed:
                 flight.claimed = False  # it stays among what has to be awaited
@@ -451,6 +459,8 @@ class DeviceTransfer:
             self._changed.notify_all()
             for number, value in values:
                 consignment.add(number, value)
+            for number, value in made:
+                consignment.made(number, value)
             consignment.landed(flight.load.nbytes)
             last = not consignment.loads_left
         if last:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gockpt.device.interface import Source
 from gockpt.engine.at_once import AtOnce
 from gockpt.engine.following import Following, Role
 from gockpt.engine.gathering_aboard import REFUSED, GatheringAboard
-from gockpt.engine.roads import sources_of
+from gockpt.engine.probes import RUN
+from gockpt.engine.ring import block_bytes
+from gockpt.engine.roads import sources_of, to_ring
 from gockpt.errors import SaveError
 from gockpt.kernels.fingerprint import fingerprint
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from gockpt.arena import Arena
+    from gockpt.device.cargo import Shipment
     from gockpt.device.flight import Consignment
     from gockpt.engine.background import Work
     from gockpt.engine.cut import Cut, Piece, Unit
@@ -58,6 +62,7 @@ class Aboard:
         job: Work,
         trace: Trace,
         full: bool,
+        grad_dtype: str | None,
     ) -> None:
         self.instead: set[Name] = set()
         self.refused: str | None = None
@@ -69,7 +74,14 @@ class Aboard:
         self._following = Following(ring, ring_arena, job)
         self._units = [unit for unit in cut.units if unit.aboard]
         self.gathering = GatheringAboard(
-            road, self._units, self._following, ring=ring, job=job, arrived=self._arrived, full=full
+            road,
+            self._units,
+            self._following,
+            ring=ring,
+            job=job,
+            arrived=self._arrived,
+            full=full,
+            grad_dtype=grad_dtype,
         )
         self._pieces = [piece for piece in cut.pieces if piece.aboard]
         self._all = [*self._pieces, *cut.shipped, *cut.prompt]
@@ -79,6 +91,7 @@ class Aboard:
         self._kept: set[int] = set()
         self._again: set[int] = set()
         self._on_rest: Callable[[], None] | None = None
+        self._sampled: dict[int, int] = {}
 
     # -- ticks -------------------------------------------------------------------------------
 
@@ -109,12 +122,13 @@ class Aboard:
         roles = (Role.SAME, Role.FIRST)
         self._following.look([(piece, roles[piece.index in leaving]) for piece in self._all], sent)
 
-    def close(self, live: LiveState, restless: Callable[[Unit], bool]) -> set[int]:
+    def close(self, live: LiveState, restless: Callable[[Unit], bool], samples_at: int) -> set[int]:
         """Take the closing boundary, and send all that did not leave before.
 
         Args:
             live: The state.
             restless: Whether a copy of a unit behind the closing tick is likely to be overtaken.
+            samples_at: Where, in the ring's arena, there is room for live values of probes.
 
         Returns:
             The pieces of which :meth:`proofs` will tell what their replay must arrive at.
@@ -141,6 +155,7 @@ class Aboard:
                 proof = self._road.watch(sources_of(live, following), self._arrived)
                 self._following.look([(piece, Role.PROOF) for piece in following], proof)
                 self._seen.append((following, proof))
+            self._sample(live, samples_at)
             for pieces, packed in ((prompt, True), (behind, False)):
                 if pieces:
                     sent = self._road.send(live, pieces, self._arrived, prompt=packed)
@@ -158,6 +173,24 @@ class Aboard:
             with suppress(SaveError):
                 self._seen = [(self._all, self._road.watch(sources_of(live, self._all), self._arrived))]
                 return
+
+    def _sample(self, live: LiveState, place: int) -> None:
+        """Send the live values of probes of what encoded gradients were sent for; packed at once."""
+        cargo: list[Shipment] = []
+        places: dict[int, Piece] = {}
+        for piece, starts in self._following.probes():
+            self._sampled[piece.index] = place
+            for stretch in piece.stretches:
+                for start in starts:
+                    first = stretch.start + start
+                    nbytes = min(RUN, stretch.stop - first) * stretch.itemsize
+                    low, tensor = first * stretch.itemsize, live.entries[stretch.name]
+                    places[place] = piece
+                    cargo.append(to_ring(Source(tensor, low, nbytes, stretch.itemsize, first), place))
+                    place += nbytes
+            place = self._sampled[piece.index] + block_bytes(place - self._sampled[piece.index])
+        if cargo:
+            self._following.samples(places, self._road.follow(cargo, self._arrived))
 
     def stands(self, live: LiveState) -> bool:
         """Whether all of it is shown to be what it was at the last tick. Waits for the device.
@@ -183,6 +216,7 @@ class Aboard:
         self._following.stop()
         self._road.cancel()
         self._kept = self._again = set()
+        self._sampled = {}
         self._seen = []
         for piece in self._pieces:
             self.gathering.drop(piece, REFUSED)
@@ -228,7 +262,8 @@ class Aboard:
             self._trace.span("copy", began, ended)
         if self.refused is not None:
             return list(self._names())
-        torn = [piece for piece in self._following.pieces if piece.index in self._following.torn]
+        wrong = self._following.torn | self._following.doubtful
+        torn = [piece for piece in self._following.pieces if piece.index in wrong]
         missing = [self._cut.pieces[index] for index in self._kept - self.proofs().keys()]
         stale = [
             piece for piece in self._pieces if piece.index in self._again and not self._stands_in_arena(piece)
@@ -262,6 +297,11 @@ class Aboard:
     def proofs(self) -> dict[int, tuple[int, ...]]:
         """Return what the replay of each piece must arrive at, once all has arrived."""
         return self._following.proofs()
+
+    def samples(self) -> dict[int, tuple[int, int]]:
+        """Return where the live values of probes stand, and how many gradients there must have been."""
+        posted = self._following.posted()
+        return {index: (place, posted[index]) for index, place in self._sampled.items() if index in posted}
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from gockpt.engine.aboard import Aboard
 from gockpt.engine.at_once import AtOnce
 from gockpt.engine.evidence import of_piece, of_pieces, take
 from gockpt.engine.following import CHANGED, OVERTAKEN
-from gockpt.engine.gathering import Gathering, bar, make_late
+from gockpt.engine.gathering import INSIDE, Gathering, bar, make_late
 from gockpt.engine.messages import ArrayPlace
 from gockpt.schedule import part_ranges
 from gockpt.transfer import Batch, Copy, dense_bytes
@@ -54,8 +54,6 @@ class Attempt:
 
     Attributes:
         ticks: Ticks it was spread over so far.
-        samples: Once it is closed: where the live values of probes stand, and how many gradients were
-            posted, by piece.
         proven: Whether all that was copied last arrived as it was at its boundary.
         lost: Names of arrays of which the last copies arrived otherwise.
         aboard: What leaves a device behind training; ``None`` if nothing does.
@@ -102,6 +100,7 @@ class Attempt:
                 job=job,
                 trace=trace,
                 full=options.verify == "full",
+                grad_dtype=options.grad_dtype,
             )
         self.graphed = False
         self._unsettled = False
@@ -115,7 +114,7 @@ class Attempt:
         # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
         self._encodes = options.grad_dtype is not None
         self._full = options.verify == "full" or self._encodes
-        self.samples: dict[int, tuple[int, int]] = {}
+        self._samples: dict[int, tuple[int, int]] = {}
         self._racing = racing
         self._parts = part_ranges([p.nbytes for p in cut.pieces], plan.shares)
         self._next_part = 0
@@ -160,8 +159,12 @@ class Attempt:
         self._note_graph()
         evidence = self._look(live)
         proofs = {p.index: of_piece(evidence, p) for p in self._sent()}
-        self.samples = self._gathering.sample(live, proofs)
-        aboard = set() if self.aboard is None else self.aboard.close(live, self._restless)
+        self._samples = self._gathering.sample(live, proofs)
+        aboard = (
+            set()
+            if self.aboard is None
+            else self.aboard.close(live, self._restless, self._gathering.samples_end)
+        )
         late = [p for p in self.cut.pieces if p.index not in proofs and p.index not in aboard]
         self.job.discard(p.index for p in late)
         ashore = (p for p in (*late, *self.cut.loose) if not p.aboard)
@@ -174,6 +177,13 @@ class Attempt:
     def proofs(self) -> dict[int, tuple[int, ...]]:
         """Return what the replay of pieces that stand on a device must arrive at, once all is settled."""
         return {} if self.aboard is None else self.aboard.proofs()
+
+    def samples(self) -> dict[int, tuple[int, int]]:
+        """Return where the live values of probes stand, and how many gradients were posted, by piece.
+
+        As with :meth:`proofs`, of what stands on a device once all is settled.
+        """
+        return self._samples if self.aboard is None else {**self._samples, **self.aboard.samples()}
 
     def _restless(self, unit: Unit) -> bool:
         """Whether a copy behind the closing tick is likely to be overtaken, as another one was."""
@@ -334,8 +344,7 @@ class Attempt:
             if unit.rule.gradient_at == "pre":
                 bar(unit, "its gradient comes from a closure, and the step overwrites it", self.job)
             elif self._encodes:
-                why = "a closure or hook runs inside the step; what it changes can't be told from rounding"
-                bar(unit, why, self.job)
+                bar(unit, INSIDE, self.job)
         if self._full:
             for piece, now in of_pieces(self._sent(), self._live_bytes(), self._transfer):
                 self._judge(piece, now)

@@ -164,6 +164,7 @@ def cut(
     racing: frozenset[Name] | None = frozenset(),
     aboard: Callable[[torch.Tensor], bool] | None = None,
     stay: str | None = None,
+    most_aboard: int | None = None,
 ) -> Cut:
     """Cut ``live`` into what can leave early, what leaves at the close, and what is copied at once.
 
@@ -176,11 +177,13 @@ def cut(
             overtaken before; ``None`` means all of them.
         aboard: Whether a tensor stands on the device that there is a road off; ``None`` if there is none.
         stay: Why nothing leaves that device early; ``None`` if it may.
+        most_aboard: The most elements that a piece should have that leaves that device early; ``None`` for
+            as many as are best.
     """
     arrays = {a.spec.name: a for a in layout.arrays}
     small = min(SMALL, sum(a.spec.nbytes for a in layout.arrays) // 4096)
     size = _piece_elements(live, window, MAX_PIECE)
-    size_aboard = _piece_elements(live, window, MAX_PIECE_ABOARD)
+    size_aboard = _piece_elements(live, window, min(MAX_PIECE_ABOARD, most_aboard or MAX_PIECE_ABOARD))
     units: list[Unit] = []
     pieces: list[Piece] = []
     reasons: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """Gradients as they stand in the ring: as they are, or in 16 bits.
 
-Encodings of one piece's gradient, which starts its own blocks of 1024:
+Encodings of one piece's gradient, which starts its own blocks of 1024; those that a device has made are the
+same, but for the number of raw slots (:mod:`gockpt.kernels.encoded`):
 
 - ``None``: float32, as the update consumed it.
 - ``"fp16"``: the message of :mod:`gockpt.kernels.quantised`, with exactly as many slots for raw blocks as
@@ -12,20 +13,31 @@ One that would not be smaller than the float32 it stands for is not used: the gr
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from gockpt.kernels.encoded import layout, layout_of
 from gockpt.kernels.fingerprint import fingerprint
 from gockpt.kernels.quantise import narrow, quantise, widen
-from gockpt.kernels.quantised import BLOCK, RAW, Message, plan_message
-from gockpt.kernels.quantised import Gradient as Planned
+from gockpt.kernels.quantised import BLOCK, RAW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Encoded", "decode", "encode", "seal", "uncertainty", "usual_bytes", "warm"]
+__all__ = [
+    "Encoded",
+    "decode",
+    "encode",
+    "glance",
+    "incomplete",
+    "seal",
+    "seal_start",
+    "sealed",
+    "uncertainty",
+    "usual_bytes",
+    "warm",
+]
 
 
 class Encoded(NamedTuple):
@@ -47,7 +59,7 @@ def usual_bytes(encoding: str | None, count: int) -> int:
     plain = 4 * count
     if encoding == "bf16":
         return 2 * count
-    return min(plain, _layout(count, 0).nbytes) if encoding == "fp16" else plain
+    return min(plain, layout(count, 0).nbytes) if encoding == "fp16" else plain
 
 
 def encode(
@@ -79,15 +91,15 @@ def encode(
     raw = 0
     # Once more if there are raw blocks, and as it is if these leave nothing to gain.
     while encoding == "fp16":
-        layout = _layout(values.size, raw)
-        if layout.nbytes >= plain:
+        message = layout(values.size, raw)
+        if message.nbytes >= plain:
             break
-        offset = allocate(layout.nbytes)
+        offset = allocate(message.nbytes)
         if offset is None:
             return None
-        lost = quantise(values, layout, view(offset, layout.nbytes))
+        lost = quantise(values, message, view(offset, message.nbytes))
         if not lost:
-            return Encoded(offset, layout.nbytes, encoding)
+            return Encoded(offset, message.nbytes, encoding)
         free(offset)
         raw += lost
     offset = allocate(plain)
@@ -108,7 +120,7 @@ def decode(encoding: str | None, data: np.ndarray, count: int, first: int, out: 
         out: Its length says how many are.
     """
     if encoding == "fp16":
-        _layout_of(data, count).read(data, 0, out, first)
+        layout_of(data.size, count).read(data, 0, out, first)
     elif encoding == "bf16":
         widen(data.view(np.uint16)[first : first + out.size], out)
     else:
@@ -124,9 +136,41 @@ def seal(encoding: str | None, data: np.ndarray, number: int, scalars: Sequence[
         number: Which gradient of its piece, counted from 1.
         scalars: The update's numbers.
     """
-    base = number << 40
+    return sealed(fingerprint(data, 2 if encoding == "bf16" else 4, seal_start(number)), number, scalars)
+
+
+def seal_start(number: int) -> int:
+    """Return the start with which a gradient's bytes are fingerprinted for its seal, by whomever."""
+    return number << 40
+
+
+def sealed(print_: int, number: int, scalars: Sequence[float]) -> int:
+    """Return the seal of a gradient of which the bytes' fingerprint is known; see :func:`seal`."""
     numbers = np.asarray(scalars, np.float64).view(np.uint8)
-    return fingerprint(data, 2 if encoding == "bf16" else 4, base) ^ fingerprint(numbers, 8, base)
+    return print_ ^ fingerprint(numbers, 8, seal_start(number))
+
+
+def incomplete(encoding: str | None, data: np.ndarray, count: int) -> bool:
+    """Whether a gradient that was encoded on a device lacks blocks with an Inf or NaN: it is none then."""
+    return encoding == "fp16" and layout_of(data.size, count).incomplete(data) > 0
+
+
+def glance(encoding: str | None, data: np.ndarray, count: int, step: int) -> np.ndarray:
+    """Return every ``step``-th value of an encoded gradient, float32: how large it is there.
+
+    Of a block with an Inf or NaN it is 0.
+    """
+    at = np.arange(0, count, step)
+    if encoding is None:
+        return data.view(np.float32)[at]
+    if encoding == "bf16":
+        found = np.empty(at.size, np.float32)
+        widen(data.view(np.uint16)[at], found)
+        return found
+    message = layout_of(data.size, count)
+    codes = data[message.codes : message.codes + message.blocks][at // BLOCK].astype(np.int32)
+    halves = data[message.values : message.values + 2 * count].view(np.float16)[at]
+    return np.ldexp(halves.astype(np.float32), -np.minimum(141 - codes, 126))
 
 
 def uncertainty(
@@ -138,8 +182,8 @@ def uncertainty(
     """
     sizes = np.where(np.isfinite(values), np.abs(values), 0).astype(np.float64)
     if encoding == "fp16":
-        layout = _layout_of(data, count)
-        codes = data[layout.codes : layout.codes + layout.blocks][at // BLOCK].astype(np.int32)
+        message = layout_of(data.size, count)
+        codes = data[message.codes : message.codes + message.blocks][at // BLOCK].astype(np.int32)
         least = np.ldexp(1.0, np.maximum(codes, 15) - 166)
         found = np.where(codes == RAW, 0.0, np.maximum(sizes * 2.0**-11, least))
     elif encoding == "bf16":
@@ -156,12 +200,3 @@ def warm(encoding: str | None) -> None:
         done = encode(encoding, values, lambda _: 0, lambda _, n: memory[:n], lambda _: None)
         if done is not None:
             decode(encoding, memory[: done.nbytes], values.size, 0, values)
-
-
-@lru_cache(maxsize=4096)
-def _layout(count: int, raw: int) -> Message:
-    return plan_message([Planned(0, count, 4)], raw)
-
-
-def _layout_of(data: np.ndarray, count: int) -> Message:
-    return _layout(count, (data.size - _layout(count, 0).nbytes) // (4 * BLOCK))

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gockpt.engine.encodings import incomplete, sealed
 from gockpt.engine.messages import Gradient
+from gockpt.engine.probes import choose_encoded, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,6 +38,7 @@ __all__ = ["CHANGED", "OVERTAKEN", "Follow", "Following", "Numbers", "Role", "Up
 CHANGED = "changed outside optimizer.step()"
 OVERTAKEN = "overtaken by a change while it was copied"
 UNSEEN = "updated without a gradient that was seen"
+BROKEN = "too many of its gradient's blocks of 1024 have an Inf or NaN"
 
 
 class Role(Enum):
@@ -46,6 +49,10 @@ class Role(Enum):
     MOVED = "what its update has made of it"
     TOUCHED = "what it must still be, although its optimizer has stepped"
     PROOF = "what replay must arrive at"
+
+
+_STILL = {Role.SAME: CHANGED, Role.TOUCHED: UNSEEN, Role.PROOF: CHANGED}
+"""Roles in which a piece must be what it was before, and what is wrong if it is not."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,18 +77,26 @@ class Follow:
         update: The update.
         offset: Where the gradient goes.
         nbytes: How many bytes it has.
+        encoding: How it is encoded; ``None`` for as it is.
+        number: Which of its piece it is, counted from 1; 0 where gradients are not sealed.
         row: The kernel's numbers; ``None`` while they are on their way.
         landed: Whether nothing is written to its place any more.
         dropped: Whether nobody wants it any more.
+        incomplete: Whether it has landed without blocks with an Inf or NaN, and so is none.
+        made: The fingerprint of its bytes, as the device took it, once it has landed.
     """
 
     piece: Piece
     update: Update
     offset: int
     nbytes: int
+    encoding: str | None = None
+    number: int = 0
     row: Row | None = None
     landed: bool = False
     dropped: bool = False
+    incomplete: bool = False
+    made: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -103,13 +118,31 @@ class Numbers:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
+    """One piece. With ``encoded`` gradients behind it, its replay can't be proven by its bits.
+
+    ``sent`` counts its gradients, ``skipped`` those of updates that were skipped; ``probes`` is where the
+    runs of its probes begin, ``()`` while that is not chosen; ``told`` whether replay was told of them.
+    """
+
     piece: Piece
     here: bool = False
     problem: str | None = None
     torn: bool = False
+    watched: bool = False
     known: tuple[int, ...] | None = None
     proof: tuple[int, ...] | None = None
     follows: deque[Follow] = field(default_factory=deque)
+    encoded: bool = False
+    sent: int = 0
+    skipped: int = 0
+    probes: tuple[int, ...] = ()
+    told: bool = False
+
+    @property
+    def count(self) -> int:
+        """Elements of the piece."""
+        stretch = self.piece.stretches[0]
+        return stretch.stop - stretch.start
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +169,12 @@ class _Rest:
     names: dict[int, Name]
 
 
-_Load = _State | _Gradients | _Look | _Rest
+@dataclass(slots=True, eq=False)
+class _Samples:
+    places: dict[int, Piece]
+
+
+_Load = _State | _Gradients | _Look | _Rest | _Samples
 
 
 class Following:
@@ -195,6 +233,8 @@ class Following:
                     follow.dropped = True
                 else:
                     lane.follows.append(follow)
+                    lane.sent += 1
+                    lane.encoded |= follow.encoding is not None
             self._open.append((sent, _Gradients({f.offset: f for f in follows}, update, numbers)))
         self.receive()
 
@@ -203,6 +243,12 @@ class Following:
         with self._lock:
             update.known, update.skipped = True, skipped
             self._advance()
+
+    def samples(self, places: dict[int, Piece], sent: Consignment) -> None:
+        """Live values of probes were sent at the closing tick; ``places`` says which piece's go where."""
+        with self._lock:
+            self._open.append((sent, _Samples(places)))
+        self.receive()
 
     def rest(self, pieces: Sequence[Piece], sent: Consignment) -> None:
         """Some pieces were sent at the closing tick: nothing follows them."""
@@ -263,6 +309,28 @@ class Following:
         with self._lock:
             return {index for index, lane in self._lanes.items() if lane.torn}
 
+    @property
+    def doubtful(self) -> set[int]:
+        """Pieces that rounding must not explain: encoded gradients came for them, and something was wrong."""
+        with self._lock:
+            lanes = self._lanes.items()
+            return {index for index, lane in lanes if lane.encoded and lane.problem is not None}
+
+    def probes(self) -> list[tuple[Piece, tuple[int, ...]]]:
+        """Return where the probes stand of each piece that encoded gradients were sent for: now they must."""
+        with self._lock:
+            found = []
+            for lane in self._lanes.values():
+                if lane.encoded:
+                    lane.probes = lane.probes or spread(lane.count)
+                    found.append((lane.piece, lane.probes))
+            return found
+
+    def posted(self) -> dict[int, int]:
+        """Return how many gradients replay must have had, by piece, once all has arrived."""
+        with self._lock:
+            return {index: lane.sent - lane.skipped for index, lane in self._lanes.items()}
+
     def drop(self, piece: Piece) -> None:
         """Follow a piece no more: afterwards replay hears nothing of it."""
         with self._lock:
@@ -313,6 +381,10 @@ class Following:
                 if isinstance(load, _Gradients):
                     self._take_gradients(sent, load)
                     continue
+                if isinstance(load, _Samples):
+                    for shipment in sent.lost:
+                        self._tear(load.places[shipment.offset])
+                    continue
                 self.sample = (self.sample[0] + sent.sample[0], self.sample[1] + sent.sample[1])
                 if isinstance(load, _State):
                     self._take_state(sent, load)
@@ -346,6 +418,12 @@ class Following:
             lost = set(load.follows)
         for offset in lost & load.follows.keys():
             self._blame(load.follows[offset], "its gradient did not arrive as it was")
+        # Gradients come first in what was sent. Of one that has no fingerprint there is no seal either.
+        expected = () if sent.error is not None else sent.expected
+        for follow, made in zip(load.follows.values(), expected, strict=False):
+            follow.made = made
+            if follow.encoding is not None and follow.landed and not follow.dropped:
+                self._look_into(follow)
         if numbers is None:
             return
         if sent.error is None:
@@ -360,6 +438,22 @@ class Following:
                     if row is None:
                         self._blame(follow, why)
         load.update.known = True
+
+    def _look_into(self, follow: Follow) -> None:
+        """Look whether an encoded gradient that has landed is one, and choose probes by the first."""
+        data = self._arena.view(follow.offset, follow.nbytes)
+        lane = self._lanes.get(follow.piece.index)
+        if lane is None or lane.problem is not None:
+            return
+        # That of an update that was skipped is expected to have them.
+        follow.incomplete = incomplete(follow.encoding, data, lane.count)
+        if not lane.probes and not follow.incomplete:
+            lane.probes = choose_encoded(follow.encoding, data, lane.count)
+
+    def _tear(self, piece: Piece) -> None:
+        lane = self._lanes.get(piece.index)
+        if lane is not None:
+            _blame(lane, OVERTAKEN, torn=True)
 
     def _take_look(self, sent: Consignment, load: _Look) -> None:
         load.values = sent.expected
@@ -378,8 +472,18 @@ class Following:
                 lane = self._lanes.get(piece.index)
                 if lane is None:
                     continue
+                lane.watched |= role is Role.FIRST
+                if not lane.watched:
+                    continue  # that was before it left: updates changed it meanwhile
                 if role is Role.PROOF:
                     lane.proof = now
+                if lane.encoded:
+                    # Rounding would explain a small change: it must be seen by its bits, even now.
+                    unknown = None in (now, lane.known) and role is not Role.PROOF
+                    if role in _STILL and not unknown and now != lane.known:
+                        _blame(lane, _STILL[role])
+                elif role is Role.PROOF:
+                    pass
                 elif not self._closed and None not in (now, lane.known) and now != lane.known:
                     if role is Role.SAME:
                         _blame(lane, CHANGED)
@@ -402,14 +506,33 @@ class Following:
                     break
                 if follow.update.skipped:
                     self._ring.free(follow.offset)
+                    lane.skipped += 1
                 elif follow.row is None:
                     break
+                elif follow.incomplete:
+                    _blame(lane, BROKEN)
+                    break
                 else:
-                    ready.append(Gradient(follow.piece.index, follow.offset, follow.nbytes, follow.row))
+                    ready.append(_gradient(lane, follow, follow.row))
                 lane.follows.popleft()
         if ready and not self._over:
             # Under the lock: updates of a piece must not overtake each other.
             self._job.gradients(ready)
+
+
+def _gradient(lane: _Lane, follow: Follow, row: Row) -> Gradient:
+    """Describe a gradient to replay, sealed if its piece may be replayed from encoded ones."""
+    # Not by its bytes: by what the device said of them.
+    seal = None
+    if follow.number:
+        seal = -1 if follow.made is None else sealed(follow.made, follow.number, row)
+    probes: tuple[int, ...] = ()
+    if follow.encoding is not None and not lane.told:
+        lane.probes = lane.probes or spread(lane.count)
+        lane.told, probes = True, lane.probes
+    return Gradient(
+        follow.piece.index, follow.offset, follow.nbytes, row, follow.encoding, probes, seal, follow.number
+    )
 
 
 def _blame(lane: _Lane, why: str, *, torn: bool = False) -> None:

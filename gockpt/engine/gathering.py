@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from gockpt.engine.ring import Ring
     from gockpt.state import LiveState
 
-__all__ = ["Gathering", "bar", "make_late"]
+__all__ = ["INSIDE", "Gathering", "bar", "make_late"]
+
+INSIDE = "a closure or hook runs inside the step; what it changes can't be told from rounding"
 
 RING_PATIENCE = 30.0
 """Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
@@ -53,7 +55,11 @@ def bar(unit: Unit, why: str, job: Work) -> None:
 
 
 class Gathering:
-    """Takes gradients for one attempt, in the training thread."""
+    """Takes gradients for one attempt, in the training thread.
+
+    Attributes:
+        samples_end: Where, in the ring's arena, live values of probes that were copied end.
+    """
 
     def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: Work, grad_dtype: str | None) -> None:
         """Gather for the pieces of ``cut``.
@@ -74,6 +80,7 @@ class Gathering:
         self._at_pre: dict[int, list[Gradient]] = {}
         self._probes: dict[int, tuple[int, ...]] = {}
         self._posted: Counter[int] = Counter()
+        self.samples_end = ring.nbytes
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gradients that the update is about to overwrite."""
@@ -131,6 +138,7 @@ class Gathering:
                 np.take(data.view(np.float32)[stretch.start : stretch.stop], at, out=row)
             places[index] = (offset, self._posted[index])
             offset += block_bytes(nbytes)
+        self.samples_end = offset
         return places
 
     def _concerned(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:
@@ -161,7 +169,8 @@ class Gathering:
         self._posted[gradient.piece] += 1
         data = self._arena.view(gradient.offset, gradient.nbytes)
         number = self._posted[gradient.piece]
-        return replace(gradient, seal=seal(gradient.encoding, data, number, gradient.scalars))
+        found = seal(gradient.encoding, data, number, gradient.scalars)
+        return replace(gradient, seal=found, number=number)
 
     def _wanted(self, gradient: Gradient) -> bool:
         if self._pieces[gradient.piece].late is None:

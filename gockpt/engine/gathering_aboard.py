@@ -6,25 +6,32 @@ can't follow leaves at the closing tick instead.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gockpt import replay
 from gockpt.device.interface import Source
+from gockpt.engine.encodings import seal_start
 from gockpt.engine.following import Follow, Following, Numbers, Role, Update
-from gockpt.engine.gathering import make_late
+from gockpt.engine.gathering import INSIDE, make_late
+from gockpt.engine.roads import to_ring
 from gockpt.errors import SaveError
+from gockpt.kernels.encoded import form_of
 from gockpt.late_numbers import LateNumbers
 from gockpt.transfer import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from gockpt.device.cargo import Shipment
     from gockpt.engine.background import Work
     from gockpt.engine.cut import Piece, Unit
+    from gockpt.engine.messages import Stretch
     from gockpt.engine.ring import Ring
     from gockpt.engine.roads import Road
+    from gockpt.kernels.encoded import Form
 
 __all__ = ["GatheringAboard"]
 
@@ -46,6 +53,7 @@ class GatheringAboard:
         job: Work,
         arrived: Callable[[], None],
         full: bool,
+        grad_dtype: str | None,
     ) -> None:
         """Gather for ``units``, all of which stand on the road's device.
 
@@ -57,6 +65,7 @@ class GatheringAboard:
             job: Where they are replayed.
             arrived: Called when something has arrived, on whichever thread saw that.
             full: Whether what left is looked at around each update.
+            grad_dtype: How gradients are encoded on their way, if at all.
         """
         self._road = road
         self._units = units
@@ -64,7 +73,10 @@ class GatheringAboard:
         self._ring = ring
         self._job = job
         self._arrived = arrived
-        self._full = full
+        # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
+        self._full = full or grad_dtype is not None
+        self._grad_dtype = grad_dtype
+        self._numbers: Counter[int] = Counter()
         self._pre: dict[int, tuple[Update, dict[int, list[Follow]]]] = {}
         self._hurrying = False
 
@@ -72,14 +84,18 @@ class GatheringAboard:
         """Take the gradients that the update is about to overwrite."""
         self.make_late()
         for unit in self._units if closure else ():
-            if unit.optimizer is optimizer and unit.rule.gradient_at == "pre" and unit.barred is None:
+            if unit.optimizer is not optimizer or unit.barred is not None:
+                continue
+            if unit.rule.gradient_at == "pre":
                 self._bar(unit, "its gradient comes from a closure, and the step overwrites it")
+            elif self._grad_dtype is not None:
+                self._bar(unit, INSIDE)
         if self._full:
             self._look([(piece, Role.SAME) for piece in self._following.pieces])
         update = Update()
         taken: dict[int, list[Follow]] = {}
         self._pre[id(optimizer)] = update, taken
-        cargo: list[tuple[Source, int]] = []
+        cargo: list[Shipment] = []
         follows: list[Follow] = []
         for unit, pieces in self._concerned(optimizer):
             if unit.rule.gradient_at == "pre":
@@ -99,7 +115,7 @@ class GatheringAboard:
         numbers = _Collection()
         if found_inf is not None and not numbers.found(found_inf, self._road):
             self.all_late("a gradient scaler's verdict stands elsewhere", optimizer)
-        cargo: list[tuple[Source, int]] = []
+        cargo: list[Shipment] = []
         follows: list[Follow] = []
         collected: set[int] = set()
         for unit, pieces in self._concerned(optimizer):
@@ -147,7 +163,7 @@ class GatheringAboard:
                 self.drop(piece, why)
 
     def _take(
-        self, unit: Unit, pieces: Sequence[Piece], update: Update, cargo: list[tuple[Source, int]]
+        self, unit: Unit, pieces: Sequence[Piece], update: Update, cargo: list[Shipment]
     ) -> list[Follow]:
         """Find room for a unit's gradient, and note what is to be sent."""
         grad = unit.param.grad
@@ -162,18 +178,31 @@ class GatheringAboard:
         taken = []
         for piece in pieces:
             stretch = piece.stretches[0]
+            form = self._form(stretch)
             # Nobody waits for room here: what holds it may have to leave the device first.
-            offset = self._ring.allocate(stretch.nbytes)
+            offset = self._ring.allocate(form.nbytes)
             if offset is None:
                 self.drop(piece, FULL)
                 continue
+            number, start = 0, stretch.start
+            if form.encoding is not None:
+                self._numbers[piece.index] += 1
+                number = self._numbers[piece.index]
+                start = seal_start(number)
             low = stretch.start * stretch.itemsize
-            cargo.append((Source(grad, low, stretch.nbytes, stretch.itemsize, stretch.start), offset))
-            taken.append(Follow(piece, update, offset, stretch.nbytes))
+            source = Source(grad, low, stretch.nbytes, stretch.itemsize, start)
+            cargo.append(to_ring(source, offset, form))
+            taken.append(Follow(piece, update, offset, form.nbytes, form.encoding, number))
         return taken
 
+    def _form(self, stretch: Stretch) -> Form:
+        """Return how a piece's gradients travel: always the same way."""
+        count = stretch.stop - stretch.start
+        form = form_of(self._grad_dtype, count)
+        return form if form.nbytes <= self._road.slot_bytes else form_of(None, count)
+
     def _gather(
-        self, numbers: _Collection, cargo: list[tuple[Source, int]], optimizer: torch.optim.Optimizer
+        self, numbers: _Collection, cargo: list[Shipment], optimizer: torch.optim.Optimizer
     ) -> Numbers | None:
         """Find room for the update's numbers; without any, what needs them is late."""
         if not numbers.nbytes:
@@ -186,7 +215,7 @@ class GatheringAboard:
         return numbers.at(offset)
 
     def _send(
-        self, follows: list[Follow], update: Update, cargo: list[tuple[Source, int]], numbers: Numbers | None
+        self, follows: list[Follow], update: Update, cargo: list[Shipment], numbers: Numbers | None
     ) -> None:
         hurried = 2 * self._ring.in_use > self._ring.nbytes
         if hurried != self._hurrying:
@@ -310,11 +339,11 @@ class _Collection:
         # Large ones first: then each is aligned, and there is no gap, so that they leave in one copy.
         return sorted(self._tensors.values(), key=lambda tensor: -tensor.itemsize)
 
-    def sources(self, offset: int) -> list[tuple[Source, int]]:
+    def sources(self, offset: int) -> list[Shipment]:
         """Return what is to be sent, each with its place, given the place of the first."""
         found = []
         for tensor in self._ordered():
-            found.append((Source(tensor, 0, tensor.itemsize, tensor.itemsize, 0), offset))
+            found.append(to_ring(Source(tensor, 0, tensor.itemsize, tensor.itemsize, 0), offset))
             offset += tensor.itemsize
         return found
 
@@ -323,8 +352,8 @@ class _Collection:
         ordered = self._ordered()
         numbers = {id(tensor): number for number, tensor in enumerate(ordered)}
         places = []
-        for tensor, (_, place) in zip(ordered, self.sources(offset), strict=True):
-            places.append((place, tensor.dtype))
+        for tensor, shipment in zip(ordered, self.sources(offset), strict=True):
+            places.append((shipment.offset, tensor.dtype))
         found = None if self._found_inf is None else numbers[id(self._found_inf)]
         rows = [
             (late, tuple(numbers[id(tensor)] for tensor in late.tensors), follows)

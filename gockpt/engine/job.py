@@ -93,6 +93,7 @@ class _Piece:
     proven: bool = False
     probes: Probes | None = None
     gradients: int = 0
+    last: int = 0
     intact: bool = True
 
 
@@ -359,7 +360,9 @@ class Job:
                 starts = next((g.probes for g in gradients if g.probes), ())
                 if starts and state.probes is None:
                     state.probes = Probes(starts, views)
-                if state.probes is None:
+                if state.probes is None and any(g.encoding is not None for g in gradients):
+                    state.intact = False  # the one that says where its probes are is missing
+                elif state.probes is None:
                     grads = [encoded.view(np.float32) for encoded in data]
                     rows = [g.scalars for g in gradients]
                     replay.run(piece.kernel, piece.flags, views[0], views[1:], grads, rows, tail=piece.tail)
@@ -492,8 +495,9 @@ def _unseal(state: _Piece, gradients: list[Gradient], data: list[np.ndarray]) ->
     for gradient, encoded in zip(gradients, data, strict=True):
         if gradient.seal is not None:
             state.gradients += 1
-            found = seal(gradient.encoding, encoded, state.gradients, gradient.scalars)
-            state.intact &= found == gradient.seal
+            found = seal(gradient.encoding, encoded, gradient.number, gradient.scalars)
+            state.intact &= found == gradient.seal and gradient.number > state.last
+            state.last = gradient.number
 
 
 def _to_row_major(data: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:

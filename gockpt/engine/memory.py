@@ -14,6 +14,7 @@ from gockpt.engine.replaying import SCRATCH_BYTES
 from gockpt.engine.ring import Ring
 from gockpt.engine.sizing import ring_bytes_of, sample_bytes_of
 from gockpt.errors import OptionsError
+from gockpt.kernels.encoded import fitting
 from gockpt.schedule import RING_GRADIENTS
 from gockpt.storage.compression import largest_encoded, memory_bound
 
@@ -109,6 +110,11 @@ class Memory:
         """Return why no state leaves a device behind training; ``None`` if some does or none is on one."""
         return None if self.road(live) is not None else self._roads.obstacle(live)
 
+    def most_aboard(self, road: Road | None) -> int | None:
+        """Return the most elements of which an encoded gradient leaves by the road; ``None`` if none is."""
+        encodes = road is not None and self._options.grad_dtype is not None
+        return fitting(road.slot_bytes) if road is not None and encodes else None
+
     def hindrance(self, road: Road) -> str | None:
         """Return why gradients could not follow by the road when they were to; ``None`` if they could."""
         return self._roads.hindrance(road)
@@ -159,6 +165,7 @@ class Memory:
                 racing=racing,
                 aboard=aboard,
                 stay=stay,
+                most_aboard=self.most_aboard(road),
             )
             samples = sample_bytes_of(pieces, plan, self._options.grad_dtype)
             # With a helper for saves that are late.

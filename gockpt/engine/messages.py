@@ -71,6 +71,8 @@ class Gradient:
         probes: With the first encoded one of its piece: where the runs of probes begin.
         seal: What :func:`gockpt.engine.encodings.seal` says of it; ``None`` where gradients are not encoded:
             then replay is proven by its bits.
+        number: Which of its piece it is, sealed with it. They grow, but some may be missing: those of updates
+            of which it turned out later that they were skipped.
     """
 
     piece: int
@@ -80,6 +82,7 @@ class Gradient:
     encoding: str | None = None
     probes: tuple[int, ...] = ()
     seal: int | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,11 @@ def plan_for(
         # Room for the longest window too, or the ring would be made twice when the first one is cut short.
         longest = make_plan(facts, window=options.window, ticks=MAX_WINDOW)
         plans = [plan] if longest.window == plan.window else [plan, longest]
-        cuts = [cut(live, shape.layout, window=p.window, barred=barred, aboard=aboard) for p in plans]
+        most = memory.most_aboard(road)
+        cuts = [
+            cut(live, shape.layout, window=p.window, barred=barred, aboard=aboard, most_aboard=most)
+            for p in plans
+        ]
         why = memory.reach(road, shape, list(zip(cuts, plans, strict=True)), transfer)
     else:
         why = memory.hindrance(road)

@@ -20,18 +20,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gockpt.engine.encodings import decode, uncertainty
+from gockpt.engine.encodings import decode, glance, uncertainty
 from gockpt.engine.findings import Sums
 from gockpt.kernels import replay
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gockpt.engine.messages import Gradient, ReplayPiece
 
-__all__ = ["PROBE_COPIES", "Probes", "choose", "elements", "most_elements"]
+__all__ = [
+    "PROBE_COPIES",
+    "RUN",
+    "Probes",
+    "choose",
+    "choose_encoded",
+    "elements",
+    "most_elements",
+    "spread",
+]
 
 RUN = 16
+"""How many probes stand side by side."""
+
 FEW, MANY, LARGE = 64, 256, 1 << 14
 """How many elements of a piece are probes, and of how many a piece must be to have the larger number."""
 
@@ -60,13 +71,31 @@ def most_elements(count: int) -> int:
 
 def choose(gradient: np.ndarray) -> tuple[int, ...]:
     """Return where the runs of 16 probes begin: half evenly spread, half where the gradient is large."""
-    runs = -(-gradient.size // RUN)
-    wanted = -(-most_elements(gradient.size) // RUN)
+    return _choose(gradient.size, lambda step: gradient[::step])
+
+
+def choose_encoded(encoding: str | None, data: np.ndarray, count: int) -> tuple[int, ...]:
+    """Do as :func:`choose` for a gradient of ``count`` values that was encoded on a device."""
+    return _choose(count, lambda step: glance(encoding, data, count, step))
+
+
+def spread(count: int) -> tuple[int, ...]:
+    """Return where as many runs begin if no gradient has been seen: evenly spread."""
+    runs, wanted = -(-count // RUN), -(-most_elements(count) // RUN)
     if runs <= wanted:
-        return tuple(range(0, gradient.size, RUN))
+        return tuple(range(0, count, RUN))
+    return tuple(sorted({round(i * (runs - 1) / (wanted - 1)) * RUN for i in range(wanted)}))
+
+
+def _choose(count: int, look: Callable[[int], np.ndarray]) -> tuple[int, ...]:
+    """Choose, given what tells every n-th value."""
+    runs = -(-count // RUN)
+    wanted = -(-most_elements(count) // RUN)
+    if runs <= wanted:
+        return tuple(range(0, count, RUN))
     chosen = {round(i * (runs - 1) / (wanted // 2 - 1)) for i in range(wanted // 2)}
     step = -(-runs // LOOKED_AT)
-    sizes = np.abs(gradient[:: RUN * step])
+    sizes = np.abs(look(RUN * step))
     sizes[~np.isfinite(sizes)] = 0
     sizes[[run // step for run in chosen if run % step == 0]] = -1
     rest = wanted - len(chosen)

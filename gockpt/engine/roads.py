@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from gockpt.device.flight import Consignment
     from gockpt.device.interface import Device
     from gockpt.engine.cut import Piece
+    from gockpt.kernels.encoded import Form
     from gockpt.options import Options
     from gockpt.state import LiveState
     from gockpt.transfer import Transfer
 
     Name = tuple[str, ...]
 
-__all__ = ["CudaDevices", "Devices", "Road", "Roads", "sources_of"]
+__all__ = ["CudaDevices", "Devices", "Road", "Roads", "sources_of", "to_ring"]
 
 _log = logging.getLogger("gockpt")
 
@@ -113,6 +114,11 @@ class Road:
         self._holds = holds
 
     @property
+    def slot_bytes(self) -> int:
+        """The most that can be encoded on the way in one piece."""
+        return self._transfer.slot_bytes
+
+    @property
     def detour(self) -> bool:
         """Whether the host must carry all of it on, so that a call may wait for the device."""
         return self._transfer.detour
@@ -136,10 +142,9 @@ class Road:
         """Let what is sent from now on arrive behind all that was sent before."""
         self._transfer.hasten()
 
-    def follow(self, gradients: Sequence[tuple[Source, int]], on_done: Callable[[], None]) -> Consignment:
-        """Send gradients, and numbers, each to a place in the ring; they may be overwritten at once."""
-        shipments = [Shipment(source, 1, offset, None) for source, offset in gradients]
-        return self._transfer.send(shipments, Urgency.GRADIENT, on_done=on_done)
+    def follow(self, cargo: Sequence[Shipment], on_done: Callable[[], None]) -> Consignment:
+        """Send what :func:`to_ring` made: gradients, say. They may be overwritten at once."""
+        return self._transfer.send(cargo, Urgency.GRADIENT, on_done=on_done)
 
     def watch(self, sources: Sequence[Source], on_done: Callable[[], None]) -> Consignment:
         """Take fingerprints of what stands on the device now; waits for nothing."""
@@ -183,6 +188,12 @@ class Road:
     def close(self, *, join: bool) -> None:
         """Give its memory back; with ``join`` its thread has ended afterwards."""
         self._transfer.close(join=join)
+
+
+def to_ring(source: Source, offset: int, form: Form | None = None) -> Shipment:
+    """Return a shipment to a place in the ring; ``form`` says how it is encoded on the way, if it is."""
+    encoded = form is not None and form.encoding is not None
+    return Shipment(source, 1, offset, None, form if encoded else None)
 
 
 def sources_of(live: LiveState, pieces: Sequence[Piece]) -> list[Source]:

@@ -400,7 +400,6 @@ class Save:
             attributes,
             exact=True,
             grad_dtype=self._options.grad_dtype,
-            samples=attempt.samples,
         )
         self._run(Event.DUE)
 
@@ -460,7 +459,8 @@ class Save:
             msg = "nothing was captured, or not all of it is proven"
             raise WorkerError(msg)
         # Of what stands on a device they are known only now that all of it has arrived.
-        capture = dataclasses.replace(capture, proofs={**capture.proofs, **attempt.proofs()})
+        proofs = {**capture.proofs, **attempt.proofs()}
+        capture = dataclasses.replace(capture, proofs=proofs, samples=attempt.samples())
         job.close(capture, self.memory.arenas, lambda: self._taken(handle, capture.step))
 
     def _taken(self, handle: SaveHandle, step: int) -> None:

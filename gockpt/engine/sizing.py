@@ -9,6 +9,7 @@ from gockpt.engine.cut import cut
 from gockpt.engine.encodings import usual_bytes
 from gockpt.engine.probes import most_elements
 from gockpt.engine.ring import block_bytes
+from gockpt.kernels.encoded import form_of
 from gockpt.layout import ArenaLayout, lay_out
 from gockpt.schedule import RING_GRADIENTS, ROAD_GRADIENTS, Facts, part_ranges
 from gockpt.schema import ArraySpec
@@ -140,8 +141,9 @@ def sample_bytes_of(pieces: Cut, plan: Plan, grad_dtype: str | None) -> int:
 
 
 def _gradient_bytes(piece: Piece, grad_dtype: str | None) -> int:
-    """Return what one gradient of a piece takes; off a device it travels as it is."""
-    return piece.stretches[0].nbytes if piece.aboard else usual_bytes(grad_dtype, _count(piece))
+    """Return what one gradient of a piece takes, if there is not an unusual lot of Inf and NaN in it."""
+    count = _count(piece)
+    return form_of(grad_dtype, count).nbytes if piece.aboard else usual_bytes(grad_dtype, count)
 
 
 def _early(pieces: Cut, plan: Plan) -> list[list[Piece]]:

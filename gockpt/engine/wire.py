@@ -143,6 +143,7 @@ def _gradients(m: notices.Gradients) -> list[Any]:
             g.encoding,
             g.probes,
             g.seal,
+            g.number,
             rows.setdefault(struct.pack(f"{len(g.scalars)}d", *g.scalars), len(rows)),
         )
         for g in m.gradients
@@ -154,8 +155,8 @@ def _gradients(m: notices.Gradients) -> list[Any]:
 def _to_gradients(job: int, table: Any, body: Any) -> notices.Gradients:
     rows = [tuple(row) for row in table]
     found = (
-        Gradient(piece, offset, nbytes, rows[row], encoding, tuple(probes), seal)
-        for piece, offset, nbytes, encoding, probes, seal, row in body
+        Gradient(piece, offset, nbytes, rows[row], encoding, tuple(probes), seal, number)
+        for piece, offset, nbytes, encoding, probes, seal, number, row in body
     )
     return notices.Gradients(job, tuple(found))
 

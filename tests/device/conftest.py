@@ -26,7 +26,9 @@ import gockpt
 from gockpt import checkpointer
 from gockpt.device.interface import Source
 from gockpt.engine.engine import Engine
+from gockpt.kernels.encoded import layout_of
 from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.quantise import narrow, quantise
 
 RUBBISH = 0xDD
 
@@ -89,7 +91,18 @@ class Operation:
     """Bytes from some places to others, or nothing but time."""
 
     def __init__(
-        self, device, name, seconds, *, pairs=(), reads=(), writes=(), engine=None, end=None, tables=None
+        self,
+        device,
+        name,
+        seconds,
+        *,
+        pairs=(),
+        reads=(),
+        writes=(),
+        engine=None,
+        begin=None,
+        end=None,
+        tables=None,
     ):
         self.device = device
         self.name = name
@@ -102,6 +115,7 @@ class Operation:
         self.writes = [(t.ctypes.data, t.ctypes.data + t.nbytes) for *_, t in pairs] + [
             span(*w) for w in writes
         ]
+        self.on_begin = begin
         self.on_end = end
         self.tables = None if tables is None else weakref.ref(tables)
         self.halves = []
@@ -121,6 +135,8 @@ class Operation:
         for number, (_, _, n, target) in enumerate(self.pairs):
             self.halves.append(self.source(number)[: n // 2].copy())
             target[:] = RUBBISH
+        if self.on_begin is not None:
+            self.on_begin()
 
     def stop(self):
         if self.tables is not None and self.tables() is None:
@@ -136,6 +152,14 @@ class Operation:
         clash = overlap(self.writes, other.writes + other.reads) or overlap(self.reads, other.writes)
         if clash:
             self.device.violations.append(f"{self.name} starts while {other.name} is not over")
+
+
+def encode(encoding, values, target):
+    """Write what a device writes, by the host's own kernels."""
+    if encoding == "bf16":
+        narrow(values, target.view(np.uint16))
+    else:
+        quantise(values, layout_of(target.size, values.size), target)
 
 
 def span(array, lo, n):
@@ -248,6 +272,32 @@ class FakeDevice:
                 stream,
                 Operation(self, name, seconds, pairs=pairs, engine="bus" if direct else None, tables=tables),
             )
+            return tables
+
+    def encode(self, stream, sources, encoding, places, target):
+        with self.lock:
+            self.called("encode")
+            assert id(target) in self.blocks
+            seen = [np.empty(s.nbytes, np.uint8) for s in sources]
+            views = [target[place : place + nbytes] for place, nbytes in places]
+            pairs = [(s.memory, s.low, s.nbytes, t) for s, t in zip(sources, seen, strict=True)]
+            tables = Tables()
+
+            def end():
+                for values, view in zip(seen, views, strict=True):
+                    encode(encoding, values.view(np.float32), view)
+
+            def begin():
+                for view in views:
+                    view[:] = RUBBISH
+
+            seconds = sum(s.nbytes for s in sources) / self.inner
+            name = f"encode on {stream.name}"
+            writes = [(target, place, nbytes) for place, nbytes in places]
+            operation = Operation(
+                self, name, seconds, pairs=pairs, writes=writes, begin=begin, end=end, tables=tables
+            )
+            self.put(stream, operation)
             return tables
 
     def copy(self, stream, memory, place, target):
@@ -430,6 +480,15 @@ def bytes_of(tensor):
     return flat.view(torch.uint8).numpy()
 
 
+def as_bytes(sources):
+    """Return sources in memory as the fake device sees it."""
+    found = []
+    for s in sources:
+        memory = bytes_of(s.memory) if isinstance(s.memory, torch.Tensor) else s.memory
+        found.append(Source(memory, s.low, s.nbytes, s.itemsize, s.start))
+    return found
+
+
 @pytest.fixture
 def devices(fakes, monkeypatch):
     """Return what stands for the devices there are, and let every checkpointer use it."""
@@ -465,12 +524,15 @@ def devices(fakes, monkeypatch):
                 self.lock.acquire()
 
         def pack(self, stream, sources, places, target):
-            seen = [Source(bytes_of(s.memory), s.low, s.nbytes, s.itemsize, s.start) for s in sources]
+            seen = as_bytes(sources)
             return seen, super().pack(stream, seen, places, target)
 
+        def encode(self, stream, sources, encoding, places, target):
+            seen = as_bytes(sources)
+            return seen, super().encode(stream, seen, encoding, places, target)
+
         def prints(self, stream, sources):
-            seen = [Source(bytes_of(s.memory), s.low, s.nbytes, s.itemsize, s.start) for s in sources]
-            return super().prints(stream, seen)
+            return super().prints(stream, as_bytes(sources))
 
     class Devices:
         def __init__(self):

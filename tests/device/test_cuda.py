@@ -16,6 +16,8 @@ from gockpt.device.interface import Source
 from gockpt.device.room import Room
 from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveError
+from gockpt.kernels.encoded import form_of, layout_of
+from gockpt.kernels.quantise import narrow, quantise
 from gockpt.lab import lab_for
 
 pytestmark = pytest.mark.gpu
@@ -88,6 +90,10 @@ def shipments_of(tensors, owner="opt"):
 
 def bytes_of(tensor):
     return tensor.view(torch.uint8).cpu().numpy()
+
+
+def bits_of(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def overwrite(tensors):
@@ -434,3 +440,60 @@ def test_an_update_that_runs_as_a_graph_is_exact(cuda):
     training.run(17)
     training.saver.wait()
     training.finish()
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "bf16"])
+def test_gradients_are_encoded_on_the_way(road, encoding):
+    """What arrives is what the host would have written; what is queued later does not touch it."""
+    way, arena = road(room=Room(MB, 3, 0))
+    for _ in range(3):
+        tensors = [torch.randn(n, device="cuda") for n in (400_000, 70_000, 5_000, 1_024)]
+        odd = torch.randn(9_001, device="cuda")[1:]  # at no multiple of 16 bytes
+        tensors[1][5] = float("inf")
+        shipments, end = [], 0
+        for number, tensor in enumerate([*tensors, odd]):
+            form = form_of(encoding, tensor.numel())
+            source = Source(tensor, 0, tensor.nbytes, 4, (number + 1) << 40)
+            shipments.append(Shipment(source, 0, end, None, form))
+            end += -(-form.nbytes // 64) * 64
+        before = [tensor.cpu().numpy() for tensor in [*tensors, odd]]
+        sent = way.send(shipments, Urgency.GRADIENT)
+        overwrite([*tensors, odd])
+        way.finish(sent)
+        assert sent.proven
+        for shipment, values in zip(shipments, before, strict=True):
+            found = arena.view(shipment.offset, shipment.nbytes)
+            if encoding == "bf16":
+                expected = np.empty(values.size, np.uint16)
+                narrow(values, expected)
+                assert np.array_equal(found.view(np.uint16), expected)
+                continue
+            message = layout_of(shipment.nbytes, values.size)
+            expected = np.zeros(shipment.nbytes, np.uint8)
+            quantise(values, message, expected)
+            assert message.incomplete(found) == message.incomplete(expected) == 0
+            for low, size in (
+                (message.codes, message.blocks),
+                (message.slots, 4 * message.blocks),
+                (message.values, 2 * values.size),
+            ):
+                assert np.array_equal(found[low : low + size], expected[low : low + size])
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_windows_with_gradients_in_16_bits_are_near_and_say_so(cuda, kind, encoding):
+    training = Training(kind, 4, grad_dtype=encoding).run(8, settle=True)
+    replayed = training.replayable()
+    training.run(16).saver.close()
+    saved = [handle.result(60) for handle in training.handles][1:]
+    assert [s.attempts for s in saved] == [1, 1]
+    assert all(s.exact is not replayed for s in saved)
+    for one in saved:
+        with gockpt.open("ckpts", one.step) as found:
+            for name, expected in training.moments[one.step].items():
+                got = found[name][...]
+                if name in found.metadata.inexact:
+                    assert (got - expected).abs().max() <= 100 * one.deviation.max_abs
+                else:
+                    assert torch.equal(bits_of(got), bits_of(expected))

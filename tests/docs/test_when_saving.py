@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +25,7 @@ import torch
 
 import gockpt
 from gockpt import checkpointer
+from gockpt.engine.job import Job
 from gockpt.engine.roads import CudaDevices
 from gockpt.kernels import replay
 from gockpt.storage.filesystem import Filesystem
@@ -384,6 +386,41 @@ def _rounded_wrong(lab):
     assert (save.result().step, save.attempts) == (9, 2)
     run.save = save
     run.check()
+
+
+@when("With `grad_dtype`, a gradient is lost, damaged or overtaken on its way to replay")
+def _rounded_astray(lab):
+    real = Job.gradients
+    for how in ("lost", "damaged", "overtaken"):
+        run = lab.Run()
+        run.window(upto=4, options=_rounded(lab)).save.result()
+        held = []
+
+        def astray(job, gradients, how=how, held=held):
+            kept = list(gradients)
+            chosen = next((n for n, g in enumerate(kept) if g.piece == 0 and g.number in (1, 2)), None)
+            if chosen is not None:
+                one = kept[chosen]
+                if how == "damaged":
+                    job._arenas[1].view(one.offset, 1)[:] ^= 1
+                elif how == "lost":
+                    job._ring.free(kept.pop(chosen).offset)
+                else:
+                    held.append(kept.pop(chosen))
+                    kept += reversed(held) if len(held) == 2 else ()
+            real(job, kept)
+
+        with mock.patch.object(Job, "gradients", astray):
+            run.window(options=_rounded(lab))
+            save = run.save
+            while not any("did not match" in event for event in save.events):
+                assert not save.durable.done()
+                time.sleep(0.001)
+        run.train()
+        run.tick(every=4, options=_rounded(lab))
+        assert (save.result().step, save.attempts) == (9, 2)
+        run.save = save
+        run.check()
 
 
 @when("The program ends inside a window without `wait()`")

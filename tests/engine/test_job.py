@@ -211,7 +211,7 @@ def encoded_update(made, rng, piece):
     starts = choose(grad)
     print_ = seal("fp16", made.ring_arena.view(found.offset, found.nbytes), 1, (LR,))
     where = (piece.index, found.offset, found.nbytes)
-    made.job.gradients([Gradient(*where, (LR,), found.encoding, starts, print_)])
+    made.job.gradients([Gradient(*where, (LR,), found.encoding, starts, print_, 1)])
     return elements(starts, ELEMENTS)
 
 

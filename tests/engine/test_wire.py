@@ -48,7 +48,7 @@ pieces = st.builds(
     tail=st.booleans(),
 )
 encodings = st.sampled_from([None, "fp16", "bf16"])
-gradients = st.builds(Gradient, counts, counts, counts, rows, encodings, numbers, st.none() | bits)
+gradients = st.builds(Gradient, counts, counts, counts, rows, encodings, numbers, st.none() | bits, counts)
 layouts = st.builds(
     ArrayLayout,
     spec=st.builds(ArraySpec, names, numbers, st.sampled_from(sorted(DTYPES))),

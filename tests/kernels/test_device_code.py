@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from gockpt.kernels.blocks import WORDS
 from gockpt.kernels.fingerprint_triton import fingerprint
 from gockpt.kernels.pack_triton import pack
-from gockpt.kernels.quantise_triton import quantise
+from gockpt.kernels.quantise_triton import narrow_each, quantise, quantise_each, reset
 
 NVIDIA = ("80", "90", "100")
 TARGETS = (*NVIDIA, "gfx942")
@@ -72,6 +72,8 @@ WIDE = {
     "unpack": Case(pack, {"WIDTH": 16, "UNPACK": True, "WORDS": WORDS}, 4 * WORDS, 4 * WORDS, 96),
     "quantise float32": Case(quantise, {"SIZE": 4, "WIDTH": 16}, 4096, 2048 + 4096, 64),
     "quantise bfloat16": Case(quantise, {"SIZE": 2, "WIDTH": 16}, 2048, 2048 + 4096, 64),
+    "quantise each": Case(quantise_each, {"WIDTH": 16}, 4096, 2048 + 4096, 64),
+    "narrow each": Case(narrow_each, {"WIDTH": 16}, 4096, 2048, 64),
     "fingerprint 4": Case(fingerprint, {"WORD": 4, "WIDTH": 16, "WORDS": WORDS}, 4 * WORDS, 0, 128),
     "fingerprint 2": Case(fingerprint, {"WORD": 2, "WIDTH": 16, "WORDS": WORDS}, 2 * WORDS, 0, 128),
     "fingerprint 1": Case(fingerprint, {"WORD": 1, "WIDTH": 16, "WORDS": WORDS}, WORDS, 0, 128),
@@ -134,6 +136,9 @@ def everything():
             constants = {**WIDE["pack"].constants, "WIDTH": width}
             found[f"pack {width} {target}"] = compiled(pack, constants, target)
         found[f"quantise unaligned {target}"] = compiled(quantise, {"SIZE": 4, "WIDTH": 4}, target)
+        for kernel in (quantise_each, narrow_each):
+            found[f"{kernel.fn.__name__} unaligned {target}"] = compiled(kernel, {"WIDTH": 4}, target)
+        found[f"reset {target}"] = compiled(reset, {}, target)
     return found
 
 
@@ -175,7 +180,8 @@ def test_less_aligned_memory_is_moved_in_narrower_pieces(code, width, target):
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_wide_accesses_come_from_what_is_promised(code, target):
-    assert code[f"quantise unaligned {target}"].loads == 0
+    for name in ("quantise", "quantise_each", "narrow_each"):
+        assert code[f"{name} unaligned {target}"].loads == 0
 
 
 def test_a_spill_would_be_seen():
