@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gockpt.engine.ring import Ring
     from gockpt.engine.roads import Road
     from gockpt.kernels.encoded import Form
+    from gockpt.replay import Rule
 
 __all__ = ["GatheringAboard"]
 
@@ -118,12 +119,15 @@ class GatheringAboard:
         cargo: list[Shipment] = []
         follows: list[Follow] = []
         collected: set[int] = set()
-        for unit, pieces in self._concerned(optimizer):
-            at_pre = unit.rule.gradient_at == "pre"
-            got = taken.get(id(unit), []) if at_pre else None
-            if got == [] or (got is None and unit.param.grad is None):
-                continue
-            row = replay.scalars(unit.rule, unit.group, unit.optimizer.state.get(unit.param, {}))
+        concerned = [
+            (unit, pieces)
+            for unit, pieces in self._concerned(optimizer)
+            if (taken.get(id(unit)) if unit.rule.gradient_at == "pre" else unit.param.grad is not None)
+        ]
+        rows = _rows([unit for unit, _ in concerned])
+        for unit, pieces in concerned:
+            got = taken[id(unit)] if unit.rule.gradient_at == "pre" else None
+            row = rows[id(unit)]
             if row is None:
                 self._bar(unit, "its parameter group's options changed")
                 continue
@@ -299,6 +303,19 @@ class GatheringAboard:
         """The device refused: nothing is on its way any more."""
         self._road.give_up(error)
         self.all_late(REFUSED)
+
+
+def _rows(units: Sequence[Unit]) -> dict[int, tuple[float, ...] | LateNumbers | None]:
+    """Return each unit's numbers of the update that has just been queued; few launches for a group."""
+    groups: dict[tuple[int, Rule], list[Unit]] = {}
+    for unit in units:
+        groups.setdefault((unit.group_index, unit.rule), []).append(unit)
+    found: dict[int, tuple[float, ...] | LateNumbers | None] = {}
+    for (_, rule), members in groups.items():
+        states = [unit.optimizer.state.get(unit.param, {}) for unit in members]
+        numbers = replay.scalars_of(rule, members[0].group, states)
+        found.update(zip(map(id, members), numbers, strict=True))
+    return found
 
 
 class _Collection:

@@ -248,6 +248,45 @@ def test_an_update_of_many_parameters_takes_few_launches(lab_like):
         assert late.row(values[0]) == alone.row(values[1])
 
 
+def values_of(found):
+    """Return an update's numbers as they are once all have arrived."""
+    return found.row(tuple(float(t) for t in found.tensors)) if isinstance(found, LateNumbers) else found
+
+
+def test_numbers_of_a_group_are_those_of_each_in_few_launches(lab_like, monkeypatch):
+    lab = lab_like(stepped(ADAMW, fused=True))
+    ps = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(5)]
+    optimizer = stepped(ADAMW, fused=True)
+    optimizer.add_param_group({"params": ps})
+    group, states = optimizer.param_groups[0], [{"step": torch.tensor(float(n))} for n in range(1, 6)]
+    got = rule(optimizer, lab)
+    assert got.late is not None
+    alone = [replay.scalars(got, group, state) for state in states]
+    real, launched = device_numbers.power, []
+    monkeypatch.setattr(device_numbers, "power", lambda *args: launched.append(args) or real(*args))
+    together = replay.scalars_of(got, group, states)
+    assert len(launched) == 2
+    assert [values_of(found) for found in together] == [values_of(found) for found in alone]
+    # Counters that can't be looked at together are looked at one by one.
+    states[2]["step"] = states[2]["step"].double()
+    odd = replay.scalars_of(got, group, states)
+    assert len(launched) == 2 + 10
+    alone = [replay.scalars(got, group, state) for state in states]
+    assert [values_of(found) for found in odd] == [values_of(found) for found in alone]
+    group["amsgrad"] = True
+    assert replay.scalars_of(got, group, states) == [None] * 5
+
+
+def test_numbers_that_are_known_here_are_those_of_each(lab_like):
+    optimizer = stepped(ADAM, foreach=True)
+    group, states = optimizer.param_groups[0], [{"step": torch.tensor(float(n))} for n in range(1, 4)]
+    got = rule(optimizer, lab_like(optimizer))
+    assert got.late is None
+    expected = [replay.scalars(got, group, state) for state in states]
+    assert replay.scalars_of(got, group, states) == expected
+    assert None not in expected
+
+
 def test_powers_are_the_ones_asked_for():
     steps = torch.tensor([3.0, 17.0])
     for form, kind in (("single", np.float32), ("single from a tensor", np.float32), ("double", np.float64)):
