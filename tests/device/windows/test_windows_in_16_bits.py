@@ -426,6 +426,14 @@ def test_a_small_change_behind_the_optimizers_back_is_seen_by_its_bits(devices, 
         assert found["model/a"][7] == run.moments[saved.step]["model/a"][7]
 
 
+@BOTH
+def test_what_left_is_looked_at_whatever_verify_says(devices, runs, grad_dtype):
+    """Otherwise nothing would be known that the closing tick can be compared with."""
+    saved = finish(runs.Run("adamw", grad_dtype=grad_dtype, verify="close").ticks(2 * EVERY))
+    assert replayed_late(saved) == [(12, 4, 1, {"odd"}), (18, 4, 1, {"odd"})]
+    assert not saved[-1].exact
+
+
 @pytest.mark.parametrize("how", ["closure", "hook"])
 def test_what_runs_inside_the_step_can_not_hide_either(devices, runs, how):
     def update(run):
