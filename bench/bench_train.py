@@ -1,9 +1,9 @@
 """What saving costs a training loop: tokens per second with each way to save, interleaved in one run.
 
-In each round every variant trains the same number of steps in a fresh process, in shuffled order, so that
-what the machine does besides hits all of them alike. Figures are medians over rounds; "vs none" is the
-median of the ratios to the unsaved segment of the same round, and "no saving (again)" shows how far
-chance alone goes. `bench/README.md` says how to read the table.
+In each round every variant trains in a fresh process, in shuffled order: the same number of steps with
+saving and without, one right after the other, so that what the machine does besides hits both alike. "vs
+none" is the ratio of the two, the median over rounds; that of "no saving" shows how far chance alone goes.
+Other figures are medians as well. `bench/README.md` says how to read the table.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def main() -> None:
         (saver, every)
         for saver in SAVERS
         for every in wanted.every
-        if not wanted.only or saver.startswith("no saving") or any(part in saver for part in wanted.only)
+        if not wanted.only or saver == NONE or any(part in saver for part in wanted.only)
         if worker_of(saver) in (None, *wanted.worker)
         if wanted.device != "cpu" or saver not in DEVICE_ONLY
     ]
     # Without a save, the interval means nothing: one segment of each is enough.
-    variants = [v for v in variants if not v[0].startswith("no saving") or v[1] == wanted.every[0]]
+    variants = [v for v in variants if v[0] != NONE or v[1] == wanted.every[0]]
     facts = machine_facts(wanted.dir)
     if wanted.device != "cpu":
         facts |= device_facts(0)
@@ -50,10 +50,13 @@ def main() -> None:
     for number in range(wanted.rounds):
         order.shuffle(variants)
         for saver, every in variants:
-            result = run(saver, every, wanted, json.dumps(asdict(config)))
+            # Either way round as often: what comes second finds a machine that is warmer, and fuller.
+            result = run(saver, every, wanted, json.dumps(asdict(config)), plain_first=number % 2 == 0)
             segments.append({"round": number, **result})
             speed = result["tokens"] / result["seconds"]
-            print(f"round {number + 1}: {saver}, every {every}: {speed:.0f} tokens/s", file=sys.stderr)
+            ratio = result["plain_seconds"] / result["seconds"]
+            words = f"{speed:.0f} tokens/s, {ratio:.3f} of not saving"
+            print(f"round {number + 1}: {saver}, every {every}: {words}", file=sys.stderr)
     rows = [summary(segments, saver, every) for saver, every in sorted(variants, key=place)]
     if wanted.json != "-":
         show(rows, segments[0], config.tokens_per_step)
@@ -81,15 +84,18 @@ def worker_of(saver: str) -> str | None:
 def place(variant: tuple[str, int]) -> tuple[int, int]:
     """Order the table: by interval, then as the savers are listed."""
     saver, every = variant
-    return (0 if saver.startswith("no saving") else every, list(SAVERS).index(saver))
+    return (0 if saver == NONE else every, list(SAVERS).index(saver))
 
 
-def run(saver: str, every: int, wanted: argparse.Namespace, config: str) -> dict[str, Any]:
+def run(
+    saver: str, every: int, wanted: argparse.Namespace, config: str, *, plain_first: bool
+) -> dict[str, Any]:
     """Train one segment in a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("train_segment.py")), "--saver", saver]
     command += ["--every", str(every), "--steps", str(wanted.steps), "--threads", str(wanted.threads)]
     command += ["--config", config, "--directory", wanted.dir, "--device", wanted.device]
     command += ["--dtype", wanted.dtype, "--optimizer", wanted.optimizer]
+    command += ["--plain-first"] if plain_first else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -97,17 +103,14 @@ def run(saver: str, every: int, wanted: argparse.Namespace, config: str) -> dict
 
 def summary(segments: list[dict[str, Any]], saver: str, every: int) -> dict[str, Any]:
     """Return one variant's medians."""
-    plain = {s["round"]: s for s in segments if s["saver"] == NONE}
     own = [s for s in segments if s["saver"] == saver and s["every"] == every]
     saves = [timing for s in own for timing in s["saves"]]
-    ratios = [plain[s["round"]]["seconds"] / s["seconds"] for s in own]
-    extra = [(s["seconds"] - plain[s["round"]]["seconds"]) / len(s["saves"]) for s in own if s["saves"]]
+    ratios = [s["plain_seconds"] / s["seconds"] for s in own]
+    extra = [(s["seconds"] - s["plain_seconds"]) / len(s["saves"]) for s in own if s["saves"]]
     stalls = [sum(t["exposed"] for t in s["saves"]) for s in own]
-    beyond = [
-        plain[s["round"]]["seconds"] / (s["seconds"] - stall) for s, stall in zip(own, stalls, strict=True)
-    ]
+    beyond = [s["plain_seconds"] / (s["seconds"] - stall) for s, stall in zip(own, stalls, strict=True)]
     durable = [t["durable"] for t in saves if t["durable"] is not None]
-    slowed = [slowdown for s in own for slowdown in window_slowdowns(s, plain[s["round"]])]
+    slowed = [slowdown for s in own for slowdown in window_slowdowns(s)]
     return {
         "saver": saver,
         "every": every if saves else None,
@@ -128,13 +131,13 @@ def summary(segments: list[dict[str, Any]], saver: str, every: int) -> dict[str,
     }
 
 
-def window_slowdowns(segment: dict[str, Any], plain: dict[str, Any]) -> list[float]:
+def window_slowdowns(segment: dict[str, Any]) -> list[float]:
     """Return by what part the steps of each window lasted longer than its plan had said; 0.03: 3 per cent.
 
     The steps are those of its ticks and the one after, behind which the closing tick's copies leave. The
     plan's stall is not counted. What a saver does not plan, it has no figure for.
     """
-    usual = median(plain["step_seconds"])
+    usual = median(segment["plain_step_seconds"])
     first = segment["every"] - segment["every"] // 2
     found = []
     for save in segment["saves"]:

@@ -343,7 +343,6 @@ def _sync_directory(directory: Path) -> None:
 
 SAVERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "no saving": (Nothing, {}),
-    "no saving (again)": (Nothing, {}),
     "gockpt, window auto": (Gockpt, {"window": "auto"}),
     "gockpt, window 4": (Gockpt, {"window": 4}),
     "gockpt, window auto, nice 19": (Gockpt, {"window": "auto", "nice": 19}),
@@ -355,7 +354,7 @@ SAVERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "dcp.async_save, pinned": (DcpAsync, {"pinned": True}),
     "lazy copy of one step": (LazyCopy, {}),
 }
-"""By name: the class and its options. The second "no saving" shows how far chance alone goes."""
+"""By name: the class and its options. "no saving" shows how far chance alone goes."""
 
 DEVICE_ONLY = {"dcp.async_save, pinned", "lazy copy of one step"}
 """Those that need a CUDA device."""

@@ -2,7 +2,8 @@
 
 Untimed first: the saver's code is loaded by saving a toy, a few steps train without it (their peak is
 what memory is compared with), and one whole save is made. Then the timed steps, with dues placed in the
-middle of each interval, so that what a save does afterwards falls on timed steps as well.
+middle of each interval, so that what a save does afterwards falls on timed steps as well. As many steps
+without saving are timed right before or right after them: machines drift, and a minute later is another one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from corpus import Batch, Loader, standard_library
 from gpt import Config, Training
 from harness import peak_bytes, reset_peak
 from train_savers import ON_A_DEVICE, SAVERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SEED = 20
 WARM_STEPS = 2
@@ -83,27 +87,35 @@ def segment(wanted: argparse.Namespace, directory: Path) -> dict[str, Any]:
     saver.finish()
     saver.timings.clear()
 
+    def timed(tick: Callable[[int], None]) -> list[float]:
+        durations = []
+        for step in range(first, first + wanted.steps):
+            now = perf_counter()
+            train()
+            tick(step)
+            durations.append(round(perf_counter() - now, 5))
+        return durations
+
     # Steps that start again at a small number: half an interval before the first due one.
     first = wanted.every - wanted.every // 2
-    durations = []
-    began = perf_counter()
-    for step in range(first, first + wanted.steps):
-        now = perf_counter()
-        train()
-        saver.tick(step)
-        durations.append(round(perf_counter() - now, 5))
-    seconds = perf_counter() - began
+    plain = timed(lambda _: None) if wanted.plain_first else []
+    durations = timed(saver.tick)
+    ended = perf_counter()
     saver.finish()
-    drain = perf_counter() - began - seconds
+    drain = perf_counter() - ended
+    os.sync()
+    plain = plain or timed(lambda _: None)
     saver.close()
     return {
         "saver": wanted.saver,
         "every": wanted.every,
         "parameters": training.parameters,
         "state_bytes": state_bytes(training),
-        "seconds": seconds,
+        "seconds": sum(durations),
+        "plain_seconds": sum(plain),
         "tokens": wanted.steps * config.tokens_per_step,
         "step_seconds": durations,
+        "plain_step_seconds": plain,
         "due": sum(step % wanted.every == 0 for step in range(first, first + wanted.steps)),
         "saves": [asdict(timing) for timing in saver.timings],
         "drain_seconds": drain,
@@ -148,6 +160,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--saver", choices=SAVERS, required=True)
     parser.add_argument("--every", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--plain-first", action="store_true")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--config", required=True, help="fields of gpt.Config, as JSON")
     parser.add_argument("--directory", required=True)
