@@ -83,8 +83,8 @@ class Options:
             tested on a simulated device only. State on the CPU needs none.
         cpu_threads: Background threads for replay, checksums and writing; ``None`` is half the
             usable cores, between 1 and 8.
-        nice: Niceness of those threads (0 to 19). A save that is not durable half-way to the next one gets
-            an un-niced one.
+        nice: Niceness of those threads (0 to 19). With ``every`` above 1, a captured save that is not durable
+            half-way to the next one gets an un-niced one.
         overhead: For ``every="auto"``: the largest share of training time that saving may take.
         grad_dtype: How gradients travel to replay inside a window. ``None``: as they are. ``"fp16"``: as
             float16 with a power of two for each 1024 values. ``"bf16"``: as bfloat16. These halve the

@@ -43,14 +43,16 @@ _MANIFEST_IN_THE_MAKING = f"{MANIFEST_FILE}.tmp"
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint is to hold beside its arrays.
+    """What a checkpoint is to hold: everything but the bytes of its arrays.
 
     Attributes:
+        arrays: All arrays, in the manifest's order.
         state: The state document: a JSON object.
         attributes: Attributes of the root group: a small JSON object.
         exact: Whether the checkpoint equals a blocking save bit for bit.
     """
 
+    arrays: tuple[ArrayLayout, ...]
     state: Mapping[str, Any]
     attributes: Mapping[str, Any]
     exact: bool
@@ -93,8 +95,8 @@ class Draft:
             dir_fd: The directory; stays the caller's.
             where: Its path, for messages.
             compression: Which arrays are encoded.
-            outline: Which arrays there will be.
-            contents: And what else.
+            outline: What its arrays say of its files.
+            contents: What there will be.
 
         Raises:
             OSError: If the file system can't be identified.
@@ -112,7 +114,9 @@ class Draft:
         self._documenting = threading.Lock()
         self._unsynced = Unsynced(fs, dir_fd, where)
         self._arrays = {
-            layout.spec.name: _Array(layout, outline.paths[layout.spec.name]) for layout in outline.arrays
+            # The save's own layouts: whoever writes a chunk hands in the same objects.
+            layout.spec.name: _Array(layout, outline.paths[layout.spec.name])
+            for layout in contents.arrays
         }
         self._directories: dict[str, None] = {}  # parents before children
         self._tried: manifest.Manifest | None = None
@@ -210,6 +214,7 @@ class Draft:
                 content = describe(raw.entries, (*documents, blocks))
                 if self._outline.vetted:
                     _expect_readable(manifest.encode(_without_arrays(content)))
+                    manifest.encode(content, raw.text)  # for its size
                 else:
                     _expect_readable(manifest.encode(content, raw.text))
                     self._outline.vetted = True

@@ -102,9 +102,10 @@ def remove_tree(fs: Filesystem, dir_fd: int, name: str) -> None:
         try:
             fd = fs.open(name, DIRECTORY, dir_fd=dir_fd)
         except OSError as error:
-            if error.errno in (errno.ENOTDIR, errno.ELOOP) and _unlink(fs, dir_fd, name):
-                return
-            raise
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            fs.unlink(name, dir_fd=dir_fd)
+            return
         try:
             for child in fs.listdir(fd):
                 remove_tree(fs, fd, child)

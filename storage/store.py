@@ -119,8 +119,9 @@ class Store:
         if type(step) is not int or not 0 <= step <= MAX_INTEGER:
             msg = f"step must be an integer from 0 to 2**63 - 1, got {step!r}"
             raise UsageError(msg)
+        arrays = tuple(arrays)
         outline = self._outline
-        if outline is None or outline.arrays != tuple(arrays):
+        if outline is None or outline.arrays != arrays:
             self._outline = outline = Outline(arrays)
         transaction = Transaction(
             self._place,
@@ -128,7 +129,7 @@ class Store:
             self._lineage,
             self._compression,
             outline,
-            Contents(state, attributes, exact),
+            Contents(arrays, state, attributes, exact),
             step=step,
             attempt=secrets.token_hex(16),
             on_end=self._transactions.discard,

@@ -102,18 +102,28 @@ class Worker:
             if first is None or not self._open(first):
                 return
             self._load()
-            for message in waiting:
-                self._handle(message)
-            while not self._left and not self._orphaned(pidfd):
-                if self._sock.fileno() in dict(poller.poll(1000 * BEAT_SECONDS)) and not self._receive():
-                    break
-            if not self._left:
-                self._drain()
+            defect = None
+            try:
+                self._listen(poller, pidfd, waiting)
+            except Exception as error:  # noqa: BLE001 - raised below: what was captured before is whole
+                defect = error
             self._finish()
+            if defect is not None:
+                raise defect
         finally:
             self._outbox.close(_LAST_WORDS)
 
     # -- the trainer -------------------------------------------------------------------------
+
+    def _listen(self, poller: select.poll, pidfd: int | None, waiting: list[Any]) -> None:
+        """Do what the trainer says, until it leaves or is gone and all it said is done."""
+        for message in waiting:
+            self._handle(message)
+        while not self._left and not self._orphaned(pidfd):
+            if self._sock.fileno() in dict(poller.poll(1000 * BEAT_SECONDS)) and not self._receive():
+                break
+        if not self._left:
+            self._drain()
 
     def _watch(self, poller: select.poll) -> int | None:
         """Be woken when the trainer ends. Its end of the socket may be held by its children as well."""
@@ -143,11 +153,15 @@ class Worker:
     def _read(self) -> list[Any] | None:
         """Wait for messages and return them; ``None`` at the end of the stream."""
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, 1 << 18, 8)
+            data, descriptors, flags, _ = socket.recv_fds(self._sock, 1 << 18, 8)
         except ConnectionError:
             # So ends the stream of a trainer that had not read all it was told. All it sent came before this.
             return None
         self._descriptors.extend(descriptors)
+        if flags & socket.MSG_CTRUNC:
+            # Which of several arenas came without its memory can't be told: none may be taken for another.
+            msg = "memory could not be taken over: the worker process has too many open files (ulimit -n)"
+            raise WorkerError(msg)
         return self._frames.feed(data) if data else None
 
     def _receive(self) -> bool:
@@ -232,6 +246,9 @@ class Worker:
     def _give_arena(self, message: notices.GiveArena) -> None:
         for number in set(self._arenas) - set(message.live):
             del self._arenas[number]
+        if not self._descriptors:
+            msg = "the stream between trainer and worker is broken: memory came without a descriptor"
+            raise WorkerError(msg)
         fd = self._descriptors.popleft()
         try:
             self._arenas[message.arena] = Arena.attach(fd, message.nbytes)

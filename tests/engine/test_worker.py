@@ -1,14 +1,23 @@
-"""The worker process's end of its socket."""
+"""The worker process's end of its socket: what was captured is published, whatever comes after it."""
 
 from __future__ import annotations
 
+import array
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
+import gockpt
+from gockpt.arena import Arena
 from gockpt.engine import notices, wire
+from gockpt.engine.messages import ArrayPlace, Capture
 from gockpt.engine.worker import Worker
+from gockpt.errors import WorkerError
+from gockpt.layout import lay_out
+from gockpt.schema import ArraySpec
 
 
 @pytest.mark.parametrize("heard", [True, False])
@@ -24,3 +33,95 @@ def test_what_a_trainer_sent_is_taken_whatever_it_had_heard(heard):
         assert worker._read() == [notices.Leave()]
         assert worker._read() is None
         worker._outbox.close()
+
+
+def test_descriptors_that_the_system_dropped_are_noticed(monkeypatch):
+    """At the limit of open files it drops some, and says so: which, can't be told."""
+    trainer, sock = socket.socketpair()
+    with sock, trainer:
+        worker = Worker(sock, os.getppid())
+        recv_fds = socket.recv_fds
+
+        def dropping(*arguments):
+            data, descriptors, flags, address = recv_fds(*arguments)
+            return data, descriptors, flags | socket.MSG_CTRUNC, address
+
+        monkeypatch.setattr(socket, "recv_fds", dropping)
+        trainer.sendall(wire.encode(notices.Leave()))
+        with pytest.raises(WorkerError, match="too many open files"):
+            worker._read()
+        worker._outbox.close()
+
+
+# A worker that begins no checkpoint before the file "go" is there.
+PROGRAM = """
+import os, sys, time
+from gockpt.engine.worker import run
+from gockpt.storage.store import Store
+begin = Store.begin
+def held(*arguments, **more):
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    return begin(*arguments, **more)
+Store.begin = held
+os._exit(run(int(sys.argv[1]), os.getppid()))
+"""
+
+
+class Trainer:
+    """Talks to a worker process as the engine does."""
+
+    def __init__(self, path):
+        self.sock, other = socket.socketpair()
+        with other:
+            command = [sys.executable, "-c", PROGRAM, str(other.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stderr=subprocess.PIPE)
+        self._frames = wire.Frames()
+        self.send(notices.Open(str(path), "ab" * 16, None, {"cpu_threads": 1}, 2))
+        self.hear(notices.Opened)
+
+    def send(self, message, fd=None):
+        frame = wire.encode(message)
+        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        assert self.sock.sendmsg([frame], rights) == len(frame)
+
+    def hear(self, kind):
+        while True:
+            data = self.sock.recv(1 << 16)
+            assert data, "the worker has ended"
+            if any(isinstance(message, kind) for message in self._frames.feed(data)):
+                return
+
+
+def garbage(trainer, arena):
+    trainer.sock.sendall(b"\xff" * 16)
+
+
+def memory_without_a_descriptor(trainer, arena):
+    trainer.send(notices.GiveArena(2, arena.nbytes, (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [(garbage, "is broken: a message"), (memory_without_a_descriptor, "is broken: memory came without")],
+    ids=["garbage", "descriptor"],
+)
+def test_what_was_captured_is_published_though_the_next_message_is_none(tmp_path, monkeypatch, then, words):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(tmp_path / "path")
+    layout = lay_out([ArraySpec(("model", f"w{i}"), (50,), "float32") for i in range(5)])
+    arena = Arena(layout.nbytes, shared=True)
+    trainer.send(notices.GiveArena(1, arena.nbytes, (1,)), arena.fd)
+    trainer.send(notices.Begin(1, (1, 1), (), None))
+    places = tuple(ArrayPlace(one, 0) for one in layout.arrays)
+    trainer.send(notices.Close(1, (1, 1, 1), (), Capture(7, places, {}, {"version": 1}, {}, exact=True)))
+    trainer.hear(notices.Taken)
+    then(trainer, arena)
+    (tmp_path / "go").touch()
+    said = trainer.process.stderr.read().decode()
+    assert trainer.process.wait(60) == 1
+    trainer.process.stderr.close()
+    trainer.sock.close()
+    assert words in said.splitlines()[-1]
+    assert gockpt.steps(tmp_path / "path") == [7]
+    assert not [name for name in os.listdir(tmp_path / "path") if "partial" in name]

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from gockpt.errors import ManifestCorrupt, UnsupportedState, UsageError
-from gockpt.storage import listing, manifest
+from gockpt.layout import ArrayLayout
+from gockpt.storage import listing, manifest, strict_json
 from gockpt.storage.compression import Compression
 from gockpt.storage.store import Store
 
@@ -124,3 +125,37 @@ def test_attributes_are_tried_in_every_save(store, sample, monkeypatch, checker)
     ):
         transaction.write_documents()
     assert checker.problems(checker.read(sample.save(store, 4, marker=1).path)) == []
+
+
+def test_arrays_may_come_one_by_one(store, sampling, checker):
+    """The type says a sequence; what is no longer one after a look at it must not be saved as nothing."""
+    for step, name in enumerate(["two", "one more"]):
+        sample = sampling.make(SETS[name])
+        with store.begin(step, iter(sample.layouts), state={"marker": 1}, attributes={}, exact=True) as begun:
+            sample.write(begun, 1)
+            published = begun.commit()
+        tree = checker.read(published.path)
+        assert checker.problems(tree) == []
+        assert len(json.loads(tree["gockpt.json"].split(b"\n")[0])["arrays"]) == len(sample.layouts)
+
+
+def test_a_manifest_that_is_too_large_is_refused_before_it_is_synced(store, sampling, monkeypatch):
+    sample = sampling.make([(("model", f"w{i}"), (2,), "bfloat16", 2) for i in range(50)])
+    sample.save(store, 1, marker=1)
+    monkeypatch.setattr(strict_json, "MAX_BYTES", 10_000)
+    with (
+        begin(store, sample, 2, {"much": "x" * 4000}) as transaction,
+        pytest.raises(UnsupportedState, match=r"gockpt\.json would take 1[0-9]{4} bytes"),
+    ):
+        transaction.write_documents()
+
+
+def test_chunks_are_known_by_the_layouts_of_their_own_save(store, sampling, monkeypatch):
+    """Equal ones are accepted too, but comparing thousands of slots for each of them takes its time."""
+    for step in range(2):
+        sample = sampling.make([(("model", "w"), (40,), "float32", 1)])
+        with sample.begin(store, step) as transaction:
+            with monkeypatch.context() as patched:
+                patched.setattr(ArrayLayout, "__eq__", lambda *_: pytest.fail("compared"))
+                sample.write(transaction, 1)
+            transaction.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,8 @@ import socket
 import pytest
 
 from gockpt.errors import StorageError, UsageError
-from gockpt.storage import directory_names, listing
+from gockpt.storage import directory_names, files, listing
+from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.store import Store
 
 
@@ -312,6 +314,43 @@ def test_links_inside_what_is_pruned_are_not_followed(tmp_path, sample):
         assert store.prune(1) == [1]
     assert names_in(tmp_path / "path") == ["step-0000000002"]
     assert (tmp_path / "precious" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "c.0", "notes"])
+def test_trees_that_look_odd_are_removed(tmp_path, name):
+    """What a name suggests is a guess only: here files are directories, and the other way round."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    tree = tmp_path / "tree"
+    (tree / name / name).mkdir(parents=True)
+    (tree / "sub").mkdir()
+    (tree / "sub" / name).write_text("file")
+    os.symlink(outside, tree / "sub" / "c")
+    os.symlink(outside, tree / name / "link")
+    os.mkfifo(tree / name / "fifo")
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        files.remove_tree(Filesystem(), fd, "tree")
+    finally:
+        os.close(fd)
+    assert names_in(tmp_path) == ["outside"]
+    assert (outside / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "notes"])
+def test_what_can_not_be_removed_is_told_as_the_system_tells_it(tmp_path, name):
+    class Immutable(Filesystem):
+        def unlink(self, name, *, dir_fd):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / name).write_text("file")
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(PermissionError):
+            files.remove_tree(Immutable(), fd, name)
+    finally:
+        os.close(fd)
 
 
 def test_a_reader_survives_pruning(tmp_path, sample):
