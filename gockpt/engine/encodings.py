@@ -39,6 +39,8 @@ __all__ = [
     "warm",
 ]
 
+_KINDS = (None, "fp16", "bf16")
+
 
 class Encoded(NamedTuple):
     """Where a gradient stands in the ring, and how.
@@ -127,16 +129,18 @@ def decode(encoding: str | None, data: np.ndarray, count: int, first: int, out: 
         out[:] = data.view(np.float32)[first : first + out.size]
 
 
-def seal(encoding: str | None, data: np.ndarray, number: int, scalars: Sequence[float]) -> int:
+def seal(piece: int, encoding: str | None, data: np.ndarray, number: int, scalars: Sequence[float]) -> int:
     """Return 64 bits that stand for a gradient as it was posted: by them replay knows that it has that one.
 
     Args:
+        piece: Index of its piece.
         encoding: How it stands in the ring.
         data: All of its bytes.
         number: Which gradient of its piece, counted from 1.
         scalars: The update's numbers.
     """
-    return sealed(fingerprint(data, 2 if encoding == "bf16" else 4, seal_start(number)), number, scalars)
+    print_ = fingerprint(data, 2 if encoding == "bf16" else 4, seal_start(number))
+    return sealed(print_, piece, encoding, number, scalars)
 
 
 def seal_start(number: int) -> int:
@@ -144,10 +148,11 @@ def seal_start(number: int) -> int:
     return number << 40
 
 
-def sealed(print_: int, number: int, scalars: Sequence[float]) -> int:
+def sealed(print_: int, piece: int, encoding: str | None, number: int, scalars: Sequence[float]) -> int:
     """Return the seal of a gradient of which the bytes' fingerprint is known; see :func:`seal`."""
+    whose = np.array([piece, _KINDS.index(encoding)], np.int64).view(np.uint8)
     numbers = np.asarray(scalars, np.float64).view(np.uint8)
-    return print_ ^ fingerprint(numbers, 8, seal_start(number))
+    return print_ ^ fingerprint(np.concatenate([whose, numbers]), 8, seal_start(number))
 
 
 def incomplete(encoding: str | None, data: np.ndarray, count: int) -> bool:

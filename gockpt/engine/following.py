@@ -525,7 +525,9 @@ def _gradient(lane: _Lane, follow: Follow, row: Row) -> Gradient:
     # Not by its bytes: by what the device said of them.
     seal = None
     if follow.number:
-        seal = -1 if follow.made is None else sealed(follow.made, follow.number, row)
+        index = follow.piece.index
+        made = follow.made
+        seal = -1 if made is None else sealed(made, index, follow.encoding, follow.number, row)
     probes: tuple[int, ...] = ()
     if follow.encoding is not None and not lane.told:
         lane.probes = lane.probes or spread(lane.count)

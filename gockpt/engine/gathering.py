@@ -169,7 +169,7 @@ class Gathering:
         self._posted[gradient.piece] += 1
         data = self._arena.view(gradient.offset, gradient.nbytes)
         number = self._posted[gradient.piece]
-        found = seal(gradient.encoding, data, number, gradient.scalars)
+        found = seal(gradient.piece, gradient.encoding, data, number, gradient.scalars)
         return replace(gradient, seal=found, number=number)
 
     def _wanted(self, gradient: Gradient) -> bool:

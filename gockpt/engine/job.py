@@ -495,7 +495,7 @@ def _unseal(state: _Piece, gradients: list[Gradient], data: list[np.ndarray]) ->
     for gradient, encoded in zip(gradients, data, strict=True):
         if gradient.seal is not None:
             state.gradients += 1
-            found = seal(gradient.encoding, encoded, gradient.number, gradient.scalars)
+            found = seal(state.piece.index, gradient.encoding, encoded, gradient.number, gradient.scalars)
             state.intact &= found == gradient.seal and gradient.number > state.last
             state.last = gradient.number
 

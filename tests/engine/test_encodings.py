@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.engine.encodings import decode, encode, uncertainty, usual_bytes
+from gockpt.engine.encodings import decode, encode, seal, uncertainty, usual_bytes
 from gockpt.engine.probes import choose
 from gockpt.engine.ring import Ring
 
@@ -120,3 +120,19 @@ def test_no_value_makes_a_warning():
         moved = uncertainty(found.encoding, data, values.size, np.arange(values.size), out)
         assert np.isfinite(moved).all()
         choose(values)
+
+
+def test_a_seal_names_piece_number_encoding_and_row():
+    data = np.arange(64, dtype=np.uint8)
+    mine = (3, None, data, 2, (0.5, 1.0))
+    others = [
+        (4, None, data, 2, (0.5, 1.0)),
+        (3, "fp16", data, 2, (0.5, 1.0)),
+        (3, "bf16", data, 2, (0.5, 1.0)),
+        (3, None, data[::-1].copy(), 2, (0.5, 1.0)),
+        (3, None, data, 3, (0.5, 1.0)),
+        (3, None, data, 2, (1.0, 0.5)),
+        (2, None, data, 3, (0.5, 1.0)),
+    ]
+    assert seal(*mine) == seal(*mine)
+    assert len({seal(*one) for one in [mine, *others]}) == 1 + len(others)

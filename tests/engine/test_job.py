@@ -202,14 +202,14 @@ def test_a_late_piece_is_not_replayed_and_its_gradients_are_given_back(bench):
         assert values.tobytes() == made.live[name].tobytes()
 
 
-def encoded_update(made, rng, piece):
+def encoded_update(made, rng, piece, grad=None):
     """Post a gradient in 16 bits for one piece; return the elements that are its probes."""
-    grad = rng.standard_normal(ELEMENTS).astype(np.float32)
+    grad = rng.standard_normal(ELEMENTS).astype(np.float32) if grad is None else grad
     part = made.part(piece)
     np.subtract(part, np.float32(LR) * grad, out=part)
     found = encode("fp16", grad, made.ring.allocate, made.ring_arena.view, made.ring.free)
     starts = choose(grad)
-    print_ = seal("fp16", made.ring_arena.view(found.offset, found.nbytes), 1, (LR,))
+    print_ = seal(piece.index, "fp16", made.ring_arena.view(found.offset, found.nbytes), 1, (LR,))
     where = (piece.index, found.offset, found.nbytes)
     made.job.gradients([Gradient(*where, (LR,), found.encoding, starts, print_, 1)])
     return elements(starts, ELEMENTS)
@@ -259,6 +259,37 @@ def test_what_is_not_exact_is_measured_before_the_documents_are_written(bench, t
     assert not difference[:ELEMENTS].any()
     assert made.written()[("model", "b")].tobytes() == made.live[("model", "b")].tobytes()
     assert made.ring.in_use == 0
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_messages_that_change_places_with_their_seals_are_caught(bench, monkeypatch, swapped):
+    """They are so alike that rounding might explain it."""
+    made = bench()
+    first = np.random.default_rng(0).standard_normal(ELEMENTS).astype(np.float32)
+    posted = []
+    place, samples = made.ring.nbytes, {}
+    with monkeypatch.context() as patch:
+        patch.setattr(made.job, "gradients", posted.extend)
+        for piece, grad in zip(made.pieces[:2], (first, first * np.float32(1 + 2.0**-12)), strict=True):
+            at = encoded_update(made, None, piece, grad)
+            made.ring_arena.view(place, 4 * at.size).view(np.float32)[:] = made.part(piece)[at]
+            samples[piece.index] = (place, 1)
+            place += 4 * at.size
+    if swapped:
+        posted = [replace(gradient, piece=1 - gradient.piece) for gradient in posted]
+    made.job.gradients(posted)
+    capture = replace(
+        made.capture(),
+        state={"exact": True},
+        attributes={"gockpt": {}},
+        samples=samples,
+        grad_dtype="fp16",
+    )
+    made.job.close(capture, (made.state, made.ring_arena, Arena(0)))
+    pool = Pool(1, 0)
+    pool.serve(made.job)
+    assert made.outcome.wait() == (("mismatched", (0, 1)) if swapped else ("published", "published"))
+    pool.join()
 
 
 def test_without_live_values_of_its_probes_a_piece_must_be_exact(bench):

@@ -204,6 +204,39 @@ def test_a_gradient_that_is_not_the_one_that_was_sent_is_caught(
 
 
 @BOTH
+def test_messages_of_two_pieces_that_change_places_are_caught(devices, runs, monkeypatch, grad_dtype):
+    """Seals, numbers and all; they are so alike that rounding would explain it."""
+
+    def update(run):
+        pattern = torch.randn(16).repeat(19_200)[:300_000]
+        run.model.a.grad = pattern * (1 + 2**-12 * torch.rand(300_000))
+        run.optimizers[0].step()
+
+    run = runs.Run(make=big, update=update, grad_dtype=grad_dtype)
+    real, changed = Job.gradients, []
+
+    def gradients(job, found):
+        kept = list(found)
+        for at in [n for n, g in enumerate(kept) if g.piece == 0]:
+            one = kept[at]
+            alike = [n for n, g in enumerate(kept) if (g.nbytes, g.number) == (one.nbytes, one.number)]
+            other = kept[alike[1]]
+            # Where the probes stand is their pieces' own.
+            kept[at] = replace(other, piece=one.piece, probes=one.probes)
+            kept[alike[1]] = replace(one, piece=other.piece, probes=other.probes)
+            changed.append(other.piece)
+        real(job, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "gradients", gradients)
+        run.ticks(EVERY)
+        result = settled(run)
+    assert changed
+    assert (result.attempts, result.exact) == (2, True)
+    finish(run)
+
+
+@BOTH
 @pytest.mark.parametrize("what", ["slot", "ring", "samples"])
 def test_what_the_bus_gets_wrong_is_seen(devices, runs, monkeypatch, what, grad_dtype):
     """Between the device and the host's proof: that piece leaves again, or the save is made again."""
