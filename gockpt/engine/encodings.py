@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Encoded",
     "decode",
+    "empty",
     "encode",
     "glance",
     "incomplete",
@@ -39,6 +40,7 @@ __all__ = [
     "warm",
 ]
 
+_LOOK = 1 << 15
 _KINDS = (None, "fp16", "bf16")
 
 
@@ -158,6 +160,21 @@ def sealed(print_: int, piece: int, encoding: str | None, number: int, scalars: 
 def incomplete(encoding: str | None, data: np.ndarray, count: int) -> bool:
     """Whether a gradient that was encoded on a device lacks blocks with an Inf or NaN: it is none then."""
     return encoding == "fp16" and layout_of(data.size, count).incomplete(data) > 0
+
+
+def empty(encoding: str | None, data: np.ndarray, count: int) -> bool:
+    """Whether all values of an encoded gradient are 0: then it is exact."""
+    if encoding is None:
+        return not data.view(np.float32).any()
+    halves = data.view(np.uint16)
+    if encoding == "fp16":
+        message = layout_of(data.size, count)
+        if (data[message.codes : message.codes + message.blocks] == RAW).any():
+            return False
+        halves = data[message.values : message.values + 2 * count].view(np.uint16)
+    # Piece by piece: most gradients say so at once, and none needs much memory.
+    parts = range(0, halves.size, _LOOK)
+    return not any((halves[first : first + _LOOK] << np.uint16(1)).any() for first in parts)
 
 
 def glance(encoding: str | None, data: np.ndarray, count: int, step: int) -> np.ndarray:

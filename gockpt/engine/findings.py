@@ -98,8 +98,6 @@ class Findings:
 
 
 def _share(part: float, whole: float) -> float | None:
-    if part == 0:
-        return 0.0
     return math.sqrt(part / whole) if whole else None
 
 

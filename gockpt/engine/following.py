@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gockpt.engine.encodings import incomplete, sealed
+from gockpt.engine.encodings import empty, incomplete, sealed
 from gockpt.engine.messages import Gradient
 from gockpt.engine.probes import choose_encoded, spread
 
@@ -322,7 +322,7 @@ class Following:
             found = []
             for lane in self._lanes.values():
                 if lane.encoded:
-                    lane.probes = lane.probes or spread(lane.count)
+                    lane.probes = lane.probes or self._chosen(lane) or spread(lane.count)
                     found.append((lane.piece, lane.probes))
             return found
 
@@ -440,15 +440,23 @@ class Following:
         load.update.known = True
 
     def _look_into(self, follow: Follow) -> None:
-        """Look whether an encoded gradient that has landed is one, and choose probes by the first."""
+        """Look whether an encoded gradient that has landed is one."""
         data = self._arena.view(follow.offset, follow.nbytes)
         lane = self._lanes.get(follow.piece.index)
-        if lane is None or lane.problem is not None:
-            return
-        # That of an update that was skipped is expected to have them.
-        follow.incomplete = incomplete(follow.encoding, data, lane.count)
-        if not lane.probes and not follow.incomplete:
-            lane.probes = choose_encoded(follow.encoding, data, lane.count)
+        if lane is not None and lane.problem is None:
+            # That of an update that was skipped is expected not to be.
+            follow.incomplete = incomplete(follow.encoding, data, lane.count)
+
+    def _chosen(self, lane: _Lane) -> tuple[int, ...]:
+        """Choose probes by the first gradient here that is not 0, of an update that was not skipped."""
+        for follow in lane.follows:
+            skipped = follow.update.skipped or not follow.update.known
+            if not follow.landed or follow.encoding is None or skipped or follow.incomplete:
+                continue
+            data = self._arena.view(follow.offset, follow.nbytes)
+            if not empty(follow.encoding, data, lane.count):
+                return choose_encoded(follow.encoding, data, lane.count)
+        return ()
 
     def _tear(self, piece: Piece) -> None:
         lane = self._lanes.get(piece.index)
@@ -513,6 +521,8 @@ class Following:
                     _blame(lane, BROKEN)
                     break
                 else:
+                    if follow.encoding is not None and not lane.told:
+                        lane.probes = lane.probes or self._chosen(lane)
                     ready.append(_gradient(lane, follow, follow.row))
                 lane.follows.popleft()
         if ready and not self._over:
@@ -529,8 +539,7 @@ def _gradient(lane: _Lane, follow: Follow, row: Row) -> Gradient:
         made = follow.made
         seal = -1 if made is None else sealed(made, index, follow.encoding, follow.number, row)
     probes: tuple[int, ...] = ()
-    if follow.encoding is not None and not lane.told:
-        lane.probes = lane.probes or spread(lane.count)
+    if follow.encoding is not None and not lane.told and lane.probes:
         lane.told, probes = True, lane.probes
     return Gradient(
         follow.piece.index, follow.offset, follow.nbytes, row, follow.encoding, probes, seal, follow.number

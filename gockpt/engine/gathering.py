@@ -196,7 +196,8 @@ class Gathering:
             if found is None:
                 make_late(piece, "the gradient ring is full", self._job)
                 continue
-            probes = choose(values) if found.encoding and piece.index not in self._probes else ()
+            wanted = found.encoding is not None and piece.index not in self._probes and values.any()
+            probes = choose(values) if wanted else ()
             taken.append(Gradient(piece.index, found.offset, found.nbytes, (), found.encoding, probes))
         return taken
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from gockpt.engine.encodings import seal
+from gockpt.engine.encodings import empty, seal
 from gockpt.engine.findings import Findings
 from gockpt.engine.probes import Probes
 from gockpt.engine.replaying import replay_encoded
@@ -360,9 +360,9 @@ class Job:
                 starts = next((g.probes for g in gradients if g.probes), ())
                 if starts and state.probes is None:
                     state.probes = Probes(starts, views)
-                if state.probes is None and any(g.encoding is not None for g in gradients):
+                if state.probes is None and not _exact(state.piece, gradients, data):
                     state.intact = False  # the one that says where its probes are is missing
-                elif state.probes is None:
+                elif state.probes is None and all(g.encoding is None for g in gradients):
                     grads = [encoded.view(np.float32) for encoded in data]
                     rows = [g.scalars for g in gradients]
                     replay.run(piece.kernel, piece.flags, views[0], views[1:], grads, rows, tail=piece.tail)
@@ -384,9 +384,9 @@ class Job:
                 fingerprint(arena.view(s.offset, s.nbytes), s.itemsize, s.start) for s in piece.stretches
             )
             if got != expected:
-                found = self._measure(state, arena, ring)
-                right = found is not None
                 wrong = [a != b for a, b in zip(got, expected, strict=True)]
+                found = self._measure(state, arena, ring, wrong)
+                right = found is not None
                 sums = list(compress(zip(piece.stretches, found or (), strict=False), wrong))
         with self._changed:
             state.busy = False
@@ -404,8 +404,8 @@ class Job:
             self._changed.notify_all()
         return None
 
-    def _measure(self, state: _Piece, arena: Arena, ring: Arena) -> list[Sums] | None:
-        """Return how far a piece that is not exact is from the live state; ``None`` if it must not be."""
+    def _measure(self, state: _Piece, arena: Arena, ring: Arena, wrong: Sequence[bool]) -> list[Sums] | None:
+        """Return how far a piece is off, with what arrays are ``wrong``; ``None`` if it must not be."""
         sample = None if self._capture is None else self._capture.samples.get(state.piece.index)
         if sample is None or state.probes is None:
             return None
@@ -415,7 +415,9 @@ class Job:
             return None
         live = ring.view(offset, state.probes.nbytes).view(np.float32)
         views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in state.piece.stretches]
-        return state.probes.judge(views, live)
+        found = state.probes.judge(views, live)
+        # Nor does it where no probe saw any.
+        return found if found is not None and state.probes.saw(found, wrong) else None
 
     def _end_wrong(self) -> Task | None:
         if self._commit_taken:
@@ -498,6 +500,13 @@ def _unseal(state: _Piece, gradients: list[Gradient], data: list[np.ndarray]) ->
             found = seal(state.piece.index, gradient.encoding, encoded, gradient.number, gradient.scalars)
             state.intact &= found == gradient.seal and gradient.number > state.last
             state.last = gradient.number
+
+
+def _exact(piece: ReplayPiece, gradients: list[Gradient], data: list[np.ndarray]) -> bool:
+    """Whether nothing of these gradients is rounded: they are as they were, or 0."""
+    count = piece.stretches[0].stop - piece.stretches[0].start
+    pairs = zip(gradients, data, strict=True)
+    return all(g.encoding is None or empty(g.encoding, encoded, count) for g, encoded in pairs)
 
 
 def _to_row_major(data: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:

@@ -68,7 +68,7 @@ class Gradient:
         nbytes: Their number.
         scalars: What the kernel needs of the update: learning rate, step, …
         encoding: ``None`` for float32; else as :mod:`gockpt.engine.encodings` says.
-        probes: With the first encoded one of its piece: where the runs of probes begin.
+        probes: With the first encoded one of its piece that is not 0: where the runs of probes begin.
         seal: What :func:`gockpt.engine.encodings.seal` says of it; ``None`` where gradients are not encoded:
             then replay is proven by its bits.
         number: Which of its piece it is, sealed with it. They grow, but some may be missing: those of updates

@@ -12,10 +12,16 @@ are no further from the live ones than
 
 in the Euclidean norm over its probes, array by array. A replay that uses a wrong learning rate, drops an
 update or follows another formula is far beyond that.
+
+Probes that saw nothing say nothing: where only a few rows of a parameter move, all of them may stand between
+these. A piece that is not exact counts as measured only if rounding touched a gradient at one of its probes,
+and if in each array that differs a probe moved, or differs itself. That every such array has a probe that
+differs would be too much to ask: where steps are small, rounding changes one value in thousands.
 """
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,6 +125,7 @@ class Probes:
         self._sent = [stretch[self._at] for stretch in stretches]
         self._moved = [np.tile(array, VARIANTS) for array in self._sent]
         self._update = 0
+        self._touched = False
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +142,8 @@ class Probes:
             for low, high in zip([0, *ends[:-1]], ends, strict=True):
                 decode(gradient.encoding, encoded, self._count, int(self._at[low]), values[low:high])
             upward = uncertainty(gradient.encoding, encoded, self._count, self._at, values)
+            # Of a zero nothing is known: an infinitesimal would be one as well.
+            self._touched |= bool(((values != 0) & (upward > 0)).any())
             outward = np.copysign(upward, values)
             signs = [1 - 2 * (self._update >> bit & 1) for bit in range(PATTERNS)]
             with np.errstate(all="ignore"):
@@ -145,6 +154,17 @@ class Probes:
         # Where these end is no tensor's end, but a tail only rounds in another place.
         p, *states = self._moved
         replay.run(piece.kernel, piece.flags, p, states, many, rows, tail=True)
+
+    def saw(self, found: Sequence[Sums], differs: Sequence[bool]) -> bool:
+        """Whether something was measured of each of the piece's arrays that differs.
+
+        Args:
+            found: What :meth:`judge` found of each array.
+            differs: Which of them are not exact.
+        """
+        return self._touched and all(
+            sums.max_abs > 0 or sums.movement > 0 for sums in compress(found, differs)
+        )
 
     def judge(self, stretches: Sequence[np.ndarray], live: np.ndarray) -> list[Sums] | None:
         """Return how far replay is from the live values; ``None`` if further than rounding explains.

@@ -551,6 +551,8 @@ class Save:
             units = (cut.pieces[i].unit for i in pieces)
             names = frozenset(unit.fqn for unit in units if unit is not None)
             why = f"the replay of {', '.join(sorted(names)[:3])} did not match the live state"
+            if self._options.grad_dtype is not None:
+                why += ", or no probe saw what rounding did"
             self._run(Event.MISMATCHED, (names, frozenset[Name](), why))
 
     def failed(self, job: Work, error: BaseException) -> None:

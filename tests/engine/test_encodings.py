@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.engine.encodings import decode, encode, seal, uncertainty, usual_bytes
+from gockpt.engine.encodings import decode, empty, encode, seal, uncertainty, usual_bytes
 from gockpt.engine.probes import choose
 from gockpt.engine.ring import Ring
 
@@ -120,6 +120,17 @@ def test_no_value_makes_a_warning():
         moved = uncertainty(found.encoding, data, values.size, np.arange(values.size), out)
         assert np.isfinite(moved).all()
         choose(values)
+
+
+@pytest.mark.parametrize("encoding", [None, "fp16", "bf16"])
+@pytest.mark.parametrize("count", [1, 30, 5000, 100_000])
+def test_a_gradient_of_zeros_is_known_as_one(encoding, count):
+    for value in (0.0, -0.0, 1e-30, 2.0, np.nan, -np.inf):
+        values = np.zeros(count, np.float32)
+        values[count * 2 // 3] = value
+        memory = Memory(8 * count + 8192)
+        found = memory.encode(encoding, values)
+        assert empty(found.encoding, memory.view(found.offset, found.nbytes), count) is (value == 0)
 
 
 def test_a_seal_names_piece_number_encoding_and_row():

@@ -202,17 +202,17 @@ def test_a_late_piece_is_not_replayed_and_its_gradients_are_given_back(bench):
         assert values.tobytes() == made.live[name].tobytes()
 
 
-def encoded_update(made, rng, piece, grad=None):
+def encoded_update(made, rng, piece, grad=None, starts=None):
     """Post a gradient in 16 bits for one piece; return the elements that are its probes."""
     grad = rng.standard_normal(ELEMENTS).astype(np.float32) if grad is None else grad
     part = made.part(piece)
     np.subtract(part, np.float32(LR) * grad, out=part)
     found = encode("fp16", grad, made.ring.allocate, made.ring_arena.view, made.ring.free)
-    starts = choose(grad)
+    starts = choose(grad) if starts is None else starts
     print_ = seal(piece.index, "fp16", made.ring_arena.view(found.offset, found.nbytes), 1, (LR,))
     where = (piece.index, found.offset, found.nbytes)
     made.job.gradients([Gradient(*where, (LR,), found.encoding, starts, print_, 1)])
-    return elements(starts, ELEMENTS)
+    return elements(starts, ELEMENTS) if starts else None
 
 
 @pytest.mark.parametrize("broken", ["", "moved", "lost"])
@@ -259,6 +259,39 @@ def test_what_is_not_exact_is_measured_before_the_documents_are_written(bench, t
     assert not difference[:ELEMENTS].any()
     assert made.written()[("model", "b")].tobytes() == made.live[("model", "b")].tobytes()
     assert made.ring.in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("starts", "said"), [((0,), "mismatched"), ((0, 16), "published"), ((), "mismatched")]
+)
+def test_probes_that_saw_nothing_have_measured_nothing(bench, starts, said):
+    made = bench()
+    grad = np.zeros(ELEMENTS, np.float32)
+    grad[20] = 0.1
+    at = encoded_update(made, None, made.pieces[1], grad, starts)
+    place = made.ring.nbytes
+    if starts:
+        at = elements(starts, ELEMENTS)
+        made.ring_arena.view(place, 4 * at.size).view(np.float32)[:] = made.part(made.pieces[1])[at]
+    capture = replace(
+        made.capture(),
+        state={"exact": True},
+        attributes={"gockpt": {}},
+        samples={1: (place, 1)},
+        grad_dtype="fp16",
+    )
+    made.job.close(capture, (made.state, made.ring_arena, Arena(0)))
+    pool = Pool(1, 0)
+    pool.serve(made.job)
+    assert made.outcome.wait()[0] == said
+    pool.join()
+
+
+def test_gradients_of_zeros_need_no_probes(bench):
+    made = bench(threads=1)
+    encoded_update(made, None, made.pieces[1], np.zeros(ELEMENTS, np.float32), ())
+    made.close()
+    assert made.outcome.wait() == ("published", "published")
 
 
 @pytest.mark.parametrize("swapped", [False, True])

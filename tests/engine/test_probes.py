@@ -248,6 +248,55 @@ def test_a_large_piece_is_replayed_tile_by_tile():
     assert 0 < np.abs(saved[0] - case.live[0]).max() < 1e-4
 
 
+@pytest.mark.parametrize("kernel", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("encoding", ["fp16", "bf16"])
+def test_probes_between_the_rows_that_move_have_measured_nothing(kernel, encoding):
+    case = Case(kernel, 5000, 3, encoding, "independent", first=1)
+    for grad in case.gradients:
+        grad[:1040] = 0
+        grad[1056:] = 0
+    case.live = [array.copy() for array in case.sent]
+    replay.run(kernel, (0, 0), case.live[0], case.live[1:], case.gradients, case.rows, tail=True)
+    seen = []
+    for starts in ((0, 2000, 4992), (0, 1040, 4992)):
+        saved = [array.copy() for array in case.sent]
+        probes = Probes(starts, saved)
+        memory = [np.zeros(30_000, np.uint8) for _ in case.gradients]
+        takes = [Mine(one) for one in memory]
+        found = [
+            encode(encoding, values, take.allocate, take.view, take.free)
+            for values, take in zip(case.gradients, takes, strict=True)
+        ]
+        messages = [
+            Gradient(0, 0, one.nbytes, row, one.encoding) for one, row in zip(found, case.rows, strict=True)
+        ]
+        data = [one[: message.nbytes] for one, message in zip(memory, messages, strict=True)]
+        replay_encoded(case.piece, saved, messages, data, probes)
+        at = elements(starts, 5000)
+        sums = probes.judge(saved, np.concatenate([array[at] for array in case.live]))
+        differs = [bool((array != live).any()) for array, live in zip(saved, case.live, strict=True)]
+        assert any(differs)
+        seen.append(probes.saw(sums, differs))
+    assert seen == [False, True]
+
+
+def test_an_array_of_which_no_probe_moved_has_not_been_measured():
+    case = Case("momentum", 5000, 3, "fp16", "independent")
+    probes = Probes(choose(case.gradients[0]), case.sent)
+    probes._touched = True
+    moved, still = Sums(0.0, 0.0, 1.0, 1.0, 64, 5000), Sums(0.0, 0.0, 0.0, 1.0, 64, 5000)
+    off = Sums(1e-9, 1e-18, 0.0, 1.0, 64, 5000)
+    assert probes.saw([moved, off], [True, True])
+    assert probes.saw([moved, still], [True, False])
+    assert not probes.saw([moved, still], [True, True])
+
+
+def test_nothing_of_nothing_is_no_share():
+    plain = Sums(0.0, 0.0, 0.0, 0.0, 64, 1000).plain()
+    assert plain["of_movement"] is plain["of_values"] is None
+    assert Sums(0.0, 0.0, 1.0, 1.0, 64, 1000).plain()["of_movement"] == 0.0
+
+
 def test_the_summary_is_the_worst():
     tensors = {
         "model/a": Sums(1e-6, 4e-12, 4e-4, 4.0, 64, 1000),

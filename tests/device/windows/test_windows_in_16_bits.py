@@ -11,6 +11,7 @@ import torch
 
 import gockpt
 from gockpt.engine import following
+from gockpt.engine.encodings import decode
 from gockpt.engine.job import Job
 from gockpt.engine.replaying import SCRATCH_BYTES
 
@@ -419,12 +420,95 @@ def rows():
 
 
 def few_rows(run):
+    patient = getattr(run, "patient", False)
+    grad = torch.randn(1000, 16)
+    if patient:
+        grad.zero_()[torch.randint(0, 1000, (60,))] = torch.randn(60, 16)
+    run.model.a.grad = grad
+    run.optimizers[0].step()
+    if patient:
+        run.let_arrive()
+
+
+def one_row(run):
     grad = torch.zeros(1000, 16)
-    grad[torch.randint(0, 1000, (60,))] = torch.randn(60, 16)
+    if run.step not in getattr(run, "idle", ()):
+        grad[105] = torch.randn(16)
     run.model.a.grad = grad
     run.optimizers[0].step()
     if getattr(run, "patient", False):
         run.let_arrive()
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_piece_whose_probes_saw_nothing_is_not_called_measured(
+    devices, runs, monkeypatch, wrong, grad_dtype
+):
+    """Where no gradient arrives by the closing tick, they stand anywhere."""
+    from gockpt.kernels import replay
+
+    real = replay.run
+
+    def run_wrong(kernel, flags, p, states, grads, scalars, *, tail):
+        rows = [(*row[:-1], row[-1] * 1.5) for row in scalars] if wrong else scalars
+        real(kernel, flags, p, states, grads, rows, tail=tail)
+
+    run = runs.Run(make=rows, update=one_row, grad_dtype=grad_dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "run", run_wrong)
+        run.ticks(2)
+        devices.gate.clear()
+        run.ticks(4)
+        devices.gate.set()
+        result = settled(run)
+    assert (result.attempts, result.exact) == (2, True)
+    assert any("no probe saw" in event for event in run.handles[-1].events)
+    finish(run)
+
+
+@BOTH
+def test_a_gradient_of_zeros_places_no_probes(devices, runs, grad_dtype):
+    """A row that does not move at first is followed from where it does."""
+    run = runs.Run(make=rows, update=one_row, grad_dtype=grad_dtype)
+    run.patient, run.idle = True, (8, 9)
+    run.ticks(EVERY)
+    (_, saved) = finish(run)
+    assert (saved.attempts, saved.exact) == (1, False)
+
+
+@BOTH
+def test_a_gradient_of_a_skipped_update_places_no_probes(devices, runs, monkeypatch, grad_dtype):
+    seen = []
+    real = following.choose_encoded
+
+    def choose(encoding, data, count):
+        values = np.empty(count, np.float32)
+        decode(encoding, data, count, 0, values)
+        seen.append(bool(np.isfinite(values).all()))
+        return real(encoding, data, count)
+
+    monkeypatch.setattr(following, "choose_encoded", choose)
+
+    def update(run):
+        run.gradients()
+        optimizer = run.optimizers[0]
+        skip = run.step in (8, 9)
+        if skip:
+            run.model.a.grad[::2000] = float("inf")
+            run.model.b.grad[::30] = float("inf")
+        optimizer.found_inf = torch.tensor(float(skip))
+        optimizer.grad_scale = torch.tensor(1.0)
+        optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale
+        if run.step > EVERY:
+            run.let_arrive()
+
+    run = runs.Run("adamw", update=update, grad_dtype=grad_dtype).ticks(EVERY)
+    saved = finish(run)
+    assert not saved[-1].exact
+    assert seen
+    assert all(seen)
 
 
 # -- what must not hide in the rounding
