@@ -70,8 +70,8 @@ class _Prints:
 class CudaDevice:
     """One CUDA device, see :class:`gockpt.device.interface.Device`.
 
-    Beside what :meth:`allocate` gives, a launch takes tables of a thousandth of the bytes that it reads,
-    until it has run.
+    Beside what :meth:`allocate` gives, a launch takes tables of a thousandth of the bytes that it reads, or
+    of up to a 512th where it encodes gradients, until it has run.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -48,6 +48,7 @@ class Aboard:
         gathering: What follows what has left.
         instead: Arrays that were copied inside the closing tick because the road refused.
         refused: Why the device did not let what was sent arrive; else ``None``.
+        doubts: Of what :meth:`settle` returned: arrays that no change overtook, and what is wrong with them.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Aboard:
     ) -> None:
         self.instead: set[Name] = set()
         self.refused: str | None = None
+        self.doubts: dict[Name, str] = {}
         self._road = road
         self._cut = cut
         self._layout = layout
@@ -86,6 +88,7 @@ class Aboard:
         self._pieces = [piece for piece in cut.pieces if piece.aboard]
         self._all = [*self._pieces, *cut.shipped, *cut.prompt]
         self._seen: list[tuple[Sequence[Piece], Consignment]] = []
+        self._unseen: SaveError | None = None
         self._at_once: AtOnce | None = None
         self._closed = False
         self._kept: set[int] = set()
@@ -98,7 +101,7 @@ class Aboard:
     def tick(self, live: LiveState, pieces: Sequence[Piece]) -> None:
         """Take a boundary inside the window, and send ``pieces``."""
         self.gathering.make_late()
-        self._seen = []
+        self._seen, self._unseen = [], None
         if not self._all:
             return
         if self._road.broken:
@@ -142,7 +145,7 @@ class Aboard:
         behind = [*self._cut.shipped, *(p for p in late if id(p.unit) not in hurried)]
         self._closed = True
         self._following.close()
-        self._seen = []
+        self._seen, self._unseen = [], None
         arriving = self._following.arriving
         self._again = {piece.index for piece in late} & arriving
         try:
@@ -170,8 +173,11 @@ class Aboard:
     def _look_only(self, live: LiveState) -> None:
         """Take the boundary's fingerprints for :meth:`stands` alone: the road is not taken any more."""
         for _ in range(2):  # the first time may tell only of what failed before
-            with suppress(SaveError):
+            try:
                 self._seen = [(self._all, self._road.watch(sources_of(live, self._all), self._arrived))]
+            except SaveError as error:
+                self._unseen = error
+            else:
                 return
 
     def _sample(self, live: LiveState, place: int) -> None:
@@ -201,6 +207,8 @@ class Aboard:
         if self._at_once is not None:
             return self._at_once.same(live.entries)
         if self._all and not self._seen:
+            if self._unseen is not None:
+                raise self._unseen
             return False
         for pieces, sent in self._seen:
             with suppress(SaveError):  # of what did not arrive, it may be known all the same what it was
@@ -262,13 +270,17 @@ class Aboard:
             self._trace.span("copy", began, ended)
         if self.refused is not None:
             return list(self._names())
-        wrong = self._following.torn | self._following.doubtful
-        torn = [piece for piece in self._following.pieces if piece.index in wrong]
+        torn = [piece for piece in self._following.pieces if piece.index in self._following.torn]
         missing = [self._cut.pieces[index] for index in self._kept - self.proofs().keys()]
         stale = [
             piece for piece in self._pieces if piece.index in self._again and not self._stands_in_arena(piece)
         ]
-        return [*self._lost(), *(s.name for piece in (*torn, *missing, *stale) for s in piece.stretches)]
+        lost = [*self._lost(), *(s.name for piece in (*torn, *missing, *stale) for s in piece.stretches)]
+        for index, why in self._following.doubtful.items():
+            for stretch in self._cut.pieces[index].stretches:
+                if stretch.name not in lost:
+                    self.doubts.setdefault(stretch.name, why)
+        return [*lost, *self.doubts]
 
     def _lost(self) -> list[Name]:
         """Return the arrays that did not arrive at the close as they were; asks what was sent itself."""

@@ -248,6 +248,11 @@ class Attempt:
         """Why a device did not let what was sent arrive; else ``None``."""
         return None if self.aboard is None else self.aboard.refused
 
+    @property
+    def doubts(self) -> dict[Name, str]:
+        """Of what is lost: arrays that no change overtook, and what is wrong with them."""
+        return {} if self.aboard is None else self.aboard.doubts
+
     def let_overwrite(self, optimizer: object | None) -> None:
         """Finish the copies of the host's, and let the device wait for what would be overwritten."""
         self._settle_copies()

@@ -310,11 +310,11 @@ class Following:
             return {index for index, lane in self._lanes.items() if lane.torn}
 
     @property
-    def doubtful(self) -> set[int]:
-        """Pieces that rounding must not explain: encoded gradients came for them, and something was wrong."""
+    def doubtful(self) -> dict[int, str]:
+        """Pieces that rounding must not explain: encoded gradients came, and what was wrong with them."""
         with self._lock:
             lanes = self._lanes.items()
-            return {index for index, lane in lanes if lane.encoded and lane.problem is not None}
+            return {index: lane.problem for index, lane in lanes if lane.encoded and lane.problem is not None}
 
     def probes(self) -> list[tuple[Piece, tuple[int, ...]]]:
         """Return where the probes stand of each piece that encoded gradients were sent for: now they must."""

@@ -228,9 +228,12 @@ class Save:
         lost = attempt.lost
         if lost:
             # Which arrays lose such a race is chance, so all of their kind are copied at once from now on.
-            kinds = {name[0] for name in lost}
+            raced = [name for name in lost if name not in attempt.doubts]
+            kinds = {name[0] for name in raced}
             racing = frozenset(a.spec.name for a in attempt.layout.arrays if a.spec.name[0] in kinds)
-            why = attempt.refused or f"{'/'.join(lost[0])} changed before it was copied"
+            first = (raced or lost)[0]
+            what = "changed before it was copied" if raced else f"can't be replayed: {attempt.doubts[first]}"
+            why = attempt.refused or f"{'/'.join(first)} {what}"
             self._run(Event.TORN, (frozenset[str](), racing, why))
         else:
             self._run(Event.ARRIVED)

@@ -362,6 +362,27 @@ def test_what_found_no_raw_slot_is_never_replayed(devices, runs, monkeypatch):
     assert told or saved.attempts == 2
 
 
+def test_what_is_found_too_late_to_leave_at_the_close_says_why(devices, runs):
+    """No copy lost a race: nothing is copied at once because of it from then on."""
+
+    def update(run):
+        run.gradients()
+        if run.step in (10, 11):
+            run.model.a.grad[100] = float("nan")
+        run.optimizers[0].step()
+
+    run = runs.Run("sgd", update=update, grad_dtype="fp16").ticks(2)
+    run.let_arrive()
+    devices.gate.clear()
+    run.ticks(4)
+    devices.gate.set()
+    assert settled(run).attempts == 2
+    assert f"model/a can't be replayed: {following.BROKEN}" in run.handles[-1].events
+    assert run.saver._engine._save.racing == frozenset()
+    run.ticks(EVERY - 1)
+    assert finish(run)[-1].attempts == 1
+
+
 @BOTH
 def test_updates_that_a_scaler_skips_cost_nothing(devices, runs, grad_dtype):
     """Their gradients are full of Inf, and no message has room for that: nobody wants them."""
