@@ -138,8 +138,8 @@ def test_a_path_is_free_again_when_its_model_is_gone(run):
     assert gockpt.steps(path) == [4, 9]
 
 
-def test_what_is_due_while_a_save_is_written_is_skipped_and_logged(run, harness, caplog, monkeypatch):
-    gockpt.wait()
+def slow_disk(monkeypatch):
+    """Let no file reach the disk before the event that is returned is set."""
     release = threading.Event()
 
     class Slow(Filesystem):
@@ -148,6 +148,12 @@ def test_what_is_due_while_a_save_is_written_is_skipped_and_logged(run, harness,
             super().fsync(fd)
 
     monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=Slow()))
+    return release
+
+
+def test_what_is_due_while_a_save_is_written_is_skipped_and_logged(run, harness, caplog, monkeypatch):
+    gockpt.wait()
+    release = slow_disk(monkeypatch)
     path = harness.directory()
     options = gockpt.Options(window=1, when_busy="skip")
     handles = []
@@ -167,17 +173,11 @@ def test_what_is_due_while_a_save_is_written_is_skipped_and_logged(run, harness,
 def test_a_save_that_is_late_gets_a_thread_of_normal_priority(run, harness, monkeypatch, every):
     """Half-way to the next one: on busy cores the others would hardly run before that is due."""
     gockpt.wait()
-    release = threading.Event()
-
-    class Slow(Filesystem):
-        def fsync(self, fd):
-            assert release.wait(30)
-            super().fsync(fd)
 
     def helped():
         return any(thread.name == "gockpt-worker-boost" for thread in threading.enumerate())
 
-    monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=Slow()))
+    release = slow_disk(monkeypatch)
     path = harness.directory()
     options = gockpt.Options(window=1)
     seen = []
@@ -214,14 +214,7 @@ def test_another_thread_may_wait_for_a_save_whose_window_is_open(run):
 
 def test_a_timeout_leaves_the_save_alone(run, harness, monkeypatch):
     gockpt.wait()
-    release = threading.Event()
-
-    class Slow(Filesystem):
-        def fsync(self, fd):
-            assert release.wait(30)
-            super().fsync(fd)
-
-    monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=Slow()))
+    release = slow_disk(monkeypatch)
     path = harness.directory()
     handle = gockpt.save_overlapped(run.model, run.optimizer, path, step=5)
     with pytest.raises(TimeoutError):
