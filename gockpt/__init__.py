@@ -21,8 +21,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gockpt.api import save_overlapped, wait
     from gockpt.checkpoint import Checkpoint, open
-    from gockpt.checkpointer import Checkpointer, save_overlapped, wait
+    from gockpt.checkpointer import Checkpointer
     from gockpt.engine.handle import SaveHandle
     from gockpt.errors import (
         CheckpointCorrupt,
@@ -106,11 +107,11 @@ _HOME = {
     "load": "gockpt.restore",
     "open": "gockpt.checkpoint",
     "prune": "gockpt.overview",
-    "save_overlapped": "gockpt.checkpointer",
+    "save_overlapped": "gockpt.api",
     "steps": "gockpt.overview",
     "upload": "gockpt.uploads",
     "verify": "gockpt.overview",
-    "wait": "gockpt.checkpointer",
+    "wait": "gockpt.api",
 }
 """Where the public names live; every other one is an error and lives in gockpt.errors."""
 

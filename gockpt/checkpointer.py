@@ -1,17 +1,13 @@
-"""The public face of saving: one function to call in the loop, and the same as an object."""
+"""Saving one model and its optimizers into one directory, as an object."""
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
 import os
-import sys
-import threading
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from gockpt import registry
 from gockpt.arguments import (
     checked_every,
     checked_extra,
@@ -24,9 +20,9 @@ from gockpt.arguments import (
 from gockpt.engine.background import InThreads
 from gockpt.engine.engine import Engine
 from gockpt.engine.orphans import open_store
-from gockpt.errors import GockptError, PathBusy, SaveAborted, UploadError, UsageError
+from gockpt.errors import GockptError, UploadError, UsageError
+from gockpt.lineage import origin_of
 from gockpt.naming import resolve_optimizers
-from gockpt.restore import origin_of
 from gockpt.storage.compression import Compression
 from gockpt.storage.store import Store
 from gockpt.uploads import Uploads
@@ -45,16 +41,9 @@ if TYPE_CHECKING:
 
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
-__all__ = ["Checkpointer", "save_overlapped", "wait"]
+__all__ = ["Checkpointer"]
 
 _log = logging.getLogger("gockpt")
-_lock = threading.RLock()
-_live: set[Checkpointer] = set()
-"""Every checkpointer that was not closed: the exit of the interpreter finishes them."""
-_by_call: dict[tuple[tuple[int, ...], str], Checkpointer] = {}
-"""Those that ``save_overlapped`` made, by model and path."""
-_gone: deque[Checkpointer] = deque()
-"""Those whose models were collected; closed at the next call of the library."""
 
 
 class Checkpointer:
@@ -113,10 +102,10 @@ class Checkpointer:
         self.model_ids = model_ids(model)
         self._uploads: Uploads | None = None
         origin = origin_of(model)
-        with _lock:
-            _drain()
+        with registry.lock:
+            registry.close_orphans()
             resumed = origin is not None and origin.path == self.path
-            _take_over(self.path, self.model_ids, resumed=resumed)
+            registry.take_over(self.path, self.model_ids, resumed=resumed)
             remote = self.options.remote
             homes = (self.path, None if remote is None else remote.rstrip("/"))
             parent = origin.seq if origin is not None and origin.path in homes else None
@@ -137,10 +126,10 @@ class Checkpointer:
             except BaseException:
                 background.close()
                 raise
-            _live.add(self)
+            registry.opened.add(self)
             self._model = reference(model)
             self._origin = origin
-            self._farewells = [weakref.finalize(m, _model_gone, self) for m in modules(model)]
+            self._farewells = [weakref.finalize(m, registry.model_gone, self) for m in modules(model)]
 
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
@@ -210,9 +199,9 @@ class Checkpointer:
     def _leave(self) -> None:
         """Let go of everything that knows this checkpointer, once it is closed."""
         if self.closed:
-            _live.discard(self)
+            registry.opened.discard(self)
             self.let_go()
-            if self not in _by_call.values():
+            if self not in registry.by_call.values():
                 self.forget_model()
 
     def _finish(self, saves: Callable[[], None]) -> None:
@@ -319,148 +308,6 @@ class Checkpointer:
             error.add_note(f"gockpt: the save in flight failed as well: {failure}")
 
 
-def save_overlapped(
-    model: Model,
-    optimizer: Optimizers,
-    path: str | os.PathLike[str] = "checkpoints",
-    *,
-    step: int | None = None,
-    every: int | Literal["auto"] = 1,
-    extra: Mapping[str, Any] | None = None,
-    options: Options | None = None,
-) -> SaveHandle | None:
-    """Save the training state without stopping training.
-
-    Call it after ``optimizer.step()`` and ``scheduler.step()``: in each iteration with ``every=n``, or
-    only when a save is wanted (``every=1``): then *this* state is saved. With ``every=n`` the checkpoint
-    holds the due step itself (n, 2n, …); its window starts some steps earlier. Never waits for storage.
-
-    Args:
-        model: A module, a list of modules, or a mapping of names to tensors.
-        optimizer: One optimizer, several, or ``None``.
-        path: Directory of the checkpoints.
-        step: The step just completed; ``None`` counts calls.
-        every: A save is due whenever ``step // every`` grows; ``"auto"`` chooses the interval.
-        extra: Objects with ``state_dict()``, callables or plain values to save along.
-        options: See :class:`gockpt.Options`.
-
-    Returns:
-        The newest save, or ``None`` before the first.
-
-    Raises:
-        UsageError: If an argument can't work.
-        PathBusy: If another living writer saves into ``path``.
-        SaveError: If a save failed in the background since the last call.
-    """
-    wanted = checked_options(options)
-    saver = _saver_for(model, optimizer, path, every, wanted)
-    return saver.after_step(step, extra if extra is not None else {})
-
-
-def wait() -> None:
-    """Finish every save in flight in this process.
-
-    An open window closes at the last step told. Call it before leaving a loop's last checkpoint to
-    anyone else; normal exit of the interpreter does the same.
-
-    Raises:
-        SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
-    """
-    first: GockptError | None = None
-    for saver in list(_live):
-        if saver.closed or not saver.of_this_process:
-            continue
-        try:
-            saver.wait()
-        except GockptError as error:
-            if first is None:
-                first = error
-            else:
-                first.add_note(f"and, of {saver.path}: {error}")
-    with _lock:
-        _drain()
-    if first is not None:
-        raise first
-
-
-def _saver_for(
-    model: Model,
-    optimizer: Optimizers,
-    path: str | os.PathLike[str],
-    every: int | Literal["auto"],
-    options: Options,
-) -> Checkpointer:
-    key = (model_ids(model), os.path.realpath(os.fspath(path)))
-    with _lock:
-        _drain()
-        saver = _by_call.get(key)
-        if saver is not None and saver.serves(model, optimizer, every, options):
-            saver.rebind(model)
-            return saver
-        former = saver
-        if former is not None and not former.closed:
-            try:
-                former.close()
-            except (SaveAborted, UploadError) as error:
-                _log.warning("other arguments than before: %s", error)
-        saver = Checkpointer(model, optimizer, path, every=every, options=options)
-        if former is not None:
-            saver.continue_after(former)
-            former.forget_model()
-        _by_call[key] = saver
-        return saver
-
-
-def _model_gone(saver: Checkpointer) -> None:
-    """Let go of the optimizers at once; takes no lock, since a finalizer may run anywhere."""
-    saver.let_go()
-    _gone.append(saver)
-
-
-def _drain() -> None:
-    """Close the checkpointers whose models are gone, as far as that takes no waiting: a tick calls this.
-
-    Finalizers only note them: they run anywhere.
-    """
-    for _ in range(len(_gone)):
-        saver = _gone.popleft()
-        if not saver.retire():
-            _gone.append(saver)
-            continue
-        for key in [key for key, known in _by_call.items() if known is saver]:
-            del _by_call[key]
-        saver.forget_model()
-
-
-def _take_over(path: str, ids: tuple[int, ...], *, resumed: bool) -> None:
-    """Let an idle checkpointer of this process hand its path to the next one, where that is meant.
-
-    That is: for the same model, for one that was loaded from this very path, and when the other's model
-    is gone. Two living models would replace each other's checkpoints.
-    """
-    for saver in list(_live):
-        if saver.path != path or saver.closed or not saver.of_this_process:
-            continue
-        meant = resumed or saver.model_ids == ids
-        if not meant and not saver.model_is_gone and not saver.window_open:
-            # A save under way keeps its model alive, and so does a reference cycle.
-            try:
-                saver.wait()
-            except GockptError as error:
-                _log.error("of another model's save into %s: %s", path, error)
-            gc.collect()
-        if saver.window_open or not (meant or saver.model_is_gone):
-            msg = (
-                f"{path} is being saved into by another checkpointer of this process; close() it, or use "
-                "another path. To save several models together, pass them as one list"
-            )
-            raise PathBusy(msg)
-        try:
-            saver.close()
-        except UploadError as error:
-            _log.warning("of the checkpointer before: %s", error)
-
-
 def _background(path: str, options: Options, *, parent: int | None) -> tuple[Background[Any], Publications]:
     """Take the path for writing; return who works there, and who numbers what is published."""
     if options.worker == "process":
@@ -471,18 +318,3 @@ def _background(path: str, options: Options, *, parent: int | None) -> tuple[Bac
     compression = Compression(options.compression, threads=options.worker_threads)
     store = open_store(lambda: Store(path, parent=parent, compression=compression))
     return InThreads(store, options), store
-
-
-@atexit.register
-def _at_exit() -> None:
-    """Finish what is in flight; after an uncaught exception an open window is given up instead."""
-    failed = getattr(sys, "last_value", None) is not None
-    for saver in list(_live):
-        if saver.closed or not saver.of_this_process:
-            continue
-        try:
-            if failed:
-                saver.abort("the program ended by an exception")
-            saver.close()
-        except Exception as error:  # noqa: BLE001 - the others must be finished as well
-            _log.error("at exit: %s", error)

@@ -15,18 +15,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gockpt import rng as generators
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, GockptError, StateMismatch, UsageError
 from gockpt.fallback import newest_whole
 from gockpt.filling import Filler
 from gockpt.fitting import fit
-from gockpt.naming import bare_module, models_of
+from gockpt.lineage import Origin, remember
+from gockpt.naming import models_of
 from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
 from gockpt.overview import Metadata, checked_step, metadata_of, state_of, steps
 from gockpt.state import collect
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     Model = nn.Module | Sequence[nn.Module] | Mapping[str, torch.Tensor] | None
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
-__all__ = ["Restored", "load", "origin_of"]
+__all__ = ["Restored", "load"]
 
 TRIES = 3
 """How often the newest checkpoint may be pruned between its opening and the end of the load."""
@@ -58,8 +58,6 @@ SHOWN = 8
 PREVIOUS = 'pass on_damage="previous" for the newest that verifies'
 
 _log = logging.getLogger("gockpt")
-
-_origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,43 +162,9 @@ def load(
     raise AssertionError  # pragma: no cover - the last attempt returned or raised
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Which checkpoint a model's state came from.
-
-    Attributes:
-        step: Its step.
-        optimizer_steps: Optimizer updates its run had seen.
-        seq: Its place in the order of publications.
-        path: The directory it was published in, links resolved; or the URL it was uploaded to.
-    """
-
-    step: int
-    optimizer_steps: int
-    seq: int
-    path: str
-
-
-def origin_of(model: Any) -> Origin | None:
-    """Return what was last loaded into this very model; ``None`` if nothing was."""
-    for anchor in _anchors(model):
-        found = _origins.get(anchor)  # type: ignore[no-untyped-call]
-        if found is not None:
-            return cast("Origin", found)
-    return None
-
-
 def _home(path: str) -> str:
     """Return where a checkpoint was published: the directory or URL above its own."""
     return path.rpartition("/")[0] if "://" in path else str(Path(os.path.realpath(path)).parent)
-
-
-def _anchors(model: Any) -> list[Any]:
-    """Return the objects by which a model is known again, also inside another wrapper."""
-    anchors: list[Any] = []
-    for _, part in models_of(model):
-        anchors += [bare_module(part)] if isinstance(part, nn.Module) else part.values()
-    return anchors
 
 
 class _Load:
@@ -267,8 +231,7 @@ class _Load:
             raise
         home = _home(self.stored.path)
         origin = Origin(self.stored.step, saved.optimizer_steps, self.stored.seq, home)
-        for anchor in _anchors(self.model):
-            _origins[anchor] = origin
+        remember(self.model, origin)
         return self.report(saved, plan, extras, absent)
 
     def report(

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["VERSION", "SavedGroup", "SavedOptimizer", "SavedState", "parse"]
 
-VERSION = 1
+VERSION = 2
+"""The version written. Version 1 is read as well: it lacks what came later, which is optional here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
         msg = f"{where} is in version {version} of the format, this gockpt reads {VERSION}: upgrade gockpt"
         raise ManifestCorrupt(msg)
     try:
-        if version != VERSION:
+        if version not in range(1, VERSION + 1):
             msg = f"its version is {version!r}"
             raise TypeError(msg)
         return SavedState(

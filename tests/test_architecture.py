@@ -29,6 +29,7 @@ LAYERS = (
         "device_numbers",
         "document",
         "lab",
+        "lineage",
         "late_numbers",
         "naming",
         "packing",
@@ -54,7 +55,7 @@ LAYERS = (
         "uploads",
         "engine",
     ),
-    ("arguments", "checkpointer"),
+    ("arguments", "registry", "checkpointer", "api"),
     ("cli", "integrations"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import checkpointer, registry
 from gockpt.device.interface import Source
 from gockpt.engine.engine import Engine
 from gockpt.kernels.encoded import layout_of
@@ -574,7 +574,7 @@ def devices(fakes, monkeypatch):
     monkeypatch.setattr(checkpointer, "Engine", functools.partial(Engine, devices=found))
     yield found
     found.gate.set()
-    for saver in list(checkpointer._live):
+    for saver in list(registry.opened):
         with contextlib.suppress(gockpt.GockptError):
             saver.close()
     found.check()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer, errors
+from gockpt import checkpointer, errors, registry
 from gockpt.storage.store import Store
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "guarantees.md"
@@ -107,7 +107,7 @@ def lab(monkeypatch):
         monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=fs))
 
     yield SimpleNamespace(Run=Run, inject=inject, WINDOW=WINDOW, ONE=ONE)
-    for saver in list(checkpointer._live):
+    for saver in list(registry.opened):
         saver.abort("the test is over")
         try:
             saver.close()

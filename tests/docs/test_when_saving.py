@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import registry
 from gockpt.engine.job import Job
 from gockpt.engine.roads import CudaDevices
 from gockpt.kernels import replay
@@ -119,7 +119,7 @@ def closed_and_changed(lab):
     """Tick at the due step, and change the state while the background is kept from copying it."""
     run = lab.Run().window(upto=7)
     run.train()
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     gate = threading.Event()
     batch = saver._engine._transfer.submit([gate.wait])
     run.tick(every=4, options=lab.WINDOW)
@@ -212,7 +212,7 @@ def killed_after_the_capture():
     """Kill such a program once its last save is captured; return its worker process, which is stopped."""
     pid = "saver._engine._background._worker.pid"
     how = f"""
-(saver,) = gockpt.checkpointer._live
+(saver,) = gockpt.registry.opened
 for step in (7, 8):
     save = go(step)
 save.captured.result()
@@ -271,7 +271,7 @@ def without_a_worker(lab, number):
     run.check(4)
     run.train()
     lost = run.tick(every=4, options=options)
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     os.kill(saver._engine._background._worker.pid, number)
     with pytest.raises(gockpt.WorkerError) as caught:
         lost.result(60)

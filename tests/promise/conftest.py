@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer, rng
+from gockpt import registry, rng
 from gockpt.kernels import replay
 
 MEMORY = Path("/dev/shm")
@@ -185,7 +185,7 @@ def closing():
 
 def close_all():
     """Close every checkpointer there is, whatever state it is in."""
-    for saver in list(checkpointer._live):
+    for saver in list(registry.opened):
         with contextlib.suppress(gockpt.GockptError):
             saver.abort("the test ended")
         with contextlib.suppress(gockpt.GockptError):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import registry
 from gockpt.engine import engine
 from gockpt.engine.job import Job
 
@@ -50,7 +50,7 @@ def begun(harness, worker, **options):
 
 def parts():
     """Return the one checkpointer's engine and its save."""
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     return saver._engine, saver._engine._save
 
 
@@ -100,7 +100,7 @@ def test_an_end_inside_a_window_closes_it_at_the_last_tick(loop, ticks, end):
     loop.run(ticks)
     handle = loop.handles[-1]
     assert handle.progress().phase == "open"
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     {"wait": gockpt.wait, "close": saver.close, "result": lambda: handle.result(60)}[end]()
     assert handle.result(0).step == EVERY + ticks
     loop.check(EVERY + ticks)
@@ -147,7 +147,7 @@ def test_an_abort_inside_a_window_frees_all_that_was_sent(loop, updates):
     loop.run(3)
     for _ in range(updates):
         loop.update(loop.model, loop.optimizer, 0)
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     ring = parts()[1].attempt._gathering._ring
     saver.abort("enough")
     assert ring.in_use == 0

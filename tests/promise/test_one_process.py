@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import registry
 from gockpt.storage.transaction import Transaction
 
 
@@ -171,14 +171,14 @@ def test_models_that_are_gone_leave_no_checkpointer_behind(harness):
         update(model, optimizer)
         gockpt.save_overlapped(model, optimizer, harness.directory(), step=1)
 
-    before = len(checkpointer._live)
+    before = len(registry.opened)
     for _ in range(3):
         run()
     gockpt.wait()
     gc.collect()
     gockpt.wait()
-    assert len(checkpointer._live) == before
-    assert all(not saver.model_is_gone for saver in checkpointer._by_call.values())
+    assert len(registry.opened) == before
+    assert all(not saver.model_is_gone for saver in registry.by_call.values())
     assert [p() for p in parameters] == [None, None, None]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import registry
 
 SIZE = 300
 
@@ -26,7 +26,7 @@ SIZE = 300
 def _no_process_is_left():
     """Whatever a test does, no worker outlives it."""
     yield
-    for saver in list(checkpointer._live):
+    for saver in list(registry.opened):
         with contextlib.suppress(gockpt.GockptError):
             saver.abort("the test ended")
         with contextlib.suppress(gockpt.GockptError):
@@ -85,7 +85,7 @@ def test_a_callback_of_the_capture_may_wait_for_the_outcome(fixture):
     handle.captured.add_done_callback(lambda _: handle.result(30) and seen.set())
     run.loop.tick()
     update(run.loop.model, run.loop.optimizer, 7)  # it waits for the last copies
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     saver.close()
     assert seen.is_set()
 
@@ -117,7 +117,7 @@ def test_a_step_saved_again_and_a_run_that_goes_on(harness):
 
 def parts():
     """Return the one checkpointer's engine, its save and its worker process."""
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     engine = saver._engine
     return engine, engine._save, engine._background._worker
 
@@ -331,7 +331,7 @@ def test_a_worker_that_hangs_at_its_end_is_killed(fixture):
     run = fixture(worker_timeout=1)
     os.kill(run.worker.pid, signal.SIGSTOP)
     gockpt.wait()
-    (saver,) = checkpointer._live
+    (saver,) = registry.opened
     saver.close()
     gone(run.worker.pid)
 

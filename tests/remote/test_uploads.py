@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import registry
 from gockpt.errors import RemoteError
 from gockpt.storage import objects
 from gockpt.storage.listing import open_checkpoint
@@ -203,7 +203,7 @@ def of_a_model_that_is_gone(url, path, step=1):
     """Save a module that nobody holds afterwards; return its checkpointer once the save is durable."""
     model = torch.nn.Linear(3, 3)
     gockpt.save_overlapped(model, None, path, step=step, options=gockpt.Options(remote=url)).result()
-    (made,) = (one for one in checkpointer._live if one.path == str(path.resolve()))
+    (made,) = (one for one in registry.opened if one.path == str(path.resolve()))
     return made
 
 

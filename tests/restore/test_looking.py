@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gockpt
-from gockpt.restore import origin_of
+from gockpt.lineage import origin_of
 from gockpt.storage.store import Store
 
 

@@ -36,7 +36,7 @@ def test_the_whole_of_a_small_one():
     document, arrays = document_of(model, optimizer, extra={"best": (1, 2.5)})
     assert arrays == {}
     assert document == {
-        "version": 1,
+        "version": 2,
         "step": 3,
         "optimizer_steps": 2,
         "exact": True,
@@ -240,5 +240,5 @@ def test_every_key_is_needed():
 
 
 def test_a_later_version_asks_for_an_upgrade():
-    with pytest.raises(ManifestCorrupt, match="version 2 of the format, this gockpt reads 1: upgrade"):
-        parse({"version": 2}, where="here")
+    with pytest.raises(ManifestCorrupt, match="version 3 of the format, this gockpt reads 2: upgrade"):
+        parse({"version": 3}, where="here")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import registry
 from gockpt.device.transfer import DeviceTransfer
 from gockpt.engine import roads
 from gockpt.engine.engine import Engine
@@ -214,7 +214,7 @@ def runs(devices):
                 yield
             finally:
                 os.chdir(before)
-                for saver in list(checkpointer._live):
+                for saver in list(registry.opened):
                     with contextlib.suppress(gockpt.GockptError):
                         saver.close()
                 devices.check()

@@ -1,0 +1,116 @@
+"""Saving from a training loop: one function to call in the loop, and one to wait with."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+from gockpt import registry
+from gockpt.arguments import checked_options, model_ids
+from gockpt.checkpointer import Checkpointer
+from gockpt.errors import GockptError, SaveAborted, UploadError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gockpt.arguments import Model
+    from gockpt.checkpointer import Optimizers
+    from gockpt.engine.handle import SaveHandle
+    from gockpt.options import Options
+
+__all__ = ["save_overlapped", "wait"]
+
+_log = logging.getLogger("gockpt")
+
+
+def save_overlapped(
+    model: Model,
+    optimizer: Optimizers,
+    path: str | os.PathLike[str] = "checkpoints",
+    *,
+    step: int | None = None,
+    every: int | Literal["auto"] = 1,
+    extra: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> SaveHandle | None:
+    """Save the training state without stopping training.
+
+    Call it after ``optimizer.step()`` and ``scheduler.step()``: in each iteration with ``every=n``, or
+    only when a save is wanted (``every=1``): then *this* state is saved. With ``every=n`` the checkpoint
+    holds the due step itself (n, 2n, …); its window starts some steps earlier. Never waits for storage.
+
+    Args:
+        model: A module, a list of modules, or a mapping of names to tensors.
+        optimizer: One optimizer, several, or ``None``.
+        path: Directory of the checkpoints.
+        step: The step just completed; ``None`` counts calls.
+        every: A save is due whenever ``step // every`` grows; ``"auto"`` chooses the interval.
+        extra: Objects with ``state_dict()``, callables or plain values to save along.
+        options: See :class:`gockpt.Options`.
+
+    Returns:
+        The newest save, or ``None`` before the first.
+
+    Raises:
+        UsageError: If an argument can't work.
+        PathBusy: If another living writer saves into ``path``.
+        SaveError: If a save failed in the background since the last call.
+    """
+    wanted = checked_options(options)
+    saver = _saver_for(model, optimizer, path, every, wanted)
+    return saver.after_step(step, extra if extra is not None else {})
+
+
+def wait() -> None:
+    """Finish every save in flight in this process.
+
+    An open window closes at the last step told. Call it before leaving a loop's last checkpoint to
+    anyone else; normal exit of the interpreter does the same.
+
+    Raises:
+        SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
+    """
+    first: GockptError | None = None
+    for saver in list(registry.opened):
+        if saver.closed or not saver.of_this_process:
+            continue
+        try:
+            saver.wait()
+        except GockptError as error:
+            if first is None:
+                first = error
+            else:
+                first.add_note(f"and, of {saver.path}: {error}")
+    with registry.lock:
+        registry.close_orphans()
+    if first is not None:
+        raise first
+
+
+def _saver_for(
+    model: Model,
+    optimizer: Optimizers,
+    path: str | os.PathLike[str],
+    every: int | Literal["auto"],
+    options: Options,
+) -> Checkpointer:
+    key = (model_ids(model), os.path.realpath(os.fspath(path)))
+    with registry.lock:
+        registry.close_orphans()
+        saver = registry.by_call.get(key)
+        if saver is not None and saver.serves(model, optimizer, every, options):
+            saver.rebind(model)
+            return saver
+        former = saver
+        if former is not None and not former.closed:
+            try:
+                former.close()
+            except (SaveAborted, UploadError) as error:
+                _log.warning("other arguments than before: %s", error)
+        saver = Checkpointer(model, optimizer, path, every=every, options=options)
+        if former is not None:
+            saver.continue_after(former)
+            former.forget_model()
+        registry.by_call[key] = saver
+        return saver
