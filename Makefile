@@ -26,7 +26,7 @@ PIP    := -m pip --disable-pip-version-check install --quiet --constraint constr
 # A second environment proves that storage and the pure modules need no torch, with a newer zarr.
 VENV_STORAGE := .venv-storage
 STORAGE_TESTS = tests/storage $(wildcard tests/pure)
-STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout
+STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout xarray
 
 # What is plain arithmetic and tables has every branch tested.
 PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,gockpt/retention.py,gockpt/schedule.py,gockpt/schema.py

@@ -15,7 +15,8 @@ __all__ = ["as_storage_error", "storage_errors"]
 
 _WAY_OUT = {
     errno.ENOSPC: "free space there, keep fewer checkpoints, or save to another disk",
-    errno.EDQUOT: "the quota is used up: free space, keep fewer checkpoints, or save to another disk",
+    errno.EDQUOT: "the quota of this user, group or directory is used up, of bytes or of files (`quota -s` "
+    "shows it), whatever the disk has free: keep fewer checkpoints, get more quota, or save to another disk",
     errno.EROFS: "the file system is read-only: save to another path, or mount it writable",
     errno.EACCES: "save to a path that this user may write to",
     errno.EPERM: "save to a path that this user may write to",
@@ -39,7 +40,31 @@ def as_storage_error(error: OSError, doing: str, path: str) -> StorageError:
     code = error.errno or 0
     words = error.strerror or os.strerror(code)
     name = errno.errorcode.get(code, str(code))
-    return StorageError(f"can't {doing} {path}: {words} [{name}]; {_WAY_OUT.get(code, _DEFAULT_WAY_OUT)}")
+    way_out = _WAY_OUT.get(code, _DEFAULT_WAY_OUT)
+    if code == errno.ENOSPC:
+        way_out = _when_full(path, way_out)
+    return StorageError(f"can't {doing} {path}: {words} [{name}]; {way_out}")
+
+
+def _when_full(path: str, way_out: str) -> str:
+    """Tell a file system without free inodes, where bytes may well be free, from one without free bytes."""
+    found = None
+    while found is None:
+        try:
+            found = os.statvfs(path or ".")
+        except FileNotFoundError:  # not made yet, or removed since
+            if path == (path := os.path.dirname(path)):
+                return way_out
+        except OSError:
+            return way_out
+    free = found.f_bavail * found.f_frsize
+    # Some file systems (btrfs) make inodes as they need them, and count none.
+    if found.f_files and not found.f_favail and free:
+        return (
+            f"no inodes are left there: it holds the {found.f_files:,} files and directories that it can, "
+            f"though {free:,} bytes are free. Delete files, keep fewer checkpoints, or save to another disk"
+        )
+    return f"{way_out} ({free:,} bytes are free there; a quota of the directory may allow fewer)"
 
 
 class storage_errors:  # noqa: N801 - used like a function, once per file: a generator would cost more

@@ -290,7 +290,7 @@ def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
         return "its consolidated metadata is no object"
     arrays = {entry.path: entry for entry in manifest.arrays}
     for path, entry in arrays.items():
-        if (key := _differing(metadata.get(path), _array_document(entry))) is not None:
+        if (key := _differing_array(metadata.get(path), entry)) is not None:
             return f"its consolidated metadata has another {key} for {path} than the manifest"
     known = {file.path.removesuffix(f"/{GROUP_FILE}") for file in manifest.files} | arrays.keys()
     surplus = sorted(metadata.keys() - known)
@@ -299,12 +299,16 @@ def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
 
 def _check_array_document(folder: Folder, entry: ArrayEntry, _: object) -> str | None:
     document = strict_json.loads(_checked_bytes(folder, entry.meta), what="it")
-    key = _differing(document, _array_document(entry))
+    key = _differing_array(document, entry)
     return None if key is None else f"its {key} is not the one that follows from the manifest"
 
 
-def _array_document(entry: ArrayEntry) -> dict[str, Any]:
-    return zarr_documents.array_document(entry.spec, entry.chunk_shape, entry.codec)
+def _differing_array(document: Any, entry: ArrayEntry) -> str | None:
+    """Return the first key that an array's document has otherwise than its entry calls for, or ``None``."""
+    expected = zarr_documents.array_document(entry.spec, entry.chunk_shape, entry.codec)
+    # Zarr lets dimensions have no names, as in checkpoints written before they had.
+    absent = type(document) is dict and document.get("dimension_names") is None
+    return _differing(document, expected, ("dimension_names",) if absent else ())
 
 
 def _differing(document: Any, expected: dict[str, Any], ignored: tuple[str, ...] = ()) -> str | None:

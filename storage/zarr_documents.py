@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gockpt.schema import ArraySpec
 
-__all__ = ["array_document", "consolidated", "dump", "group_document", "root"]
+__all__ = ["array_document", "consolidated", "dimension_names", "dump", "group_document", "root"]
 
 
 def array_document(spec: ArraySpec, chunk_shape: tuple[int, ...], codec: str | None = None) -> dict[str, Any]:
@@ -42,10 +42,25 @@ def array_document(spec: ArraySpec, chunk_shape: tuple[int, ...], codec: str | N
         "fill_value": dtype.fill_value,
         "codecs": [to_bytes, *encoding, {"name": "crc32c"}],
         "attributes": {},
+        **({"dimension_names": dimension_names(spec.shape)} if spec.shape else {}),
         "zarr_format": 3,
         "node_type": "array",
         "storage_transformers": [],
     }
+
+
+def dimension_names(shape: tuple[int, ...]) -> list[str]:
+    """Return the name of each dimension: its position and its size, such as ``dim_0:64``.
+
+    xarray takes dimensions of one name in a group for the same one, and refuses a group where their sizes
+    differ. Names of position and size never clash, and let an array and its optimizer states combine. No
+    variable has such a name either: in paths ``:`` is escaped.
+
+    Examples:
+        >>> dimension_names((64, 32))
+        ['dim_0:64', 'dim_1:32']
+    """
+    return [f"dim_{position}:{size}" for position, size in enumerate(shape)]
 
 
 def group_document() -> dict[str, Any]:

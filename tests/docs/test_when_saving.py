@@ -480,6 +480,36 @@ def _disk_full(lab):
     raise caught.value
 
 
+@when("No inodes are left on the disk")
+def _no_inodes(lab):
+    free = os.statvfs_result((4096, 4096, 10**6, 10**5, 10**5, 1000, 0, 0, 0, 255))
+    fs = Refusing("mkdir", code=errno.ENOSPC, armed=False)
+    lab.inject(fs)
+    run = lab.Run().saved()
+    fs.armed = True
+    with mock.patch.object(os, "statvfs", return_value=free):
+        lost_and_told(run)
+        with pytest.raises(gockpt.StorageError, match="no inodes are left there") as caught:
+            gockpt.wait()
+    fs.armed = False
+    run.saved().check(4)
+    raise caught.value
+
+
+@when("The quota is used up")
+def _quota(lab):
+    fs = Refusing("pwrite", code=errno.EDQUOT, armed=False)
+    lab.inject(fs)
+    run = lab.Run().saved()
+    fs.armed = True
+    lost_and_told(run)
+    with pytest.raises(gockpt.StorageError, match="quota of this user") as caught:
+        gockpt.wait()
+    fs.armed = False
+    run.saved().check(4)
+    raise caught.value
+
+
 @when("The path is removed while a run saves there")
 def _path_removed(lab):
     run = lab.Run().saved()

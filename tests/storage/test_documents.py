@@ -112,6 +112,7 @@ def test_documents_say_what_zarr_python_would_say(tmp_path, dtype, shape, rows):
         filters=None,
         compressors=[Crc32cCodec()],
         fill_value=DTYPES[dtype].fill_value if dtype[0] != "c" else 0,
+        dimension_names=[f"dim_{position}:{size}" for position, size in enumerate(shape)],
     )
     theirs = json.loads((tmp_path / "a" / "zarr.json").read_text())
     ours = zarr_documents.array_document(ArraySpec(("a",), shape, dtype), chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
 import subprocess
 import sys
@@ -358,6 +359,55 @@ def test_a_message_says_where_what_and_what_now(code):
     assert "; " in message
     if code:
         assert f"{os.strerror(code)} [{errno.errorcode[code]}]" in message
+
+
+@pytest.mark.parametrize(
+    ("bytes_free", "inodes_free", "inodes", "says"),
+    [
+        (0, 500, 1000, "; free space there, * (0 bytes are free there; a quota *"),
+        (51200, 500, 1000, "; free space there, * (51,200 bytes are free there; a quota *"),
+        (
+            51200,
+            0,
+            1000,
+            "; no inodes are left there: * 1,000 files * 51,200 bytes are free. Delete files, *",
+        ),
+        (0, 0, 1000, "; free space there, * (0 bytes are free there; *"),
+        (51200, 0, 0, "; free space there, * (51,200 bytes are free there; *"),  # btrfs counts no inodes
+    ],
+)
+def test_no_inodes_is_not_no_space(monkeypatch, bytes_free, inodes_free, inodes, says):
+    asked = []
+
+    def statvfs(path):
+        asked.append(path)
+        if path != "/":
+            raise FileNotFoundError(path)
+        free = bytes_free // 512
+        return os.statvfs_result((4096, 512, 10**6, free, free, inodes, inodes_free, inodes_free, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    message = str(as_storage_error(error, "write", "/a/b"))
+    assert fnmatch.fnmatch(message, f"*[[]ENOSPC]{says}"), message
+    assert asked == ["/a/b", "/a", "/"]
+
+
+def test_a_disk_that_does_not_say_what_is_free(monkeypatch):
+    def statvfs(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    message = str(as_storage_error(error, "write", "/a/b"))
+    assert message.endswith("; free space there, keep fewer checkpoints, or save to another disk")
+
+
+def test_a_quota_is_not_no_space():
+    error = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    message = str(as_storage_error(error, "write", "/a/b"))
+    assert "quota of this user, group or directory" in message
+    assert "free space" not in message
 
 
 def test_the_real_calls(tmp_path):

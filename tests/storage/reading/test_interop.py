@@ -227,6 +227,7 @@ def test_the_documents_are_the_ones_zarr_python_would_write(request, tmp_path, k
             compressors=[*compressors, zarr.codecs.Crc32cCodec()],
             chunk_key_encoding={"name": "default", "separator": "."},
             fill_value=np.zeros((), numpy_dtype(dtype))[()],  # zero bytes: not every type has a zero
+            dimension_names=ours.get("dimension_names"),
         )
         assert ours == json.loads((tmp_path / name / "zarr.json").read_bytes())
 
