@@ -7,15 +7,16 @@ detached aliases of the live memory.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from gockpt.errors import UnsupportedState, UsageError
+from gockpt.errors import UnsupportedState
 from gockpt.naming import model_entries, parameter_names, resolve_optimizers
+from gockpt.once import warn_once
+from gockpt.outside import check_outside, remember_held
 from gockpt.plain import is_ordinary_key
 from gockpt.tensors import refusal
 
@@ -30,9 +31,6 @@ __all__ = [
 ]
 
 Name = tuple[str, ...]
-
-log = logging.getLogger("gockpt")
-_said: set[tuple[str, ...]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +135,12 @@ def collect(model: Any, optimizers: Any) -> LiveState:
 
     Raises:
         UsageError: If an argument is of no such kind, or an optimizer trains tensors that the model
-            seems to have lost (``load_state_dict(assign=True)``).
+            has lost (``load_state_dict(assign=True)``).
         UnsupportedState: If a tensor has no exact form as an array; names it and the way out.
     """
     collector = _Collector()
-    for entry in model_entries(model):
+    entries = model_entries(model)
+    for entry in entries:
         if entry.kind == "computed":
             collector.computed[entry.fqn] = Computed(entry.value, entry.model, entry.key)
             continue
@@ -153,7 +152,7 @@ def collect(model: Any, optimizers: Any) -> LiveState:
     for index, live in enumerate(collector.optimizers):
         collector.add_optimizer(model, index, live)
     if collector.outside:
-        _check_outside(model, collector)
+        check_outside(model, entries, collector.params, collector.outside, collector.optimizers)
     return collector.result()
 
 
@@ -217,12 +216,13 @@ class _Collector:
                 params.append(self.parameter(model, optimizer, param, fallback, used, index, g))
             groups.append(GroupEntry(group, params))
             self.params += params
+        remember_held(model, optimizer, [param for group in groups for param in group.params])
         values = {}
         for key, value in optimizer.state.items():
             if not isinstance(key, torch.Tensor):
                 values[key] = value
             elif id(key) not in ids:
-                _say_once(
+                warn_once(
                     ("stale", kind.__qualname__),
                     "%s keeps state for a tensor that is in none of its param groups; it is not saved",
                     kind.__qualname__,
@@ -298,48 +298,3 @@ def _free(name: Name, taken: Mapping[Name, Any]) -> Name:
     while name in taken:
         name = (*name[:-1], f"{name[-1]}~")
     return name
-
-
-def _check_outside(model: Any, collector: _Collector) -> None:
-    """Tell parameters that live outside the model from ones that the model has lost, and say so."""
-    owned = {id(entry.param) for entry in collector.params}
-    untrained = {
-        entry.fqn: entry.value
-        for entry in model_entries(model)
-        if entry.kind == "parameter" and entry.value.requires_grad and id(entry.value) not in owned
-    }
-    lost = []
-    for entry in collector.outside:
-        twin = next((fqn for fqn, value in untrained.items() if _same_kind(value, entry.param)), None)
-        if twin is not None:
-            del untrained[twin]
-            lost.append((entry.fqn, twin))
-    if lost:
-        shown = ", ".join(f"{fqn} (like {twin})" for fqn, twin in lost[:5])
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        msg = (
-            f"the optimizer trains {len(lost)} tensors that the model does not hold, while the model has "
-            f"trainable parameters of the same shapes that no optimizer holds: {shown}{more}. After "
-            "load_state_dict(assign=True) or a replaced module, build the optimizer from the model's "
-            "parameters again. If they belong outside the model, freeze the model's untrained "
-            "parameters with requires_grad_(False)"
-        )
-        raise UsageError(msg)
-    outside = tuple(entry.fqn for entry in collector.outside)
-    _say_once(
-        outside,
-        "the optimizer trains %d tensors that the model does not hold (%s); they are saved with it, named "
-        "by their place in its param groups",
-        len(outside),
-        ", ".join(outside[:5]),
-    )
-
-
-def _same_kind(value: torch.Tensor, param: torch.Tensor) -> bool:
-    return value is not param and value.shape == param.shape and value.dtype == param.dtype
-
-
-def _say_once(key: tuple[str, ...], message: str, *arguments: object) -> None:
-    if key not in _said:
-        _said.add(key)
-        log.warning(message, *arguments)

@@ -32,6 +32,8 @@ LAYERS = (
         "lineage",
         "late_numbers",
         "naming",
+        "once",
+        "outside",
         "packing",
         "plain",
         "replay",

@@ -702,9 +702,26 @@ def _no_values(lab):
 
 @when("`load_state_dict(assign=True)` left the optimizer with lost parameters")
 def _lost(lab):
-    run = lab.Run()
+    run = lab.Run().saved()
     run.model.load_state_dict({k: v.clone() for k, v in run.model.state_dict().items()}, assign=True)
     run.tick()
+
+
+@when("The optimizer trains master copies or other tensors that the model does not hold")
+def _masters(lab):
+    run = lab.Run()
+    masters = [param.detach().clone().requires_grad_() for param in run.model.parameters()]
+    run.opt = torch.optim.AdamW(masters)
+    for master in masters:
+        master.grad = torch.ones_like(master)
+    run.opt.step()
+    run.saved()
+    kept = [master.detach().clone() for master in masters]
+    with torch.no_grad():
+        for master in masters:
+            master.zero_()
+    gockpt.load("ckpts", run.model, run.opt)
+    assert all(map(torch.equal, masters, kept))
 
 
 @when("The model no longer exists")

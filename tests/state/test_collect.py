@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from torch import nn, optim
 
-from gockpt import state
+from gockpt import once
 from gockpt.errors import UnsupportedState, UsageError
 from gockpt.state import collect
 
 
 @pytest.fixture(autouse=True)
 def _said_nothing_yet(monkeypatch):
-    monkeypatch.setattr(state, "_said", set())
+    monkeypatch.setattr(once, "_said", set())
 
 
 def stepped(model, optimizer):
@@ -195,19 +197,59 @@ class TestOutside:
         live = collect(None, optimizer)
         assert live.params[0].state_names == {"param": ("optimizer", "group0.param0", "param~")}
 
-    def test_parameters_that_the_model_lost_are_an_error(self):
+    def test_parameters_that_the_model_has_lost_are_an_error(self):
         model = nn.Linear(2, 2)
         optimizer = optim.AdamW(model.parameters())
+        collect(model, optimizer)
         model.load_state_dict({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, assign=True)
-        with pytest.raises(UsageError, match=r"trains 2 tensors.*group0.param0 \(like weight\).*assign=True"):
+        lost = r"trains 2 tensors that the model held.*group0.param0 \(formerly weight\).*assign=True"
+        with pytest.raises(UsageError, match=lost):
             collect(model, optimizer)
+        with pytest.raises(UsageError, match=lost):
+            collect(torch.nn.parallel.DataParallel(model), optimizer)
+        model.requires_grad_(False)
+        assert len(collect(model, optimizer).params) == 2
 
     def test_a_replaced_layer_is_an_error(self):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         optimizer = optim.AdamW(model.parameters())
+        collect(model, optimizer)
         model[1] = nn.Linear(2, 2)
-        with pytest.raises(UsageError, match="like 1.weight"):
+        with pytest.raises(UsageError, match="formerly 1.weight"):
             collect(model, optimizer)
+
+    def test_what_may_have_been_lost_before_the_first_look_is_saved_and_said_once(self, caplog):
+        model = nn.Linear(2, 2)
+        optimizer = optim.AdamW(model.parameters())
+        model.load_state_dict({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, assign=True)
+        assert [entry.name[0] for entry in collect(model, optimizer).params] == ["optimizer", "optimizer"]
+        collect(model, optimizer)
+        (_, doubt) = [record.message for record in caplog.records]
+        assert (
+            "does not hold: group0.param0 (like weight), group0.param1 (like bias). Both are saved" in doubt
+        )
+
+    def test_another_model_with_the_same_optimizer_has_lost_nothing(self):
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        optimizer = optim.AdamW(first.parameters())
+        collect(first, optimizer)
+        assert len(collect(second, optimizer).params) == 2
+
+    def test_a_parameter_that_was_replaced_by_one_of_another_dtype_may_have_become_a_master(self):
+        model = nn.Linear(2, 2)
+        optimizer = optim.AdamW(model.parameters())
+        collect(model, optimizer)
+        model.weight = nn.Parameter(model.weight.detach().bfloat16())
+        assert collect(model, optimizer).params[0].name == ("optimizer", "group0.param0", "param")
+
+    def test_nothing_is_kept_alive(self):
+        model = nn.Linear(2, 2)
+        optimizer = optim.AdamW(model.parameters())
+        collect(model, optimizer)
+        held = weakref.ref(model), weakref.ref(model.weight), weakref.ref(optimizer)
+        del model, optimizer
+        gc.collect()
+        assert [reference() for reference in held] == [None] * 3
 
     def test_frozen_parameters_are_no_sign_of_loss(self):
         model = nn.Linear(2, 2).requires_grad_(False)
