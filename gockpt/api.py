@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from gockpt import registry
 from gockpt.arguments import checked_options, model_ids
 from gockpt.checkpointer import Checkpointer
 from gockpt.errors import GockptError, SaveAborted, UploadError
+from gockpt.storage.paths import directory_to_save
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from gockpt.arguments import Model
@@ -95,7 +96,7 @@ def _saver_for(
     every: int | Literal["auto"],
     options: Options,
 ) -> Checkpointer:
-    key = (model_ids(model), os.path.realpath(os.fspath(path)))
+    key = (model_ids(model), directory_to_save(path))
     with registry.lock:
         registry.close_orphans()
         saver = registry.by_call.get(key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -24,10 +23,12 @@ from gockpt.errors import GockptError, UploadError, UsageError
 from gockpt.lineage import origin_of
 from gockpt.naming import resolve_optimizers
 from gockpt.storage.compression import Compression
+from gockpt.storage.paths import directory_to_save
 from gockpt.storage.store import Store
 from gockpt.uploads import Uploads
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
@@ -97,7 +98,7 @@ class Checkpointer:
         self.options = checked_options(options)
         self.every = checked_every(every, self.options)
         self._extra = checked_extra(extra)
-        self.path = os.path.realpath(os.fspath(path))
+        self.path = directory_to_save(path)
         self._optimizers = resolve_optimizers(optimizer)
         self.model_ids = model_ids(model)
         self._uploads: Uploads | None = None

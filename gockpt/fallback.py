@@ -14,7 +14,7 @@ from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, CheckpointPrune
 from gockpt.overview import state_of
 from gockpt.storage import directory_names
 from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint, open_listed
-from gockpt.storage.objects import objects_at
+from gockpt.storage.paths import located
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,8 +83,8 @@ def newest_whole(path: Where) -> tuple[StoredCheckpoint, tuple[PassedOver, ...]]
 
 
 def _without_manifest(path: Where) -> Iterator[PassedOver]:
-    objects = objects_at(path)
-    where = str(path).rstrip("/") if objects is None else objects.url
+    objects = located(path)
+    where = objects.rstrip("/") if isinstance(objects, str) else objects.url
     for name, error in damaged_checkpoints(path).items():
         known = directory_names.parse(name) or directory_names.parse_uploaded(name)
         if known is not None and known.step is not None:

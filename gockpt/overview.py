@@ -10,7 +10,7 @@ import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from gockpt import retention
 from gockpt.deviation import Deviation, deviation_of
@@ -27,7 +27,7 @@ from gockpt.storage.listing import (
     open_checkpoint,
 )
 from gockpt.storage.manifest import MANIFEST_FILE, STATE_FILE
-from gockpt.storage.objects import objects_at
+from gockpt.storage.paths import located
 from gockpt.storage.store import Store
 from gockpt.storage.verify import MAX_PROBLEMS, Problem, VerifyReport
 
@@ -235,12 +235,14 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
             which the best are chosen.
     """
     rules = keep if isinstance(keep, Keep) else Keep(newest=keep)
-    if objects_at(path) is not None:
-        msg = f"{path!s} is in an object store, where gockpt deletes nothing; use the store's own tools"
+    at = located(path)
+    if not isinstance(at, str):
+        msg = f"{at.url} is in an object store, where gockpt deletes nothing; use the store's own tools"
         raise UsageError(msg)
+    path = at
     with open_checkpoint(path) as stored:
         itself = list_checkpoints(path)[-1:]
-        if itself and os.path.realpath(itself[0].path) == os.path.realpath(os.fspath(cast("str", path))):
+        if itself and os.path.realpath(itself[0].path) == os.path.realpath(path):
             msg = f"{path!s} is the checkpoint of step {stored.step} itself; give the path it was saved into"
             raise NotACheckpoint(msg)
     before = list_checkpoints(path, superseded=True)
@@ -252,10 +254,10 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
         )
         raise CheckpointCorrupt(msg)
     if dry_run:
-        with looked_through(os.fspath(cast("str", path))) as catalog:
+        with looked_through(path) as catalog:
             gone = {name for name, _ in catalog.expendable(rules)}
     else:
-        with Store(cast("str", path)) as store:
+        with Store(path) as store:
             store.prune(rules)
         left = {entry.path for entry in list_checkpoints(path, superseded=True)}
         gone = {Path(entry.path).name for entry in before if entry.path not in left}

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
 from gockpt.storage import directory_names, remote_listing
 from gockpt.storage.folder import LocalFolder
 from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE, glance, metrics_of, parse
-from gockpt.storage.objects import objects_at
+from gockpt.storage.paths import located
 from gockpt.storage.reader import StoredCheckpoint, manifest_bytes, read_manifest
 from gockpt.storage.safe_open import GONE, open_below, open_directory
 
@@ -81,10 +81,10 @@ def list_checkpoints(path: Where, *, superseded: bool = False) -> list[Checkpoin
         NotACheckpoint: If ``path`` is no directory.
     """
     try:
-        objects = objects_at(path)
-        if objects is not None:
-            return _list_remote(objects, superseded=superseded)
-        path = os.fspath(cast("str", path))
+        at = located(path)
+        if not isinstance(at, str):
+            return _list_remote(at, superseded=superseded)
+        path = at
         directory = _open_path(path)
     except CheckpointNotFound:
         return []
@@ -112,10 +112,10 @@ def latest_step(path: Where) -> int | None:
         RemoteError: If the store of a URL refuses or can't be reached.
     """
     try:
-        objects = objects_at(path)
-        if objects is not None:
-            return remote_listing.newest_step(objects)
-        path = os.fspath(cast("str", path))
+        at = located(path)
+        if not isinstance(at, str):
+            return remote_listing.newest_step(at)
+        path = at
         directory = _open_path(path)
     except CheckpointNotFound:
         return None
@@ -145,10 +145,10 @@ def damaged_checkpoints(path: Where) -> dict[str, ManifestCorrupt]:
         CheckpointNotFound: If there is no such directory.
         NotACheckpoint: If ``path`` is no directory.
     """
-    objects = objects_at(path)
-    if objects is not None:
-        return remote_listing.damaged(objects)
-    path = os.fspath(cast("str", path))
+    at = located(path)
+    if not isinstance(at, str):
+        return remote_listing.damaged(at)
+    path = at
     directory = _open_path(path)
     try:
         return {} if _has_manifest(directory) else _survey(directory, path, thorough=True)[1]
@@ -169,10 +169,10 @@ def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THRE
         NotACheckpoint: If ``path`` is a file, or a directory that gockpt didn't write.
         ManifestCorrupt: If that step's is damaged; without a step, if every one is.
     """
-    objects = objects_at(path)
-    if objects is not None:
-        return remote_listing.open_at(objects, step)
-    path = os.fspath(cast("str", path))
+    at = located(path)
+    if not isinstance(at, str):
+        return remote_listing.open_at(at, step)
+    path = at
     directory = _open_path(path)
     try:
         if _has_manifest(directory):
@@ -193,8 +193,8 @@ def open_listed(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:
         ManifestCorrupt: If it is damaged now.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
-    objects = objects_at(path)
-    if objects is None:
+    objects = located(path)
+    if isinstance(objects, str):
         return open_checkpoint(entry.path)
     if entry.path == objects.url:
         return remote_listing.open_at(objects, entry.step)

@@ -8,10 +8,11 @@ is opened only here, and only once; a second writer in the same process is refus
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gockpt.errors import PathBusy
+from gockpt.errors import PathBusy, StorageError
 from gockpt.storage import files, owner
 from gockpt.storage.directory_names import LOCK_FILE
 from gockpt.storage.failures import storage_errors
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from gockpt.storage.filesystem import Filesystem
 
 __all__ = ["WriterLock"]
+
+_WAY_OUT = (
+    "Put it back if it was moved by mistake; or gockpt.close() the path (or the Checkpointer) and save "
+    "again, which takes the path afresh"
+)
 
 # Directories this process holds, by (pid, device, inode). The pid, because a forked child gets a copy of
 # the table but none of the locks. One atomic `setdefault` claims a place: no mutex that a fork in another
@@ -63,9 +69,39 @@ class WriterLock:
             self.release()
             raise
 
-    def still_held(self) -> bool:
-        """Whether it is (again) ours: a stranger's close of the lock file in this process drops it."""
-        return self._fd is not None and self._key[0] == os.getpid() and self._fs.lock(self._fd)
+    def expect_held(self, dir_fd: int) -> None:
+        """Make sure that it is (again) ours: a stranger's close of the lock file in this process drops it.
+
+        And that others would find it: that the path still leads to the directory, and the directory to the
+        locked file. Where either was removed or replaced, another process could save there as well.
+
+        Raises:
+            StorageError: If it isn't; says what happened, and the way out.
+            OSError: If that can't be told.
+        """
+        if self._fd is None or self._key[0] != os.getpid() or not self._fs.lock(self._fd):
+            msg = f"another process took over {self._path} meanwhile; this save is given up. {_WAY_OUT}"
+            raise StorageError(msg)
+        here = self._fs.fstat(dir_fd)
+        for what, name, at, expected in (
+            ("the directory", self._path, None, here),
+            (f"{LOCK_FILE} in it", LOCK_FILE, dir_fd, self._fs.fstat(self._fd)),
+        ):
+            try:
+                found = self._fs.stat(name, dir_fd=at)
+            except (FileNotFoundError, NotADirectoryError):
+                happened = "removed or moved away"
+            else:
+                if at is None and stat.S_ISLNK(found.st_mode):  # the user's own path may be one
+                    found = _followed(self._fs, name)
+                if os.path.samestat(found, expected):
+                    continue
+                happened = "replaced"
+            msg = (
+                f"{self._path}: {what} was {happened} while this run saves there, so another process could "
+                f"save there as well; this save is given up. {_WAY_OUT}"
+            )
+            raise StorageError(msg)
 
     def server_time(self) -> float:
         """Return the file server's present time, which clocks of other hosts can't disturb."""
@@ -83,6 +119,15 @@ class WriterLock:
         if fd is not None:
             with suppress(OSError):  # nothing was written that matters
                 self._fs.close(fd)
+
+
+def _followed(fs: Filesystem, path: str) -> os.stat_result:
+    """Return what stands at the end of a link."""
+    fd = fs.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return fs.fstat(fd)
+    finally:
+        fs.close(fd)
 
 
 def _name(holder: owner.Owner | None) -> str:

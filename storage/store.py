@@ -22,6 +22,7 @@ from gockpt.storage.failures import storage_errors
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.lock import WriterLock
 from gockpt.storage.outline import Outline
+from gockpt.storage.paths import local_path
 from gockpt.storage.transaction import Lineage, Transaction
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Store:
             PathBusy: If another process, or another store of this one, writes there.
             StorageError: If the path is a file, read-only, or the disk refuses otherwise.
         """
-        self.path = os.path.abspath(os.fspath(path))
+        self.path = os.path.abspath(local_path(path))
         self.run = run or secrets.token_hex(16)
         fs = fs or Filesystem()
         self._pid = os.getpid()

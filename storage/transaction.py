@@ -135,6 +135,7 @@ class Transaction:
         opened: list[int] = []
         try:
             with storage_errors("begin", where):
+                place.lock.expect_held(place.fd)
                 with catalog.turn:
                     publish.expect_replaceable(place, directory_names.of_step(step))
                 who = owner.encode(owner.myself())
@@ -304,9 +305,7 @@ class Transaction:
     def _publish(self) -> publish.Replaced:
         place = self._place
         with storage_errors("publish", place.of(self._partial)):
-            if not place.lock.still_held():
-                msg = f"another process took over {place.path} meanwhile; this save is given up"
-                raise StorageError(msg)
+            place.lock.expect_held(place.fd)
             if not self._is_ours(self._partial):
                 msg = f"{place.of(self._partial)} was taken away meanwhile; this save is given up"
                 raise StorageError(msg)

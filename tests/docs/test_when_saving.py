@@ -517,6 +517,44 @@ def _path_removed(lab):
     lost_and_told(run)
 
 
+@when("The path to save into is a URL")
+def _url(lab):
+    try:
+        gockpt.save_overlapped(lab.Run().model, None, "s3://bucket/run", step=1)
+    finally:
+        assert os.listdir() == []
+
+
+@when("The path is empty, bytes, or of an unknown home (`~name`)")
+def _no_path(lab):
+    for path in ("", b"ckpts", "~no-such-user/ckpts"):
+        with pytest.raises(gockpt.UsageError, match="path=") as caught:
+            gockpt.save_overlapped(lab.Run().model, None, path, step=1)
+    assert os.listdir() == []
+    raise caught.value
+
+
+@when("The path is moved away, or another directory takes its place, while a run saves there")
+def _path_moved(lab):
+    run = lab.Run().saved()
+    Path("ckpts").rename("moved")
+    Path("ckpts").mkdir()
+    try:
+        lost_and_told(run)
+    finally:
+        assert (gockpt.steps("ckpts"), gockpt.steps("moved")) == ([], [1])
+
+
+@when("`.gockpt.lock` is removed or replaced while a run saves there")
+def _lock_removed(lab):
+    run = lab.Run().saved()
+    Path("ckpts/.gockpt.lock").unlink()
+    try:
+        lost_and_told(run)
+    finally:
+        assert gockpt.steps("ckpts") == [1]
+
+
 @when("Something else stands where the step would go")
 def _place_taken(lab):
     Path("ckpts/step-0000000001").mkdir(parents=True)

@@ -111,7 +111,7 @@ def test_a_path_that_may_not_be_written(tmp_path):
 def test_a_path_removed_while_it_is_used(tmp_path, sample):
     with Store(tmp_path / "path") as store:
         shutil.rmtree(tmp_path / "path")
-        with pytest.raises(StorageError, match="removed or renamed meanwhile"):
+        with pytest.raises(StorageError, match="removed or moved away"):
             sample.save(store, 1, marker=1)
 
 

@@ -1,0 +1,91 @@
+"""Paths as users give them: checked, and with ``~`` expanded.
+
+Promise: what these functions return can be handed to the system as it stands; anything else is a
+:class:`~gockpt.errors.UsageError` that names the value and the way out, before anything is made or read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from gockpt.errors import UsageError
+from gockpt.storage.objects import objects_at
+
+if TYPE_CHECKING:
+    from gockpt.storage.objects import Objects
+
+__all__ = ["directory_to_save", "local_path", "located"]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How a URL begins; ``pathlib`` makes ``s3:/bucket`` of ``s3://bucket``."""
+
+
+def local_path(path: Any) -> str:
+    """Return a path of this machine as text, with ``~`` and ``~user`` expanded; it need not exist.
+
+    Raises:
+        UsageError: If it is no path: another type, empty, with a NUL, not encodable, or of an unknown home.
+    """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(text, str):
+        hint = "; os.fsdecode() makes text of it" if isinstance(text, bytes) else ""
+        msg = f"path={path!r} is a {type(path).__name__}: pass text or a pathlib.Path{hint}"
+        raise UsageError(msg)
+    if not text:
+        msg = "path='' is empty: pass a directory; '.' is the current one"
+        raise UsageError(msg)
+    if "\0" in text:
+        msg = f"path={text!r} contains a NUL character, which no path may"
+        raise UsageError(msg)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        msg = f"path={text!r} can't be encoded for this file system: {error.reason}"
+        raise UsageError(msg) from error
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        home = expanded.partition("/")[0]
+        msg = (
+            f"path={text!r}: no home directory is known for {home!r} (is HOME set?); pass an absolute path, "
+            f"or {'./' + text!r} for a directory of that name"
+        )
+        raise UsageError(msg)
+    return expanded
+
+
+def directory_to_save(path: Any) -> str:
+    """Return the directory that checkpoints are to be saved into: absolute, links resolved.
+
+    Raises:
+        UsageError: As :func:`local_path`, and if it is a URL or an object store.
+    """
+    if type(path).__module__.startswith("obstore"):
+        msg = (
+            f"path={path!r} is an object store: checkpoints are saved into a local directory, and copied to "
+            'a store with Options(remote="s3://bucket/run")'
+        )
+        raise UsageError(msg)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if isinstance(text, str) and _URL.match(text):
+        shown = re.sub(r"//[^/@]*@", "//", text)  # credentials have no place in a message
+        msg = (
+            f"path={shown!r} is a URL: checkpoints are saved into a local directory, and copied to an object "
+            f"store with Options(remote={shown!r}). For a directory of that name, pass {'./' + shown!r}"
+        )
+        raise UsageError(msg)
+    return os.path.realpath(local_path(path))
+
+
+def located(where: Any, *, make: bool = False) -> Objects | str:
+    """Return the objects below a URL or of an obstore store; or else the path, as :func:`local_path`.
+
+    Raises:
+        UsageError: If it is neither a usable URL nor a path.
+        CheckpointNotFound: If a ``file://`` URL leads nowhere.
+    """
+    if isinstance(where, os.PathLike) and not isinstance(os.fspath(where), str):
+        return local_path(where)  # raises
+    objects = objects_at(where, make=make)
+    return local_path(where) if objects is None else objects
