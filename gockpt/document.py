@@ -2,7 +2,7 @@
 
 ::
 
-    {"version": 1,
+    {"version": 2,
      "step": 1200, "optimizer_steps": 1200,          the user's step; updates seen by the run
      "exact": true, "inexact": {name: ...},          whether every bit is a blocking save's; where not
      "aliases": {alias: name},                       public names that share another's memory
@@ -15,6 +15,7 @@
          "outside": {fqn: [name components]},        parameters that no entry of the model holds
          "values": value,                            state under keys that are no parameters
          "more": value}],                            what an overridden state_dict() adds
+     "strides": {name: [stride, ...]},               of what optimizers hold, where it is not row-major
      "extra": {name: value},                         the user's extras
      "rng": value}                                   of gockpt.rng, or null
 
@@ -26,6 +27,7 @@ options, ``extra/<name>/...``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,10 +35,12 @@ import torch
 from gockpt.errors import UnsupportedState, UsageError
 from gockpt.plain import Json, encode, is_ordinary_key, join
 from gockpt.saved_state import VERSION
+from gockpt.strides import strides_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from gockpt.plain import Place
     from gockpt.state import LiveState, OptimizerEntry, ParamEntry
 
 __all__ = ["build_document", "capture_extras", "metrics_of"]
@@ -116,11 +120,22 @@ def build_document(
     """
     arrays: Arrays = {}
 
-    def plain(value: Any, *prefix: str) -> Json:
-        document, found = encode(value, prefix=prefix, admit=admit)
+    strides: dict[str, Json] = {}
+
+    def plain(value: Any, *prefix: str, place: Place = lambda _, __: None) -> Json:
+        document, found = encode(value, prefix=prefix, admit=admit, place=place)
         arrays.update(found)
         return document
 
+    def note_strides(name: tuple[str, ...], tensor: torch.Tensor) -> None:
+        if (order := strides_of(tensor)) is not None:
+            strides["/".join(name)] = list(order)
+
+    for name in _held_by_optimizers(live):
+        note_strides(name, live.entries[name])
+    optimizers: list[Json] = [
+        _optimizer(i, entry, partial(plain, place=note_strides)) for i, entry in enumerate(live.trained)
+    ]
     document: dict[str, Json] = {
         "version": VERSION,
         "step": step,
@@ -130,12 +145,18 @@ def build_document(
         "aliases": dict(live.aliases),
         "buffers": [*sorted("/".join(name) for name in live.buffers)],
         "computed": {fqn: plain(made.value, "model", fqn) for fqn, made in live.computed.items()},
-        "optimizers": [_optimizer(i, entry, plain) for i, entry in enumerate(live.trained)],
+        "optimizers": optimizers,
+        "strides": strides,
         "extra": {name: plain(value, "extra", name) for name, value in (extra or {}).items()},
         "rng": None if rng is None else plain(dict(rng), "rng"),
     }
     _check_names(live, arrays)
     return document, arrays
+
+
+def _held_by_optimizers(live: LiveState) -> Iterator[tuple[str, ...]]:
+    yield from (name for name in live.entries if name[0] == "optimizer")
+    yield from {param.name for param in live.params if param.name[0] == "model"}
 
 
 def _optimizer(index: int, entry: OptimizerEntry, plain: Any) -> dict[str, Json]:

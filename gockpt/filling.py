@@ -10,14 +10,16 @@ from gockpt.errors import StateMismatch
 from gockpt.fitting import Create, Fill
 from gockpt.lazy import read_whole
 from gockpt.storage.reader import Wanted
+from gockpt.strides import allocate
 from gockpt.tensors import DTYPE_OF, as_bytes, may_alias_itself
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.strides import Strides
 
-__all__ = ["Filler", "copy_into"]
+__all__ = ["Filler", "copy_into", "reordered"]
 
 
 class Filler:
@@ -40,10 +42,6 @@ class Filler:
         """Return an array as a new CPU tensor."""
         return read_whole(self._stored, "/".join(name))
 
-    def reader_to(self, device: torch.device) -> Callable[[tuple[str, ...]], torch.Tensor]:
-        """Return a function like :meth:`read` that puts the tensors on a device."""
-        return lambda name: self.read(name).to(device)
-
     def stage(self, fills: Iterable[Fill]) -> None:
         """Read what goes into memory that overlaps itself (``expand``), and make sure that it can.
 
@@ -54,11 +52,8 @@ class Filler:
             if not may_alias_itself(fill.target):
                 continue
             values = read_whole(self._stored, fill.source)
-            collapsed = values
-            for dim, stride in enumerate(fill.target.stride()):
-                if stride == 0 and fill.target.shape[dim] > 1:
-                    collapsed = collapsed.narrow(dim, 0, 1)
-            if not torch.equal(_bits(collapsed.expand_as(values)), _bits(values)):
+            collapsed = _collapsed(values, fill.target.stride())
+            if collapsed is None:
                 what = f"{fill.name}: its elements share memory here, and differ in the checkpoint"
                 msg = f"{what}; nothing was changed. Give it memory of its own (.clone()) before loading"
                 raise StateMismatch(msg, mismatched=(what,))
@@ -110,10 +105,7 @@ class Filler:
             return
         self.overwritten.append(fill.name)
         if fill.name in self._staged:
-            staged = self._staged.pop(fill.name)
-            for dim, size in enumerate(staged.shape):
-                target = target.narrow(dim, 0, size)
-            copy_into(target, staged)
+            _copy_collapsed(target, self._staged.pop(fill.name))
         else:
             copy_into(target, read_whole(self._stored, fill.source))
 
@@ -127,12 +119,16 @@ class Filler:
             if shared is not None and shared.device == create.device:
                 return shared.detach()
             new = self._empty(create)
-        self.fill(Fill(create.source, new, create.name))
+        fill = Fill(create.source, new, create.name)
+        self.stage([fill])
+        self.fill(fill)
         return new
 
     def _empty(self, create: Create) -> torch.Tensor:
         spec = self._stored.arrays[create.source].spec
         dtype = DTYPE_OF[spec.dtype]
+        if create.strides is not None:
+            return allocate(spec.shape, create.strides, dtype=dtype, device=create.device)
         if spec.shape == tuple(create.like.shape):
             # The parameter's memory order: where fused kernels' tails fall depends on it.
             return torch.empty_like(create.like, dtype=dtype, device=create.device, requires_grad=False)
@@ -150,6 +146,32 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy values of the same dtype into live memory, whatever autograd thinks of it."""
     with torch.inference_mode(mode=target.is_inference()), torch.no_grad():
         target.copy_(source)
+
+
+def reordered(values: torch.Tensor, strides: Strides, device: torch.device) -> torch.Tensor:
+    """Return the values in new memory with these strides; gapless if they can't have them."""
+    target = allocate(values.shape, strides, dtype=values.dtype, device=device)
+    collapsed = _collapsed(values, target.stride())
+    if collapsed is None:
+        return values.to(device)
+    _copy_collapsed(target, collapsed)
+    return target
+
+
+def _collapsed(values: torch.Tensor, strides: Strides) -> torch.Tensor | None:
+    """Keep one element of those that would share memory (stride 0); ``None`` if their values differ."""
+    kept = values
+    for dim, stride in enumerate(strides):
+        if stride == 0 and values.shape[dim] > 1:
+            kept = kept.narrow(dim, 0, 1)
+    same = kept is values or torch.equal(_bits(kept.expand_as(values)), _bits(values))
+    return kept if same else None
+
+
+def _copy_collapsed(target: torch.Tensor, values: torch.Tensor) -> None:
+    for dim, size in enumerate(values.shape):
+        target = target.narrow(dim, 0, size)
+    copy_into(target, values)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

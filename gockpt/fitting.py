@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.errors import ManifestCorrupt
+from gockpt.strides import has_strides, row_major
 from gockpt.tensors import DTYPE_OF, NAME_OF
 from gockpt.unplain import array_name, is_mapping, items
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gockpt.saved_state import SavedOptimizer, SavedState
     from gockpt.schema import ArraySpec
     from gockpt.state import LiveState, OptimizerEntry, ParamEntry
+    from gockpt.strides import Strides
 
 __all__ = ["Create", "Fill", "OptimizerPlan", "ParamPlan", "Plan", "Value", "fit"]
 
@@ -50,12 +52,14 @@ class Create:
         like: The parameter whose memory order it takes, if it has the same shape.
         device: Where it goes.
         name: What it is called here, for messages.
+        strides: Its own memory order; ``None`` for that of ``like``.
     """
 
     source: str
     like: torch.Tensor
     device: torch.device
     name: str
+    strides: Strides | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +93,14 @@ class OptimizerPlan:
         saved: Its saved form.
         groups: Which saved group each live group takes its options from; ``None`` for none.
         params: The state of each parameter that fits.
+        strides: Of arrays that are not row-major, by public name.
     """
 
     index: int
     saved: SavedOptimizer
     groups: list[int | None]
     params: list[ParamPlan]
+    strides: Mapping[str, Strides] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -238,7 +244,7 @@ class _Fitter:
 
         names = {param.fqn: saved_name(param.fqn) for group in live.groups for param in group.params}
         groups = self.groups(index, live, saved, names)
-        plan = OptimizerPlan(index, saved, groups, [])
+        plan = OptimizerPlan(index, saved, groups, [], self.saved.strides or {})
         for group, source in zip(live.groups, groups, strict=True):
             options = dict(items(saved.groups[source].options)) if source is not None else {}
             for param in group.params:
@@ -307,16 +313,45 @@ class _Fitter:
             label = f"optimizer/{param.owner}/{key}"
             there = _device(key, spec, param.param, options)
             tensor = param.state.get(key) if isinstance(key, str) else None
+            order = self.order(source, spec, param)
             if (
                 tensor is not None
                 and tuple(tensor.shape) == spec.shape
                 and tensor.dtype == DTYPE_OF[spec.dtype]
                 and tensor.device == there
+                and (order is None or has_strides(tensor, order))
             ):
                 planned.append((key, Fill(source, tensor, label)))
             else:
-                planned.append((key, Create(source, param.param, there, label)))
+                planned.append((key, Create(source, param.param, there, label, order)))
         return planned
+
+    def order(self, source: str, spec: ArraySpec, param: ParamEntry) -> Strides | None:
+        """Return the strides that a state is to have; ``None`` where they were not saved.
+
+        What lay in memory as its parameter did does so again, whatever the live parameter's order is:
+        fused kernels go through both in the order of their memory.
+        """
+        if self.saved.strides is None:
+            return None
+        saved = self.strides(source, spec)
+        shape = tuple(param.param.shape)
+        if spec.shape != shape:
+            return saved
+        of_param = self.resolve("/".join(param.name))
+        if of_param in self.arrays and saved == self.strides(of_param, self.arrays[of_param]):
+            return torch.empty_like(param.param.detach(), device="meta").stride()
+        return saved
+
+    def strides(self, source: str, spec: ArraySpec) -> Strides:
+        """Return the strides that an array was saved with."""
+        strides = (self.saved.strides or {}).get(source)
+        if strides is None:
+            return row_major(spec.shape)
+        if len(strides) != len(spec.shape):
+            msg = f"the state document gives {source!r} {len(strides)} strides, for the shape {spec.shape}"
+            raise ManifestCorrupt(msg)
+        return strides
 
 
 def _device(key: Json, spec: ArraySpec, param: torch.Tensor, options: Mapping[Any, Json]) -> torch.device:

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.errors import ManifestCorrupt
-from gockpt.filling import copy_into
+from gockpt.filling import copy_into, reordered
 from gockpt.fitting import Create, Fill, Value
 from gockpt.unplain import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from gockpt.filling import Filler
     from gockpt.fitting import OptimizerPlan, ParamPlan
     from gockpt.plain import Json
+    from gockpt.state import Name
 
 __all__ = ["OptimizerRestore", "OptionsReport"]
 
@@ -59,10 +60,11 @@ class OptimizerRestore:
             self._keys.append([self._decode_key(key) for key, _ in _parts(param)])
             for _, part in _parts(param):
                 if isinstance(part, Value):
-                    self._values[id(part)] = decode(part.document, filler.reader_to(part.device))
+                    self._values[id(part)] = decode(part.document, self._reader_to(part.device))
+        filler.stage(part for part in self.arrays() if isinstance(part, Fill))
 
     def _decode_dict(self, document: Json, what: str) -> dict[Any, Any]:
-        value = decode(document, self._filler.read)
+        value = decode(document, self._reader_to(torch.device("cpu")))
         if isinstance(value, dict):
             return value
         msg = f"optimizer {self._plan.index}: its saved {what!r} are {str(value)[:60]}"
@@ -76,6 +78,21 @@ class OptimizerRestore:
             msg = f"optimizer {self._plan.index}: {str(key)[:60]} can't be the name of a state"
             raise ManifestCorrupt(msg) from error
         return key
+
+    def _reader_to(self, device: torch.device) -> Callable[[Name], torch.Tensor]:
+        """Return what reads an array as a new tensor on a device, in the memory order it was saved from."""
+
+        def read(name: Name) -> torch.Tensor:
+            values = self._filler.read(name)
+            strides = self._plan.strides.get("/".join(name))
+            if strides is None:
+                return values.to(device)
+            if len(strides) != values.dim():
+                msg = f"the state document gives {'/'.join(name)!r} {len(strides)} strides"
+                raise ManifestCorrupt(msg)
+            return reordered(values, strides, device)
+
+        return read
 
     def arrays(self) -> list[Fill | Create]:
         """Return the states that are arrays of their own."""

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FACTORIES", "MAX_DEPTH", "NUMPY_SCALARS", "Json", "encode", "is_ordinary_key", "join"]
 
+Place: TypeAlias = "Callable[[tuple[str, ...], torch.Tensor], tuple[str, ...] | None]"
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 MAX_DEPTH = 64
@@ -70,7 +72,11 @@ NUMPY_SCALARS = frozenset(
 
 
 def encode(
-    value: Any, *, prefix: tuple[str, ...], admit: Callable[[int], None] = lambda _: None
+    value: Any,
+    *,
+    prefix: tuple[str, ...],
+    admit: Callable[[int], None] = lambda _: None,
+    place: Place = lambda _, __: None,
 ) -> tuple[Json, dict[tuple[str, ...], torch.Tensor]]:
     """Return a value as JSON, and the arrays that it refers to. Nothing returned shares its memory.
 
@@ -79,6 +85,8 @@ def encode(
         prefix: Where the value stands: the first components of its arrays' names, and of the path
             that an error shows.
         admit: Told how many bytes each array takes before it is copied; may raise.
+        place: Given each tensor and the name that its array would have; returns the name of an array
+            that holds the tensor already, or ``None``.
 
     Returns:
         The JSON document, and CPU tensors by name (``prefix`` followed by keys and indices; a value
@@ -88,7 +96,7 @@ def encode(
         UnsupportedState: If some part has no exact form; names it, its type and the way out. Also
             for a value that contains itself, or nests deeper than :data:`MAX_DEPTH`.
     """
-    encoder = _Encoder(prefix, admit)
+    encoder = _Encoder(prefix, admit, place)
     return encoder.encode(value), encoder.arrays
 
 
@@ -115,8 +123,9 @@ def _has_surrogates(text: str) -> bool:
 class _Encoder:
     """One encoding under way: the arrays found, and the path to where it stands."""
 
-    def __init__(self, prefix: tuple[str, ...], admit: Callable[[int], None]) -> None:
+    def __init__(self, prefix: tuple[str, ...], admit: Callable[[int], None], place: Place) -> None:
         self.admit = admit
+        self.place = place
         self.arrays: dict[tuple[str, ...], torch.Tensor] = {}
         self.name = list(prefix)
         self.path = ["/".join(prefix)]
@@ -198,6 +207,9 @@ class _Encoder:
         ordinary = value.layout is torch.strided and not torch.nn.parameter.is_lazy(value)
         if why := refusal(value.detach().resolve_conj().resolve_neg() if ordinary else value):
             self.refuse(value, why)
+        held = self.place(tuple(self.name), value)
+        if held is not None:
+            return {"$tensor": list(held)}
         # A lazily conjugated or negated one is resolved in a copy of its own.
         copies = 2 if value.is_conj() or value.is_neg() else 1
         self.admit(copies * value.numel() * value.element_size())

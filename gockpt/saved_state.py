@@ -44,7 +44,10 @@ class SavedOptimizer:
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """The state document, checked for its form; fields as in the document."""
+    """The state document, checked for its form; fields as in the document.
+
+    ``strides`` is ``None`` where it is not known: in version 1.
+    """
 
     step: int
     optimizer_steps: int
@@ -56,6 +59,7 @@ class SavedState:
     optimizers: tuple[SavedOptimizer, ...]
     extra: dict[str, Json]
     rng: Json
+    strides: dict[str, tuple[int, ...]] | None
 
 
 def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
@@ -87,6 +91,7 @@ def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
             optimizers=tuple(_saved_optimizer(entry) for entry in _of(document["optimizers"], list)),
             extra=_of(document["extra"], dict),
             rng=document["rng"],
+            strides=_strides(document["strides"]) if "strides" in document else None,
         )
     except (TypeError, KeyError) as error:
         msg = f"{where} is no valid state document: {error}"
@@ -110,6 +115,17 @@ def _saved_optimizer(entry: Any) -> SavedOptimizer:
         values=entry["values"],
         more=entry["more"],
     )
+
+
+def _strides(entry: Any) -> dict[str, tuple[int, ...]]:
+    found = {
+        name: tuple(_of(stride, int) for stride in _of(each, list)) for name, each in _of(entry, dict).items()
+    }
+    for name, strides in found.items():
+        if not all(0 <= stride < 1 << 63 for stride in strides):
+            msg = f"the strides of {name!r} are {strides}"
+            raise TypeError(msg)
+    return found
 
 
 def _of(value: Any, kind: type) -> Any:

@@ -41,6 +41,7 @@ LAYERS = (
         "saved_state",
         "sharding",
         "state",
+        "strides",
         "tensors",
         "transfer",
         "unplain",

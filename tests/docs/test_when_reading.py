@@ -120,6 +120,20 @@ def damage(path):
     Path(path).write_bytes(data)
 
 
+@when("Optimizer state was saved in another memory order than the live one's")
+def _memory_order(lab):
+    run = lab.Run()
+    run.train()
+    state = run.opt.state[run.model[0].weight]
+    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+    run.saved()
+    other = lab.Run()
+    other.train()
+    gockpt.load("ckpts", other.model, other.opt)
+    assert other.opt.state[other.model[0].weight]["exp_avg"].stride() == state["exp_avg"].stride() == (1, 24)
+    assert other.model[0].weight.is_contiguous()
+
+
 @when("A chunk is damaged or missing")
 def _chunk_damaged(lab):
     run = lab.Run().saved().saved()

@@ -71,6 +71,7 @@ def test_the_whole_of_a_small_one():
                 "more": {},
             }
         ],
+        "strides": {},
         "extra": {"best": {"$tuple": [1, 2.5]}},
         "rng": None,
     }
@@ -227,9 +228,15 @@ def test_another_form_is_refused(change):
         parse({**document, **change}, where="here")
 
 
-def test_every_key_is_needed():
+LATER = {"strides"}
+"""Keys that version 1 lacks."""
+
+
+def test_every_key_of_version_1_is_needed_and_none_that_came_later():
     document, _ = document_of(*trained())
-    for key in document:
+    assert document.keys() >= LATER
+    assert parse({key: value for key, value in document.items() if key not in LATER}, where="x")
+    for key in document.keys() - LATER:
         with pytest.raises(ManifestCorrupt, match="here"):
             parse({k: v for k, v in document.items() if k != key}, where="here")
     for key in document["optimizers"][0]:
