@@ -108,6 +108,8 @@ def finding_for(case: Case) -> Finding | str:
     can't be run on probes is not believed.
     """
     key = (case, torch.backends.cpu.get_cpu_capability())
+    if kernels.WHY_NOT:
+        return f"kernels are not compiled: {kernels.WHY_NOT}"
     with _lock:
         if key not in _findings:
             register_root()

@@ -123,6 +123,8 @@ def finding_for(case: Case, lab: Lab) -> Found | str:
     not believed. Not to be called in a hook: it runs the optimizer.
     """
     key = (case, lab.key)
+    if kernels.WHY_NOT:
+        return f"kernels are not compiled: {kernels.WHY_NOT}"
     try:
         with _lock:
             if key in _findings:

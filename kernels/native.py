@@ -1,25 +1,47 @@
-"""The few machine-level words the kernels are written in.
+"""How kernels are compiled, and what happens where they can't be.
 
-Contract: each is one instruction or one call, with no hidden allocation. ``fma`` rounds once; nothing
-else in this package ever fuses a multiply with an add (``fastmath`` is off everywhere).
+Contract: :data:`WHY_NOT` is empty, or the reason why nothing is compiled in this process: Numba can't be
+imported, or ``NUMBA_DISABLE_JIT`` is set. A kernel then raises :class:`RuntimeError` instead of running as
+Python, whose integers and NumPy's scalars don't wrap around as the kernels' do. Callers that have a NumPy
+counterpart take that.
 """
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from gockpt.kernels.once import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
     import numpy as np
 
+
+def _load() -> tuple[Any, str]:
+    """Return the module of intrinsics, if there is one, and why nothing is compiled."""
+    try:
+        from numba import config
+
+        from gockpt.kernels import intrinsics
+    except Exception as error:  # noqa: BLE001 - a NumPy that this Numba does not know raises AttributeError, too
+        return None, f"Numba can't be imported: {type(error).__name__}: {error}"
+    return intrinsics, "NUMBA_DISABLE_JIT is set" if config.DISABLE_JIT else ""
+
+
+_machine, WHY_NOT = _load()
+if WHY_NOT:
+    warn_once(
+        "nothing is compiled",
+        "kernels are not compiled (%s): saves are as exact, but no optimizer update is replayed, so all of "
+        "the state leaves at one step, and checking it takes longer",
+        WHY_NOT,
+    )
+
 __all__ = [
-    "JIT",
+    "WHY_NOT",
     "address_of",
     "as_float32",
     "as_uint8",
@@ -32,14 +54,14 @@ __all__ = [
     "serial",
 ]
 
-JIT: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "fastmath": False,
-    "error_model": "numpy",
-    "boundscheck": False,
-}
-"""How every kernel is compiled: serial, without the GIL, IEEE arithmetic as written, kept on disk."""
+as_float32: Any = getattr(_machine, "as_float32", None)
+as_uint8: Any = getattr(_machine, "as_uint8", None)
+as_uint16: Any = getattr(_machine, "as_uint16", None)
+as_uint32: Any = getattr(_machine, "as_uint32", None)
+call_vml: Any = getattr(_machine, "call_vml", None)
+copy_bytes: Any = getattr(_machine, "copy_bytes", None)
+fma: Any = getattr(_machine, "fma", None)
+fma64: Any = getattr(_machine, "fma64", None)
 
 
 def address_of(array: np.ndarray) -> int:
@@ -49,107 +71,17 @@ def address_of(array: np.ndarray) -> int:
 
 
 def serial(function: Callable[..., Any]) -> Any:
-    """Compile ``function`` as a serial kernel, at its first call."""
-    return njit(**JIT)(function)
+    """Compile ``function`` as a serial kernel, at its first call.
 
-
-@intrinsic
-def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001 - numba's own protocol
-    """``a * b + c`` of three float32, rounded once."""
-    if not all(isinstance(t, types.Float) and t.bitwidth == 32 for t in (a, b, c)):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return builder.fma(*args)
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
-
-
-@intrinsic
-def fma64(typingctx: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001 - numba's own protocol
-    """``a * b + c`` of three float64, rounded once."""
-    if not all(isinstance(t, types.Float) and t.bitwidth == 64 for t in (a, b, c)):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return builder.fma(*args)
-
-    return types.float64(types.float64, types.float64, types.float64), codegen
-
-
-@intrinsic
-def call_vml(typingctx: Any, function: Any, n: Any, source: Any, target: Any, mode: Any) -> Any:  # noqa: ARG001
-    """Call a vector-math function ``(n, const float*, float*, int64 mode)`` by its address.
-
-    All five arguments are int64 (a callee that takes an int32 ``n`` reads its lower half). An address is a
-    run-time value, so compiled kernels can be kept on disk.
+    Where nothing is compiled, the kernel raises :class:`RuntimeError` when it is called.
     """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        address, count, src, dst, flags = args
-        i64 = ir.IntType(64)
-        pointer = ir.FloatType().as_pointer()
-        prototype = ir.FunctionType(ir.VoidType(), [i64, pointer, pointer, i64])
-        builder.call(
-            builder.inttoptr(address, prototype.as_pointer()),
-            [count, builder.inttoptr(src, pointer), builder.inttoptr(dst, pointer), flags],
-        )
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(i64, i64, i64, i64, i64), codegen
+    return _refusing(function) if WHY_NOT else _machine.compiled(function)
 
 
-@intrinsic
-def copy_bytes(typingctx: Any, target: Any, source: Any, n: Any) -> Any:  # noqa: ARG001
-    """Copy ``n`` bytes from one address to another; the two regions must not overlap."""
+def _refusing(function: Callable[..., Any]) -> Callable[..., NoReturn]:
+    @wraps(function)
+    def refuse(*_: Any) -> NoReturn:
+        msg = f"the kernel {function.__qualname__} is not compiled: {WHY_NOT}"
+        raise RuntimeError(msg)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        byte = ir.IntType(8).as_pointer()
-        cgutils.raw_memcpy(
-            builder, builder.inttoptr(args[0], byte), builder.inttoptr(args[1], byte), args[2], 1
-        )
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-def _pointer_to(element: Any) -> Any:
-    @intrinsic
-    def pointer(typingctx: Any, address: Any) -> Any:  # noqa: ARG001
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(types.int64), codegen
-
-    return pointer
-
-
-_float32_pointer = _pointer_to(types.float32)
-_uint32_pointer = _pointer_to(types.uint32)
-_uint16_pointer = _pointer_to(types.uint16)
-_uint8_pointer = _pointer_to(types.uint8)
-
-
-@register_jitable
-def as_float32(address: int, n: int) -> Any:
-    """Return the ``n`` float32 at ``address`` as an array. The caller vouches for the memory."""
-    return carray(_float32_pointer(address), (n,))
-
-
-@register_jitable
-def as_uint32(address: int, n: int) -> Any:
-    """Return the ``n`` uint32 at ``address`` as an array. The caller vouches for the memory."""
-    return carray(_uint32_pointer(address), (n,))
-
-
-@register_jitable
-def as_uint16(address: int, n: int) -> Any:
-    """Return the ``n`` uint16 at ``address`` as an array. The caller vouches for the memory."""
-    return carray(_uint16_pointer(address), (n,))
-
-
-@register_jitable
-def as_uint8(address: int, n: int) -> Any:
-    """Return the ``n`` bytes at ``address`` as an array. The caller vouches for the memory."""
-    return carray(_uint8_pointer(address), (n,))
+    return refuse

@@ -14,12 +14,12 @@ import numpy as np
 from gockpt.kernels import adam as adam_file
 from gockpt.kernels import cuda_adam, cuda_sgd, vml
 from gockpt.kernels import sgd as sgd_file
-from gockpt.kernels.native import address_of
+from gockpt.kernels.native import WHY_NOT, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ALIGNMENT", "run"]
+__all__ = ["ALIGNMENT", "FORMS", "SHAPES", "WHY_NOT", "run"]
 
 ALIGNMENT = 16
 """Pieces of one tensor start at multiples of this many elements."""
@@ -79,7 +79,8 @@ def run(
 
     Raises:
         ValueError: If the arguments do not fit together; nothing was changed.
-        RuntimeError: If MKL's root is asked for and was never registered in this process.
+        RuntimeError: If MKL's root is asked for and was never registered in this process, or if kernels are
+            not compiled here (:data:`WHY_NOT`).
     """
     count, columns = _check(kernel, p, states, grads, scalars)
     if kernel in FORMS:

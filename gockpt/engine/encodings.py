@@ -19,6 +19,7 @@ import numpy as np
 
 from gockpt.kernels.encoded import layout, layout_of
 from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.native import WHY_NOT
 from gockpt.kernels.quantise import narrow, quantise, widen
 from gockpt.kernels.quantised import BLOCK, RAW
 
@@ -217,7 +218,7 @@ def uncertainty(
 
 def warm(encoding: str | None) -> None:
     """Have what writes and reads an encoding compiled, or loaded from the disk, before it is needed."""
-    if encoding is not None:
+    if encoding is not None and not WHY_NOT:
         values, memory = np.zeros(2 * BLOCK, np.float32), np.zeros(12 * BLOCK, np.uint8)
         done = encode(encoding, values, lambda _: 0, lambda _, n: memory[:n], lambda _: None)
         if done is not None:

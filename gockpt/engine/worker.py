@@ -25,6 +25,7 @@ from gockpt.engine.outbox import BEAT_SECONDS, Outbox
 from gockpt.engine.reports import Forward, FreedRing, Lanes, Notes, Told, failure
 from gockpt.engine.wire import Frames
 from gockpt.errors import GockptError, WorkerError
+from gockpt.kernels.once import leave_to_trainer
 from gockpt.options import Keep, Options
 from gockpt.storage import verified
 from gockpt.storage.compression import Compression
@@ -91,6 +92,7 @@ class Worker:
 
     def run(self) -> None:
         """Open the path, then take messages until the trainer leaves."""
+        leave_to_trainer()
         _log.addHandler(Forward(self._outbox))
         _log.propagate = False
         _log.setLevel(logging.INFO)  # the trainer's logger has the last word
@@ -365,6 +367,8 @@ def _warm(options: Options) -> None:
 
     warm(options.grad_dtype)
     fingerprint(np.zeros(64, np.uint8), 4)
+    if replay.WHY_NOT:
+        return
     for kernel, (states, columns) in replay.SHAPES.items():
         if kernel in replay.FORMS:  # a device's formulas, compiled where one is
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -304,7 +305,7 @@ def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     Not by ``multiprocessing``, which would import the user's program again, nor by ``fork``, which would
     copy a process with threads in it.
     """
-    ours, theirs = socket.socketpair()
+    ours, theirs = (_above_standard(end) for end in socket.socketpair())
     paths = [os.path.abspath(path) for path in sys.path]  # noqa: PTH100 - links stay as they are
     with theirs:
         argument = json.dumps([theirs.fileno(), os.getpid(), paths])
@@ -316,6 +317,7 @@ def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=None if _is_open(2) else subprocess.DEVNULL,
                 cwd="/",
             )
         except (OSError, MemoryError, ValueError) as error:
@@ -346,3 +348,19 @@ def _let_go() -> None:
     for worker in list(_living):
         worker.let_go()
     _living.clear()
+
+
+def _above_standard(end: socket.socket) -> socket.socket:
+    """Return a socket at a descriptor that is none of standard input, output and error."""
+    if end.fileno() > 2:
+        return end
+    with end:
+        return socket.socket(fileno=fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

@@ -16,7 +16,7 @@ from numba import njit
 
 from gockpt.kernels import cuda_adam, cuda_sgd
 from gockpt.kernels import reference_cuda as reference
-from gockpt.kernels.native import JIT
+from gockpt.kernels.intrinsics import JIT
 from gockpt.kernels.replay import FORMS, SHAPES, run
 
 EVERY_FORM = [
@@ -176,7 +176,7 @@ ONE, SCALARS = np.zeros(64, np.float32), np.zeros(9, np.float64)
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_loops_run_on_wide_vectors(loop, arguments, instructions):
-    fresh = njit(**JIT | {"cache": False})(loop.py_func)
+    fresh = njit(**JIT)(loop.py_func)
     with np.errstate(all="ignore"):
         fresh(*(a.copy() if isinstance(a, np.ndarray) else a for a in arguments))
     (code,) = fresh.inspect_asm().values()

@@ -1,4 +1,4 @@
-"""The kernels are what they claim at the machine's level: vectors, serial, without the GIL, kept on disk."""
+"""The kernels are what they claim at the machine's level: vectors, serial, without the GIL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from numba import njit
 
 from gockpt.kernels import adam, fingerprint, sgd
-from gockpt.kernels.native import JIT
+from gockpt.kernels.intrinsics import JIT
 
 WIDE = {
     "x86_64": {
@@ -43,7 +43,7 @@ FLOATS, WORDS = np.zeros(64, np.float32), np.zeros(64, np.uint32)
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_loops_run_on_wide_vectors(loop, arguments, instructions):
-    fresh = njit(**JIT | {"cache": False})(loop.py_func)  # the code of a cached kernel can't be read
+    fresh = njit(**JIT)(loop.py_func)  # the code of a cached kernel can't be read
     with np.errstate(all="ignore"):
         fresh(*(a.copy() if isinstance(a, np.ndarray) else a for a in arguments))
     (code,) = fresh.inspect_asm().values()
@@ -134,15 +134,3 @@ def test_a_child_forked_in_the_middle_of_a_kernel_can_run_kernels():
         """
     )
     assert out == "[0, 0, 0, 0, 0] 0\n"  # and no kernel started a thread of its own
-
-
-def test_compiled_code_is_kept_for_the_next_process(tmp_path):
-    script = """
-        import numpy as np
-        from gockpt.kernels import fingerprint
-        fingerprint.fingerprint(np.zeros(64, np.uint8), 4)
-        stats = fingerprint._fingerprint.stats
-        print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
-    """
-    assert run_python(script, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["0", "1"]
-    assert run_python(script, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["1", "0"]

@@ -1,0 +1,24 @@
+"""Warnings that a process logs once, however often their cause comes up."""
+
+from __future__ import annotations
+
+import logging
+
+__all__ = ["leave_to_trainer", "warn_once"]
+
+_log = logging.getLogger("gockpt")
+_said: set[str] = set()
+_silent = False
+
+
+def warn_once(cause: str, message: str, *arguments: object) -> None:
+    """Log ``message`` at WARNING, unless one of the same ``cause`` was logged before in this process."""
+    if not _silent and cause not in _said:
+        _said.add(cause)
+        _log.warning(message, *arguments)
+
+
+def leave_to_trainer() -> None:
+    """Log none of them from here on: a worker process meets the same causes as its trainer."""
+    global _silent  # noqa: PLW0603 - of this process, as what it has said
+    _silent = True
