@@ -8,6 +8,8 @@
      "aliases": {alias: name},                       public names that share another's memory
      "buffers": [name, ...],                         which of the model's names are buffers
      "computed": {fqn: value},                       model state made for the state dict (extra_state)
+     "metadata": {module: version or value},         of each module: state_dict()._metadata
+     "keys": [fqn, ...],                             the state dict's order, if aliases or computed hide it
      "optimizers": [
         {"class": "torch.optim.adamw.AdamW",
          "groups": [{"params": [fqn, ...], "options": value}],
@@ -149,7 +151,10 @@ def build_document(
         "strides": strides,
         "extra": {name: plain(value, "extra", name) for name, value in (extra or {}).items()},
         "rng": None if rng is None else plain(dict(rng), "rng"),
+        "metadata": {name: _metadata(name, value, plain) for name, value in live.metadata.items()},
     }
+    if live.aliases or live.computed:
+        document["keys"] = [*live.keys]
     _check_names(live, arrays)
     return document, arrays
 
@@ -157,6 +162,13 @@ def build_document(
 def _held_by_optimizers(live: LiveState) -> Iterator[tuple[str, ...]]:
     yield from (name for name in live.entries if name[0] == "optimizer")
     yield from {param.name for param in live.params if param.name[0] == "model"}
+
+
+def _metadata(name: str, value: Any, plain: Any) -> Json:
+    """Return a module's metadata: its version alone, where that is all there is."""
+    if type(value) is dict and list(value) == ["version"] and type(value["version"]) is int:
+        return value["version"]
+    return plain(value, "module_metadata", name)  # type: ignore[no-any-return]
 
 
 def _optimizer(index: int, entry: OptimizerEntry, plain: Any) -> dict[str, Json]:

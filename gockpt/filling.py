@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gockpt.errors import StateMismatch
-from gockpt.fitting import Create, Fill
+from gockpt.fitting import Assign, Create, Fill
 from gockpt.lazy import read_whole
 from gockpt.storage.reader import Wanted
 from gockpt.strides import allocate
@@ -108,6 +108,11 @@ class Filler:
             _copy_collapsed(target, self._staged.pop(fill.name))
         else:
             copy_into(target, read_whole(self._stored, fill.source))
+
+    def assign(self, assign: Assign) -> None:
+        """Copy a tensor that a hook made into live memory, as ``load_state_dict`` does."""
+        self.overwritten.append(assign.name)
+        copy_into(assign.target, assign.value)
 
     def create(self, create: Create) -> torch.Tensor:
         """Return a new tensor with an array's values; a view of what shared its memory when saved."""

@@ -25,7 +25,21 @@ if TYPE_CHECKING:
     from gockpt.state import LiveState, OptimizerEntry, ParamEntry
     from gockpt.strides import Strides
 
-__all__ = ["Create", "Fill", "OptimizerPlan", "ParamPlan", "Plan", "Value", "fit"]
+__all__ = [
+    "Assign",
+    "Create",
+    "Fill",
+    "ModelFit",
+    "OptimizerPlan",
+    "ParamPlan",
+    "Plan",
+    "Value",
+    "differing",
+    "fit",
+    "fit_mapping",
+    "saved_names",
+    "shaped",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,44 @@ class Fill:
     source: str
     target: torch.Tensor
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Copy a tensor that a module's hook made into live memory.
+
+    Attributes:
+        value: The tensor.
+        target: A live tensor of its shape.
+        name: What it is called here, for messages.
+    """
+
+    value: torch.Tensor
+    target: torch.Tensor
+    name: str
+
+
+@dataclass(slots=True)
+class ModelFit:
+    """How a model, or one of several, fits.
+
+    Attributes:
+        fills: Live tensors and what they are filled from.
+        assigns: The same for values that modules' own hooks made.
+        missing: Live names that the checkpoint lacks.
+        unexpected: Names in the checkpoint that nothing live takes.
+        mismatched: What both have, but differently.
+        unfit: Live tensors that get no saved value, by ``id`` or public name.
+        taken: How many saved entries something takes, or may take.
+    """
+
+    fills: list[Fill] = field(default_factory=list)
+    assigns: list[Assign] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    unfit: set[int | str] = field(default_factory=set)
+    taken: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +160,34 @@ class Plan:
     """What a load will do, and what does not fit.
 
     Attributes:
-        fills: Model tensors, and parameters outside of it.
+        model: How each part of the model fits.
+        fills: Parameters outside the model.
         optimizers: What each optimizer takes over.
-        computed: Encoded values of computed model state, by natural name.
-        missing: Live names that the checkpoint lacks.
-        unexpected: Names in the checkpoint that nothing live takes.
-        mismatched: What both have, but differently.
+        missing: Live names outside the model that the checkpoint lacks.
+        unexpected: Names outside the model, in the checkpoint, that nothing live takes.
+        mismatched: What both have outside the model, but differently.
     """
 
+    model: list[ModelFit] = field(default_factory=list)
     fills: list[Fill] = field(default_factory=list)
     optimizers: list[OptimizerPlan] = field(default_factory=list)
-    computed: dict[str, Json] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+
+    def whole(self) -> ModelFit:
+        """Return the model and all outside it together, as if it were one part."""
+        rest = ModelFit(self.fills, [], self.missing, self.unexpected, self.mismatched)
+        parts = [*self.model, rest]
+        return ModelFit(
+            fills=[fill for part in parts for fill in part.fills],
+            assigns=[assign for part in parts for assign in part.assigns],
+            missing=[name for part in parts for name in part.missing],
+            unexpected=[name for part in parts for name in part.unexpected],
+            mismatched=[text for part in parts for text in part.mismatched],
+            unfit={one for part in parts for one in part.unfit},
+            taken=sum(part.taken for part in parts),
+        )
 
 
 def fit(
@@ -129,7 +195,7 @@ def fit(
     saved: SavedState,
     arrays: Mapping[str, ArraySpec],
     *,
-    with_model: bool,
+    model: list[ModelFit],
     with_optimizer: bool,
 ) -> Plan:
     """Return what goes where.
@@ -138,79 +204,99 @@ def fit(
         live: The objects to load into.
         saved: The state document.
         arrays: Every stored array by public name.
-        with_model: Whether a model is to be loaded; if not, its names are not unexpected.
+        model: How each part of the model fits; none if it is not to be loaded.
         with_optimizer: Whether optimizers are; if not, theirs are not.
 
     Raises:
         ManifestCorrupt: If the document refers to an array that isn't there.
     """
-    fitter = _Fitter(live, saved, arrays)
-    if with_model:
-        fitter.model()
+    fitter = _Fitter(live, saved, arrays, model)
+    for part in model:
+        fitter.unfit |= part.unfit
     if with_optimizer:
         fitter.optimizers()
     return fitter.plan
 
 
+def differing(spec: ArraySpec, target: torch.Tensor) -> str | None:
+    """Say how a saved array differs from a live tensor; ``None`` if it can be read into it."""
+    same_shape = spec.shape == tuple(target.shape) or (spec.shape == (1,) and target.dim() == 0)
+    if same_shape and spec.dtype == NAME_OF.get(target.dtype):
+        return None
+    live = NAME_OF.get(target.dtype, str(target.dtype))
+    return f"saved {spec.dtype} {spec.shape}, live {live} {tuple(target.shape)}"
+
+
+def shaped(target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a live tensor, as a view with one dimension if that is how its only element was saved."""
+    return target.detach().view(1) if target.dim() == 0 and shape == (1,) else target
+
+
+def saved_names(saved: SavedState, arrays: Mapping[str, ArraySpec]) -> list[str]:
+    """Return the public name of every entry of the saved model."""
+    names = [name for name, spec in arrays.items() if spec.name[0] == "model" and len(spec.name) == 2]
+    names += [name for name in saved.aliases if name.startswith("model/")]
+    names += [f"model/{fqn}" for fqn in saved.computed]
+    return list(dict.fromkeys(names))
+
+
+def fit_mapping(live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec]) -> ModelFit:
+    """Return how a model given as a ``{name: tensor}`` mapping fits: every name by itself."""
+    found = ModelFit()
+    names = saved_names(saved, arrays)
+    there = set(names)
+    ties: dict[str, list[str]] = {}
+    for alias, tied_to in live.aliases.items():
+        if alias.startswith("model/"):
+            ties.setdefault(tied_to, []).append(alias)
+    taken: set[str] = set()
+    for name, tensor in live.entries.items():
+        if name[0] != "model":
+            continue
+        public = "/".join(name)
+        every = [public, *ties.get(public, ())]
+        taken.update(every)
+        sources = {one: saved.aliases.get(one, one) for one in every if one in there}
+        sources = {one: source for one, source in sources.items() if source in arrays}
+        found.missing += [one for one in every if one not in sources]
+        several = set(sources.values())
+        if len(several) > 1:
+            found.mismatched.append(f"{' and '.join(every)}: one tensor here, saved as separate ones")
+        elif several:
+            source = several.pop()
+            why = differing(arrays[source], tensor)
+            if why is None:
+                found.fills.append(Fill(source, shaped(tensor, arrays[source].shape), public))
+                continue
+            found.mismatched.append(f"{public}: {why}")
+        found.unfit.add(public)
+    found.unexpected = [name for name in names if name not in taken]
+    found.taken = len(found.fills)
+    return found
+
+
 class _Fitter:
-    def __init__(self, live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec]) -> None:
+    def __init__(
+        self, live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec], model: list[ModelFit]
+    ) -> None:
         self.live = live
         self.saved = saved
         self.arrays = arrays
-        self.plan = Plan()
+        self.plan = Plan(model)
         self.fitted: set[str] = set()
+        self.unfit: set[int | str] = set()
 
     def resolve(self, public: str) -> str:
         return self.saved.aliases.get(public, public)
 
     def fill(self, source: str, target: torch.Tensor, name: str) -> None:
-        """Plan to overwrite a live tensor, or note how it differs."""
-        spec = self.arrays[source]
-        if spec.shape == tuple(target.shape) and spec.dtype == NAME_OF[target.dtype]:
-            self.plan.fills.append(Fill(source, target, name))
-            self.fitted.add(name)
+        """Plan to overwrite a parameter outside the model, or note how it differs."""
+        why = differing(self.arrays[source], target)
+        if why is not None:
+            self.plan.mismatched.append(f"{name}: {why}")
             return
-        self.plan.mismatched.append(
-            f"{name}: saved {spec.dtype} {spec.shape}, live {NAME_OF[target.dtype]} {tuple(target.shape)}"
-        )
-
-    # -- the model
-
-    def model(self) -> None:
-        saved_names = [
-            name for name, spec in self.arrays.items() if spec.name[0] == "model" and len(spec.name) == 2
-        ]
-        saved_names += [name for name in self.saved.aliases if name.startswith("model/")]
-        saved_names += [f"model/{fqn}" for fqn in self.saved.computed]
-        there = set(saved_names)
-        ties: dict[str, list[str]] = {}
-        for alias, tied_to in self.live.aliases.items():
-            if alias.startswith("model/"):
-                ties.setdefault(tied_to, []).append(alias)
-        taken: set[str] = set()
-        for name, tensor in self.live.entries.items():
-            if name[0] != "model":
-                continue
-            public = "/".join(name)
-            every = [public, *ties.get(public, ())]
-            taken.update(every)
-            present = [one for one in every if one in there and self.resolve(one) in self.arrays]
-            self.plan.missing += [one for one in every if one not in present]
-            sources = {self.resolve(one) for one in present}
-            if len(sources) > 1:
-                self.plan.mismatched.append(f"{' and '.join(every)}: one tensor here, saved as separate ones")
-            elif sources:
-                self.fill(sources.pop(), tensor, public)
-        for fqn in self.live.computed:
-            public = f"model/{fqn}"
-            taken.add(public)
-            if fqn in self.saved.computed:
-                self.plan.computed[fqn] = self.saved.computed[fqn]
-            elif self.resolve(public) in self.arrays:
-                self.plan.computed[fqn] = {"$tensor": list(self.arrays[self.resolve(public)].name)}
-            else:
-                self.plan.missing.append(public)
-        self.plan.unexpected += [name for name in dict.fromkeys(saved_names) if name not in taken]
+        self.plan.fills.append(Fill(source, shaped(target, self.arrays[source].shape), name))
+        self.fitted.add(name)
 
     # -- optimizers
 
@@ -278,7 +364,7 @@ class _Fitter:
         """Whether the checkpoint holds this very parameter, so that its state is of use."""
         public = "/".join(param.name)
         if param.name[0] == "model":
-            return public in self.fitted
+            return id(param.param) not in self.unfit and public not in self.unfit
         if name not in saved.outside:
             self.plan.missing.append(public)
             return False

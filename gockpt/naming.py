@@ -15,11 +15,25 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gockpt.errors import UsageError
+from gockpt.module_protocol import check_classes, names_itself, own_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["ModelEntry", "bare_module", "model_entries", "models_of", "parameter_names", "resolve_optimizers"]
+__all__ = [
+    "REPLICAS",
+    "TRANSPARENT",
+    "ModelEntry",
+    "bare_module",
+    "loading_entries",
+    "model_entries",
+    "model_state",
+    "models_of",
+    "natural_names",
+    "parameter_names",
+    "resolve_optimizers",
+    "wrapped_child",
+]
 
 TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes under which wrappers hold the module that they wrap; no part of a natural name."""
@@ -83,13 +97,10 @@ def models_of(model: Any) -> list[tuple[str, Any]]:
 def bare_module(module: nn.Module) -> nn.Module:
     """Return the module inside all the wrappers around it."""
     while True:
-        if isinstance(module, REPLICAS):
-            module = module.module
-            continue
-        inner = next((module._modules[name] for name in TRANSPARENT if name in module._modules), None)  # noqa: SLF001
+        inner = wrapped_child(module)
         if inner is None:
             return module
-        module = inner
+        module = module._modules[inner]  # type: ignore[assignment] # noqa: SLF001
 
 
 def model_entries(model: Any) -> list[ModelEntry]:
@@ -98,11 +109,80 @@ def model_entries(model: Any) -> list[ModelEntry]:
     Raises:
         UsageError: As :func:`models_of`, and if two entries get the same natural name.
     """
+    return model_state(model)[0]
+
+
+def model_state(model: Any) -> tuple[list[ModelEntry], dict[str, Any]]:
+    """Return every entry of a model's state, and the metadata of each of its modules by natural name.
+
+    The metadata is what ``state_dict()._metadata`` says, such as ``{"version": 2}``; empty for a mapping.
+
+    Raises:
+        UsageError: As :func:`model_entries`.
+        UnsupportedState: If a module can't be asked for its state, or its state can't be given back to it.
+    """
+    entries: list[ModelEntry] = []
+    metadata: dict[str, Any] = {}
+    for index, (prefix, part) in enumerate(models_of(model)):
+        if isinstance(part, nn.Module):
+            found, of_modules = _of_module(part, prefix, index)
+            entries += found
+            metadata.update(of_modules)
+        else:
+            entries += _of_mapping(part, index)
+    _check_distinct(entries)
+    return entries, metadata
+
+
+def loading_entries(model: Any, *, with_optimizer: bool) -> list[ModelEntry]:
+    """Return the parameters and buffers that a load may fill, by natural name.
+
+    Runs no code of the modules, unless they give their entries other names when they are saved and
+    optimizers have to be told by these.
+
+    Raises:
+        UsageError: As :func:`model_entries`.
+    """
     entries: list[ModelEntry] = []
     for index, (prefix, part) in enumerate(models_of(model)):
-        entries += (
-            _of_module(part, prefix, index) if isinstance(part, nn.Module) else _of_mapping(part, index)
-        )
+        if not isinstance(part, nn.Module):
+            entries += _of_mapping(part, index)
+        elif with_optimizer and names_itself(part):
+            try:
+                entries += _of_module(part, prefix, index)[0]
+            except Exception:  # noqa: BLE001 - one that is not ready to be saved may still be loaded
+                entries += _registered(part, prefix, index)
+        else:
+            entries += _registered(part, prefix, index)
+    _check_distinct(entries)
+    return entries
+
+
+def wrapped_child(module: nn.Module) -> str | None:
+    """Return the attribute under which a wrapper holds the module whose names it shares, if it is one."""
+    if isinstance(module, REPLICAS):
+        return "module"
+    return next((name for name in TRANSPARENT if name in module._modules), None)  # noqa: SLF001
+
+
+def _registered(module: nn.Module, prefix: str, model: int) -> list[ModelEntry]:
+    """Return the tensors that a module's default ``state_dict()`` would give."""
+    strip = natural_names(module)
+    entries: list[ModelEntry] = []
+    for name, part in module.named_modules(remove_duplicate=False):
+        above = f"{name}." if name else ""
+        for key, value in part._parameters.items():  # noqa: SLF001
+            if value is not None:
+                entries.append(
+                    ModelEntry(prefix + strip(above + key), "parameter", value, model, above + key)
+                )
+        for key, value in part._buffers.items():  # noqa: SLF001
+            if value is not None and key not in part._non_persistent_buffers_set:  # noqa: SLF001
+                entries.append(ModelEntry(prefix + strip(above + key), "buffer", value, model, above + key))
+    return entries
+
+
+def _check_distinct(entries: list[ModelEntry]) -> None:
     seen: dict[str, ModelEntry] = {}
     for entry in entries:
         if entry.fqn in seen:
@@ -114,7 +194,6 @@ def model_entries(model: Any) -> list[ModelEntry]:
         if not entry.fqn.isascii():
             _check_unicode(entry.fqn)
         seen[entry.fqn] = entry
-    return entries
 
 
 def parameter_names(model: Any) -> dict[int, str]:
@@ -122,7 +201,7 @@ def parameter_names(model: Any) -> dict[int, str]:
     names: dict[int, str] = {}
     for prefix, part in models_of(model):
         if isinstance(part, nn.Module):
-            strip = _stripper(part)
+            strip = natural_names(part)
             for name, parameter in part.named_parameters():
                 names.setdefault(id(parameter), prefix + strip(name))
     return names
@@ -183,17 +262,23 @@ def _of_mapping(tensors: Mapping[str, torch.Tensor], model: int) -> list[ModelEn
     return [ModelEntry(name, "buffer", tensor, model, name) for name, tensor in tensors.items()]
 
 
-def _of_module(module: nn.Module, prefix: str, model: int) -> list[ModelEntry]:
+def _of_module(
+    module: nn.Module, prefix: str, model: int
+) -> tuple[list[ModelEntry], dict[str, dict[str, Any]]]:
     # module.parameters() and buffers() do the same, at several times the cost.
     parameters: set[int] = set()
     buffers: set[int] = set()
+    kinds: set[type] = set()
     for part in module.modules():
+        kinds.add(type(part))
         parameters.update(map(id, part._parameters.values()))  # noqa: SLF001
         buffers.update(map(id, part._buffers.values()))  # noqa: SLF001
-    strip = _stripper(module)
+    check_classes(module, kinds)
+    strip = natural_names(module)
     entries = []
     storages: tuple[set[int], set[int]] | None = None
-    for key, value in module.state_dict(keep_vars=True).items():
+    state = own_state_dict(module)
+    for key, value in state.items():
         kind: Literal["parameter", "buffer", "computed"] = "computed"
         if id(value) in parameters:
             kind = "parameter"
@@ -205,7 +290,12 @@ def _of_module(module: nn.Module, prefix: str, model: int) -> list[ModelEntry]:
             place = _storage(value)
             kind = "parameter" if place in storages[0] else "buffer" if place in storages[1] else "computed"
         entries.append(ModelEntry(prefix + strip(key), kind, value, model, key))
-    return entries
+    metadata: dict[str, dict[str, Any]] = {}
+    for key, value in (getattr(state, "_metadata", None) or {}).items():
+        # What stands inside a wrapper comes after it, and has its name.
+        below = strip(f"{key}.x" if key else "x")
+        metadata[(prefix + below.removesuffix("x")).removesuffix(".")] = value
+    return entries, metadata
 
 
 def _storage(tensor: torch.Tensor) -> int | None:
@@ -219,8 +309,8 @@ def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {place for tensor in tensors if not lazy(tensor) and (place := _storage(tensor)) is not None}
 
 
-def _stripper(module: nn.Module) -> Callable[[str], str]:
-    """Return the function from a module's own names to natural ones."""
+def natural_names(module: nn.Module) -> Callable[[str], str]:
+    """Return the function from a module's own names to natural ones, without what wrappers put in between."""
     replicas = False
     wrapped = False
     for part in module.modules():

@@ -18,29 +18,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from gockpt import rng as generators
-from gockpt.errors import CheckpointCorrupt, CheckpointPruned, GockptError, StateMismatch, UsageError
+from gockpt.errors import CheckpointCorrupt, CheckpointPruned, UsageError
 from gockpt.fallback import newest_whole
 from gockpt.filling import Filler
-from gockpt.fitting import fit
+from gockpt.fitting import ModelFit, fit, fit_mapping, saved_names
 from gockpt.lineage import Origin, remember
-from gockpt.naming import models_of
+from gockpt.load_messages import PREVIOUS, Changed, mismatch, not_asked_for, nothing_fits, some
+from gockpt.module_restore import module_restores
 from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
-from gockpt.overview import Metadata, checked_step, metadata_of, state_of, steps
+from gockpt.overview import Metadata, checked_step, metadata_of, state_of
 from gockpt.state import collect
 from gockpt.storage.listing import open_checkpoint
-from gockpt.tensors import may_alias_itself
 from gockpt.unplain import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
 
     from gockpt.fallback import PassedOver
-    from gockpt.fitting import Plan
+    from gockpt.fitting import Create, Fill, Plan
+    from gockpt.module_restore import ModuleRestore
     from gockpt.saved_state import SavedState
-    from gockpt.state import LiveState
     from gockpt.storage.objects import Where
     from gockpt.storage.reader import StoredCheckpoint
 
@@ -51,11 +52,6 @@ __all__ = ["Restored", "load"]
 
 TRIES = 3
 """How often the newest checkpoint may be pruned between its opening and the end of the load."""
-
-SHOWN = 8
-"""Names listed in a message before it counts the rest."""
-
-PREVIOUS = 'pass on_damage="previous" for the newest that verifies'
 
 _log = logging.getLogger("gockpt")
 
@@ -100,7 +96,7 @@ def load(
     step: int | None = None,
     strict: bool = True,
     extra: Mapping[str, Any] | None = None,
-    rng: bool = True,
+    rng: bool | None = None,
     on_damage: Literal["raise", "previous"] = "raise",
 ) -> Restored:
     """Load a checkpoint into a model, its optimizers and extras, in place and bit for bit.
@@ -114,7 +110,8 @@ def load(
             loaded, all else is left as it is and reported. Nothing is ever cast or reshaped.
         extra: Objects by name to restore with their ``load_state_dict``, or functions to call with
             the saved value.
-        rng: Whether to set the random generators; done last.
+        rng: Whether to set the random generators, which is done last; ``None`` does so if an optimizer is
+            restored.
         on_damage: ``"raise"``, or ``"previous"``: read all of the newest first, compare it with what was
             written, and take the one before if it is damaged, and so on; ``passed_over`` and a WARNING say
             so. Takes a second reading, and no ``step``.
@@ -136,27 +133,40 @@ def load(
             "which chooses the step itself"
         )
         raise UsageError(msg)
+
+    def restore(stored: StoredCheckpoint) -> Restored:
+        return _Load(path, stored, model, optimizer, strict=strict, extra=extra, rng=rng).run()
+
+    grad = torch.is_grad_enabled()
+    # Tensors made here have to serve for training, wherever the call stands.
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(grad):
+        return _load_from(path, wanted, restore, previous=on_damage == "previous")
+
+
+def _load_from(
+    path: Where, step: int | None, restore: Callable[[StoredCheckpoint], Restored], *, previous: bool
+) -> Restored:
+    """Open the wanted checkpoint and restore it; another one if it is pruned before anything was changed."""
     for attempt in range(1, TRIES + 1):
         try:
-            if on_damage == "previous":
+            if previous:
                 stored, passed_over = newest_whole(path)
             else:
-                stored, passed_over = open_checkpoint(path, wanted), ()
+                stored, passed_over = open_checkpoint(path, step), ()
             with stored:
-                load_into = _Load(path, stored, model, optimizer, strict=strict, extra=extra, rng=rng)
-                restored = load_into.run()
+                restored = restore(stored)
             if not restored.metadata.exact:
                 why = restored.metadata.deviation or "metadata.inexact names the tensors"
                 _log.warning("loaded step %d, which is not exact: %s", restored.step, why)
             if passed_over:
-                _log.warning("loaded step %d; passed over: %s", restored.step, _some(_steps_of(passed_over)))
+                _log.warning("loaded step %d; passed over: %s", restored.step, some(_steps_of(passed_over)))
             return dataclasses.replace(restored, passed_over=passed_over)
         except CheckpointPruned as error:
             # Its note says that something was overwritten: another checkpoint might not cover all of that.
-            if wanted is not None or attempt == TRIES or getattr(error, "__notes__", None):
+            if step is not None or attempt == TRIES or getattr(error, "__notes__", None):
                 raise
         except CheckpointCorrupt as error:
-            if not getattr(error, "__notes__", None) and on_damage == "raise":
+            if not getattr(error, "__notes__", None) and not previous:
                 error.add_note(f"nothing was changed. What now: load another step, or {PREVIOUS}")
             raise
     raise AssertionError  # pragma: no cover - the last attempt returned or raised
@@ -179,7 +189,7 @@ class _Load:
         *,
         strict: bool,
         extra: Mapping[str, Any] | None,
-        rng: bool,
+        rng: bool | None,
     ) -> None:
         self.path = path
         self.stored = stored
@@ -190,120 +200,130 @@ class _Load:
         self.rng = rng
         self.filler = Filler(stored)
         self.options = OptionsReport()
+        self.changed = Changed(tensors=self.filler.overwritten)
+        self.modules: list[ModuleRestore] = []
 
     def run(self) -> Restored:
         saved = state_of(self.stored)
-        live = collect(self.model, self.optimizer)
+        live = collect(self.model, self.optimizer, loading=True)
         arrays = {name: array.spec for name, array in self.stored.arrays.items()}
-        plan = fit(
-            live, saved, arrays, with_model=self.model is not None, with_optimizer=self.optimizer is not None
-        )
+        self.modules = module_restores(self.model, saved, arrays, self.filler.read)
+
+        # First all that can be found out without running code of the objects' own: nothing is changed.
+        parts = [module.check() for module in self.modules]
+        if isinstance(self.model, Mapping):
+            parts.append(fit_mapping(live, saved, arrays))
+        elif self.model is not None and not self.modules:
+            parts.append(ModelFit(unexpected=saved_names(saved, arrays)))
+        plan = fit(live, saved, arrays, model=parts, with_optimizer=self.optimizer is not None)
         plan.missing += [f"extra/{name}" for name in self.wanted_extras if name not in saved.extra]
-        if self.strict and (plan.missing or plan.unexpected or plan.mismatched):
-            raise self.mismatch(plan)
-
-        # All that can fail for its content is read before anything is changed.
-        read = self.filler.read
-        extras = {name: decode(document, read) for name, document in saved.extra.items()}
-        states = decode(saved.rng, read) if self.rng and saved.rng is not None else None
-        if states is not None:
-            generators.check(states)
-        computed = {fqn: decode(document, read) for fqn, document in plan.computed.items()}
-        self.filler.stage(plan.fills)
+        self.refuse(plan)
+        extras, states = self.values(saved, plan)
+        self.filler.stage(plan.whole().fills)
         optimizers = [OptimizerRestore(part, self.filler) for part in plan.optimizers]
-
-        at_once = [part for each in optimizers if not each.replaces_states for part in each.arrays()]
         try:
-            self.filler.fill_many([*plan.fills, *at_once])
-            for fill in plan.fills:
-                self.filler.fill(fill)
+            # Then that code, which may still refuse. Only then memory is filled in place.
+            self.run_extras(extras)
+            self.run_modules(plan)
+            straight = [part for each in optimizers if not each.replaces_states for part in each.arrays()]
+            self.fill_model(plan, straight)
             for part, restore in zip(plan.optimizers, optimizers, strict=True):
+                self.changed.optimizers.append(f"{part.index} ({part.saved.kind})")
                 restore.apply(live.optimizers[part.index], self.options)
-            self.apply_computed(live, computed)
-            for name, target in self.wanted_extras.items():
-                if name in extras:
-                    # A copy, so that .extra stays as saved whatever the object does with its own.
-                    _hand_over(target, copy.deepcopy(extras[name]))
             absent = generators.restore(states) if states is not None else ()
         except BaseException as error:
-            if self.filler.overwritten:
-                error.add_note(self.half_loaded(plan))
+            if self.changed:
+                fills = plan.whole().fills
+                error.add_note(self.changed.note(self.path, self.stored.step, len(fills)))
             raise
         home = _home(self.stored.path)
         origin = Origin(self.stored.step, saved.optimizer_steps, self.stored.seq, home)
         remember(self.model, origin)
+        left = not_asked_for(saved, list(self.wanted_extras), with_optimizer=self.optimizer is not None)
+        if left is not None:
+            _log.warning("loaded step %d; not restored, as it was not asked for: %s", self.stored.step, left)
         return self.report(saved, plan, extras, absent)
+
+    def refuse(self, plan: Plan, *, finished: bool = False) -> None:
+        """Raise if what is known so far does not fit.
+
+        Args:
+            plan: What does not.
+            finished: Whether the modules' hooks after loading have run; until then they may still change
+                what counts as missing or unexpected.
+        """
+        found = plan.whole()
+        changed = bool(self.changed)
+        judged = finished or not any(module.asks_after for module in self.modules)
+        if self.strict and (found.mismatched or (judged and (found.missing or found.unexpected))):
+            alone = self.model is None and self.optimizer is not None
+            raise mismatch(self.stored.step, found, changed=changed, optimizer_alone=alone)
+        amiss = found.missing or found.unexpected or found.mismatched
+        if plan.model and amiss and not any(part.taken for part in plan.model):
+            raise nothing_fits(self.stored.step, found, changed=changed)
+
+    def values(self, saved: SavedState, plan: Plan) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return the decoded extras, and random states if they are to be set."""
+        extras = {name: decode(document, self.filler.read) for name, document in saved.extra.items()}
+        wanted = bool(plan.optimizers) if self.rng is None else self.rng
+        states = decode(saved.rng, self.filler.read) if wanted and saved.rng is not None else None
+        if states is not None:
+            generators.check(states)
+        return extras, states
+
+    def run_extras(self, extras: dict[str, Any]) -> None:
+        """Give each extra that was asked for its value."""
+        for name, target in self.wanted_extras.items():
+            if name in extras:
+                self.changed.extras.append(name)
+                # A copy, so that .extra stays as saved whatever the object does with its own.
+                _hand_over(target, copy.deepcopy(extras[name]))
+
+    def run_modules(self, plan: Plan) -> None:
+        """Run the modules' own loading code, and plan anew what it left to be filled."""
+        if not any(module.runs_code for module in self.modules):
+            return
+        plan.model = [
+            module.run(strict=self.strict, ran=self.changed.modules, fill=self.filler.fill)
+            for module in self.modules
+        ]
+        self.refuse(plan)
+        self.filler.stage(plan.whole().fills)
+
+    def fill_model(self, plan: Plan, others: list[Fill | Create]) -> None:
+        """Overwrite the live tensors, then run the modules' hooks after loading.
+
+        Args:
+            plan: What goes where.
+            others: States of optimizers, to be read by the same call.
+        """
+        found = plan.whole()
+        self.filler.fill_many([*found.fills, *others])
+        for fill in found.fills:
+            self.filler.fill(fill)
+        for assign in found.assigns:
+            self.filler.assign(assign)
+        if any(module.asks_after for module in self.modules):
+            for part, module in zip(plan.model, self.modules, strict=True):
+                part.missing, part.unexpected = module.finish(ran=self.changed.modules)
+            self.refuse(plan, finished=True)
 
     def report(
         self, saved: SavedState, plan: Plan, extras: dict[str, Any], absent: tuple[str, ...]
     ) -> Restored:
+        found = plan.whole()
         return Restored(
             step=self.stored.step,
             optimizer_steps=saved.optimizer_steps,
             extra=extras,
-            missing=tuple(plan.missing),
-            unexpected=tuple(plan.unexpected),
-            mismatched=tuple(plan.mismatched),
+            missing=tuple(found.missing),
+            unexpected=tuple(found.unexpected),
+            mismatched=tuple(found.mismatched),
             options_new=tuple(self.options.new),
             options_kept=tuple(self.options.kept),
             rng_absent=absent,
             metadata=metadata_of(self.stored, saved),
         )
-
-    # -- what can go wrong
-
-    def mismatch(self, plan: Plan) -> StateMismatch:
-        parts = []
-        if plan.missing:
-            parts.append(f"{len(plan.missing)} missing in the checkpoint: {_some(plan.missing)}")
-        if plan.unexpected:
-            parts.append(f"{len(plan.unexpected)} only in the checkpoint: {_some(plan.unexpected)}")
-        if plan.mismatched:
-            parts.append(f"{len(plan.mismatched)} different: {_some(plan.mismatched)}")
-        hint = "load into objects built as the saved ones were, or load what fits with strict=False"
-        if self.model is None and self.optimizer is not None:
-            hint = "pass the model as well: its names tell the optimizer's parameters apart"
-        msg = (
-            f"the checkpoint of step {self.stored.step} does not fit, and nothing was changed. "
-            f"{'. '.join(parts)}. What now: {hint}"
-        )
-        return StateMismatch(
-            msg,
-            missing=tuple(plan.missing),
-            unexpected=tuple(plan.unexpected),
-            mismatched=tuple(plan.mismatched),
-        )
-
-    def half_loaded(self, plan: Plan) -> str:
-        done = self.filler.overwritten
-        try:
-            others = [str(number) for number in steps(self.path) if number != self.stored.step]
-        except GockptError:
-            others = []
-        older = f"load another step ({_some(others)})" if others else "no other step is there to load"
-        older += f", or {PREVIOUS}" if others else ""
-        return (
-            f"{len(done)} tensors had been overwritten ({_some(done)}), of {len(plan.fills)} in the model: "
-            f"the objects are part old, part loaded. Before training on, {older}, or build them anew"
-        )
-
-    def apply_computed(self, live: LiveState, computed: dict[str, Any]) -> None:
-        """Give a module's own ``load_state_dict`` what only that can take back."""
-        for index, (_, part) in enumerate(models_of(self.model)):
-            own = {
-                fqn: made for fqn, made in live.computed.items() if made.model == index and fqn in computed
-            }
-            if not own:
-                continue
-            # The whole state dict, as hooks may expect; what was loaded already is copied onto itself.
-            complete = part.state_dict()
-            for key in [key for key, value in complete.items() if _overlaps(value)]:
-                del complete[key]
-            for made in live.computed.values():
-                if made.model == index:
-                    complete.pop(made.key, None)
-            complete.update({made.key: computed[fqn] for fqn, made in own.items()})
-            part.load_state_dict(complete, strict=False)
 
 
 def _checked_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -329,14 +349,5 @@ def _hand_over(target: Any, value: Any) -> None:
         target(value)
 
 
-def _overlaps(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and may_alias_itself(value)
-
-
 def _steps_of(passed_over: tuple[PassedOver, ...]) -> list[str]:
     return [f"step {one.step}" for one in passed_over]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

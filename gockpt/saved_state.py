@@ -60,6 +60,8 @@ class SavedState:
     extra: dict[str, Json]
     rng: Json
     strides: dict[str, tuple[int, ...]] | None
+    metadata: dict[str, Json] | None
+    keys: tuple[str, ...]
 
 
 def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
@@ -92,6 +94,8 @@ def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
             extra=_of(document["extra"], dict),
             rng=document["rng"],
             strides=_strides(document["strides"]) if "strides" in document else None,
+            metadata=_of(document["metadata"], dict) if "metadata" in document else None,
+            keys=tuple(_of(key, str) for key in _of(document.get("keys", []), list)),
         )
     except (TypeError, KeyError) as error:
         msg = f"{where} is no valid state document: {error}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gockpt.errors import UnsupportedState
-from gockpt.naming import model_entries, parameter_names, resolve_optimizers
+from gockpt.naming import loading_entries, model_state, parameter_names, resolve_optimizers
 from gockpt.once import warn_once
 from gockpt.outside import check_outside, remember_held
 from gockpt.plain import is_ordinary_key
@@ -115,6 +115,8 @@ class LiveState:
         optimizers: The live optimizers that hold state, out of their wrappers.
         trained: What each of them holds, in the same order.
         computed: Model state that is no live memory, by natural name.
+        metadata: What ``state_dict()._metadata`` says of each module, by natural name.
+        keys: Natural names of all model state, in the order of its state dict.
     """
 
     entries: dict[Name, torch.Tensor]
@@ -124,14 +126,18 @@ class LiveState:
     optimizers: list[Any]
     trained: list[OptimizerEntry]
     computed: dict[str, Computed]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
 
 
-def collect(model: Any, optimizers: Any) -> LiveState:
+def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
     """Return what there is to save. Copies no tensor and changes nothing.
 
     Args:
         model: A module, a list of modules, a ``{name: tensor}`` mapping, or ``None``.
         optimizers: An optimizer, several of them, or ``None``; wrappers are looked into.
+        loading: Whether it is only to be loaded into: then tensors of a module that can't be saved as they
+            are (not initialised yet) are left to the module, and nothing is asked of it that saving would.
 
     Raises:
         UsageError: If an argument is of no such kind, or an optimizer trains tensors that the model
@@ -139,8 +145,15 @@ def collect(model: Any, optimizers: Any) -> LiveState:
         UnsupportedState: If a tensor has no exact form as an array; names it and the way out.
     """
     collector = _Collector()
-    entries = model_entries(model)
+    if loading:
+        entries = loading_entries(model, with_optimizer=optimizers is not None)
+    else:
+        entries, collector.metadata = model_state(model)
     for entry in entries:
+        collector.keys.append(entry.fqn)
+        if loading and entry.kind != "computed" and not isinstance(model, Mapping) and refusal(entry.value):
+            collector.model_names.setdefault(id(entry.value), ("model", entry.fqn))
+            continue
         if entry.kind == "computed":
             collector.computed[entry.fqn] = Computed(entry.value, entry.model, entry.key)
             continue
@@ -170,6 +183,8 @@ class _Collector:
     registered: dict[int, str] | None = None
     outside: list[ParamEntry] = field(default_factory=list)
     owners: set[str] = field(default_factory=set)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
     # Entries by the address of their first element.
     by_address: dict[int, list[Name]] = field(default_factory=dict)
 
@@ -282,6 +297,8 @@ class _Collector:
             self.optimizers,
             self.trained,
             self.computed,
+            self.metadata,
+            self.keys,
         )
 
 

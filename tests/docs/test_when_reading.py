@@ -7,6 +7,7 @@ would see otherwise; the row must name that error.
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -105,6 +106,106 @@ def _other_optimizer(lab):
 def _optimizer_alone(lab):
     run = lab.Run().saved()
     refused(run, optimizer=run.opt)
+
+
+@when("Nothing of the model fits, with `strict=False`")
+def _nothing_fits(lab):
+    lab.Run().saved()
+    model = torch.nn.ModuleDict({"net": lab.Run().model})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(gockpt.StateMismatch, match="prefix") as caught:
+        gockpt.load("ckpts", model, strict=False)
+    assert str(before) == str(model.state_dict())
+    raise caught.value
+
+
+class Summed(torch.nn.Linear):
+    """Derives a sum after each load; may refuse, or be unable to be loaded."""
+
+    refuses = False
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.refresh()
+
+    def refresh(self):
+        if self.refuses:
+            raise RuntimeError("not today")
+        self.sum = self.weight.detach().sum()
+
+
+@when("A module has loading code of its own: hooks, versions, `_load_from_state_dict`, extra state")
+def _own_loading(lab):
+    saved, live = Summed(), Summed()
+    gockpt.save_overlapped(saved, None, "ckpts", step=1).result()
+    gockpt.load("ckpts", live)
+    assert torch.equal(live.sum, saved.weight.detach().sum())
+
+
+@when("A module saves a key that nothing takes back")
+def _leftover(lab):
+    model = torch.nn.Linear(1, 1)
+    model.register_state_dict_post_hook(lambda m, state, prefix, _: state.update({prefix + "note": "hi"}))
+    gockpt.save_overlapped(model, None, "ckpts", step=1).result()
+    gockpt.load("ckpts", torch.nn.Linear(1, 1))
+
+
+@when("An extra refuses its state")
+def _refusing_extra(lab):
+    lab.Run().saved(extra={"x": 1})
+    other = lab.Run()
+    before = str((other.model.state_dict(), other.opt.state_dict()))
+    with pytest.raises(ZeroDivisionError) as caught:
+        gockpt.load("ckpts", other.model, other.opt, extra={"x": lambda value: value / 0})
+    assert "the model and the optimizers are as they were" in caught.value.__notes__[0]
+    assert before == str((other.model.state_dict(), other.opt.state_dict()))
+
+
+@when("Loading code of a module raises midway")
+def _raising_module(lab):
+    gockpt.save_overlapped(Summed(), None, "ckpts", step=1).result()
+    live = Summed()
+    live.refuses = True
+    with pytest.raises(RuntimeError, match="not today") as caught:
+        gockpt.load("ckpts", live)
+    assert "2 tensors had been overwritten (model/weight, model/bias)" in caught.value.__notes__[0]
+    assert "Summed" in caught.value.__notes__[0]
+
+
+@when("The checkpoint has extras or optimizers that were not asked for")
+def _not_asked_for(lab):
+    run = lab.Run().saved(extra={"sched": {"rate": 1}})
+    with mock.patch.object(logging.getLogger("gockpt"), "warning") as warning:
+        gockpt.load("ckpts", run.model)
+    (told,) = [call.args[0] % call.args[1:] for call in warning.call_args_list]
+    assert "'sched'" in told
+    assert "AdamW" in told
+
+
+@when("A model is loaded without an optimizer")
+def _model_alone(lab):
+    run = lab.Run().saved()
+    torch.rand(1)
+    before = torch.get_rng_state()
+    gockpt.load("ckpts", run.model)
+    assert torch.equal(torch.get_rng_state(), before)
+    gockpt.load("ckpts", run.model, rng=True)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@when("The load stands inside `inference_mode` or `no_grad`")
+def _inside_inference(lab):
+    lab.Run().saved()
+    for mode in (torch.inference_mode, torch.no_grad):
+        other = lab.Run()
+        with mode():
+            gockpt.load("ckpts", other.model, other.opt)
+        assert all(p.requires_grad and not p.is_inference() for p in other.model.parameters())
+        states = [value for state in other.opt.state.values() for value in state.values()]
+        assert states
+        assert not any(value.is_inference() for value in states)
+        other.train()
 
 
 @when("An extra is asked for that was not saved")

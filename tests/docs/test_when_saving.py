@@ -762,6 +762,18 @@ def _masters(lab):
     assert all(map(torch.equal, masters, kept))
 
 
+@when("A method of a module's class could never be called by a load")
+def _never_called(lab):
+    class Odd(torch.nn.Linear):
+        def _load_from_state_dict(self, state, prefix):
+            """Take two arguments, of seven."""
+
+    with pytest.raises(gockpt.UnsupportedState, match=r"Odd\._load_from_state_dict\(\)") as caught:
+        gockpt.save_overlapped(torch.nn.Sequential(Odd(1, 1)), None, "ckpts")
+    assert not gockpt.steps("ckpts")
+    raise caught.value
+
+
 @when("The model no longer exists")
 def _model_gone(lab):
     run = lab.Run()

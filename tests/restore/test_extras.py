@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 
@@ -114,16 +115,51 @@ def test_an_extra_without_exact_form_is_named(save):
         save("ckpts", nn.Linear(1, 1), extra={"loader": {"fn": lambda: 0}})
 
 
-def test_an_object_that_fails_to_load_says_how_far_it_got(save):
-    class Broken:
+def test_an_extra_that_refuses_leaves_model_and_optimizer_as_they_were(save, same):
+    class Refusing:
         def load_state_dict(self, state):
             raise RuntimeError("not today")
 
-    model = nn.Linear(1, 1)
-    save("ckpts", model, extra={"x": {}})
+    def build(seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(2, 2)
+        optimizer = optim.AdamW(model.parameters(), lr=0.1 * seed)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    save("ckpts", *build(1), extra={"x": {}, "y": 1})
+    model, optimizer = build(2)
+    before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()))
+    numbers = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="not today") as caught:
-        gockpt.load("ckpts", model, extra={"x": Broken()})
-    assert "2 tensors had been overwritten (model/weight, model/bias)" in caught.value.__notes__[0]
+        gockpt.load("ckpts", model, optimizer, extra={"y": [].append, "x": Refusing()})
+    same((dict(model.state_dict()), optimizer.state_dict()), before)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    (note,) = caught.value.__notes__
+    assert "the model and the optimizers are as they were" in note
+    assert "y, x" in note
+
+
+def test_what_was_not_asked_for_is_told_once_and_by_name(save, caplog):
+    model = nn.Linear(2, 2)
+    save("ckpts", model, optim.SGD(model.parameters(), lr=0.1), extra={"sched": {"a": 1}, "loader": 2})
+    with caplog.at_level("WARNING", "gockpt"):
+        gockpt.load("ckpts", model, extra={"loader": print})
+    (told,) = caplog.messages
+    assert "not restored" in told
+    assert "extra 'sched'" in told
+    assert "optimizer 0 (SGD)" in told
+    assert "loader" not in told
+    caplog.clear()
+    with caplog.at_level("WARNING", "gockpt"):
+        gockpt.load(
+            "ckpts",
+            model,
+            optim.SGD(model.parameters(), lr=0.1),
+            extra={"loader": print, "sched": print},
+        )
+    assert not caplog.messages
 
 
 def draws():
@@ -134,6 +170,23 @@ def draws():
         random.gauss(0, 1),
         np.random.randn(),
     )
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_by_default_random_numbers_go_on_with_an_optimizer(with_optimizer, save):
+    """A model alone is loaded to be looked at, or into a run of its own."""
+
+    def build():
+        model = nn.Linear(1, 1)
+        return model, optim.SGD(model.parameters(), lr=0.1)
+
+    model, optimizer = build()
+    save("ckpts", model, optimizer)
+    wanted = draws()
+    here = torch.get_rng_state()
+    gockpt.load("ckpts", model, optimizer if with_optimizer else None)
+    assert torch.equal(here, torch.get_rng_state()) is not with_optimizer
+    assert (draws() == wanted) is with_optimizer
 
 
 @pytest.mark.parametrize("rng", [True, False])
@@ -153,7 +206,7 @@ def test_random_numbers_go_on_from_the_boundary(rng, save):
 def test_random_numbers_drawn_by_an_extra_while_loading_do_not_count(save):
     save("ckpts", nn.Linear(1, 1), extra={"x": 1})
     wanted = draws()
-    gockpt.load("ckpts", nn.Linear(1, 1), extra={"x": lambda _: draws()})
+    gockpt.load("ckpts", nn.Linear(1, 1), extra={"x": lambda _: draws()}, rng=True)
     assert draws() == wanted
 
 
@@ -173,7 +226,7 @@ def test_another_kind_of_numpy_generator_is_found_out_first(save):
     np.random.set_bit_generator(np.random.PCG64(1))
     try:
         with pytest.raises(StateMismatch, match="set_bit_generator"):
-            gockpt.load("ckpts", live)
+            gockpt.load("ckpts", live, rng=True)
         assert not live["w"].any()
     finally:
         np.random.set_bit_generator(before)

@@ -203,10 +203,17 @@ def test_a_view_handed_out_by_a_hook_is_live_memory(save):
         qkv = state.pop(f"{prefix}qkv")
         state[f"{prefix}q"], state[f"{prefix}kv"] = qkv[:2], qkv[2:]
 
+    def join(module, state, prefix, *_):
+        if joins:
+            state[f"{prefix}qkv"] = torch.cat([state.pop(f"{prefix}q"), state.pop(f"{prefix}kv")])
+
+    joins = True
+
     def build():
         module = nn.Module()
         module.qkv = nn.Parameter(torch.randn(6, 2))
         module._register_state_dict_hook(split)
+        module.register_load_state_dict_pre_hook(join)
         return module, torch.optim.AdamW(module.parameters())
 
     model, optimizer = build()
@@ -218,6 +225,10 @@ def test_a_view_handed_out_by_a_hook_is_live_memory(save):
     assert torch.equal(other.qkv, model.qkv)
     assert torch.equal(loaded.state[other.qkv]["exp_avg"], optimizer.state[model.qkv]["exp_avg"])
     assert {"model/q", "model/kv", "optimizer/qkv/param"} <= set(gockpt.open("ckpts"))
+    joins = False
+    with pytest.raises(StateMismatch) as caught:
+        gockpt.load("ckpts", other, loaded)  # as torch refuses it
+    assert (caught.value.missing, caught.value.unexpected) == (("model/qkv",), ("model/q", "model/kv"))
 
 
 def test_a_tensor_that_has_become_extra_state_is_taken_over(save):

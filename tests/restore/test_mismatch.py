@@ -75,7 +75,8 @@ def test_another_dtype_is_never_cast(strict, save):
         ):
             gockpt.load("ckpts", model)
     else:
-        assert len(gockpt.load("ckpts", model, strict=False).mismatched) == 2
+        with pytest.raises(StateMismatch, match="nothing of the model fits .* even with strict=False, and"):
+            gockpt.load("ckpts", model, strict=False)
     assert torch.equal(model.weight, before)
 
 
@@ -90,6 +91,22 @@ def test_missing_and_unexpected_names(save):
     assert (restored.missing, restored.unexpected) == (("model/c",), ("model/a",))
     assert live["b"].all()
     assert not live["c"].any()
+
+
+@pytest.mark.parametrize("give", [lambda model: model, lambda model: dict(model.state_dict())])
+def test_not_strict_with_nothing_that_fits_is_an_error(give, save):
+    """Such as a prefix that only one side has: it would train on from nothing."""
+    save("ckpts", *stepped(*build()))
+    model, _ = build()
+    held = nn.ModuleDict({"net": model})
+    before = model[0].weight.detach().clone()
+    with pytest.raises(StateMismatch, match="a prefix may be too many, or missing") as caught:
+        gockpt.load("ckpts", give(held), strict=False)
+    assert "model/net.0.weight" in caught.value.missing
+    assert "model/0.weight" in caught.value.unexpected
+    assert torch.equal(model[0].weight, before)
+    empty = gockpt.load("ckpts", None, strict=False)
+    assert empty.step == 1
 
 
 def test_long_lists_of_names_are_counted(save):

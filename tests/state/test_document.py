@@ -74,6 +74,7 @@ def test_the_whole_of_a_small_one():
         "strides": {},
         "extra": {"best": {"$tuple": [1, 2.5]}},
         "rng": None,
+        "metadata": {"": 1},
     }
 
 
@@ -219,6 +220,9 @@ def test_what_an_overridden_state_dict_adds_is_kept():
         {"optimizers": [{"groups": [{"params": [1], "options": {}}]}]},
         {"extra": []},
         {"inexact": 1},
+        {"metadata": None},
+        {"keys": {}},
+        {"keys": [1]},
     ],
     ids=str,
 )
@@ -228,7 +232,7 @@ def test_another_form_is_refused(change):
         parse({**document, **change}, where="here")
 
 
-LATER = {"strides"}
+LATER = {"strides", "metadata"}
 """Keys that version 1 lacks."""
 
 

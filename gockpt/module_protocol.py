@@ -1,0 +1,200 @@
+"""What a module's class has of its own to say when its state is saved or loaded.
+
+torch asks a module through ``state_dict``, ``_save_to_state_dict`` and their hooks, and gives back through
+``load_state_dict``, ``_load_from_state_dict`` and theirs. Where all of that is torch's default, a load may
+write straight into the tensors; where it isn't, the module's own code has to run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from enum import Enum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from gockpt.errors import UnsupportedState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = [
+    "Loading",
+    "accepts_strict",
+    "check_classes",
+    "loading_of",
+    "loads_itself",
+    "names_itself",
+    "own_state_dict",
+    "post_hooks",
+    "pre_hooks",
+    "sets_extra_state",
+]
+
+_LOAD_DEFAULT = nn.Module._load_from_state_dict  # noqa: SLF001 - the protocol of torch, which has no public name
+_LOAD_OF_NORMS = (_NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)  # noqa: SLF001
+_NORMS_VERSION = 2
+"""Since this version, the norms' own loading changes nothing about what was saved."""
+
+_SAVE_DEFAULTS = (nn.Module._save_to_state_dict, LazyModuleMixin._save_to_state_dict)  # noqa: SLF001
+
+_LOAD_ARGUMENTS: tuple[Any, ...] = ("state", "prefix", {}, True, [], [], [])
+
+
+class Loading(Enum):
+    """How one module (not what is below it) takes its part of a state dict.
+
+    Attributes:
+        DEFAULT: As torch does by default: each tensor by its name.
+        HOOKS: The same, after pre-hooks have seen the state dict, and may have changed it.
+        OWN: By ``_load_from_state_dict`` of its own.
+    """
+
+    DEFAULT = "default"
+    HOOKS = "hooks"
+    OWN = "own"
+
+
+def loading_of(module: nn.Module, metadata: Mapping[str, Any]) -> Loading:
+    """Return how a module takes its part of a state dict.
+
+    Args:
+        module: The module; its submodules don't matter.
+        metadata: What was saved as its ``local_metadata``: some classes convert older versions only.
+    """
+    method = getattr(module._load_from_state_dict, "__func__", None)  # noqa: SLF001
+    if method is not _LOAD_DEFAULT:
+        version = metadata.get("version")
+        if method not in _LOAD_OF_NORMS or type(version) is not int or version < _NORMS_VERSION:
+            return Loading.OWN
+    return Loading.HOOKS if pre_hooks(module) else Loading.DEFAULT
+
+
+def sets_extra_state(module: nn.Module) -> bool:
+    """Whether a module takes back what its ``get_extra_state`` gave."""
+    return getattr(type(module), "set_extra_state", None) is not nn.Module.set_extra_state
+
+
+def pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return a module's hooks before loading, without those by which wrappers of torch rename keys."""
+    hooks = module._load_state_dict_pre_hooks.values()  # noqa: SLF001
+    return [hook for hook in hooks if not _renames_for_wrapper(hook)]
+
+
+def post_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return a module's hooks after loading."""
+    return list(module._load_state_dict_post_hooks.values())  # noqa: SLF001
+
+
+def _renames_for_wrapper(hook: Any) -> bool:
+    function = getattr(hook, "hook", hook)
+    return (
+        getattr(function, "__module__", None) == "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
+    )
+
+
+def loads_itself(module: nn.Module) -> bool:
+    """Whether ``load_state_dict`` of the whole model is overridden."""
+    return getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
+
+
+def accepts_strict(method: Callable[..., Any]) -> bool:
+    """Whether an overridden ``load_state_dict`` takes the keyword ``strict``."""
+    return _accepts(method, {}, strict=False)
+
+
+def names_itself(module: nn.Module) -> bool:
+    """Whether the state dict of a model may have other entries than its parameters and buffers."""
+    return any(
+        getattr(part.state_dict, "__func__", None) is not nn.Module.state_dict
+        or getattr(part._save_to_state_dict, "__func__", None) not in _SAVE_DEFAULTS  # noqa: SLF001
+        or part._state_dict_hooks  # noqa: SLF001
+        or part._state_dict_pre_hooks  # noqa: SLF001
+        for part in module.modules()
+    )
+
+
+def own_state_dict(module: nn.Module) -> Mapping[str, Any]:
+    """Return what ``module.state_dict()`` gives, with live tensors where its signature lets them pass.
+
+    Raises:
+        UnsupportedState: If it needs arguments, or gives no mapping of names; names class and method.
+    """
+    method = module.state_dict
+    if getattr(method, "__func__", None) is nn.Module.state_dict or _accepts(method, keep_vars=True):
+        state = method(keep_vars=True)
+    elif _accepts(method):
+        # Live memory is told by its storage then.
+        state = method()
+    else:
+        _refuse(type(module), "state_dict", "takes arguments that nobody passes; let it work without any")
+    if not isinstance(state, Mapping):
+        _refuse(
+            type(module), "state_dict", f"returned a {type(state).__name__}; let it return a dict of names"
+        )
+    for key in state:
+        if not isinstance(key, str):
+            _refuse(type(module), "state_dict", f"has the key {key!r}; let all keys be text")
+    return state
+
+
+_fitting: WeakSet[type] = WeakSet()
+
+
+def check_classes(module: nn.Module, kinds: Iterable[type]) -> None:
+    """Refuse a model whose state could be saved, but never be given back as torch does it.
+
+    Args:
+        module: The whole model.
+        kinds: The class of every module in it.
+
+    Raises:
+        UnsupportedState: Names the class, the method, and what it lacks.
+    """
+    for kind in kinds:
+        if kind in _fitting:
+            continue
+        asked = _accepts(kind.state_dict, None, destination={}, prefix="", keep_vars=True)  # type: ignore[attr-defined]
+        if not asked and kind is not type(module):
+            what = "can't be called inside a model: let it accept destination, prefix and keep_vars"
+            _refuse(kind, "state_dict", what)
+        if not _accepts(kind._load_from_state_dict, None, *_LOAD_ARGUMENTS):  # type: ignore[attr-defined] # noqa: SLF001
+            what = "can't be called by a load: let it take the arguments of torch.nn.Module's"
+            _refuse(kind, "_load_from_state_dict", what)
+        if kind is not type(module):
+            _fitting.add(kind)
+    if loads_itself(module) and not _accepts(module.load_state_dict, {}):
+        what = "can't be called with a state dict alone: let its other arguments have defaults"
+        _refuse(type(module), "load_state_dict", what)
+
+
+def _accepts(method: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
+    signature = _signature(getattr(method, "__func__", method))
+    if signature is None:
+        return True
+    if hasattr(method, "__func__"):
+        arguments = (None, *arguments)
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _refuse(kind: type, method: str, why: str) -> Any:
+    msg = f"{kind.__module__}.{kind.__qualname__}.{method}() {why}"
+    raise UnsupportedState(msg)

@@ -1,0 +1,145 @@
+"""A saved state dict whose tensors are read when they are asked for.
+
+Modules with loading code of their own get it in place of an ordinary state dict: they find the same keys
+and get the same values, but only what they take is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import ItemsView, ValuesView
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from gockpt.errors import ManifestCorrupt
+from gockpt.unplain import array_name, decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from gockpt.saved_state import SavedState
+    from gockpt.schema import ArraySpec
+
+    Read = Callable[[tuple[str, ...]], torch.Tensor]
+
+__all__ = ["Stored", "StoredStateDict", "saved_entries", "saved_metadata"]
+
+_ABSENT: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A value of a state dict that is an array of the checkpoint.
+
+    Attributes:
+        source: Public name of the array.
+        spec: Its shape and dtype.
+        read: Returns its values as a new tensor.
+    """
+
+    source: str
+    spec: ArraySpec
+    read: Callable[[], torch.Tensor]
+
+
+class StoredStateDict(OrderedDict[str, Any]):
+    """A state dict that holds :class:`Stored` values, and shows tensors.
+
+    Each look at a value reads it anew; who wants to keep it keeps the tensor. Values that were put in are
+    shown as they are.
+    """
+
+    def raw(self, key: str) -> Any:
+        """Return a value as it is held, without reading it."""
+        return super().__getitem__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value.read() if isinstance(value, Stored) else value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value, or the default."""
+        return self[key] if key in self else default  # noqa: SIM401 - this is get
+
+    def pop(self, key: str, default: Any = _ABSENT) -> Any:
+        """Remove a key and return its value."""
+        if key not in self and default is not _ABSENT:
+            return default
+        value = self[key]
+        del self[key]
+        return value
+
+    def popitem(self, last: bool = True) -> tuple[str, Any]:  # noqa: FBT001, FBT002 - as OrderedDict has it
+        """Remove the last or first key, and return it with its value."""
+        key = next(reversed(self) if last else iter(self))
+        return key, self.pop(key)
+
+    def items(self) -> Any:
+        """Return a view that reads each value when it comes to it."""
+        return ItemsView(self)
+
+    def values(self) -> Any:
+        """Return a view that reads each value when it comes to it."""
+        return ValuesView(self)
+
+    def copy(self) -> Self:
+        """Return another one with the same values, none of them read."""
+        return self.where(lambda _: True)
+
+    __copy__ = copy
+
+    def where(self, wanted: Callable[[str], bool]) -> Self:
+        """Return another one with those keys that are wanted, none of them read."""
+        other = type(self)()
+        for key in self:
+            if wanted(key):
+                other[key] = self.raw(key)
+        return other
+
+
+def saved_entries(saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read) -> dict[str, Stored | Any]:
+    """Return a model's saved entries by natural name, in the order of its state dict where that is known.
+
+    What is no array of its own is decoded here and now, so that nothing else than an array's bytes can be
+    found wrong later.
+
+    Raises:
+        ManifestCorrupt: If a value is not in a known form.
+    """
+
+    def stored(public: str) -> Stored:
+        spec = arrays[public]
+        return Stored(public, spec, lambda: read(spec.name))
+
+    entries: dict[str, Any] = {}
+    for public, spec in arrays.items():
+        if spec.name[0] == "model" and len(spec.name) == 2:
+            entries[spec.name[1]] = stored(public)
+    for alias, target in saved.aliases.items():
+        if alias.startswith("model/"):
+            entries[alias.removeprefix("model/")] = stored(target)
+    for fqn, document in saved.computed.items():
+        public = "/".join(array_name(document) or ())
+        entries[fqn] = stored(public) if public in arrays else decode(document, read)
+    known = [key for key in saved.keys if key in entries]
+    return {key: entries[key] for key in dict.fromkeys([*known, *entries])}
+
+
+def saved_metadata(saved: SavedState, read: Read) -> dict[str, dict[str, Any]] | None:
+    """Return what ``state_dict()._metadata`` said of each module, by natural name; ``None`` if not saved.
+
+    Raises:
+        ManifestCorrupt: If that is not in a known form.
+    """
+    if saved.metadata is None:
+        return None
+    found: dict[str, dict[str, Any]] = {}
+    for name, document in saved.metadata.items():
+        value = {"version": document} if type(document) is int else decode(document, read)
+        if not isinstance(value, dict):
+            msg = f"the saved metadata of module {name!r} is {str(value)[:60]}"
+            raise ManifestCorrupt(msg)
+        found[name] = value
+    return found
