@@ -1,8 +1,9 @@
 """Compare every file of a checkpoint with its manifest.
 
-Promise: a bit flipped in any file is found, whichever; so is a file that is missing, added, swapped
+Promise: a bit flipped in any file is found, whichever; so is a file that is missing, swapped
 with another, longer or shorter, or a link. Zarr's documents must also say what the manifest says, so
 that other readers see the same arrays. What can't be told is a checkpoint rewritten as a whole.
+Files of other programs (a file browser's, an editor's, NFS's) are named; no reader ever looks at them.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ class VerifyReport:
         nbytes: Bytes in its chunk files, padding and checksums included.
         problems: What is wrong, by path; empty when every byte is as written. A thousand at most.
         more: How many problems there are beside those; which are named is chance then.
+        foreign: Paths of files and directories that are no part of the checkpoint, and do it no harm. A
+            thousand at most.
+        more_foreign: How many there are beside those.
     """
 
     path: str
@@ -89,10 +93,12 @@ class VerifyReport:
     nbytes: int
     problems: tuple[Problem, ...]
     more: int = 0
+    foreign: tuple[str, ...] = ()
+    more_foreign: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether every byte is as written."""
+        """Whether every byte of the checkpoint is as written."""
         return not self.problems
 
 
@@ -131,8 +137,12 @@ def verify_files(
         on_progress: Called with the bytes checked and the bytes in all chunk files, from any thread.
     """
     problems = _Problems()
-    for problem in _surplus(folder, path, manifest):
-        problems.add(problem)
+    foreign: list[str] = []
+    for found in _surplus(folder, path, manifest):
+        if isinstance(found, Problem):
+            problems.add(found)
+        else:
+            foreign.append(found)
     blocks = manifest.file(BLOCKS_FILE)
     crcs: npt.NDArray[np.uint32] | None = None
     try:
@@ -174,6 +184,8 @@ def verify_files(
         nbytes=total,
         problems=tuple(sorted(problems.named, key=lambda problem: (problem.path, problem.what))),
         more=problems.more,
+        foreign=tuple(sorted(foreign)[:MAX_PROBLEMS]),
+        more_foreign=len(foreign[MAX_PROBLEMS:]),
     )
 
 
@@ -205,8 +217,11 @@ def _words(error: CheckpointCorrupt | OSError, path: str) -> str:
     return "missing" if error.errno in GONE else f"can't be read: {error.strerror}"
 
 
-def _surplus(root: Folder, where: str, manifest: Manifest) -> Iterator[Problem]:
-    """Yield everything that is there and should not be; what is absent shows when it is read."""
+def _surplus(root: Folder, where: str, manifest: Manifest) -> Iterator[Problem | str]:
+    """Yield the paths of all that is there and no part of the checkpoint, and what can't be looked through.
+
+    What is absent shows when it is read.
+    """
     expected: dict[str, set[str]] = {"": {MANIFEST_FILE, STATE_FILE, BLOCKS_FILE}}
     arrays = {entry.path: entry for entry in manifest.arrays}
     for file in (*manifest.files, *(entry.meta for entry in manifest.arrays)):
@@ -228,8 +243,7 @@ def _surplus(root: Folder, where: str, manifest: Manifest) -> Iterator[Problem]:
         linked += present.linked
         for name in present:
             if name not in names:
-                array = entry.spec.public_name if entry else None
-                yield Problem(f"{path}/{name}".lstrip("/"), array, "not part of the checkpoint")
+                yield f"{path}/{name}".lstrip("/")
     if linked:
         _log.warning(
             "%d files of %s have other hard links: writing there changes the checkpoint", linked, where

@@ -238,6 +238,8 @@ def _report(report: VerifyReport) -> dict[str, Any]:
         "problems": [dataclasses.asdict(problem) for problem in report.problems],
         "more": report.more,
         "truncated": report.more > 0,
+        "foreign": list(report.foreign),
+        "more_foreign": report.more_foreign,
     }
 
 
@@ -249,6 +251,10 @@ def _tell_verified(report: VerifyReport) -> None:
         print_line(f"  {printable(problem)}")
     if report.more:
         print_line(f"  and {report.more} more")
+    for path in report.foreign:
+        print_line(f"  {printable(path)}: of another program, and no part of the checkpoint")
+    if report.more_foreign:
+        print_line(f"  and {report.more_foreign} more of other programs")
 
 
 def _difference(report: DiffReport) -> dict[str, Any]:

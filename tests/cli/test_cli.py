@@ -134,22 +134,40 @@ def test_verify(call, ask):
     assert "model/weight/c.0.0" in out
 
 
+FILES = (
+    "model/weight/c.0.0",
+    "model/bias/c.0",
+    "model/weight/zarr.json",
+    "model/bias/zarr.json",
+    "zarr.json",
+    "state.json",
+)
+
+
 def test_countless_problems_are_cut_short_and_counted(call, ask, monkeypatch):
     fill(steps=(1, 2))
     for name in range(12):
-        Path(f"ckpts/step-0000000002/stray-{name}").touch()
+        Path(f"ckpts/step-0000000002/stray-{name:02}").touch()
     code, document = ask("verify", "ckpts")
     one = document["checkpoints"][0]
-    assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 12, 0, False)
+    assert (code, one["problems"], len(one["foreign"]), one["more_foreign"]) == (0, [], 12, 0)
+    code, out, _ = call("verify", "ckpts")
+    assert (code, out.count("stray"), out.count("of another program")) == (0, 12, 12)
+    for name in FILES:
+        flip(f"ckpts/step-0000000002/{name}")
+    code, document = ask("verify", "ckpts")
+    one = document["checkpoints"][0]
+    assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 6, 0, False)
     flip("ckpts/step-0000000001/gockpt.json")
     monkeypatch.setattr("gockpt.storage.verify.MAX_PROBLEMS", 5)
     monkeypatch.setattr("gockpt.overview.MAX_PROBLEMS", 5)
     code, document = ask("verify", "ckpts")
     one = document["checkpoints"][0]
-    assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 5, 8, True)
+    assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 5, 2, True)
     code, out, _ = call("verify", "ckpts")
-    assert (code, ": 13 problems" in out, out.count("stray")) == (1, True, 5)
-    assert out.endswith("  and 8 more\n")
+    assert (code, ": 7 problems" in out, out.count("stray")) == (1, True, 5)
+    assert "\n  and 2 more\n" in out
+    assert out.endswith("  and 7 more of other programs\n")
 
 
 def test_a_damaged_manifest_is_found(call):

@@ -235,6 +235,16 @@ def _memory_order(lab):
     assert other.model[0].weight.is_contiguous()
 
 
+@when("Other programs left files in a checkpoint")
+def _files_of_others(lab):
+    run = lab.Run().saved().saved()
+    Path("ckpts/step-0000000002/.DS_Store").touch()
+    Path("ckpts/step-0000000002/model/.ipynb_checkpoints").mkdir()
+    assert gockpt.load("ckpts", run.model, run.opt, on_damage="previous").step == 2
+    report = gockpt.verify("ckpts")
+    assert (report.ok, report.foreign) == (True, (".DS_Store", "model/.ipynb_checkpoints"))
+
+
 @when("A chunk is damaged or missing")
 def _chunk_damaged(lab):
     run = lab.Run().saved().saved()

@@ -45,6 +45,22 @@ def test_without_damage_it_is_the_newest_and_nothing_is_said(three, caplog):
     assert not caplog.records
 
 
+def test_files_of_other_programs_are_no_damage(three, caplog):
+    """Such as a file browser's, or one that NFS leaves while it is still open somewhere."""
+    for name in (".DS_Store", ".nfs01", "Thumbs.db", "model/._weight", "model/weight/c.0.0~"):
+        Path(f"ckpts/step-0000000020/{name}").write_bytes(b"mine")
+    Path("ckpts/step-0000000020/.ipynb_checkpoints").mkdir()
+    Path("ckpts/.DS_Store").touch()
+    with caplog.at_level(logging.WARNING):
+        assert loaded(three) == (20, [])
+    assert not caplog.records
+    assert gockpt.latest("ckpts") == 20
+    report = gockpt.verify("ckpts")
+    assert (report.ok, len(report.foreign)) == (True, 6)
+    assert gockpt.prune("ckpts", keep=1).kept[0].step == 20
+    assert os.listdir("ckpts/step-0000000020").count(".DS_Store") == 1
+
+
 @pytest.mark.parametrize(
     "file",
     [

@@ -78,7 +78,9 @@ def test_a_broken_one_is_refused_as_expected(name):
             bits = content().bits
             for array, found in load(checkpoint).items():
                 assert found.tobytes() == bits(array, "float32", found.nbytes).tobytes()
-        found = [(problem.path, problem.array, problem.what) for problem in checkpoint.verify().problems]
+        report = checkpoint.verify()
+        assert list(report.foreign) == expected.get("foreign", [])
+        found = [(problem.path, problem.array, problem.what) for problem in report.problems]
         assert len(found) == len(expected["verify"]), found
         for problem, (path, array, words) in zip(found, expected["verify"], strict=True):
             assert problem[:2] == (path, array)
