@@ -30,7 +30,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     """A complete checkpoint as a mapping of names to lazy tensors; a context manager that closes it.
 
     Names are ``model/<fqn>``, ``optimizer/<fqn>/<state>`` and ``extra/<name>/...``; tied weights stand under
-    each of their names.
+    each of their names. A tensor subclass (such as a quantised weight) is held as its inner tensors, each
+    below its name: ``model/<fqn>/<attribute>``.
 
     Attributes:
         metadata: Everything known about it besides the tensors.
@@ -44,7 +45,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self._state = state_of(stored)
         self._specs = {name: array.spec for name, array in stored.arrays.items()}
         for alias, target in self._state.aliases.items():
-            self._specs[alias] = self._specs[target]
+            for inner, array in self._arrays_of(target):
+                self._specs[alias + inner] = self._specs[array]
         self.metadata = metadata_of(stored, self._state)
         self.extra: Mapping[str, Any] = _Extras(stored, self._state)
 
@@ -52,7 +54,22 @@ class Checkpoint(Mapping[str, LazyTensor]):
         try:
             return LazyTensor(self._stored, self._specs[name], name, verify=self._verify)
         except (KeyError, TypeError):
+            target = self._state.aliases.get(name, name) if isinstance(name, str) else ""
+            if target in self._state.subclasses:
+                inner = ", ".join(name + part for part, _ in self._arrays_of(target))
+                kind = self._state.subclasses[target].kind
+                msg = f"{name!r} is a {kind}, which is saved as its inner tensors: {inner}"
+                raise TensorNotFound(msg) from None
             raise TensorNotFound(not_found(name, list(self._specs), self.metadata.step)) from None
+
+    def _arrays_of(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yield what stands behind a name for each array that it holds, and that array's own name."""
+        saved = self._state.subclasses.get(name)
+        if saved is None:
+            yield "", name
+            return
+        for inner, array in saved.arrays():
+            yield f"/{'/'.join(inner)}", "/".join(array)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)

@@ -10,6 +10,7 @@
      "computed": {fqn: value},                       model state made for the state dict (extra_state)
      "metadata": {module: version or value},         of each module: state_dict()._metadata
      "keys": [fqn, ...],                             the state dict's order, if aliases or computed hide it
+     "subclasses": {name: {...}},                    tensor subclasses, saved as their inner tensors
      "optimizers": [
         {"class": "torch.optim.adamw.AdamW",
          "groups": [{"params": [fqn, ...], "options": value}],
@@ -38,12 +39,14 @@ from gockpt.errors import UnsupportedState, UsageError
 from gockpt.plain import Json, encode, is_ordinary_key, join
 from gockpt.saved_state import VERSION
 from gockpt.strides import strides_of
+from gockpt.tensor_subclasses import Flattened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gockpt.plain import Place
-    from gockpt.state import LiveState, OptimizerEntry, ParamEntry
+    from gockpt.state import LiveState, Name, OptimizerEntry, ParamEntry
+    from gockpt.tensor_subclasses import Inner
 
 __all__ = ["build_document", "capture_extras", "metrics_of"]
 
@@ -155,13 +158,37 @@ def build_document(
     }
     if live.aliases or live.computed:
         document["keys"] = [*live.keys]
+    if live.subclassed:
+        document["subclasses"] = {
+            "/".join(name): _subclass(known.flat, known.arrays) for name, known in live.subclassed.items()
+        }
     _check_names(live, arrays)
     return document, arrays
 
 
 def _held_by_optimizers(live: LiveState) -> Iterator[tuple[str, ...]]:
     yield from (name for name in live.entries if name[0] == "optimizer")
-    yield from {param.name for param in live.params if param.name[0] == "model"}
+    in_model = (param.name for param in live.params if param.name[0] == "model")
+    yield from dict.fromkeys(array for name in in_model for array in live.arrays_of(name))
+
+
+def _subclass(flat: Flattened, arrays: Mapping[Inner, Name]) -> Json:
+    """Return what is saved of a tensor subclass, given where each of its inner tensors is."""
+    inner: dict[str, Json] = {}
+    for attribute, part in flat.inner.items():
+        if isinstance(part, Flattened):
+            below = {path[1:]: name for path, name in arrays.items() if path[0] == attribute}
+            inner[attribute] = _subclass(part, below)
+        else:
+            inner[attribute] = {"$tensor": list(arrays[attribute,])}
+    return {
+        "class": flat.kind,
+        "context": flat.context,
+        "shape": list(flat.tensor.shape),
+        "stride": list(flat.tensor.stride()),
+        "dtype": str(flat.tensor.dtype).removeprefix("torch."),
+        "inner": inner,
+    }
 
 
 def _metadata(name: str, value: Any, plain: Any) -> Json:
@@ -221,7 +248,7 @@ def _more(optimizer: Any) -> dict[str, Any]:
 
 def _check_names(live: LiveState, arrays: Arrays) -> None:
     seen: set[str] = set()
-    for name in (*live.entries, *arrays):
+    for name in (*live.entries, *live.subclassed, *arrays):
         public = "/".join(name)
         if public in seen or public in live.aliases:
             msg = f"two arrays would have the name {public!r}; rename one of them"

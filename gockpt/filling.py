@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from gockpt.errors import StateMismatch
-from gockpt.fitting import Assign, Create, Fill
 from gockpt.lazy import read_whole
+from gockpt.model_fitting import Assign, Fill
 from gockpt.storage.reader import Wanted
 from gockpt.strides import allocate
-from gockpt.tensors import DTYPE_OF, as_bytes, may_alias_itself
+from gockpt.tensors import DTYPE_OF, as_bytes, is_subclass, may_alias_itself
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from gockpt.fitting import Create
     from gockpt.storage.reader import StoredCheckpoint
     from gockpt.strides import Strides
 
@@ -134,7 +135,7 @@ class Filler:
         dtype = DTYPE_OF[spec.dtype]
         if create.strides is not None:
             return allocate(spec.shape, create.strides, dtype=dtype, device=create.device)
-        if spec.shape == tuple(create.like.shape):
+        if spec.shape == tuple(create.like.shape) and not is_subclass(create.like):
             # The parameter's memory order: where fused kernels' tails fall depends on it.
             return torch.empty_like(create.like, dtype=dtype, device=create.device, requires_grad=False)
         return torch.empty(spec.shape, dtype=dtype, device=create.device)

@@ -12,87 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.errors import ManifestCorrupt
+from gockpt.model_fitting import Fill, ModelFit, fills_for
 from gockpt.strides import has_strides, row_major
-from gockpt.tensors import DTYPE_OF, NAME_OF
+from gockpt.tensors import DTYPE_OF, is_subclass
 from gockpt.unplain import array_name, is_mapping, items
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gockpt.plain import Json
-    from gockpt.saved_state import SavedOptimizer, SavedState
+    from gockpt.saved_state import SavedOptimizer, SavedState, SavedSubclass
     from gockpt.schema import ArraySpec
     from gockpt.state import LiveState, OptimizerEntry, ParamEntry
     from gockpt.strides import Strides
 
-__all__ = [
-    "Assign",
-    "Create",
-    "Fill",
-    "ModelFit",
-    "OptimizerPlan",
-    "ParamPlan",
-    "Plan",
-    "Value",
-    "differing",
-    "fit",
-    "fit_mapping",
-    "saved_names",
-    "shaped",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Overwrite live memory with an array.
-
-    Attributes:
-        source: Public name of the stored array.
-        target: A live tensor of its shape and dtype.
-        name: What it is called here, for messages.
-    """
-
-    source: str
-    target: torch.Tensor
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Assign:
-    """Copy a tensor that a module's hook made into live memory.
-
-    Attributes:
-        value: The tensor.
-        target: A live tensor of its shape.
-        name: What it is called here, for messages.
-    """
-
-    value: torch.Tensor
-    target: torch.Tensor
-    name: str
-
-
-@dataclass(slots=True)
-class ModelFit:
-    """How a model, or one of several, fits.
-
-    Attributes:
-        fills: Live tensors and what they are filled from.
-        assigns: The same for values that modules' own hooks made.
-        missing: Live names that the checkpoint lacks.
-        unexpected: Names in the checkpoint that nothing live takes.
-        mismatched: What both have, but differently.
-        unfit: Live tensors that get no saved value, by ``id`` or public name.
-        taken: How many saved entries something takes, or may take.
-    """
-
-    fills: list[Fill] = field(default_factory=list)
-    assigns: list[Assign] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    unfit: set[int | str] = field(default_factory=set)
-    taken: int = 0
+__all__ = ["Create", "FillInner", "OptimizerPlan", "ParamPlan", "Plan", "Value", "fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +49,13 @@ class Create:
 
 
 @dataclass(frozen=True, slots=True)
+class FillInner:
+    """Overwrite the inner tensors of a live tensor subclass."""
+
+    fills: tuple[Fill, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Value:
     """Decode a value. Tensors in it go to the device."""
 
@@ -133,7 +74,7 @@ class ParamPlan:
     """
 
     entry: ParamEntry
-    state: list[tuple[Json, Fill | Create | Value]] | Value | None
+    state: list[tuple[Json, Fill | FillInner | Create | Value]] | Value | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +87,7 @@ class OptimizerPlan:
         groups: Which saved group each live group takes its options from; ``None`` for none.
         params: The state of each parameter that fits.
         strides: Of arrays that are not row-major, by public name.
+        subclasses: Every saved tensor subclass by public name.
     """
 
     index: int
@@ -153,6 +95,7 @@ class OptimizerPlan:
     groups: list[int | None]
     params: list[ParamPlan]
     strides: Mapping[str, Strides] = field(default_factory=dict)
+    subclasses: Mapping[str, SavedSubclass] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -218,63 +161,6 @@ def fit(
     return fitter.plan
 
 
-def differing(spec: ArraySpec, target: torch.Tensor) -> str | None:
-    """Say how a saved array differs from a live tensor; ``None`` if it can be read into it."""
-    same_shape = spec.shape == tuple(target.shape) or (spec.shape == (1,) and target.dim() == 0)
-    if same_shape and spec.dtype == NAME_OF.get(target.dtype):
-        return None
-    live = NAME_OF.get(target.dtype, str(target.dtype))
-    return f"saved {spec.dtype} {spec.shape}, live {live} {tuple(target.shape)}"
-
-
-def shaped(target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a live tensor, as a view with one dimension if that is how its only element was saved."""
-    return target.detach().view(1) if target.dim() == 0 and shape == (1,) else target
-
-
-def saved_names(saved: SavedState, arrays: Mapping[str, ArraySpec]) -> list[str]:
-    """Return the public name of every entry of the saved model."""
-    names = [name for name, spec in arrays.items() if spec.name[0] == "model" and len(spec.name) == 2]
-    names += [name for name in saved.aliases if name.startswith("model/")]
-    names += [f"model/{fqn}" for fqn in saved.computed]
-    return list(dict.fromkeys(names))
-
-
-def fit_mapping(live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec]) -> ModelFit:
-    """Return how a model given as a ``{name: tensor}`` mapping fits: every name by itself."""
-    found = ModelFit()
-    names = saved_names(saved, arrays)
-    there = set(names)
-    ties: dict[str, list[str]] = {}
-    for alias, tied_to in live.aliases.items():
-        if alias.startswith("model/"):
-            ties.setdefault(tied_to, []).append(alias)
-    taken: set[str] = set()
-    for name, tensor in live.entries.items():
-        if name[0] != "model":
-            continue
-        public = "/".join(name)
-        every = [public, *ties.get(public, ())]
-        taken.update(every)
-        sources = {one: saved.aliases.get(one, one) for one in every if one in there}
-        sources = {one: source for one, source in sources.items() if source in arrays}
-        found.missing += [one for one in every if one not in sources]
-        several = set(sources.values())
-        if len(several) > 1:
-            found.mismatched.append(f"{' and '.join(every)}: one tensor here, saved as separate ones")
-        elif several:
-            source = several.pop()
-            why = differing(arrays[source], tensor)
-            if why is None:
-                found.fills.append(Fill(source, shaped(tensor, arrays[source].shape), public))
-                continue
-            found.mismatched.append(f"{public}: {why}")
-        found.unfit.add(public)
-    found.unexpected = [name for name in names if name not in taken]
-    found.taken = len(found.fills)
-    return found
-
-
 class _Fitter:
     def __init__(
         self, live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec], model: list[ModelFit]
@@ -285,17 +171,20 @@ class _Fitter:
         self.plan = Plan(model)
         self.fitted: set[str] = set()
         self.unfit: set[int | str] = set()
+        # From which array the memory of inner tensors in optimizer state is filled.
+        self.inner_sources: dict[int, str] = {}
 
     def resolve(self, public: str) -> str:
         return self.saved.aliases.get(public, public)
 
     def fill(self, source: str, target: torch.Tensor, name: str) -> None:
         """Plan to overwrite a parameter outside the model, or note how it differs."""
-        why = differing(self.arrays[source], target)
-        if why is not None:
-            self.plan.mismatched.append(f"{name}: {why}")
+        spec = self.saved.subclasses.get(source) or self.arrays[source]
+        fills = fills_for(source, spec, target, name, self.arrays)
+        if isinstance(fills, str):
+            self.plan.mismatched.append(f"{name}: {fills}")
             return
-        self.plan.fills.append(Fill(source, shaped(target, self.arrays[source].shape), name))
+        self.plan.fills += fills
         self.fitted.add(name)
 
     # -- optimizers
@@ -330,7 +219,7 @@ class _Fitter:
 
         names = {param.fqn: saved_name(param.fqn) for group in live.groups for param in group.params}
         groups = self.groups(index, live, saved, names)
-        plan = OptimizerPlan(index, saved, groups, [], self.saved.strides or {})
+        plan = OptimizerPlan(index, saved, groups, [], self.saved.strides or {}, self.saved.subclasses)
         for group, source in zip(live.groups, groups, strict=True):
             options = dict(items(saved.groups[source].options)) if source is not None else {}
             for param in group.params:
@@ -369,32 +258,35 @@ class _Fitter:
             self.plan.missing.append(public)
             return False
         if public not in self.fitted:
-            self.fill(self.stored(saved.outside[name]), self.live.entries[param.name], public)
+            self.fill(self.stored(saved.outside[name]), self.live.tensors()[param.name], public)
         return public in self.fitted
 
     def stored(self, name: tuple[str, ...]) -> str:
         public = "/".join(name)
-        if public not in self.arrays:
+        if public not in self.arrays and public not in self.saved.subclasses:
             msg = f"the state document refers to an array {public!r} that the checkpoint does not hold"
             raise ManifestCorrupt(msg)
         return public
 
     def state(
         self, param: ParamEntry, name: str, saved: SavedOptimizer, options: Mapping[Any, Json]
-    ) -> list[tuple[Json, Fill | Create | Value]] | Value | None:
+    ) -> list[tuple[Json, Fill | FillInner | Create | Value]] | Value | None:
         document = saved.states.get(name)
         device = param.param.device
         if document is None:
             return None
         if not is_mapping(document):
             return Value(document, device)
-        planned: list[tuple[Json, Fill | Create | Value]] = []
+        planned: list[tuple[Json, Fill | FillInner | Create | Value]] = []
         for key, value in items(document):
             array = array_name(value)
             if array is None:
                 planned.append((key, Value(value, device)))
                 continue
             source = self.stored(array)
+            if source in self.saved.subclasses:
+                planned.append((key, self.subclass_state(key, value, source, param)))
+                continue
             spec = self.arrays[source]
             label = f"optimizer/{param.owner}/{key}"
             there = _device(key, spec, param.param, options)
@@ -402,6 +294,7 @@ class _Fitter:
             order = self.order(source, spec, param)
             if (
                 tensor is not None
+                and not is_subclass(tensor)
                 and tuple(tensor.shape) == spec.shape
                 and tensor.dtype == DTYPE_OF[spec.dtype]
                 and tensor.device == there
@@ -438,6 +331,26 @@ class _Fitter:
             msg = f"the state document gives {source!r} {len(strides)} strides, for the shape {spec.shape}"
             raise ManifestCorrupt(msg)
         return strides
+
+    def in_order(self, fill: Fill) -> bool:
+        """Whether an inner tensor lies in memory as the saved one did."""
+        return has_strides(fill.target, self.strides(fill.source, self.arrays[fill.source]))
+
+    def shared(self, fills: list[Fill]) -> bool:
+        """Whether memory that these fill is filled from other arrays as well."""
+        places = [(fill.target.data_ptr(), fill.source) for fill in fills if fill.target.numel()]
+        return any(self.inner_sources.setdefault(place, source) != source for place, source in places)
+
+    def subclass_state(self, key: Json, document: Json, source: str, param: ParamEntry) -> FillInner | Value:
+        """Plan to fill a live state that is a subclass, or to make it if it isn't there as it was saved."""
+        saved = self.saved.subclasses[source]
+        label = f"optimizer/{param.owner}/{key}"
+        tensor = param.state.get(key) if isinstance(key, str) else None
+        if tensor is not None and tensor.device == param.param.device:
+            fills = fills_for(source, saved, tensor, label, self.arrays)
+            if not isinstance(fills, str) and not self.shared(fills) and all(map(self.in_order, fills)):
+                return FillInner(tuple(fills))
+        return Value(document, param.param.device)
 
 
 def _device(key: Json, spec: ArraySpec, param: torch.Tensor, options: Mapping[Any, Json]) -> torch.device:

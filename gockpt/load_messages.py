@@ -11,7 +11,7 @@ from gockpt.overview import steps
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gockpt.fitting import ModelFit
+    from gockpt.model_fitting import ModelFit
     from gockpt.saved_state import SavedState
     from gockpt.storage.objects import Where
 

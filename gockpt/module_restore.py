@@ -1,20 +1,20 @@
 """A model's part of a load, in the order and with the calls of ``torch.nn.Module.load_state_dict``.
 
-What torch's default would copy is planned as :class:`~gockpt.fitting.Fill`, to be read straight into the
-live tensors. Code of the modules' own gets the saved state as a :class:`StoredStateDict`, one submodule at
-a time. Names are natural ones: what wrappers put in between has no part in any key.
+What torch's default would copy is planned as :class:`~gockpt.model_fitting.Fill`, to be read straight into
+the live tensors. Code of the modules' own gets the saved state as a :class:`StoredStateDict`, one submodule
+at a time. Names are natural ones: what wrappers put in between has no part in any key.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from gockpt.errors import StateMismatch
-from gockpt.fitting import Assign, Fill, ModelFit, differing, shaped
+from gockpt.model_fitting import Assign, Fill, ModelFit, shaped
 from gockpt.module_protocol import (
     Loading,
     accepts_strict,
@@ -26,7 +26,7 @@ from gockpt.module_protocol import (
 )
 from gockpt.naming import loading_entries, model_entries, models_of, wrapped_child
 from gockpt.stored_state_dict import Stored, StoredStateDict, saved_entries, saved_metadata
-from gockpt.tensors import refusal
+from gockpt.tensors import is_subclass, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -96,7 +96,7 @@ class ModuleRestore:
         device = self._devices.get(name, self._devices[""])
         if not isinstance(value, Stored) or device.type == "cpu":
             return value
-        return Stored(value.source, value.spec, lambda: value.read().to(device))
+        return replace(value, read=lambda: value.read().to(device))
 
     def check(self) -> ModelFit:
         """Compare all that no code of a module's own can change; runs none and changes nothing."""
@@ -275,7 +275,7 @@ class _Visit:
             key = prefix + entry.fqn
             takes_any = torch.nn.parameter.is_lazy(entry.value)
             raw = state.raw(key) if key in state and not takes_any else None
-            if isinstance(raw, Stored) and differing(raw.spec, entry.value) is not None:
+            if isinstance(raw, Stored) and isinstance(raw.fills(entry.value, key), str):
                 self.unfit.add(id(entry.value))
 
     def take(self, module: nn.Module, state: StoredStateDict, prefix: str, *, wraps: bool) -> None:
@@ -308,8 +308,10 @@ class _Visit:
         if not self.run_code:
             return
         self.ran.append(f"{prefix[:-1] or 'the model'} ({_class(module)})")
-        own = {id(value) for value in _own_tensors(module).values()}
-        for fill in [fill for fill in self.fills if id(fill.target) in own]:
+        own = _own_tensors(module)
+        known = {id(value) for value in own.values()}
+        inner = tuple(f"{prefix}{name}/" for name, value in own.items() if is_subclass(value))
+        for fill in [f for f in self.fills if id(f.target) in known or f.name.startswith(inner)]:
             self.fill(fill)
             self.fills.remove(fill)
         module.set_extra_state(state[key])
@@ -317,9 +319,12 @@ class _Visit:
     def put(self, key: str, value: Any, target: torch.Tensor) -> None:
         """Plan to overwrite one live tensor, or note how it differs."""
         if isinstance(value, Stored):
-            why = refusal(target) or differing(value.spec, target)
-            if why is None:
-                self.fills.append(Fill(value.source, shaped(target, value.spec.shape), key))
+            why = None if is_subclass(target) else refusal(target)
+            fills = why or value.fills(target, key)
+            if isinstance(fills, str):
+                why = fills
+            else:
+                self.fills += fills
         elif not isinstance(value, torch.Tensor):
             why = f"saved a {type(value).__name__}, live a tensor of shape {tuple(target.shape)}"
         elif value.shape != target.shape and not (target.dim() == 0 and value.shape == (1,)):

@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gockpt.errors import UsageError
 from gockpt.module_protocol import check_classes, names_itself, own_state_dict
+from gockpt.tensors import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -299,14 +300,13 @@ def _of_module(
 
 
 def _storage(tensor: torch.Tensor) -> int | None:
-    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+    if refusal(tensor) is not None or not tensor.numel():
         return None
     return tensor.untyped_storage().data_ptr()
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    lazy = nn.parameter.is_lazy
-    return {place for tensor in tensors if not lazy(tensor) and (place := _storage(tensor)) is not None}
+    return {place for tensor in tensors if (place := _storage(tensor)) is not None}
 
 
 def natural_names(module: nn.Module) -> Callable[[str], str]:

@@ -9,7 +9,9 @@ import torch
 
 from gockpt.errors import ManifestCorrupt
 from gockpt.filling import copy_into, reordered
-from gockpt.fitting import Create, Fill, Value
+from gockpt.fitting import Create, FillInner, Value
+from gockpt.model_fitting import Fill
+from gockpt.subclass_fitting import make_subclass
 from gockpt.unplain import decode
 
 if TYPE_CHECKING:
@@ -83,6 +85,9 @@ class OptimizerRestore:
         """Return what reads an array as a new tensor on a device, in the memory order it was saved from."""
 
         def read(name: Name) -> torch.Tensor:
+            saved = self._plan.subclasses.get("/".join(name))
+            if saved is not None:
+                return make_subclass(saved, read, device, "/".join(name))
             values = self._filler.read(name)
             strides = self._plan.strides.get("/".join(name))
             if strides is None:
@@ -97,7 +102,7 @@ class OptimizerRestore:
     def arrays(self) -> list[Fill | Create]:
         """Return the states that are arrays of their own."""
         parts = (part for param in self._plan.params for _, part in _parts(param))
-        return [part for part in parts if not isinstance(part, Value)]
+        return [each for part in parts if not isinstance(part, Value) for each in _arrays(part)]
 
     @property
     def replaces_states(self) -> bool:
@@ -133,6 +138,10 @@ class OptimizerRestore:
             if isinstance(part, Fill):
                 self._filler.fill(part)
                 state[name] = plan.entry.state[name]
+            elif isinstance(part, FillInner):
+                for fill in part.fills:
+                    self._filler.fill(fill)
+                state[name] = plan.entry.state[name]
             elif isinstance(part, Create):
                 state[name] = self._filler.create(part)
             else:
@@ -145,7 +154,11 @@ class OptimizerRestore:
             optimizer.state[param] = state
 
 
-def _parts(plan: ParamPlan) -> list[tuple[Any, Fill | Create | Value]]:
+def _arrays(part: Fill | FillInner | Create) -> tuple[Fill | Create, ...]:
+    return part.fills if isinstance(part, FillInner) else (part,)
+
+
+def _parts(plan: ParamPlan) -> list[tuple[Any, Fill | FillInner | Create | Value]]:
     if isinstance(plan.state, Value):
         return [(None, plan.state)]
     return list(plan.state or ())

@@ -106,9 +106,15 @@ def state_of(stored: StoredCheckpoint) -> SavedState:
     where = f"{stored.path}/{STATE_FILE}"
     state = parse(stored.state(), where=where)
     for alias, target in state.aliases.items():
-        if target not in stored.arrays or alias in stored.arrays:
+        known = target in stored.arrays or target in state.subclasses
+        if not known or alias in stored.arrays or alias in state.subclasses:
             msg = f"{where} is not valid: the alias {alias!r} leads to {target!r}"
             raise ManifestCorrupt(msg)
+    for name, saved in state.subclasses.items():
+        for inner, array in saved.arrays():
+            if name in stored.arrays or "/".join(array) not in stored.arrays:
+                msg = f"{where} is not valid: {'/'.join((name, *inner))!r} leads to {'/'.join(array)!r}"
+                raise ManifestCorrupt(msg)
     return state
 
 

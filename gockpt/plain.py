@@ -43,7 +43,7 @@ import torch
 
 from gockpt.errors import UnsupportedState
 from gockpt.schema import DTYPES
-from gockpt.tensors import refusal, to_host
+from gockpt.tensors import is_subclass, refusal, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -204,14 +204,15 @@ class _Encoder:
         return {tag: {"$tensor": self.array(torch.from_numpy(np.frombuffer(value, np.uint8).copy()))}}
 
     def tensor(self, value: torch.Tensor) -> Json:
-        ordinary = value.layout is torch.strided and not torch.nn.parameter.is_lazy(value)
-        if why := refusal(value.detach().resolve_conj().resolve_neg() if ordinary else value):
+        # A lazily conjugated or negated one is resolved in a copy of its own.
+        plain = not torch.nn.parameter.is_lazy(value) and not is_subclass(value)
+        lazily = plain and (value.is_conj() or value.is_neg())
+        if why := refusal(value.detach().resolve_conj().resolve_neg() if lazily else value):
             self.refuse(value, why)
         held = self.place(tuple(self.name), value)
         if held is not None:
             return {"$tensor": list(held)}
-        # A lazily conjugated or negated one is resolved in a copy of its own.
-        copies = 2 if value.is_conj() or value.is_neg() else 1
+        copies = 2 if lazily else 1
         self.admit(copies * value.numel() * value.element_size())
         return {"$tensor": self.array(to_host(value))}
 

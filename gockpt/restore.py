@@ -23,9 +23,10 @@ from gockpt import rng as generators
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, UsageError
 from gockpt.fallback import newest_whole
 from gockpt.filling import Filler
-from gockpt.fitting import ModelFit, fit, fit_mapping, saved_names
+from gockpt.fitting import fit
 from gockpt.lineage import Origin, remember
 from gockpt.load_messages import PREVIOUS, Changed, mismatch, not_asked_for, nothing_fits, some
+from gockpt.model_fitting import ModelFit, fit_mapping, saved_names
 from gockpt.module_restore import module_restores
 from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
 from gockpt.overview import Metadata, checked_step, metadata_of, state_of
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gockpt.fallback import PassedOver
-    from gockpt.fitting import Create, Fill, Plan
+    from gockpt.fitting import Create, Plan
+    from gockpt.model_fitting import Fill
     from gockpt.module_restore import ModuleRestore
     from gockpt.saved_state import SavedState
     from gockpt.storage.objects import Where

@@ -5,21 +5,31 @@ Needs no torch, so that looking at a checkpoint doesn't either. What is in it, :
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import ManifestCorrupt
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from gockpt.plain import Json
     from gockpt.state import Name
 
-__all__ = ["VERSION", "SavedGroup", "SavedOptimizer", "SavedState", "parse"]
+__all__ = [
+    "VERSION",
+    "SavedGroup",
+    "SavedOptimizer",
+    "SavedState",
+    "SavedSubclass",
+    "parse",
+]
 
 VERSION = 2
 """The version written. Version 1 is read as well: it lacks what came later, which is optional here."""
+
+MAX_DEPTH = 16
+"""How deep tensor subclasses may stand inside one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,27 @@ class SavedOptimizer:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedSubclass:
+    """One tensor subclass as saved: its class's name, encoded context, geometry, and the arrays inside."""
+
+    kind: str
+    context: Json
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    inner: dict[str, Name | SavedSubclass]
+
+    def arrays(self) -> Iterator[tuple[tuple[str, ...], Name]]:
+        """Yield the array of every tensor inside, by the attributes that lead to it."""
+        for attribute, part in self.inner.items():
+            if isinstance(part, SavedSubclass):
+                for below, array in part.arrays():
+                    yield (attribute, *below), array
+            else:
+                yield (attribute,), part
+
+
+@dataclass(frozen=True, slots=True)
 class SavedState:
     """The state document, checked for its form; fields as in the document.
 
@@ -62,6 +93,7 @@ class SavedState:
     strides: dict[str, tuple[int, ...]] | None
     metadata: dict[str, Json] | None
     keys: tuple[str, ...]
+    subclasses: dict[str, SavedSubclass] = field(default_factory=dict)
 
 
 def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
@@ -96,6 +128,10 @@ def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
             strides=_strides(document["strides"]) if "strides" in document else None,
             metadata=_of(document["metadata"], dict) if "metadata" in document else None,
             keys=tuple(_of(key, str) for key in _of(document.get("keys", []), list)),
+            subclasses={
+                name: _saved_subclass(entry, depth=0)
+                for name, entry in _of(document.get("subclasses", {}), dict).items()
+            },
         )
     except (TypeError, KeyError) as error:
         msg = f"{where} is no valid state document: {error}"
@@ -107,10 +143,7 @@ def _saved_optimizer(entry: Any) -> SavedOptimizer:
         SavedGroup(tuple(_of(name, str) for name in _of(group["params"], list)), group["options"])
         for group in (_of(group, dict) for group in _of(_of(entry, dict)["groups"], list))
     )
-    outside = {
-        fqn: tuple(_of(part, str) for part in _of(name, list))
-        for fqn, name in _of(entry["outside"], dict).items()
-    }
+    outside = {fqn: _name(name) for fqn, name in _of(entry["outside"], dict).items()}
     return SavedOptimizer(
         kind=_of(entry["class"], str),
         groups=groups,
@@ -130,6 +163,38 @@ def _strides(entry: Any) -> dict[str, tuple[int, ...]]:
             msg = f"the strides of {name!r} are {strides}"
             raise TypeError(msg)
     return found
+
+
+def _saved_subclass(entry: Any, *, depth: int) -> SavedSubclass:
+    if depth > MAX_DEPTH:
+        msg = f"subclasses nest deeper than {MAX_DEPTH} levels"
+        raise TypeError(msg)
+    inner: dict[str, Name | SavedSubclass] = {}
+    for attribute, part in _of(_of(entry, dict)["inner"], dict).items():
+        if "$tensor" in _of(part, dict):
+            inner[attribute] = _name(part["$tensor"])
+        else:
+            inner[attribute] = _saved_subclass(part, depth=depth + 1)
+    return SavedSubclass(
+        kind=_of(entry["class"], str),
+        context=entry["context"],
+        shape=_sizes(entry["shape"]),
+        stride=_sizes(entry["stride"]),
+        dtype=_of(entry["dtype"], str),
+        inner=inner,
+    )
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    sizes = tuple(_of(size, int) for size in _of(value, list))
+    if any(not 0 <= size < 1 << 63 for size in sizes):
+        msg = f"{value} are no sizes"
+        raise TypeError(msg)
+    return sizes
+
+
+def _name(value: Any) -> Name:
+    return tuple(_of(part, str) for part in _of(value, list))
 
 
 def _of(value: Any, kind: type) -> Any:

@@ -18,7 +18,8 @@ from gockpt.naming import loading_entries, model_state, parameter_names, resolve
 from gockpt.once import warn_once
 from gockpt.outside import check_outside, remember_held
 from gockpt.plain import is_ordinary_key
-from gockpt.tensors import refusal
+from gockpt.tensor_subclasses import Flattened, Inner, check_rebuild, context_text, flatten
+from gockpt.tensors import is_subclass, refusal
 
 __all__ = [
     "Computed",
@@ -27,6 +28,7 @@ __all__ = [
     "Name",
     "OptimizerEntry",
     "ParamEntry",
+    "Subclassed",
     "collect",
 ]
 
@@ -102,6 +104,19 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class Subclassed:
+    """A tensor subclass that is saved as its inner tensors.
+
+    Attributes:
+        flat: The tensor, taken apart.
+        arrays: The entry that holds each inner tensor.
+    """
+
+    flat: Flattened
+    arrays: dict[Inner, Name]
+
+
+@dataclass(frozen=True, slots=True)
 class LiveState:
     """A model and its optimizers as they are now.
 
@@ -117,6 +132,8 @@ class LiveState:
         computed: Model state that is no live memory, by natural name.
         metadata: What ``state_dict()._metadata`` says of each module, by natural name.
         keys: Natural names of all model state, in the order of its state dict.
+        subclassed: Tensor subclasses by name; their inner tensors are entries, they themselves are not.
+        inside: Names of these inner tensors.
     """
 
     entries: dict[Name, torch.Tensor]
@@ -128,6 +145,19 @@ class LiveState:
     computed: dict[str, Computed]
     metadata: dict[str, Any] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
+    subclassed: dict[Name, Subclassed] = field(default_factory=dict)
+    inside: set[Name] = field(default_factory=set)
+
+    def arrays_of(self, name: Name) -> tuple[Name, ...]:
+        """Return the entries that hold what has a name: itself, or the inner tensors of a subclass."""
+        known = self.subclassed.get(name)
+        return (name,) if known is None else tuple(known.arrays.values())
+
+    def tensors(self) -> dict[Name, torch.Tensor]:
+        """Return every tensor as torch has it, by name: a subclass in place of its inner tensors."""
+        found = {name: tensor for name, tensor in self.entries.items() if name not in self.inside}
+        found.update({name: known.flat.tensor for name, known in self.subclassed.items()})
+        return found
 
 
 def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
@@ -149,8 +179,9 @@ def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
         entries = loading_entries(model, with_optimizer=optimizers is not None)
     else:
         entries, collector.metadata = model_state(model)
-    for entry in entries:
-        collector.keys.append(entry.fqn)
+    collector.keys = [entry.fqn for entry in entries]
+    # Subclasses last: their inner tensors may be tied to ordinary ones, but not these to them.
+    for entry in sorted(entries, key=lambda entry: is_subclass(entry.value)):
         if loading and entry.kind != "computed" and not isinstance(model, Mapping) and refusal(entry.value):
             collector.model_names.setdefault(id(entry.value), ("model", entry.fqn))
             continue
@@ -160,7 +191,7 @@ def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
         name = collector.add(("model", entry.fqn), entry.value)
         collector.model_names.setdefault(id(entry.value), name)
         if entry.kind == "buffer":
-            collector.buffers.add(name)
+            collector.buffers.update(collector.arrays_of(name))
     collector.optimizers = resolve_optimizers(optimizers)
     for index, live in enumerate(collector.optimizers):
         collector.add_optimizer(model, index, live)
@@ -187,13 +218,23 @@ class _Collector:
     keys: list[str] = field(default_factory=list)
     # Entries by the address of their first element.
     by_address: dict[int, list[Name]] = field(default_factory=dict)
+    subclassed: dict[Name, Subclassed] = field(default_factory=dict)
+    # Entries that are inner tensors of subclasses.
+    inside: set[Name] = field(default_factory=set)
+    # Names of subclasses by the tensor's id, and by what they are made of.
+    subclass_names: dict[int | tuple[object, ...], Name] = field(default_factory=dict)
 
-    def add(self, name: Name, tensor: torch.Tensor) -> Name:
-        """Enter a live tensor; return the name of the entry that holds it, another's if it is tied."""
+    def add(self, name: Name, tensor: torch.Tensor, *, inner: bool = False) -> Name:
+        """Enter a live tensor; return the name of the entry that holds it, another's if it is tied.
+
+        An inner tensor of a subclass may be tied to any entry, but nothing else to an inner tensor.
+        """
+        if is_subclass(tensor):
+            return self.add_subclass(name, flatten(tensor, "/".join(name)))
         if why := refusal(tensor):
             msg = f"{'/'.join(name)} can't be saved: {why}"
             raise UnsupportedState(msg)
-        known = self.find(tensor)
+        known = self.find(tensor, inner=inner)
         if known is not None:
             self.aliases["/".join(name)] = "/".join(known)
             return known
@@ -202,11 +243,40 @@ class _Collector:
             self.by_address.setdefault(tensor.data_ptr(), []).append(name)
         return name
 
-    def find(self, tensor: torch.Tensor) -> Name | None:
+    def add_subclass(self, name: Name, flat: Flattened) -> Name:
+        """Enter the inner tensors of a subclass; return its name, another's if it is tied."""
+        known = self.find_subclass(flat)
+        if known is not None:
+            self.aliases["/".join(name)] = "/".join(known)
+            return known
+        arrays = {inner: self.add((*name, *inner), leaf, inner=True) for inner, leaf in flat.leaves()}
+        self.inside.update(array for array in arrays.values() if array[: len(name)] == name)
+        self.subclassed[name] = Subclassed(flat, arrays)
+        self.subclass_names[id(flat.tensor)] = name
+        self.subclass_names[_parts_key(flat, arrays)] = name
+        return name
+
+    def find_subclass(self, flat: Flattened) -> Name | None:
+        """Return the name of the subclass that is this one, or made of the same memory in the same way."""
+        known = self.subclass_names.get(id(flat.tensor))
+        if known is not None:
+            return known
+        arrays = {inner: self.find(leaf, inner=True) for inner, leaf in flat.leaves()}
+        return None if None in arrays.values() else self.subclass_names.get(_parts_key(flat, arrays))
+
+    def arrays_of(self, name: Name) -> tuple[Name, ...]:
+        known = self.subclassed.get(name)
+        return (name,) if known is None else tuple(known.arrays.values())
+
+    def find(self, tensor: torch.Tensor, *, inner: bool = False) -> Name | None:
         """Return the entry that holds exactly this memory in this geometry."""
-        if not tensor.numel():
+        if is_subclass(tensor):
+            return self.find_subclass(flatten(tensor, "a parameter"))
+        if refusal(tensor) is not None or not tensor.numel():
             return None
         for name in self.by_address.get(tensor.data_ptr(), ()):
+            if name in self.inside and not inner:
+                continue
             other = self.entries[name]
             if (
                 other.shape == tensor.shape
@@ -257,7 +327,7 @@ class _Collector:
         group: int,
     ) -> ParamEntry:
         known = self.model_names.get(id(param))
-        if known is None and refusal(param) is None:
+        if known is None:
             known = self.find(param)
         fqn = known[1] if known and known[0] == "model" else self.registered_name(model, param)
         outside = fqn is None
@@ -268,7 +338,7 @@ class _Collector:
         owner = _unused(fqn, self.owners)
         self.owners.add(owner)
         name = known or self.add(("optimizer", owner, "param"), param)
-        self.buffers.discard(name)
+        self.buffers.difference_update(self.arrays_of(name))
         raw = optimizer.state.get(param)
         state: dict[str, torch.Tensor] = {}
         state_names: dict[str, Name] = {}
@@ -276,7 +346,7 @@ class _Collector:
             for key, value in raw.items():
                 if isinstance(value, torch.Tensor) and is_ordinary_key(key):
                     state[key] = value
-                    state_names[key] = self.add(_free(("optimizer", owner, key), self.entries), value)
+                    state_names[key] = self.add_state(("optimizer", owner, key), value)
         entry = ParamEntry(fqn, param, index, group, state, name, state_names, owner, raw)
         if outside:
             self.outside.append(entry)
@@ -287,6 +357,16 @@ class _Collector:
         if self.registered is None:
             self.registered = parameter_names(model)
         return self.registered.get(id(param))
+
+    def add_state(self, name: Name, value: torch.Tensor) -> Name:
+        """Enter a tensor of an optimizer's state, which may have to be made again on loading."""
+        while name in self.entries or name in self.subclassed:
+            name = (*name[:-1], f"{name[-1]}~")
+        if not is_subclass(value):
+            return self.add(name, value)
+        flat = flatten(value, "/".join(name))
+        check_rebuild(flat, "/".join(name))
+        return self.add_subclass(name, flat)
 
     def result(self) -> LiveState:
         return LiveState(
@@ -299,6 +379,8 @@ class _Collector:
             self.computed,
             self.metadata,
             self.keys,
+            self.subclassed,
+            self.inside,
         )
 
 
@@ -311,7 +393,5 @@ def _unused(name: str, taken: set[str]) -> str:
     return f"{name}~{number}"
 
 
-def _free(name: Name, taken: Mapping[Name, Any]) -> Name:
-    while name in taken:
-        name = (*name[:-1], f"{name[-1]}~")
-    return name
+def _parts_key(flat: Flattened, arrays: Mapping[Inner, Name | None]) -> tuple[object, ...]:
+    return (flat.kind, tuple(flat.tensor.shape), context_text(flat.context), *sorted(arrays.items()))

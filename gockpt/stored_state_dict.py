@@ -11,15 +11,18 @@ from collections.abc import ItemsView, ValuesView
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
 from gockpt.errors import ManifestCorrupt
+from gockpt.model_fitting import fills_for
+from gockpt.subclass_fitting import inner_names, make_subclass
 from gockpt.unplain import array_name, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import torch
-
-    from gockpt.saved_state import SavedState
+    from gockpt.model_fitting import Fill
+    from gockpt.saved_state import SavedState, SavedSubclass
     from gockpt.schema import ArraySpec
 
     Read = Callable[[tuple[str, ...]], torch.Tensor]
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Stored", "StoredStateDict", "saved_entries", "saved_metadata"]
 
 _ABSENT: Any = object()
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +38,20 @@ class Stored:
     """A value of a state dict that is an array of the checkpoint.
 
     Attributes:
-        source: Public name of the array.
-        spec: Its shape and dtype.
+        source: Public name of the array, or of a tensor subclass that is saved as several.
+        spec: Its shape and dtype, or the subclass.
         read: Returns its values as a new tensor.
+        arrays: Every stored array by public name.
     """
 
     source: str
-    spec: ArraySpec
+    spec: ArraySpec | SavedSubclass
     read: Callable[[], torch.Tensor]
+    arrays: Mapping[str, ArraySpec]
+
+    def fills(self, target: torch.Tensor, name: str) -> list[Fill] | str:
+        """Return what fills a live tensor that is called so, or how it differs."""
+        return fills_for(self.source, self.spec, target, name, self.arrays)
 
 
 class StoredStateDict(OrderedDict[str, Any]):
@@ -110,15 +120,22 @@ def saved_entries(saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read
     """
 
     def stored(public: str) -> Stored:
+        subclass = saved.subclasses.get(public)
+        if subclass is not None:
+            return Stored(public, subclass, lambda: make_subclass(subclass, read, _CPU, public), arrays)
         spec = arrays[public]
-        return Stored(public, spec, lambda: read(spec.name))
+        return Stored(public, spec, lambda: read(spec.name), arrays)
 
     entries: dict[str, Any] = {}
     for public, spec in arrays.items():
         if spec.name[0] == "model" and len(spec.name) == 2:
             entries[spec.name[1]] = stored(public)
+    for public in saved.subclasses:
+        if public.startswith("model/"):
+            entries[public.removeprefix("model/")] = stored(public)
+    inside = set(inner_names(saved.subclasses))
     for alias, target in saved.aliases.items():
-        if alias.startswith("model/"):
+        if alias.startswith("model/") and alias not in inside:
             entries[alias.removeprefix("model/")] = stored(target)
     for fqn, document in saved.computed.items():
         public = "/".join(array_name(document) or ())

@@ -218,8 +218,9 @@ def _owners(live: LiveState) -> dict[Name, Hashable]:
     owners: dict[Name, Hashable] = {}
     for param in live.params:
         owner = id(live.optimizers[param.optimizer_index])
-        for name in (param.name, *param.state_names.values()):
-            owners[name] = owner if owners.get(name, owner) == owner else None
+        for held in (param.name, *param.state_names.values()):
+            for name in live.arrays_of(held):
+                owners[name] = owner if owners.get(name, owner) == owner else None
     return owners
 
 

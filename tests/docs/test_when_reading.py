@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import zarr
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gockpt
 from gockpt.storage.objects import Objects
@@ -100,6 +101,36 @@ def _other_optimizer(lab):
         gockpt.load("ckpts", other.model, torch.optim.AdamW(groups))
     other = lab.Run(kind=torch.optim.SGD)
     refused(run, model=other.model, optimizer=other.opt)
+
+
+@when("A weight was saved as another tensor subclass than the live one is, or as none")
+def _other_subclass(lab):
+    model = torch.nn.Linear(4, 4)
+    gockpt.save_overlapped(model, None, "ckpts", step=1).result()
+    model.weight = torch.nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    with pytest.raises(
+        gockpt.StateMismatch, match="model/weight: saved an ordinary array, live a .*TwoTensor"
+    ):
+        gockpt.load("ckpts", model)
+    assert torch.equal(model.weight.a, torch.ones(4, 4))
+    gockpt.save_overlapped(model, None, "others", step=1).result()
+    gockpt.load("others", torch.nn.Linear(4, 4))
+
+
+@when("An optimizer state was saved as a tensor subclass whose class is not imported")
+def _unknown_subclass(lab):
+    def make():
+        model = torch.nn.Linear(2, 2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    class Mine(TwoTensor):
+        __tensor_unflatten__ = staticmethod(lambda inner, *_: Mine(inner["a"], inner["b"]))
+
+    model, optimizer = make()
+    optimizer.state[model.weight]["momentum_buffer"] = Mine(torch.ones(2, 2), torch.ones(2, 2))
+    gockpt.save_overlapped(model, optimizer, "ckpts", step=1).result()
+    Mine.__qualname__ = "Other"
+    gockpt.load("ckpts", *make())
 
 
 @when("An optimizer is loaded without its model")

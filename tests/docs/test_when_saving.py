@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gockpt
 from gockpt import registry
@@ -736,6 +737,41 @@ def _no_values(lab):
     with pytest.raises(gockpt.UnsupportedState, match="model/weight"):
         gockpt.save_overlapped(torch.nn.LazyLinear(3), None, "ckpts")
     gockpt.save_overlapped(torch.nn.Linear(3, 3, device="meta"), None, "ckpts")
+
+
+@when("A parameter, buffer or optimizer state is a tensor subclass with `__tensor_flatten__` (torchao)")
+def _subclass(lab):
+    model, optimizer = double()
+    for step in range(1, 9):
+        model(torch.randn(2, 4)).square().mean().backward()
+        optimizer.step()
+        save = gockpt.save_overlapped(model, optimizer, "ckpts", step=step, every=4, options=lab.WINDOW)
+    saved = save.result()
+    assert (saved.step, saved.window, "weight" in saved.late_parts) == (8, 4, True)
+    other, its = double()
+    gockpt.load("ckpts", other, its)
+    for name in ("a", "b"):
+        assert torch.equal(getattr(other.weight, name), getattr(model.weight, name))
+        states = its.state[other.weight], optimizer.state[model.weight]
+        assert torch.equal(*(getattr(state["exp_avg"], name) for state in states))
+
+
+def double():
+    """Return a module whose weight is a tensor subclass, and with it the optimizer's states are."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    model.weight = torch.nn.Parameter(TwoTensor(model.weight.detach(), model.weight.detach() * 2))
+    return model, torch.optim.AdamW(model.parameters())
+
+
+@when("A tensor is nested, sparse, quantised by torch, masked, or of a class that can't be taken apart")
+def _unusual(lab):
+    with pytest.raises(gockpt.UnsupportedState, match=r"model/odd .*\.to_dense"):
+        gockpt.save_overlapped({"odd": torch.eye(2).to_sparse()}, None, "ckpts")
+    odd = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    with pytest.raises(gockpt.UnsupportedState, match=r"model/odd .*nested"):
+        gockpt.save_overlapped({"odd": odd}, None, "others")
+    gockpt.save_overlapped(torch.nn.Linear(1, 1), None, "more", extra={"odd": double()[0].weight})
 
 
 @when("`load_state_dict(assign=True)` left the optimizer with lost parameters")

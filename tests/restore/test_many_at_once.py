@@ -13,7 +13,8 @@ from torch import nn
 import gockpt
 from gockpt import ChunkCorrupt
 from gockpt.filling import Filler
-from gockpt.fitting import Create, Fill
+from gockpt.fitting import Create
+from gockpt.model_fitting import Fill
 from gockpt.storage.listing import open_checkpoint
 from gockpt.storage.reader import StoredCheckpoint
 

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn, optim
+from torch.testing._internal.two_tensor import TwoTensor
 
 from gockpt import once
 from gockpt.errors import UnsupportedState, UsageError
@@ -272,12 +273,6 @@ class TestRefused:
         with pytest.raises(UnsupportedState, match=rf"model/w can't be saved: .*{why}"):
             collect({"w": tensor}, None)
 
-    def test_wrapper_subclasses(self):
-        from torch.testing._internal.two_tensor import TwoTensor
-
-        with pytest.raises(UnsupportedState, match="TwoTensor, whose value is more than one array"):
-            collect({"w": TwoTensor(torch.ones(2), torch.ones(2))}, None)
-
     def test_a_plain_subclass_is_fine(self):
         class Marked(nn.Parameter):
             pass
@@ -290,6 +285,29 @@ class TestRefused:
         optimizer.state[model.weight]["mask"] = torch.ones(2).to_sparse()
         with pytest.raises(UnsupportedState, match="optimizer/weight/mask can't be saved"):
             collect(model, optimizer)
+
+
+def test_a_tensor_subclass_is_its_inner_tensors():
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.zeros(2, 2)))
+    model.register_buffer("seen", TwoTensor(torch.ones(2), torch.zeros(2)))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.bias]["average"] = TwoTensor(torch.ones(2), torch.zeros(2))
+    live = collect(model, optimizer)
+    held = [("model", "weight"), ("model", "seen"), ("optimizer", "bias", "average")]
+    assert list(live.subclassed) == held
+    assert set(live.entries) == {*((*name, part) for name in held for part in "ab"), ("model", "bias")}
+    assert live.entries["model", "weight", "a"].data_ptr() == model.weight.a.data_ptr()
+    assert live.buffers == {("model", "seen", "a"), ("model", "seen", "b")}
+    assert [param.name for param in live.params] == [("model", "weight"), ("model", "bias")]
+    assert live.params[1].state_names == {"average": ("optimizer", "bias", "average")}
+    assert live.arrays_of(("model", "weight")) == (("model", "weight", "a"), ("model", "weight", "b"))
+    assert {name: type(tensor) for name, tensor in live.tensors().items()} == {
+        ("model", "bias"): torch.Tensor,
+        ("model", "weight"): TwoTensor,
+        ("model", "seen"): TwoTensor,
+        ("optimizer", "bias", "average"): TwoTensor,
+    }
 
 
 def test_state_of_a_tensor_in_no_group_is_not_saved_and_said(caplog):
