@@ -12,6 +12,7 @@
     │   ├── TensorNotFound (KeyError)  no tensor of that name in the checkpoint
     │   └── CheckpointPruned           it was removed while being read: open a newer one
     ├── StateMismatch                  load into another model, or with ``strict=False``
+    ├── NonFiniteCheckpoint            load an older checkpoint, or without ``finite=True``
     ├── CheckpointCorrupt              fall back to an older checkpoint
     │   ├── ManifestCorrupt
     │   └── ChunkCorrupt
@@ -33,6 +34,7 @@ __all__ = [
     "ChunkCorrupt",
     "GockptError",
     "ManifestCorrupt",
+    "NonFiniteCheckpoint",
     "NotACheckpoint",
     "NotFoundError",
     "OptionsError",
@@ -111,6 +113,10 @@ class StateMismatch(GockptError):
         self.missing = missing
         self.unexpected = unexpected
         self.mismatched = mismatched
+
+
+class NonFiniteCheckpoint(GockptError):
+    """Parameters or optimizer state have NaN or Inf, which ``finite=True`` forbids; nothing was changed."""
 
 
 class CheckpointCorrupt(GockptError):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gockpt import retention
 from gockpt.deviation import Deviation, deviation_of
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt, NotACheckpoint, UsageError
+from gockpt.nonfinite import NonFinite, nonfinite_of
 from gockpt.options import Keep
 from gockpt.saved_state import SavedState, parse
 from gockpt.storage.catalog import looked_through
@@ -66,6 +67,7 @@ class Metadata:
         exact: Whether every bit is what a blocking save would have written.
         inexact: Where it is not, and by how much, by name; empty for an exact one.
         deviation: How far it is from exact, measured, over all these; ``None`` for an exact one.
+        nonfinite: The NaN and Inf in it; ``None`` if nobody counted, as before this was done.
         extras: Names of the user's extras.
         optimizers: Class of each saved optimizer.
         buffers: Names of the model's entries that are buffers.
@@ -84,6 +86,7 @@ class Metadata:
     exact: bool
     inexact: Mapping[str, Any]
     deviation: Deviation | None
+    nonfinite: NonFinite | None
     extras: tuple[str, ...]
     optimizers: tuple[str, ...]
     buffers: tuple[str, ...]
@@ -127,6 +130,7 @@ def metadata_of(stored: StoredCheckpoint, state: SavedState) -> Metadata:
         exact=manifest.exact,
         inexact=state.inexact,
         deviation=None if manifest.exact else deviation_of(manifest.attributes),
+        nonfinite=nonfinite_of(manifest.attributes),
         extras=tuple(state.extra),
         optimizers=tuple(entry.kind for entry in state.optimizers),
         buffers=state.buffers,

@@ -21,7 +21,7 @@ import torch
 
 from gockpt import rng as generators
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, UsageError
-from gockpt.fallback import newest_whole
+from gockpt.fallback import expect_finite, newest_good
 from gockpt.filling import Filler
 from gockpt.fitting import fit
 from gockpt.lineage import Origin, remember
@@ -73,8 +73,8 @@ class Restored:
         options_kept: Options of live param groups that the checkpoint lacks; left as they were.
         rng_absent: Saved random generators that this machine does not have, such as ``"cuda:3"``.
         metadata: Everything else that is known about the checkpoint.
-        passed_over: With ``on_damage="previous"``: damaged checkpoints that were not loaded, each with
-            ``step``, ``path`` and ``why``.
+        passed_over: With ``on_damage="previous"`` or ``finite``: checkpoints that were not loaded since they
+            are damaged or not finite, each with ``step``, ``path`` and ``why``.
     """
 
     step: int
@@ -100,6 +100,7 @@ def load(
     extra: Mapping[str, Any] | None = None,
     rng: bool | None = None,
     on_damage: Literal["raise", "previous"] = "raise",
+    finite: bool = False,
 ) -> Restored:
     """Load a checkpoint into a model, its optimizers and extras, in place and bit for bit.
 
@@ -117,6 +118,9 @@ def load(
         on_damage: ``"raise"``, or ``"previous"``: read all of the newest first, compare it with what was
             written, and take the one before if it is damaged, and so on; ``passed_over`` and a WARNING say
             so. Takes a second reading, and no ``step``.
+        finite: Whether to take only a checkpoint of which parameters and optimizer state have no NaN or Inf:
+            the newest, passing over others (``passed_over`` and a WARNING say so), or the one of ``step``. In
+            one that does not say (of an earlier version), they are read and counted.
 
     Returns:
         The step, the plain values of all extras, and what did not fit.
@@ -125,6 +129,7 @@ def load(
         StateMismatch: If something doesn't fit; nothing was changed.
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
+        NonFiniteCheckpoint: With ``finite``, if none is, or that of ``step`` isn't; nothing was changed.
         CheckpointCorrupt: If the checkpoint is damaged; a note says what had been overwritten.
         UsageError: If an argument is of no usable kind.
     """
@@ -142,24 +147,34 @@ def load(
     grad = torch.is_grad_enabled()
     # Tensors made here have to serve for training, wherever the call stands.
     with torch.inference_mode(mode=False), torch.set_grad_enabled(grad):
-        return _load_from(path, wanted, restore, previous=on_damage == "previous")
+        return _load_from(path, wanted, restore, previous=on_damage == "previous", finite=finite)
 
 
 def _load_from(
-    path: Where, step: int | None, restore: Callable[[StoredCheckpoint], Restored], *, previous: bool
+    path: Where,
+    step: int | None,
+    restore: Callable[[StoredCheckpoint], Restored],
+    *,
+    previous: bool,
+    finite: bool,
 ) -> Restored:
     """Open the wanted checkpoint and restore it; another one if it is pruned before anything was changed."""
     for attempt in range(1, TRIES + 1):
         try:
-            if previous:
-                stored, passed_over = newest_whole(path)
+            if previous or (finite and step is None):
+                stored, passed_over = newest_good(path, whole=previous, finite=finite)
             else:
                 stored, passed_over = open_checkpoint(path, step), ()
             with stored:
+                if finite and step is not None:
+                    expect_finite(stored)
                 restored = restore(stored)
             if not restored.metadata.exact:
                 why = restored.metadata.deviation or "metadata.inexact names the tensors"
                 _log.warning("loaded step %d, which is not exact: %s", restored.step, why)
+            nonfinite = restored.metadata.nonfinite
+            if nonfinite is not None and not nonfinite.finite:
+                _log.warning("loaded step %d, which was saved with %s", restored.step, nonfinite)
             if passed_over:
                 _log.warning("loaded step %d; passed over: %s", restored.step, some(_steps_of(passed_over)))
             return dataclasses.replace(restored, passed_over=passed_over)

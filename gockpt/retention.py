@@ -1,6 +1,7 @@
 """Which checkpoints may go: pure arithmetic on what was published.
 
 Promise: the newest publication is never among them, nor the newest that is known to be whole, nor
+the newest whose parameters and optimizer state are not known to have NaN or Inf, nor
 anything that a rule of :class:`~gockpt.options.Keep` names; and nothing but what was replaced, as long as the
 best are to be kept and none can be told. The order is that of publication; steps only say what replaced what,
 and what was abandoned.
@@ -29,12 +30,14 @@ class Publication:
         step: The user's step.
         metric: The number that the best are chosen by, if it has one.
         verified: Whether all its bytes are known to have been read and found right.
+        finite: Whether its parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
     """
 
     seq: int
     step: int
     metric: float | None = None
     verified: bool = False
+    finite: bool | None = None
 
 
 def superseded(publications: Iterable[Publication]) -> frozenset[int]:
@@ -80,7 +83,8 @@ def expendable(publications: Iterable[Publication], keep: Keep) -> frozenset[int
     """Return the ``seq`` of each one that may go.
 
     Superseded ones don't count and always may go; abandoned ones go before others of the newest; the
-    newest of those known to be whole stays whatever it is. Where they are :func:`unjudged`, all that
+    newest of those known to be whole stays whatever it is, and so does the newest of those not known to have
+    NaN or Inf in parameters or optimizer state. Where they are :func:`unjudged`, all that
     count stay.
 
     Args:
@@ -107,6 +111,9 @@ def expendable(publications: Iterable[Publication], keep: Keep) -> frozenset[int
     whole = [one.seq for one in everything if one.verified]
     if whole:
         stay.add(max(whole))
+    finite = [one.seq for one in everything if one.finite is not False]
+    if finite:
+        stay.add(max(finite))
     return frozenset(one.seq for one in everything) - stay
 
 

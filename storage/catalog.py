@@ -220,6 +220,7 @@ class Catalog:
                 step=identity.step,
                 metric=None if keep.metric is None else identity.metrics.get(keep.metric),
                 verified=verified.is_known(identity.attempt),
+                finite=identity.finite,
             )
             for identity in self._entries.values()
         ]

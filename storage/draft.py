@@ -178,6 +178,25 @@ class Draft:
                 raise UsageError(msg)
             self._contents = contents
 
+    def annotate(self, contents: Contents) -> None:
+        """Have other attributes than it was begun with: once all chunks are written, before :meth:`finish`.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        with self._documenting:
+            self._contents = contents
+            if self._documents is None:
+                return
+            with storage_errors("replace", self._where, GROUP_FILE):
+                self._fs.unlink(GROUP_FILE, dir_fd=self._fd)
+            codecs = tuple((array.made or self._make(array)).codec for array in self._arrays.values())
+            entry = self._write_file(
+                GROUP_FILE, zarr_documents.root(contents.attributes, self._outline.consolidated(codecs))
+            )
+            self._documents = tuple(entry if old.path == GROUP_FILE else old for old in self._documents)
+            self._tried = None  # it was tried with the former attributes
+
     def write_documents(self, describe: Describe) -> None:
         """Write everything but the chunks, their checksums and the manifest; again is fine.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
 from gockpt.storage import directory_names, remote_listing
 from gockpt.storage.folder import LocalFolder
-from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE, glance, metrics_of, parse
+from gockpt.storage.manifest import GROUP_FILE, MANIFEST_FILE, finite_of, glance, metrics_of, parse
 from gockpt.storage.paths import located
 from gockpt.storage.reader import StoredCheckpoint, manifest_bytes, read_manifest
 from gockpt.storage.safe_open import GONE, open_below, open_directory
@@ -57,6 +57,7 @@ class CheckpointEntry:
         exact: Whether every bit is what a blocking save would have written.
         metrics: Plain numbers among its extras, by name.
         superseded: Whether a newer complete checkpoint of the same step stands beside it.
+        finite: Whether parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
     """
 
     step: int
@@ -68,6 +69,7 @@ class CheckpointEntry:
     exact: bool
     metrics: Mapping[str, float]
     superseded: bool = False
+    finite: bool | None = None
 
 
 def list_checkpoints(path: Where, *, superseded: bool = False) -> list[CheckpointEntry]:
@@ -295,6 +297,7 @@ def _entry(path: str, manifest: Manifest) -> CheckpointEntry:
         nbytes=sum(entry.spec.nbytes for entry in manifest.arrays),
         exact=manifest.exact,
         metrics=metrics_of(manifest.attributes),
+        finite=finite_of(manifest.attributes),
     )
 
 

@@ -20,6 +20,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import ManifestCorrupt, UsageError
+from gockpt.nonfinite import nonfinite_of
 from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
 from gockpt.storage import checked, checksum, names, strict_json
 from gockpt.storage.checked import Broken, expect
@@ -41,6 +42,7 @@ __all__ = [
     "encode",
     "encode_arrays",
     "expected_files",
+    "finite_of",
     "glance",
     "identify",
     "metrics_of",
@@ -122,12 +124,20 @@ class Identity:
         seq: Which publication in its path it was.
         attempt: Unique to this writing of the step.
         metrics: Numbers among its extras, by name; not part of which checkpoint it is.
+        finite: Whether parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
     """
 
     step: int
     seq: int
     attempt: str
     metrics: Mapping[str, float] = field(default_factory=dict, compare=False)
+    finite: bool | None = field(default=None, compare=False)
+
+
+def finite_of(attributes: Any) -> bool | None:
+    """Return whether attributes say that parameters and optimizer state are finite; ``None`` if nothing."""
+    found = nonfinite_of(attributes)
+    return None if found is None else found.finite
 
 
 def metrics_of(attributes: Any) -> dict[str, float]:
@@ -250,6 +260,7 @@ def identify(data: bytes, *, where: str) -> Identity:
             seq=checked.integer(document.get("seq"), "seq"),
             attempt=checked.identifier(document.get("attempt"), "attempt"),
             metrics=metrics_of(document.get("attributes")),
+            finite=finite_of(document.get("attributes")),
         )
     except Broken as error:
         msg = f"{where}: {error}"

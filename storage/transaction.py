@@ -183,6 +183,16 @@ class Transaction:
             self._contents = replace(self._contents, state=state, attributes=attributes, exact=exact)
             self._draft.restate(self._contents)
 
+    def annotate(self, attributes: Mapping[str, Any]) -> None:
+        """Have other attributes than it was begun with, known once every chunk is written; then commit.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        with _Work(self):
+            self._contents = replace(self._contents, attributes=attributes)
+            self._draft.annotate(self._contents)
+
     def write_documents(self) -> None:
         """Write all that is neither a chunk nor known only when all of these are written.
 
@@ -316,8 +326,9 @@ class Transaction:
         self._catalog.forget(name)
         if replaced is not None:
             self._catalog.add(*publish.set_aside(self._place, replaced, self.step))
-        metrics = manifest.metrics_of(content.attributes)
-        self._catalog.add(name, manifest.Identity(content.step, content.seq, content.attempt, metrics))
+        metrics, finite = manifest.metrics_of(content.attributes), manifest.finite_of(content.attributes)
+        identity = manifest.Identity(content.step, content.seq, content.attempt, metrics, finite)
+        self._catalog.add(name, identity)
         self._lineage.parent = content.seq
 
     def _is_ours(self, name: str) -> bool:

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Lowest first. A new module takes its place here.
 LAYERS = (
     ("errors", "options"),
-    ("boxes", "schema", "layout", "schedule", "lifecycle", "cadence", "deviation", "retention"),
+    ("boxes", "schema", "layout", "schedule", "lifecycle", "cadence", "deviation", "nonfinite", "retention"),
     ("kernels", "storage"),
     (
         "arena",

@@ -51,7 +51,7 @@ def list_all(path: str, *, superseded: bool, as_json: bool) -> int:
     if as_json:
         print_json({"path": path, "checkpoints": [_entry(entry) for entry in found]})
     elif found:
-        columns = ("step>", "seq>", "created", "size>", "exact", "numbers", "path")
+        columns = ("step>", "seq>", "created", "size>", "exact", "finite", "numbers", "path")
         print_table(columns, [_row(entry) for entry in found])
     else:
         tell(f"no complete checkpoint in {printable(path)}")
@@ -190,15 +190,18 @@ def _entry(entry: CheckpointEntry) -> dict[str, Any]:
 def _row(entry: CheckpointEntry) -> tuple[object, ...]:
     numbers = ", ".join(f"{name}={value:g}" for name, value in entry.metrics.items())
     exact = "yes" if entry.exact else "no"
+    finite = {None: "?", True: "yes", False: "no"}[entry.finite]
     path = f"{entry.path} (superseded)" if entry.superseded else entry.path
-    return entry.step, entry.seq, entry.created, byte_size(entry.nbytes), exact, numbers, path
+    return entry.step, entry.seq, entry.created, byte_size(entry.nbytes), exact, finite, numbers, path
 
 
 def _metadata(metadata: Metadata, stored: StoredCheckpoint) -> dict[str, Any]:
     nbytes = sum(array.spec.nbytes for array in stored.arrays.values())
     document = {field.name: getattr(metadata, field.name) for field in dataclasses.fields(metadata)}
     deviation = metadata.deviation and dataclasses.asdict(metadata.deviation)
-    return {**document, "deviation": deviation, "tensor_count": len(stored.arrays), "nbytes": nbytes}
+    nonfinite = metadata.nonfinite and dataclasses.asdict(metadata.nonfinite)
+    own = {"deviation": deviation, "nonfinite": nonfinite}
+    return {**document, **own, "tensor_count": len(stored.arrays), "nbytes": nbytes}
 
 
 def _exactness(metadata: Metadata) -> str:
@@ -216,6 +219,7 @@ def _show(metadata: Metadata, stored: StoredCheckpoint) -> None:
         ("step", metadata.step),
         ("optimizer steps", metadata.optimizer_steps),
         ("exact", _exactness(metadata)),
+        ("NaN and Inf", "not counted" if metadata.nonfinite is None else metadata.nonfinite),
         ("tensors", f"{len(stored.arrays)}, {byte_size(nbytes)}"),
         ("optimizers", ", ".join(metadata.optimizers)),
         ("extras", ", ".join(metadata.extras)),

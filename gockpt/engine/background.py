@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gockpt.engine.messages import Capture, Gradient, ReplayPiece
     from gockpt.engine.ring import Ring
     from gockpt.engine.trace import Trace
+    from gockpt.nonfinite import NonFinite
     from gockpt.options import Options
     from gockpt.storage.store import Store
 
@@ -35,11 +36,13 @@ class Work(Protocol):
         total_bytes: Bytes to be written, once it is closed.
         written_bytes: Bytes written so far.
         deviation: Once it is published: how far that is from exact; ``None`` if it is.
+        nonfinite: Once it is published: the NaN and Inf in it.
     """
 
     total_bytes: int
     written_bytes: int
     deviation: Deviation | None
+    nonfinite: NonFinite
 
     def gradients(self, gradients: Iterable[Gradient]) -> None:
         """Queue one update's gradients for replay, in the order of updates."""

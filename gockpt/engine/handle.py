@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from gockpt.deviation import Deviation
     from gockpt.engine.trace import Span, Trace
+    from gockpt.nonfinite import NonFinite
     from gockpt.schedule import Plan
 
 __all__ = ["Progress", "SaveHandle", "Saved"]
@@ -34,6 +35,8 @@ class Saved:
         attempts: 1, or more when the save was retargeted.
         exact: Whether it is bit-exact.
         deviation: How far it is from exact, measured; ``None`` if it is. Only with ``Options.grad_dtype``.
+        nonfinite: The NaN and Inf in it; ``nonfinite.finite`` says whether parameters and optimizer state
+            have none.
         exposed_seconds: How long training waited for this save, all ticks and updates together.
         hidden_seconds: Background seconds (copying, replay, writing), summed over threads.
         durable_seconds: From the start of the window until the checkpoint was durable.
@@ -50,6 +53,7 @@ class Saved:
     attempts: int
     exact: bool
     deviation: Deviation | None
+    nonfinite: NonFinite
     exposed_seconds: float
     hidden_seconds: float
     durable_seconds: float

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import compress
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from gockpt.engine.counting import Counter
 from gockpt.engine.encodings import empty, seal
 from gockpt.engine.findings import Findings
 from gockpt.engine.probes import Probes
@@ -25,6 +26,7 @@ from gockpt.engine.replaying import replay_encoded
 from gockpt.errors import WorkerError, as_background_error
 from gockpt.kernels import replay
 from gockpt.kernels.fingerprint import fingerprint
+from gockpt.nonfinite import NonFinite, attributes_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -135,6 +137,9 @@ class Job:
         self.total_bytes = 0
         self.written_bytes = 0
         self.deviation: Deviation | None = None
+        self.nonfinite = NonFinite()
+        self._counter = Counter()
+        self._attributes: dict[str, Any] = {}
 
     # -- the training side -------------------------------------------------------------------
 
@@ -446,6 +451,7 @@ class Job:
             arena = arenas[place.arena]
             if place.strides is not None:
                 _to_row_major(arena.view(slot.offset, slot.nbytes), place.layout.spec.shape, place.strides)
+            self._counter.look(place.layout.spec, arena.view(slot.offset, slot.nbytes))
             transaction.write_chunk(place.layout, slot, arena.view(slot.offset, slot.capacity).data)
         with self._changed:
             self.written_bytes += sum(slot.nbytes for _, slot in chunks)
@@ -457,7 +463,9 @@ class Job:
         transaction, capture = self._begun(), self._capture
         found = None if capture is None else self._findings.documents(capture)
         if found is not None:
-            self.deviation, state, attributes = found
+            self.deviation, state, self._attributes = found
+            # What was counted is said as if nothing were found: most often that stays true.
+            attributes = attributes_with(self._attributes, NonFinite())
             transaction.restate(state=state, attributes=attributes, exact=False)
         transaction.write_documents()
         self._trace.span("write", began, perf_counter())
@@ -470,18 +478,24 @@ class Job:
             raise WorkerError(msg)
         with self._changed:
             if self._transaction is None:
+                self._attributes = capture.attributes
                 self._transaction = self._store.begin(
                     capture.step,
                     [place.layout for place in capture.arrays],
                     state=capture.state,
-                    attributes=capture.attributes,
+                    attributes=attributes_with(capture.attributes, NonFinite()),
                     exact=capture.exact,
                 )
             return self._transaction
 
     def _commit(self) -> Report:
         began = perf_counter()
-        result = self._begun().commit()
+        transaction, capture = self._begun(), self._capture
+        if capture is not None:
+            self.nonfinite = self._counter.found(capture.state)
+        if self.nonfinite.arrays:
+            transaction.annotate(attributes_with(self._attributes, self.nonfinite))
+        result = transaction.commit()
         self._trace.span("commit", began, perf_counter())
         with self._changed:
             self._transaction = None

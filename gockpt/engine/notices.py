@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gockpt.deviation import Deviation
     from gockpt.engine.messages import Capture, Gradient, ReplayPiece
+    from gockpt.nonfinite import NonFinite
     from gockpt.storage.transaction import Published
 
 __all__ = [
@@ -245,12 +246,14 @@ class Publication:
         published: The checkpoint.
         defect: What went wrong with the pruning that must not; empty if nothing did.
         deviation: How far it is from exact; ``None`` if it is.
+        nonfinite: The NaN and Inf in it.
     """
 
     job: int
     published: Published
     defect: str
     deviation: Deviation | None
+    nonfinite: NonFinite
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gockpt.engine import notices
 from gockpt.errors import WorkerError, as_background_error
+from gockpt.nonfinite import NonFinite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,6 +48,7 @@ class RemoteJob:
         self.total_bytes = 0
         self.written_bytes = 0
         self.deviation: Deviation | None = None
+        self.nonfinite = NonFinite()
         self._worker = worker
         self._arenas = arenas  # kept until it has ended: an arena that nobody has here is nobody's anywhere
         self._pieces = {p.index: p for p in pieces}
@@ -184,9 +186,9 @@ class RemoteJob:
         if taken is not None:
             self._reports.put(taken)
 
-    def published(self, result: Published, deviation: Deviation | None) -> None:
+    def published(self, result: Published, deviation: Deviation | None, nonfinite: NonFinite) -> None:
         """The checkpoint is durable."""
-        self.deviation = deviation
+        self.deviation, self.nonfinite = deviation, nonfinite
         self.written_bytes = self.total_bytes
         self.taken()
         self._end(lambda: self._outcome.published(self, result))

@@ -98,7 +98,7 @@ class Told:
         except Exception as error:  # noqa: BLE001 - told with the save, which is published all the same
             _log.exception("of the pruning after a save")
             defect = f"{type(error).__name__}: {error}"
-        self._tell(notices.Publication(self._number, result, defect, job.deviation))
+        self._tell(notices.Publication(self._number, result, defect, job.deviation, job.nonfinite))
 
     def mismatched(self, job: Work, pieces: Sequence[int]) -> None:  # noqa: ARG002
         """Nothing was published."""

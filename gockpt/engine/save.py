@@ -124,6 +124,7 @@ class Save:
         self._boosted = False
         self._settling = False
         self._told_of_metric = False
+        self._told_of_nonfinite = False
         self._commands: dict[Command, Callable[[Any], None]] = {
             Command.SEND_PART: self._send_part,
             Command.SEND_REST: self._send_rest,
@@ -544,6 +545,17 @@ class Save:
             1e3 * saved.hidden_seconds,
             "" if saved.deviation is None else f"; not exact: {saved.deviation}",
         )
+        self._tell_of_nonfinite(saved)
+
+    def _tell_of_nonfinite(self, saved: Saved) -> None:
+        """Warn of NaN and Inf in parameters or optimizer state: once, until a checkpoint has none again."""
+        if not saved.nonfinite.finite and not self._told_of_nonfinite:
+            _log.warning(
+                "the checkpoint of step %d is as training left it, with %s; load(..., finite=True) takes the "
+                "newest without any in parameters and optimizer state (told once)",
+                *(saved.step, saved.nonfinite),
+            )
+        self._told_of_nonfinite = not saved.nonfinite.finite
 
     def mismatched(self, job: Work, pieces: Sequence[int]) -> None:
         """A replay did not arrive at the live state: distrust it and wait for the next tick."""
@@ -575,6 +587,7 @@ class Save:
             attempts=handle.attempts,
             exact=job.deviation is None,
             deviation=job.deviation,
+            nonfinite=job.nonfinite,
             exposed_seconds=trace.seconds("stall"),
             hidden_seconds=trace.seconds("copy") + trace.seconds("replay") + trace.seconds("write"),
             durable_seconds=perf_counter() - trace.began,

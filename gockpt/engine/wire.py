@@ -16,6 +16,7 @@ from gockpt.engine import notices
 from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.errors import WorkerError
 from gockpt.layout import ArrayLayout, Slot
+from gockpt.nonfinite import NonFinite
 from gockpt.schema import ArraySpec
 from gockpt.storage.transaction import Published
 
@@ -187,12 +188,14 @@ def _to_close(job: int, arenas: Any, verified: Any, step: int, *rest: Any) -> no
 def _publication(m: notices.Publication) -> list[Any]:
     deviation = None if m.deviation is None else asdict(m.deviation)
     published = (getattr(m.published, field.name) for field in fields(Published))
-    return [m.job, m.defect, deviation, *published]
+    return [m.job, m.defect, deviation, asdict(m.nonfinite), *published]
 
 
-def _to_publication(job: int, defect: str, deviation: Any, *rest: Any) -> notices.Publication:
+def _to_publication(job: int, defect: str, deviation: Any, counts: Any, *rest: Any) -> notices.Publication:
     found = None if deviation is None else Deviation(**deviation)
-    return notices.Publication(job, Published(*rest), defect, found)
+    first = {name: tuple(pair) for name, pair in counts["first"].items()}
+    nonfinite = NonFinite(**{**counts, "first": first})
+    return notices.Publication(job, Published(*rest), defect, found, nonfinite)
 
 
 _KINDS: dict[str, type[Any]] = {name: getattr(notices, name) for name in notices.__all__}

@@ -283,7 +283,7 @@ def _tell(job: RemoteJob, message: Any) -> None:
         case notices.Taken():
             job.taken()
         case notices.Publication():
-            job.published(message.published, message.deviation)
+            job.published(message.published, message.deviation, message.nonfinite)
         case notices.Mismatched():
             job.mismatched(message.pieces)
         case notices.Failed():

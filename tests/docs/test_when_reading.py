@@ -311,6 +311,26 @@ def _chunk_damaged_previous(lab):
     assert (restored.step, [one.step for one in restored.passed_over]) == (1, [2])
 
 
+def _with_nan(lab):
+    """Two steps, of which the second has a NaN."""
+    run = lab.Run().saved()
+    run.model[0].weight.data[0, 0] = torch.nan
+    return run.saved()
+
+
+@when("With `finite=True`, the newest has NaN or Inf in parameters or optimizer state")
+def _newest_not_finite(lab):
+    run = _with_nan(lab)
+    restored = gockpt.load("ckpts", run.model, run.opt, finite=True)
+    assert (restored.step, [one.step for one in restored.passed_over]) == (1, [2])
+
+
+@when("With `finite=True`, the step asked for has some, or every checkpoint")
+def _step_not_finite(lab):
+    run = _with_nan(lab)
+    gockpt.load("ckpts", run.model, run.opt, finite=True, step=2)
+
+
 @when("The newest manifest is damaged")
 def _manifest_damaged(lab):
     run = lab.Run().saved().saved()

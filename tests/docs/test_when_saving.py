@@ -69,6 +69,26 @@ def _group_added(lab):
     assert run.window(between=add).check().window == 1
 
 
+@when("Parameters or optimizer state have NaN or Inf")
+def _not_finite(lab):
+    run = lab.Run()
+    options = gockpt.Options(window=1, when_busy="wait", keep=2)
+    run.saved(options=options)
+    run.model[0].weight.data[0, 0] = torch.nan
+    for _ in range(3):
+        assert not run.saved(options=options).save.result().nonfinite.finite
+    assert gockpt.steps("ckpts") == [1, 3, 4]
+
+
+@when("Kernels can't be compiled (`NUMBA_DISABLE_JIT`), or not be kept on the disk")
+def _nothing_compiled(lab):
+    with (
+        mock.patch("gockpt.kernels.fingerprint.WHY_NOT", "a test says so"),
+        mock.patch("gockpt.kernels.replay.WHY_NOT", "a test says so"),
+    ):
+        assert lab.Run().window().check().window == 1
+
+
 @when("There is no optimizer")
 def _no_optimizer(lab):
     assert lab.Run(optimizer=False).window().check().window == 1

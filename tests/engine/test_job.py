@@ -23,6 +23,7 @@ from gockpt.engine.trace import Trace
 from gockpt.errors import StorageError, WorkerError
 from gockpt.kernels.fingerprint import fingerprint
 from gockpt.layout import lay_out
+from gockpt.nonfinite import NonFinite, attributes_with
 from gockpt.schema import ArraySpec
 
 ELEMENTS = 48
@@ -155,7 +156,8 @@ def test_what_is_written_is_the_live_state_after_all_updates(bench, threads, upd
     for name, values in made.written().items():
         assert values.tobytes() == made.live[name].tobytes()
     (transaction,) = made.transactions
-    assert transaction.contents == (7, [s.name for s in made.specs], {"a": 1}, {"b": 2}, True)
+    attributes = attributes_with({"b": 2}, NonFinite())
+    assert transaction.contents == (7, [s.name for s in made.specs], {"a": 1}, attributes, True)
     assert transaction.documents == 1
     assert transaction.committed
     assert transaction.aborted == 0

@@ -17,6 +17,7 @@ from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, S
 from gockpt.engine.wire import Frames, decode, encode
 from gockpt.errors import WorkerError
 from gockpt.layout import ArrayLayout, Slot
+from gockpt.nonfinite import NonFinite
 from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.transaction import Published
 
@@ -68,6 +69,8 @@ captures = st.builds(
 )
 shares = st.none() | st.floats(0, allow_infinity=False)
 deviations = st.builds(Deviation, texts, counts, floats, shares, shares, counts, counts)
+named = st.dictionaries(texts, st.tuples(counts, counts), max_size=3)
+nonfinite = st.builds(NonFinite, counts, counts, counts, counts, named)
 FIELDS = {
     "int": counts,
     "bool": st.booleans(),
@@ -83,6 +86,7 @@ FIELDS = {
     "tuple[tuple[str, float, float], ...]": many(st.tuples(texts, floats, floats)),
     "Capture": captures,
     "Deviation | None": st.none() | deviations,
+    "NonFinite": nonfinite,
     "Published": st.builds(Published, counts, counts, texts, texts, counts, counts),
 }
 """What a field may hold, by its type as it is written."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gockpt.options import Keep
 from gockpt.retention import Publication, abandoned, expendable, superseded
 
+FINITE = st.sampled_from([None, True, False])
 METRICS = st.none() | st.floats() | st.integers(-3, 3)
 
 
@@ -22,7 +23,7 @@ def histories(draw):
     found, seq = [], 0
     for step, gap in zip(steps, gaps, strict=True):
         seq += gap
-        found.append(Publication(seq, step, draw(METRICS), draw(st.booleans())))
+        found.append(Publication(seq, step, draw(METRICS), draw(st.booleans()), draw(FINITE)))
     return draw(st.permutations(found))
 
 
@@ -65,6 +66,9 @@ def test_what_stays_is_what_the_rules_name_and_no_more(history, keep):
     whole = [one for one in history if one.verified]
     if whole:
         named.add(max(whole, key=lambda one: one.seq))
+    good = [one for one in history if one.finite is not False]
+    if good:
+        named.add(max(good, key=lambda one: one.seq))
     assert set(stay) == named
 
 
@@ -91,6 +95,14 @@ def seqs(steps, keep, **metrics):
     ]
     gone = expendable(found, keep)
     return [one.step for one in found if one.seq not in gone]
+
+
+@pytest.mark.parametrize("known", [True, None])
+def test_the_newest_that_is_not_known_to_have_nan_stays(known):
+    found = [Publication(n, 10 * n, finite=known if n < 4 else False) for n in range(1, 8)]
+    assert expendable(found, Keep(newest=2)) == {1, 2, 4, 5}
+    assert expendable(found[:4], Keep(newest=1)) == {1, 2}
+    assert expendable(found[3:], Keep(newest=2)) == {4, 5}  # as there is none, two of them are no worse
 
 
 def test_an_abandoned_branch_goes_first_once_its_successor_is_there():
