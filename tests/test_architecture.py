@@ -19,7 +19,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Lowest first. A new module takes its place here.
 LAYERS = (
     ("errors", "options"),
-    ("boxes", "schema", "layout", "schedule", "lifecycle", "cadence", "deviation", "nonfinite", "retention"),
+    (
+        "boxes",
+        "schema",
+        "layout",
+        "schedule",
+        "lifecycle",
+        "cadence",
+        "deviation",
+        "nonfinite",
+        "interval",
+        "retention",
+    ),
     ("kernels", "storage"),
     (
         "arena",

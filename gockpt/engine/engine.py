@@ -24,8 +24,9 @@ from gockpt.engine.save import Boundary, Save, as_save_error
 from gockpt.engine.signals import deferred, let_through
 from gockpt.engine.sizing import facts_of
 from gockpt.errors import SaveAborted, UsageError
+from gockpt.interval import FIRST, Interval
 from gockpt.lifecycle import Event, State
-from gockpt.schedule import choose_every, make_plan
+from gockpt.schedule import make_plan
 from gockpt.state import collect
 from gockpt.transfer import Transfer
 
@@ -47,7 +48,6 @@ __all__ = ["Engine"]
 
 _log = logging.getLogger("gockpt")
 
-FIRST_AUTO_EVERY = 10
 
 POLL = 0.1
 """Seconds between two looks whether a signal came, or the training thread ended, while waiting."""
@@ -82,8 +82,8 @@ class Engine:
         self._model = model
         self._optimizers = optimizers
         self._on_published = on_published
-        self._auto_every = every == "auto"
-        self._cadence = Cadence(FIRST_AUTO_EVERY if isinstance(every, str) else every)
+        self._interval = Interval(options.overhead) if isinstance(every, str) else None
+        self._cadence = Cadence(FIRST if isinstance(every, str) else every)
         self._pid = os.getpid()
         self._changed = Lock()
         self._transfer = Transfer()
@@ -165,8 +165,10 @@ class Engine:
             finally:
                 # A save under way may need the model again, even if the user's last reference goes.
                 self._held = self._model() if self.busy else None
+                ended = perf_counter()
                 if self.busy:
-                    self._save.trace.span("stall", began, perf_counter(), step=step, what="tick")
+                    self._save.trace.span("stall", began, ended, step=step, what="tick")
+                self._pace.left(ended, idle=not self.busy)
             self._save.raise_pending()
             return self._save.handle
 
@@ -462,13 +464,13 @@ class Engine:
         self._choose_every(saved)
 
     def _choose_every(self, saved: Saved) -> None:
-        if not self._auto_every or not self._pace.step_seconds:
+        if self._interval is None or not self._pace.step_seconds:
             return
-        every = choose_every(
+        every = self._interval.saved(
+            saved.window > 1,
             stall_seconds=saved.exposed_seconds,
             step_seconds=self._pace.step_seconds,
             durable_seconds=saved.durable_seconds,
-            overhead=self.options.overhead,
         )
         if every != self._cadence.every:
             _log.info("every='auto' now saves every %d steps", every)

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 __all__ = ["Pace"]
 
 _WEIGHT = 0.3
+_STEPS = 32
 
 
 class Pace:
-    """Running averages that a plan is made from.
+    """What a plan and the interval between saves are made from.
 
     Attributes:
-        step_seconds: Seconds from tick to tick without a save under way; ``None`` before two ticks.
+        step_seconds: Seconds from the end of a tick to the next one, without a save under way at either: the
+            median of the last 32, which neither the first steps nor an evaluation between two of them
+            changes; ``None`` before two ticks.
         copy_rate: Bytes per second into the arena; ``None`` before the first save.
     """
 
     def __init__(self) -> None:
         self.step_seconds: float | None = None
         self.copy_rate: float | None = None
-        self._last: float | None = None
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._left: float | None = None
 
     def tick(self, now: float, *, idle: bool) -> None:
-        """Note a tick at ``now``; only steps without a save say what a step takes."""
-        if self._last is not None and idle:
-            self.step_seconds = _average(self.step_seconds, now - self._last)
-        self._last = now
+        """Note that a tick begins at ``now``, and whether no save is under way."""
+        if self._left is not None and idle:
+            self._steps.append(now - self._left)
+            self.step_seconds = median(self._steps)
+        self._left = None
+
+    def left(self, now: float, *, idle: bool) -> None:
+        """Note that the tick ends at ``now``, and whether no save is under way."""
+        self._left = now if idle else None
 
     def copied(self, nbytes: int, seconds: float) -> None:
         """Note that ``nbytes`` were copied in ``seconds``."""
         if nbytes and seconds > 0:
-            self.copy_rate = _average(self.copy_rate, nbytes / seconds)
+            rate = nbytes / seconds
+            self.copy_rate = rate if self.copy_rate is None else _average(self.copy_rate, rate)
 
 
-def _average(old: float | None, new: float) -> float:
-    return new if old is None else (1 - _WEIGHT) * old + _WEIGHT * new
+def _average(old: float, new: float) -> float:
+    return (1 - _WEIGHT) * old + _WEIGHT * new
