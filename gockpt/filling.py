@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from gockpt.errors import StateMismatch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gockpt.fitting import Create
     from gockpt.storage.reader import StoredCheckpoint
     from gockpt.strides import Strides
+    from gockpt.tensors import Bytes
 
 __all__ = ["Filler", "copy_into", "reordered"]
 
@@ -38,6 +40,14 @@ class Filler:
         # By id of a part, which the caller's plan keeps alive.
         self._filled: set[int] = set()
         self._new: dict[int, torch.Tensor] = {}
+
+    def bytes_of(self, name: tuple[str, ...]) -> Bytes:
+        """Return an array's bytes, row-major, in new memory."""
+        public = "/".join(name)
+        data = np.empty(self._stored.arrays[public].spec.nbytes, np.uint8)
+        if data.size:
+            self._stored.read_into(public, None, data)
+        return data
 
     def read(self, name: tuple[str, ...]) -> torch.Tensor:
         """Return an array as a new CPU tensor."""

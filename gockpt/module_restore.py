@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from gockpt.saved_state import SavedState
     from gockpt.schema import ArraySpec
-    from gockpt.stored_state_dict import Read
+    from gockpt.stored_state_dict import BytesOf, Read
 
 __all__ = ["ModuleRestore", "module_restores"]
 
@@ -42,7 +42,7 @@ EXTRA_STATE = "_extra_state"
 
 
 def module_restores(
-    model: Any, saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read
+    model: Any, saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read, bytes_of: BytesOf
 ) -> list[ModuleRestore]:
     """Return the load of each module that a model stands for; none for a mapping.
 
@@ -52,7 +52,7 @@ def module_restores(
     parts = [(prefix, part) for prefix, part in models_of(model) if isinstance(part, nn.Module)]
     if not parts:
         return []
-    entries = saved_entries(saved, arrays, read)
+    entries = saved_entries(saved, arrays, read, bytes_of)
     metadata = saved_metadata(saved, read)
     restores = [ModuleRestore(part, prefix, entries, metadata) for prefix, part in parts]
     if not any(restore.prefix == "" for restore in restores):
@@ -96,7 +96,7 @@ class ModuleRestore:
         device = self._devices.get(name, self._devices[""])
         if not isinstance(value, Stored) or device.type == "cpu":
             return value
-        return replace(value, read=lambda: value.read().to(device))
+        return replace(value, read=lambda: value.read().to(device), bytes_of=None)
 
     def check(self) -> ModelFit:
         """Compare all that no code of a module's own can change; runs none and changes nothing."""

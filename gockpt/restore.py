@@ -224,7 +224,7 @@ class _Load:
         saved = state_of(self.stored)
         live = collect(self.model, self.optimizer, loading=True)
         arrays = {name: array.spec for name, array in self.stored.arrays.items()}
-        self.modules = module_restores(self.model, saved, arrays, self.filler.read)
+        self.modules = module_restores(self.model, saved, arrays, self.filler.read, self.filler.bytes_of)
 
         # First all that can be found out without running code of the objects' own: nothing is changed.
         parts = [module.check() for module in self.modules]

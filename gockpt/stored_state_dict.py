@@ -6,6 +6,7 @@ and get the same values, but only what they take is ever in memory.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import ItemsView, ValuesView
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ import torch
 
 from gockpt.errors import ManifestCorrupt
 from gockpt.model_fitting import fills_for
+from gockpt.schema import ArraySpec
+from gockpt.storage.checksum import crc32c
 from gockpt.subclass_fitting import inner_names, make_subclass
+from gockpt.tensors import DTYPE_OF
 from gockpt.unplain import array_name, decode
 
 if TYPE_CHECKING:
@@ -23,9 +27,10 @@ if TYPE_CHECKING:
 
     from gockpt.model_fitting import Fill
     from gockpt.saved_state import SavedState, SavedSubclass
-    from gockpt.schema import ArraySpec
+    from gockpt.tensors import Bytes
 
     Read = Callable[[tuple[str, ...]], torch.Tensor]
+    BytesOf = Callable[[tuple[str, ...]], Bytes]
 
 __all__ = ["Stored", "StoredStateDict", "saved_entries", "saved_metadata"]
 
@@ -42,32 +47,107 @@ class Stored:
         spec: Its shape and dtype, or the subclass.
         read: Returns its values as a new tensor.
         arrays: Every stored array by public name.
+        bytes_of: Returns its bytes in memory of their own; ``None`` for what is more than bytes on the CPU.
     """
 
     source: str
     spec: ArraySpec | SavedSubclass
     read: Callable[[], torch.Tensor]
     arrays: Mapping[str, ArraySpec]
+    bytes_of: Callable[[], Bytes] | None = None
 
     def fills(self, target: torch.Tensor, name: str) -> list[Fill] | str:
         """Return what fills a live tensor that is called so, or how it differs."""
         return fills_for(self.source, self.spec, target, name, self.arrays)
 
 
+class _Lent:
+    """A stored value that was shown as a tensor, which may have been changed since.
+
+    It holds the bytes as long as somebody else may see or change them; after that only if it was put into a
+    state dict, and they were changed.
+    """
+
+    def __init__(self, stored: Stored, spec: ArraySpec, data: Bytes) -> None:
+        self.stored = stored
+        self._spec = spec
+        self.kept = False
+        self._data: Bytes | None = data
+        self._checksum = crc32c(data.data)
+        seen = data.view()  # dies with the last tensor or array over this memory
+        self._watch = weakref.ref(seen, self._let_go)
+        self._first = self._tensor_over(seen)
+        self._tensor = weakref.ref(self._first)
+
+    def _tensor_over(self, data: Bytes) -> torch.Tensor:
+        """Return bytes as a tensor that shares their memory."""
+        return torch.from_numpy(data).view(DTYPE_OF[self._spec.dtype]).reshape(self._spec.shape)
+
+    def take(self) -> torch.Tensor:
+        """Return the tensor to be shown, once."""
+        tensor = self._first
+        del self._first
+        return tensor
+
+    def _let_go(self, _: object) -> None:
+        if not self.kept or crc32c(self._data.data) == self._checksum:  # type: ignore[union-attr]
+            self._data = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether anybody has the tensor that was shown."""
+        return self._tensor() is not None
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is the one that was shown."""
+        return self._tensor() is tensor
+
+    def now(self) -> Stored | torch.Tensor:
+        """Return the tensor as it is now, or the stored value if that is the same."""
+        tensor = self._tensor()
+        if tensor is not None:
+            return tensor
+        return self.stored if self._data is None else self._tensor_over(self._data)
+
+
 class StoredStateDict(OrderedDict[str, Any]):
     """A state dict that holds :class:`Stored` values, and shows tensors.
 
     Each look at a value reads it anew; who wants to keep it keeps the tensor. Values that were put in are
-    shown as they are.
+    shown as they are. A tensor that was taken out and put in again, as hooks do that rename, is held as
+    stored again once nobody else has it, if it was not changed.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lent: dict[int, _Lent] = {}
 
     def raw(self, key: str) -> Any:
         """Return a value as it is held, without reading it."""
-        return super().__getitem__(key)
+        value = super().__getitem__(key)
+        return value.now() if isinstance(value, _Lent) else value
 
     def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        return value.read() if isinstance(value, Stored) else value
+        value = self.raw(key)
+        return self._show(value) if isinstance(value, Stored) else value
+
+    def _show(self, stored: Stored) -> torch.Tensor:
+        spec = stored.spec
+        if stored.bytes_of is None or not isinstance(spec, ArraySpec) or not spec.numel:
+            return stored.read()
+        lent = _Lent(stored, spec, stored.bytes_of())
+        tensor = lent.take()
+        self._lent = {number: one for number, one in self._lent.items() if one.alive}
+        self._lent[id(tensor)] = lent
+        return tensor
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        lent = self._lent.get(id(value)) if isinstance(value, torch.Tensor) else None
+        if lent is not None and lent.is_of(value):
+            lent.kept = True
+            super().__setitem__(key, lent)
+        else:
+            super().__setitem__(key, value)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value, or the default."""
@@ -105,11 +185,13 @@ class StoredStateDict(OrderedDict[str, Any]):
         other = type(self)()
         for key in self:
             if wanted(key):
-                other[key] = self.raw(key)
+                OrderedDict.__setitem__(other, key, super().__getitem__(key))
         return other
 
 
-def saved_entries(saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read) -> dict[str, Stored | Any]:
+def saved_entries(
+    saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read, bytes_of: BytesOf
+) -> dict[str, Stored | Any]:
     """Return a model's saved entries by natural name, in the order of its state dict where that is known.
 
     What is no array of its own is decoded here and now, so that nothing else than an array's bytes can be
@@ -124,7 +206,7 @@ def saved_entries(saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read
         if subclass is not None:
             return Stored(public, subclass, lambda: make_subclass(subclass, read, _CPU, public), arrays)
         spec = arrays[public]
-        return Stored(public, spec, lambda: read(spec.name), arrays)
+        return Stored(public, spec, lambda: read(spec.name), arrays, lambda: bytes_of(spec.name))
 
     entries: dict[str, Any] = {}
     for public, spec in arrays.items():
