@@ -21,7 +21,7 @@ from gockpt.engine.engine import Engine
 from gockpt.engine.orphans import open_store
 from gockpt.errors import GockptError, UploadError, UsageError
 from gockpt.lineage import origin_of
-from gockpt.naming import resolve_optimizers
+from gockpt.optimizers import Found, find_optimizers
 from gockpt.storage.compression import Compression
 from gockpt.storage.paths import directory_to_save
 from gockpt.storage.store import Store
@@ -99,7 +99,7 @@ class Checkpointer:
         self.every = checked_every(every, self.options)
         self._extra = checked_extra(extra)
         self.path = directory_to_save(path)
-        self._optimizers = resolve_optimizers(optimizer)
+        self._optimizers = find_optimizers(optimizer)
         self.model_ids = model_ids(model)
         self._uploads: Uploads | None = None
         origin = origin_of(model)
@@ -116,7 +116,7 @@ class Checkpointer:
                     self._uploads = Uploads(remote, self.path, publications, nice=self.options.nice)
                 self._engine = Engine(
                     reference(model),
-                    self._optimizers,
+                    optimizer,
                     background,
                     every=self.every,
                     options=self.options,
@@ -263,7 +263,7 @@ class Checkpointer:
         return (
             not self.closed
             and self.model_ids == model_ids(model)
-            and self._optimizers == resolve_optimizers(optimizer)
+            and self._optimizers.same_as(find_optimizers(optimizer))
             and self.every == every
             and self.options == options
         )
@@ -275,7 +275,7 @@ class Checkpointer:
 
     def let_go(self) -> None:
         """Forget the optimizers of a model that is gone, and with them its parameters."""
-        self._optimizers = []
+        self._optimizers = Found()
         self._engine.let_go()
 
     def forget_model(self) -> None:

@@ -17,7 +17,9 @@
          "states": {fqn: value},                     {"exp_avg": {"$tensor": ["optimizer", fqn, "exp_avg"]}}
          "outside": {fqn: [name components]},        parameters that no entry of the model holds
          "values": value,                            state under keys that are no parameters
-         "more": value}],                            what an overridden state_dict() adds
+         "state_dict": value}],                      instead of states and values: its own state_dict()
+     "wrappers": [{"class": ..., "optimizers": [index, ...], "adds": bool, "state_dict": value}],
+     "elsewhere": [name, ...],                       arrays out of "state_dict" that were not on the CPU
      "strides": {name: [stride, ...]},               of what optimizers hold, where it is not row-major
      "extra": {name: value},                         the user's extras
      "rng": value}                                   of gockpt.rng, or null
@@ -36,9 +38,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.errors import UnsupportedState, UsageError
+from gockpt.optimizer_forms import Forms
 from gockpt.plain import Json, encode, is_ordinary_key, join
 from gockpt.saved_state import VERSION
 from gockpt.strides import strides_of
+from gockpt.tensors import is_subclass
 from gockpt.tensor_subclasses import Flattened
 
 if TYPE_CHECKING:
@@ -133,13 +137,15 @@ def build_document(
         return document
 
     def note_strides(name: tuple[str, ...], tensor: torch.Tensor) -> None:
-        if (order := strides_of(tensor)) is not None:
+        if not is_subclass(tensor) and (order := strides_of(tensor)) is not None:
             strides["/".join(name)] = list(order)
 
     for name in _held_by_optimizers(live):
         note_strides(name, live.entries[name])
+    forms = Forms(live, plain, note_strides)
+    noting = partial(plain, place=note_strides)
     optimizers: list[Json] = [
-        _optimizer(i, entry, partial(plain, place=note_strides)) for i, entry in enumerate(live.trained)
+        _optimizer(index, entry, noting, forms) for index, entry in enumerate(live.trained)
     ]
     document: dict[str, Json] = {
         "version": VERSION,
@@ -151,6 +157,8 @@ def build_document(
         "buffers": [*sorted("/".join(name) for name in live.buffers)],
         "computed": {fqn: plain(made.value, "model", fqn) for fqn, made in live.computed.items()},
         "optimizers": optimizers,
+        "wrappers": forms.wrappers(),
+        "elsewhere": [*forms.elsewhere],
         "strides": strides,
         "extra": {name: plain(value, "extra", name) for name, value in (extra or {}).items()},
         "rng": None if rng is None else plain(dict(rng), "rng"),
@@ -198,28 +206,30 @@ def _metadata(name: str, value: Any, plain: Any) -> Json:
     return plain(value, "module_metadata", name)  # type: ignore[no-any-return]
 
 
-def _optimizer(index: int, entry: OptimizerEntry, plain: Any) -> dict[str, Json]:
+def _optimizer(index: int, entry: OptimizerEntry, plain: Any, forms: Forms) -> dict[str, Json]:
     options = (OPTIONS, str(index))
     groups: list[Json] = []
     states: dict[str, Json] = {}
     outside: dict[str, Json] = {}
     for g, group in enumerate(entry.groups):
-        rest = {key: value for key, value in group.options.items() if key != "params"}
+        rest = {key: value for key, value in group.options.items() if key != "params" and not entry.own}
         names: list[Json] = [param.fqn for param in group.params]
         groups.append({"params": names, "options": plain(rest, *options, f"group{g}")})
         for param in group.params:
             if param.name[0] != "model":
                 outside[param.fqn] = list(param.name)
-            if param.raw is not None:
+            if param.raw is not None and not entry.own:
                 states[param.fqn] = _state(param, plain)
-    return {
+    document: dict[str, Json] = {
         "class": entry.kind,
         "groups": groups,
         "states": states,
         "outside": outside,
-        "values": plain(entry.values, *options, "values"),
-        "more": plain(_more(entry.optimizer), *options, "more"),
+        "values": {} if entry.own else plain(entry.values, *options, "values"),
     }
+    if entry.own:
+        document["state_dict"] = forms.of(index)
+    return document
 
 
 def _state(param: ParamEntry, plain: Any) -> Json:
@@ -236,14 +246,6 @@ def _state(param: ParamEntry, plain: Any) -> Json:
         else:
             pairs.append((plain(key, *prefix, f"#{position}"), plain(value, *prefix, f"#{position}")))
     return join(pairs)
-
-
-def _more(optimizer: Any) -> dict[str, Any]:
-    """Return what an optimizer's own ``state_dict`` holds besides state and groups."""
-    own = getattr(type(optimizer), "state_dict", None)
-    if own is None or own is torch.optim.Optimizer.state_dict:
-        return {}
-    return {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}
 
 
 def _check_names(live: LiveState, arrays: Arrays) -> None:

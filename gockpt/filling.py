@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gockpt.errors import StateMismatch
+from gockpt.errors import ManifestCorrupt, StateMismatch
 from gockpt.lazy import read_whole
 from gockpt.model_fitting import Assign, Fill
 from gockpt.storage.reader import Wanted
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gockpt.strides import Strides
     from gockpt.tensors import Bytes
 
-__all__ = ["Filler", "copy_into", "reordered"]
+__all__ = ["Filler", "Kept", "copy_into"]
 
 
 class Filler:
@@ -52,6 +52,20 @@ class Filler:
     def read(self, name: tuple[str, ...]) -> torch.Tensor:
         """Return an array as a new CPU tensor."""
         return read_whole(self._stored, "/".join(name))
+
+    def read_as(self, name: tuple[str, ...], strides: Strides | None, device: torch.device) -> torch.Tensor:
+        """Return an array as a new tensor on a device, with these strides (``None``: row-major)."""
+        values = self.read(name)
+        if strides is None:
+            return values.to(device)
+        if len(strides) != values.dim():
+            msg = f"the state document gives {'/'.join(name)!r} {len(strides)} strides"
+            raise ManifestCorrupt(msg)
+        return reordered(values, strides, device)
+
+    def apart(self) -> Filler:
+        """Return one that makes tensors of its own: none shares memory with what this one fills."""
+        return Filler(self._stored)
 
     def stage(self, fills: Iterable[Fill]) -> None:
         """Read what goes into memory that overlaps itself (``expand``), and make sure that it can.
@@ -162,6 +176,20 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy values of the same dtype into live memory, whatever autograd thinks of it."""
     with torch.inference_mode(mode=target.is_inference()), torch.no_grad():
         target.copy_(source)
+
+
+class Kept:
+    """Copies of live tensors on the CPU, to put back what a load overwrote."""
+
+    def __init__(self, targets: Iterable[torch.Tensor]) -> None:
+        """Copy the tensors' values."""
+        self._copies = [(target, target.detach().to("cpu", copy=True)) for target in targets]
+
+    def put_back(self) -> None:
+        """Give each tensor the values that it had."""
+        for target, values in self._copies:
+            collapsed = _collapsed(values, target.stride())
+            _copy_collapsed(target, values if collapsed is None else collapsed)
 
 
 def reordered(values: torch.Tensor, strides: Strides, device: torch.device) -> torch.Tensor:

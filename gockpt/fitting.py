@@ -13,7 +13,9 @@ import torch
 
 from gockpt.errors import ManifestCorrupt
 from gockpt.model_fitting import Fill, ModelFit, fills_for
-from gockpt.strides import has_strides, row_major
+from gockpt.saved_forms import reordered_groups, standard_form, torch_form
+from gockpt.saved_strides import order_of_state, strides_saved
+from gockpt.strides import has_strides
 from gockpt.tensors import DTYPE_OF, is_subclass
 from gockpt.unplain import array_name, is_mapping, items
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from gockpt.schema import ArraySpec
     from gockpt.state import LiveState, OptimizerEntry, ParamEntry
     from gockpt.strides import Strides
+    from gockpt.wrapper_fitting import WrapperPlan
 
 __all__ = ["Create", "FillInner", "OptimizerPlan", "ParamPlan", "Plan", "Value", "fit"]
 
@@ -88,6 +91,8 @@ class OptimizerPlan:
         params: The state of each parameter that fits.
         strides: Of arrays that are not row-major, by public name.
         subclasses: Every saved tensor subclass by public name.
+        form: What its own ``load_state_dict`` is given; ``None`` to fill its state in place.
+        beyond: Keys of the saved form that nothing live takes.
     """
 
     index: int
@@ -96,6 +101,8 @@ class OptimizerPlan:
     params: list[ParamPlan]
     strides: Mapping[str, Strides] = field(default_factory=dict)
     subclasses: Mapping[str, SavedSubclass] = field(default_factory=dict)
+    form: Json = None
+    beyond: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -106,17 +113,23 @@ class Plan:
         model: How each part of the model fits.
         fills: Parameters outside the model.
         optimizers: What each optimizer takes over.
+        wrappers: What each wrapper around them does, the outermost of each first.
+        elsewhere: Public names of arrays of optimizers that were not on the CPU.
         missing: Live names outside the model that the checkpoint lacks.
         unexpected: Names outside the model, in the checkpoint, that nothing live takes.
         mismatched: What both have outside the model, but differently.
+        untold: What can't be restored, and is no reason to refuse.
     """
 
     model: list[ModelFit] = field(default_factory=list)
     fills: list[Fill] = field(default_factory=list)
     optimizers: list[OptimizerPlan] = field(default_factory=list)
+    wrappers: list[WrapperPlan] = field(default_factory=list)
+    elsewhere: frozenset[str] = frozenset()
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
 
     def whole(self) -> ModelFit:
         """Return the model and all outside it together, as if it were one part."""
@@ -202,8 +215,19 @@ class _Fitter:
                 )
             else:
                 self.optimizer(index, live[index], saved[index])
+        self.plan.elsewhere = frozenset(self.saved.elsewhere)
 
     def optimizer(self, index: int, live: OptimizerEntry, saved: SavedOptimizer) -> None:
+        standard = standard_form(saved)
+        beyond: tuple[str, ...] = ()
+        form: Json = None
+        if standard is not None:
+            whole, saved, beyond = saved.form, standard.saved, standard.beyond
+            form = whole if live.own else None
+        elif saved.form is not None:
+            form = saved.form
+        elif live.own:
+            form = torch_form(saved)
         known = {fqn for group in saved.groups for fqn in group.params}
 
         def saved_name(fqn: str) -> str | None:
@@ -219,13 +243,22 @@ class _Fitter:
 
         names = {param.fqn: saved_name(param.fqn) for group in live.groups for param in group.params}
         groups = self.groups(index, live, saved, names)
-        plan = OptimizerPlan(index, saved, groups, [], self.saved.strides or {}, self.saved.subclasses)
+        order = [group for group in groups if group is not None]
+        if form is not None and len(order) == len(groups) and order != sorted(order):
+            form = reordered_groups(form, order)
+            if form is None:
+                self.plan.mismatched.append(f"param groups of optimizer {index}: they have another order")
+                return
+        strides, subclasses = self.saved.strides or {}, self.saved.subclasses
+        plan = OptimizerPlan(index, saved, groups, [], strides, subclasses, form, beyond)
         for group, source in zip(live.groups, groups, strict=True):
             options = dict(items(saved.groups[source].options)) if source is not None else {}
             for param in group.params:
                 name = names[param.fqn]
                 if name is not None and self.holds(param, name, saved):
                     plan.params.append(ParamPlan(param, self.state(param, name, saved, options)))
+        if form is not None and len(plan.params) < sum(len(group.params) for group in live.groups):
+            return  # it takes all or nothing, and what doesn't fit was noted
         self.plan.optimizers.append(plan)
 
     def groups(
@@ -291,7 +324,8 @@ class _Fitter:
             label = f"optimizer/{param.owner}/{key}"
             there = _device(key, spec, param.param, options)
             tensor = param.state.get(key) if isinstance(key, str) else None
-            order = self.order(source, spec, param)
+            of_param = self.resolve("/".join(param.name))
+            order = order_of_state(self.saved, self.arrays, source, param.param, of_param)
             if (
                 tensor is not None
                 and not is_subclass(tensor)
@@ -305,36 +339,10 @@ class _Fitter:
                 planned.append((key, Create(source, param.param, there, label, order)))
         return planned
 
-    def order(self, source: str, spec: ArraySpec, param: ParamEntry) -> Strides | None:
-        """Return the strides that a state is to have; ``None`` where they were not saved.
-
-        What lay in memory as its parameter did does so again, whatever the live parameter's order is:
-        fused kernels go through both in the order of their memory.
-        """
-        if self.saved.strides is None:
-            return None
-        saved = self.strides(source, spec)
-        shape = tuple(param.param.shape)
-        if spec.shape != shape:
-            return saved
-        of_param = self.resolve("/".join(param.name))
-        if of_param in self.arrays and saved == self.strides(of_param, self.arrays[of_param]):
-            return torch.empty_like(param.param.detach(), device="meta").stride()
-        return saved
-
-    def strides(self, source: str, spec: ArraySpec) -> Strides:
-        """Return the strides that an array was saved with."""
-        strides = (self.saved.strides or {}).get(source)
-        if strides is None:
-            return row_major(spec.shape)
-        if len(strides) != len(spec.shape):
-            msg = f"the state document gives {source!r} {len(strides)} strides, for the shape {spec.shape}"
-            raise ManifestCorrupt(msg)
-        return strides
-
     def in_order(self, fill: Fill) -> bool:
         """Whether an inner tensor lies in memory as the saved one did."""
-        return has_strides(fill.target, self.strides(fill.source, self.arrays[fill.source]))
+        strides = strides_saved(self.saved.strides or {}, fill.source, self.arrays[fill.source])
+        return has_strides(fill.target, strides)
 
     def shared(self, fills: list[Fill]) -> bool:
         """Whether memory that these fill is filled from other arrays as well."""

@@ -1,4 +1,4 @@
-"""Natural names for live tensors: of a model's entries, and of the optimizers that train them.
+"""Natural names for live tensors: of a model's entries.
 
 Names are those of ``module.state_dict()``, without what wrappers put in between (``torch.compile``,
 DDP, activation checkpointing), so that a checkpoint fits the bare and the wrapped model alike.
@@ -32,7 +32,6 @@ __all__ = [
     "models_of",
     "natural_names",
     "parameter_names",
-    "resolve_optimizers",
     "wrapped_child",
 ]
 
@@ -41,9 +40,6 @@ TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
 
 REPLICAS = (DataParallel, DistributedDataParallel)
 """Wrappers that hold the model under ``module``, a name that models use as well."""
-
-INNER = ("optimizer", "_optimizer", "base_optimizer", "optim")
-"""Attributes under which wrappers hold the optimizer that they wrap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,56 +202,6 @@ def parameter_names(model: Any) -> dict[int, str]:
             for name, parameter in part.named_parameters():
                 names.setdefault(id(parameter), prefix + strip(name))
     return names
-
-
-def resolve_optimizers(optimizer: Any) -> list[Any]:
-    """Return the optimizers that really hold state, the innermost of each wrapper first.
-
-    A wrapper that is an optimizer with a ``state`` of its own (Lookahead, SAM) follows what it wraps; one
-    that only passes through is left out.
-
-    Raises:
-        UsageError: If something given has neither ``param_groups`` and ``state`` nor wraps what has.
-    """
-    if optimizer is None:
-        return []
-    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    found: list[Any] = []
-    for one in given:
-        resolved = _unwrap(one, seen=set())
-        if not resolved:
-            msg = (
-                f"optimizer is a {type(one).__module__}.{type(one).__qualname__} without param_groups and "
-                "state; pass the torch.optim.Optimizer inside it, or pass it in extra={...} if it has "
-                "state_dict() and load_state_dict()"
-            )
-            raise UsageError(msg)
-        found += [new for new in resolved if not any(new is known for known in found)]
-    return found
-
-
-def _unwrap(optimizer: Any, *, seen: set[int]) -> list[Any]:
-    if id(optimizer) in seen:
-        return []
-    seen.add(id(optimizer))
-    inner = [getattr(optimizer, name, None) for name in INNER]
-    several = getattr(optimizer, "optimizers", None)
-    inner += several if isinstance(several, (list, tuple)) else []
-    resolved = [leaf for part in inner if _is_optimizer(part) for leaf in _unwrap(part, seen=seen)]
-    if not _is_optimizer(optimizer):
-        return resolved
-    passes_through = any(optimizer.state is leaf.state for leaf in resolved)
-    if resolved and (passes_through or not isinstance(optimizer, torch.optim.Optimizer)):
-        return resolved
-    return [*resolved, optimizer]
-
-
-def _is_optimizer(value: Any) -> bool:
-    if isinstance(value, type):
-        return False
-    return isinstance(getattr(value, "param_groups", None), list) and isinstance(
-        getattr(value, "state", None), Mapping
-    )
 
 
 def _of_mapping(tensors: Mapping[str, torch.Tensor], model: int) -> list[ModelEntry]:

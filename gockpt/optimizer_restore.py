@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.errors import ManifestCorrupt
-from gockpt.filling import copy_into, reordered
+from gockpt.filling import copy_into
 from gockpt.fitting import Create, FillInner, Value
 from gockpt.model_fitting import Fill
 from gockpt.subclass_fitting import make_subclass
@@ -50,10 +50,6 @@ class OptimizerRestore:
             for source in plan.groups
         ]
         self._own = self._decode_dict(plan.saved.values, "values")
-        self._more = self._decode_dict(plan.saved.more, "more")
-        if reserved := self._more.keys() & {"state", "param_groups"}:
-            msg = f"optimizer {plan.index}: its saved 'more' has {sorted(reserved)}, which stand elsewhere"
-            raise ManifestCorrupt(msg)
         # By id of the Value, which the plan keeps alive.
         self._values: dict[int, Any] = {}
         # The keys of each parameter's states, in the plan's order.
@@ -85,17 +81,11 @@ class OptimizerRestore:
         """Return what reads an array as a new tensor on a device, in the memory order it was saved from."""
 
         def read(name: Name) -> torch.Tensor:
-            saved = self._plan.subclasses.get("/".join(name))
+            public = "/".join(name)
+            saved = self._plan.subclasses.get(public)
             if saved is not None:
-                return make_subclass(saved, read, device, "/".join(name))
-            values = self._filler.read(name)
-            strides = self._plan.strides.get("/".join(name))
-            if strides is None:
-                return values.to(device)
-            if len(strides) != values.dim():
-                msg = f"the state document gives {'/'.join(name)!r} {len(strides)} strides"
-                raise ManifestCorrupt(msg)
-            return reordered(values, strides, device)
+                return make_subclass(saved, read, device, public)
+            return self._filler.read_as(name, self._plan.strides.get(public), device)
 
         return read
 
@@ -104,17 +94,8 @@ class OptimizerRestore:
         parts = (part for param in self._plan.params for _, part in _parts(param))
         return [each for part in parts if not isinstance(part, Value) for each in _arrays(part)]
 
-    @property
-    def replaces_states(self) -> bool:
-        """Whether the optimizer's own ``load_state_dict`` is called, and so has to come first."""
-        return bool(self._more)
-
     def apply(self, optimizer: Any, report: OptionsReport) -> None:
         """Change the live optimizer."""
-        if self._more:
-            # It replaces groups and states by casts of themselves: everything else comes after it.
-            optimizer.load_state_dict({**optimizer.state_dict(), **self._more})
-            self._filler.fill_many(self.arrays())
         for index, options in enumerate(self._options):
             if options is not None:
                 where = f"optimizer {self._plan.index}, group {index}"
@@ -168,8 +149,6 @@ def _apply_options(
     where: str, group: dict[str, Any], options: Mapping[str, Any], report: OptionsReport
 ) -> None:
     for key, value in options.items():
-        if key == "param_names":
-            continue
         if key not in group:
             report.new.append(f"{where}: {key}")
         group[key] = _into(group.get(key), value)

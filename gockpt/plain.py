@@ -204,6 +204,8 @@ class _Encoder:
         return {tag: {"$tensor": self.array(torch.from_numpy(np.frombuffer(value, np.uint8).copy()))}}
 
     def tensor(self, value: torch.Tensor) -> Json:
+        if is_subclass(value) and (held := self.place(tuple(self.name), value)) is not None:
+            return {"$tensor": list(held)}
         # A lazily conjugated or negated one is resolved in a copy of its own.
         plain = not torch.nn.parameter.is_lazy(value) and not is_subclass(value)
         lazily = plain and (value.is_conj() or value.is_neg())

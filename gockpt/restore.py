@@ -22,17 +22,20 @@ import torch
 from gockpt import rng as generators
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, UsageError
 from gockpt.fallback import expect_finite, newest_good
-from gockpt.filling import Filler
+from gockpt.filling import Filler, Kept
 from gockpt.fitting import fit
 from gockpt.lineage import Origin, remember
 from gockpt.load_messages import PREVIOUS, Changed, mismatch, not_asked_for, nothing_fits, some
 from gockpt.model_fitting import ModelFit, fit_mapping, saved_names
 from gockpt.module_restore import module_restores
+from gockpt.optimizer_feeding import Feeding, not_restored
 from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
+from gockpt.optimizers import class_name
 from gockpt.overview import Metadata, checked_step, metadata_of, state_of
 from gockpt.state import collect
 from gockpt.storage.listing import open_checkpoint
 from gockpt.unplain import decode
+from gockpt.wrapper_fitting import fit_wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -233,26 +236,35 @@ class _Load:
         elif self.model is not None and not self.modules:
             parts.append(ModelFit(unexpected=saved_names(saved, arrays)))
         plan = fit(live, saved, arrays, model=parts, with_optimizer=self.optimizer is not None)
+        if self.optimizer is not None:
+            fit_wrappers(live, saved, plan)
         plan.missing += [f"extra/{name}" for name in self.wanted_extras if name not in saved.extra]
         self.refuse(plan)
         extras, states = self.values(saved, plan)
         self.filler.stage(plan.whole().fills)
-        optimizers = [OptimizerRestore(part, self.filler) for part in plan.optimizers]
+        feeding = Feeding(plan, live, self.filler)
+        optimizers = {
+            part.index: OptimizerRestore(part, self.filler) for part in plan.optimizers if part.form is None
+        }
+        straight = [one for index, one in optimizers.items() if index not in feeding.owners]
         try:
             # Then that code, which may still refuse. Only then memory is filled in place.
             self.run_extras(extras)
             self.run_modules(plan)
-            straight = [part for each in optimizers if not each.replaces_states for part in each.arrays()]
-            self.fill_model(plan, straight)
-            for part, restore in zip(plan.optimizers, optimizers, strict=True):
-                self.changed.optimizers.append(f"{part.index} ({part.saved.kind})")
-                restore.apply(live.optimizers[part.index], self.options)
+            self.fill_and_feed(plan, [part for each in straight for part in each.arrays()], feeding)
+            for index, restore in optimizers.items():
+                optimizer = live.optimizers[index]
+                if id(optimizer) not in feeding.loaded:
+                    self.changed.optimizers.append(f"{index} ({class_name(optimizer)})")
+                    restore.apply(optimizer, self.options)
             absent = generators.restore(states) if states is not None else ()
         except BaseException as error:
             if self.changed:
                 fills = plan.whole().fills
                 error.add_note(self.changed.note(self.path, self.stored.step, len(fills)))
             raise
+        for text in not_restored(plan):
+            _log.warning("loaded step %d; not restored: %s", self.stored.step, text)
         home = _home(self.stored.path)
         origin = Origin(self.stored.step, saved.optimizer_steps, self.stored.seq, home)
         remember(self.model, origin)
@@ -324,6 +336,32 @@ class _Load:
             for part, module in zip(plan.model, self.modules, strict=True):
                 part.missing, part.unexpected = module.finish(ran=self.changed.modules)
             self.refuse(plan, finished=True)
+
+    def fill_and_feed(self, plan: Plan, others: list[Fill | Create], feeding: Feeding) -> None:
+        """Overwrite the live tensors, and have optimizers load by code of their own.
+
+        That code finds the model loaded, as after ``model.load_state_dict``. If it refuses, the model's
+        tensors get their former values back.
+
+        Args:
+            plan: What goes where.
+            others: States of optimizers without such code.
+            feeding: What those that have some are given.
+        """
+        if not feeding:
+            self.fill_model(plan, others)
+            return
+        found = plan.whole()
+        kept = Kept([*(fill.target for fill in found.fills), *(assign.target for assign in found.assigns)])
+        before = len(self.changed.tensors)
+        try:
+            self.fill_model(plan, [])
+            feeding.run(self.changed.optimizers)
+        except BaseException:
+            kept.put_back()
+            del self.changed.tensors[before:]
+            raise
+        self.filler.fill_many(others)
 
     def report(
         self, saved: SavedState, plan: Plan, extras: dict[str, Any], absent: tuple[str, ...]

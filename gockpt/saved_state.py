@@ -22,6 +22,7 @@ __all__ = [
     "SavedOptimizer",
     "SavedState",
     "SavedSubclass",
+    "SavedWrapper",
     "parse",
 ]
 
@@ -42,7 +43,10 @@ class SavedGroup:
 
 @dataclass(frozen=True, slots=True)
 class SavedOptimizer:
-    """One optimizer as saved; fields as in the document, ``outside`` by array name."""
+    """One optimizer as saved; fields as in the document, ``outside`` by array name.
+
+    ``form`` is the document of what its own ``state_dict()`` returned; ``None`` if that was torch's default.
+    """
 
     kind: str
     groups: tuple[SavedGroup, ...]
@@ -50,6 +54,17 @@ class SavedOptimizer:
     outside: dict[str, Name]
     values: Json
     more: Json
+    form: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class SavedWrapper:
+    """A wrapper around optimizers as saved: their indices, whether it adds something to their state."""
+
+    kind: str
+    inside: tuple[int, ...]
+    adds: bool
+    form: Json
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +92,7 @@ class SavedSubclass:
 class SavedState:
     """The state document, checked for its form; fields as in the document.
 
-    ``strides`` is ``None`` where it is not known: in version 1.
+    ``strides`` and ``wrappers`` are ``None`` where they are not known: in version 1.
     """
 
     step: int
@@ -94,6 +109,8 @@ class SavedState:
     metadata: dict[str, Json] | None
     keys: tuple[str, ...]
     subclasses: dict[str, SavedSubclass] = field(default_factory=dict)
+    wrappers: tuple[SavedWrapper, ...] | None = None
+    elsewhere: tuple[str, ...] = ()
 
 
 def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
@@ -132,6 +149,8 @@ def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
                 name: _saved_subclass(entry, depth=0)
                 for name, entry in _of(document.get("subclasses", {}), dict).items()
             },
+            wrappers=_wrappers(document["wrappers"]) if "wrappers" in document else None,
+            elsewhere=tuple(_of(name, str) for name in _of(document.get("elsewhere", []), list)),
         )
     except (TypeError, KeyError) as error:
         msg = f"{where} is no valid state document: {error}"
@@ -150,7 +169,20 @@ def _saved_optimizer(entry: Any) -> SavedOptimizer:
         states=_of(entry["states"], dict),
         outside=outside,
         values=entry["values"],
-        more=entry["more"],
+        more=entry.get("more", {}),
+        form=entry.get("state_dict"),
+    )
+
+
+def _wrappers(entries: Any) -> tuple[SavedWrapper, ...]:
+    return tuple(
+        SavedWrapper(
+            kind=_of(entry["class"], str),
+            inside=tuple(_of(index, int) for index in _of(entry["optimizers"], list)),
+            adds=_of(entry["adds"], bool),
+            form=entry["state_dict"],
+        )
+        for entry in (_of(entry, dict) for entry in _of(entries, list))
     )
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from gockpt.errors import UnsupportedState
-from gockpt.naming import loading_entries, model_state, parameter_names, resolve_optimizers
+from gockpt.naming import loading_entries, model_state, parameter_names
 from gockpt.once import warn_once
+from gockpt.optimizer_forms import states_in_form
+from gockpt.optimizers import check_wrapper, class_name, find_optimizers, has_own_protocol
 from gockpt.outside import check_outside, remember_held
 from gockpt.plain import is_ordinary_key
 from gockpt.tensor_subclasses import Flattened, Inner, check_rebuild, context_text, flatten
@@ -29,6 +31,7 @@ __all__ = [
     "OptimizerEntry",
     "ParamEntry",
     "Subclassed",
+    "WrapperEntry",
     "collect",
 ]
 
@@ -80,12 +83,30 @@ class OptimizerEntry:
         kind: Its class: module and qualified name.
         groups: Its param groups.
         values: State that it keeps under keys that are no tensors.
+        own: Whether it has saving or loading code of its own, which then decides what its state is. Only
+            tensors that its ``state_dict()`` hands out as they are have entries.
     """
 
     optimizer: Any
     kind: str
     groups: list[GroupEntry]
     values: dict[Any, Any]
+    own: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperEntry:
+    """An object around optimizers that holds no state under ``state``.
+
+    Attributes:
+        wrapper: The live object.
+        kind: Its class: module and qualified name.
+        inside: Indices of the optimizers in it.
+    """
+
+    wrapper: Any
+    kind: str
+    inside: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +155,7 @@ class LiveState:
         keys: Natural names of all model state, in the order of its state dict.
         subclassed: Tensor subclasses by name; their inner tensors are entries, they themselves are not.
         inside: Names of these inner tensors.
+        wrappers: What stands around the optimizers, the outermost of each first.
     """
 
     entries: dict[Name, torch.Tensor]
@@ -147,6 +169,7 @@ class LiveState:
     keys: list[str] = field(default_factory=list)
     subclassed: dict[Name, Subclassed] = field(default_factory=dict)
     inside: set[Name] = field(default_factory=set)
+    wrappers: list[WrapperEntry] = field(default_factory=list)
 
     def arrays_of(self, name: Name) -> tuple[Name, ...]:
         """Return the entries that hold what has a name: itself, or the inner tensors of a subclass."""
@@ -192,9 +215,15 @@ def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
         collector.model_names.setdefault(id(entry.value), name)
         if entry.kind == "buffer":
             collector.buffers.update(collector.arrays_of(name))
-    collector.optimizers = resolve_optimizers(optimizers)
+    found = find_optimizers(optimizers)
+    collector.optimizers = found.optimizers
     for index, live in enumerate(collector.optimizers):
-        collector.add_optimizer(model, index, live)
+        collector.add_optimizer(model, index, live, loading=loading)
+    for wrapper, inside in found.wrappers:
+        if not loading:
+            check_wrapper(wrapper, inside)
+        indices = tuple(at for at, live in enumerate(found.optimizers) if any(live is one for one in inside))
+        collector.wrappers.append(WrapperEntry(wrapper, class_name(wrapper), indices))
     if collector.outside:
         check_outside(model, entries, collector.params, collector.outside, collector.optimizers)
     return collector.result()
@@ -216,6 +245,7 @@ class _Collector:
     owners: set[str] = field(default_factory=set)
     metadata: dict[str, Any] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
+    wrappers: list[WrapperEntry] = field(default_factory=list)
     # Entries by the address of their first element.
     by_address: dict[int, list[Name]] = field(default_factory=dict)
     subclassed: dict[Name, Subclassed] = field(default_factory=dict)
@@ -287,8 +317,12 @@ class _Collector:
                 return name
         return None
 
-    def add_optimizer(self, model: Any, index: int, optimizer: Any) -> None:
+    def add_optimizer(self, model: Any, index: int, optimizer: Any, *, loading: bool) -> None:
         kind = type(optimizer)
+        own = has_own_protocol(optimizer)
+        states: frozenset[Any] | None = None
+        if own:
+            states = frozenset() if loading else states_in_form(optimizer)
         groups: list[GroupEntry] = []
         used: set[str] = set()
         ids: set[int] = set()
@@ -298,7 +332,7 @@ class _Collector:
                 ids.add(id(param))
                 given = group.get("param_names")
                 fallback = given[i] if given else f"{f'optimizer{index}.' if index else ''}group{g}.param{i}"
-                params.append(self.parameter(model, optimizer, param, fallback, used, index, g))
+                params.append(self.parameter(model, optimizer, param, fallback, used, index, g, states))
             groups.append(GroupEntry(group, params))
             self.params += params
         remember_held(model, optimizer, [param for group in groups for param in group.params])
@@ -306,15 +340,13 @@ class _Collector:
         for key, value in optimizer.state.items():
             if not isinstance(key, torch.Tensor):
                 values[key] = value
-            elif id(key) not in ids:
+            elif id(key) not in ids and not own:
                 warn_once(
                     ("stale", kind.__qualname__),
                     "%s keeps state for a tensor that is in none of its param groups; it is not saved",
                     kind.__qualname__,
                 )
-        self.trained.append(
-            OptimizerEntry(optimizer, f"{kind.__module__}.{kind.__qualname__}", groups, values)
-        )
+        self.trained.append(OptimizerEntry(optimizer, class_name(optimizer), groups, values, own))
 
     def parameter(
         self,
@@ -325,6 +357,7 @@ class _Collector:
         used: set[str],
         index: int,
         group: int,
+        states: frozenset[Any] | None,
     ) -> ParamEntry:
         known = self.model_names.get(id(param))
         if known is None:
@@ -344,7 +377,11 @@ class _Collector:
         state_names: dict[str, Name] = {}
         if isinstance(raw, Mapping):
             for key, value in raw.items():
-                if isinstance(value, torch.Tensor) and is_ordinary_key(key):
+                if (
+                    isinstance(value, torch.Tensor)
+                    and is_ordinary_key(key)
+                    and (states is None or key in states)
+                ):
                     state[key] = value
                     state_names[key] = self.add_state(("optimizer", owner, key), value)
         entry = ParamEntry(fqn, param, index, group, state, name, state_names, owner, raw)
@@ -381,6 +418,7 @@ class _Collector:
             self.keys,
             self.subclassed,
             self.inside,
+            self.wrappers,
         )
 
 

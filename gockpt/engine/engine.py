@@ -26,12 +26,13 @@ from gockpt.engine.sizing import facts_of
 from gockpt.errors import SaveAborted, UsageError
 from gockpt.interval import FIRST, Interval
 from gockpt.lifecycle import Event, State
+from gockpt.optimizers import find_optimizers
 from gockpt.schedule import make_plan
 from gockpt.state import collect
 from gockpt.transfer import Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -62,7 +63,7 @@ class Engine:
     def __init__(
         self,
         model: Callable[[], Any],
-        optimizers: Sequence[Any],
+        optimizers: Any,
         background: Background[Any],
         *,
         every: int | str,
@@ -80,7 +81,7 @@ class Engine:
         self.options = options
         self.closed = False
         self._model = model
-        self._optimizers = optimizers
+        self._optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else optimizers
         self._on_published = on_published
         self._interval = Interval(options.overhead) if isinstance(every, str) else None
         self._cadence = Cadence(FIRST if isinstance(every, str) else every)
@@ -100,7 +101,7 @@ class Engine:
             on_saved=self._published,
             roads=self._roads,
         )
-        self._hooks = Hooks(optimizers, self)
+        self._hooks = Hooks(find_optimizers(optimizers).optimizers, self)
         self._thread = threading.current_thread()
         self._inside = False
         self._seen = True
@@ -184,7 +185,7 @@ class Engine:
 
     def let_go(self) -> None:
         """Forget the optimizers: the model is gone, so nothing is under way. Takes no lock."""
-        self._optimizers = ()
+        self._optimizers = None
         self._hooks.let_go()
 
     def rebind(self, model: Callable[[], Any]) -> None:

@@ -292,13 +292,17 @@ def test_state_under_other_keys_is_replaced(save):
     assert dict(optimizer.state) == {"shared": {"count": 3}}
 
 
-def test_names_given_to_parameters_stay_the_live_ones(save):
+def test_names_given_to_parameters_are_the_saved_ones_as_after_load_state_dict(save):
     model = nn.Linear(2, 2)
     save("ckpts", model, optim.SGD(model.named_parameters(), lr=0.5))
     optimizer = optim.SGD([(f"mine.{name}", param) for name, param in model.named_parameters()], lr=0.1)
     restored = gockpt.load("ckpts", model, optimizer)
-    assert optimizer.param_groups[0]["param_names"] == ["mine.weight", "mine.bias"]
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     assert optimizer.param_groups[0]["lr"] == 0.5
+    assert (restored.options_new, restored.options_kept) == ((), ())
+    save("ckpts", model, optim.SGD(model.parameters(), lr=0.25))
+    restored = gockpt.load("ckpts", model, optimizer)
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"], "without saved ones they stay"
     assert (restored.options_new, restored.options_kept) == ((), ())
 
 

@@ -68,9 +68,10 @@ def test_the_whole_of_a_small_one():
                 },
                 "outside": {},
                 "values": {},
-                "more": {},
             }
         ],
+        "wrappers": [],
+        "elsewhere": [],
         "strides": {},
         "extra": {"best": {"$tuple": [1, 2.5]}},
         "rng": None,
@@ -198,8 +199,10 @@ def test_what_an_overridden_state_dict_adds_is_kept():
 
     model = nn.Linear(1, 1)
     document, arrays = document_of(model, Own(model.parameters(), lr=0.1))
-    name = ["optimizer_options", "0", "more", "cursor", "1"]
-    assert document["optimizers"][0]["more"] == {"cursor": {"$tuple": [1, {"$tensor": name}]}}
+    name = ["optimizer_options", "0", "state_dict", "cursor", "1"]
+    form = document["optimizers"][0]["state_dict"]
+    assert form["cursor"] == {"$tuple": [1, {"$tensor": name}]}
+    assert form["param_groups"][0]["params"] == [0, 1]
     assert list(arrays) == [tuple(name)]
 
 
@@ -232,7 +235,7 @@ def test_another_form_is_refused(change):
         parse({**document, **change}, where="here")
 
 
-LATER = {"strides", "metadata"}
+LATER = {"strides", "metadata", "wrappers", "elsewhere"}
 """Keys that version 1 lacks."""
 
 
