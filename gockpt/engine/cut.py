@@ -277,6 +277,9 @@ def _unit(live: LiveState, entry: ParamEntry, barred: frozenset[str], reasons: d
     if isinstance(rule, str):
         reasons[entry.fqn] = rule
         return None
+    if not entry.state_names.keys() >= {*rule.states}:
+        reasons[entry.fqn] = "its optimizer's state_dict() does not hand out its state as it is"
+        return None
     names = (entry.name, *(entry.state_names[key] for key in rule.states))
     return Unit(entry.fqn, entry.param, optimizer, entry.group_index, rule, names)
 

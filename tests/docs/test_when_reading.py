@@ -252,6 +252,61 @@ def damage(path):
     Path(path).write_bytes(data)
 
 
+class Warm:
+    """A warm-up that counts its steps."""
+
+    def __init__(self, optimizer, refuses=False):
+        self.optimizer, self.count, self.refuses = optimizer, 0, refuses
+
+    def step(self):
+        self.count += 1
+        self.optimizer.step()
+
+    def state_dict(self):
+        return {"count": self.count, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.refuses:
+            msg = "no"
+            raise KeyError(msg)
+
+
+def warm(lab, **how):
+    run = lab.Run()
+    run.opt = Warm(run.opt, **how)
+    return run
+
+
+@when(
+    "An optimizer, or a wrapper around it, has saving or loading code of its own: hooks, overrides, counters"
+)
+def _own_loading(lab):
+    run = warm(lab).saved()
+    other = warm(lab)
+    gockpt.load("ckpts", other.model, other.opt)
+    assert str(other.opt.state_dict()) == str(run.opt.state_dict())
+
+
+@when("The `load_state_dict` of an optimizer raises")
+def _own_loading_raises(lab):
+    warm(lab).saved()
+    other = warm(lab, refuses=True)
+    before = copy.deepcopy(other.model.state_dict())
+    with pytest.raises(KeyError) as caught:
+        gockpt.load("ckpts", other.model, other.opt)
+    assert "Warm.load_state_dict()" in caught.value.__notes__[0]
+    assert all(map(torch.equal, other.model.state_dict().values(), before.values()))
+
+
+@when("A wrapper around an optimizer was saved, and is not there now")
+def _wrapper_gone(lab):
+    run = warm(lab).saved()
+    other = lab.Run()
+    refused(run, model=other.model, optimizer=other.opt)
+
+
 @when("Optimizer state was saved in another memory order than the live one's")
 def _memory_order(lab):
     run = lab.Run()

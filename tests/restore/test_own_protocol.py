@@ -193,8 +193,22 @@ def renaming(params):
     return optimizer
 
 
+def packing(params):
+    """Hooks that save the momentum in another form, of an optimizer that could be replayed."""
+    optimizer = optim.Adam(params, lr=0.01)
+
+    def changed(form, change):
+        state = {key: {**each, "exp_avg": change(each["exp_avg"])} for key, each in form["state"].items()}
+        return {**form, "state": state}
+
+    optimizer.register_state_dict_post_hook(lambda _, form: changed(form, lambda value: value.double() * 2))
+    optimizer.register_load_state_dict_pre_hook(lambda _, form: changed(form, lambda value: value / 2))
+    return optimizer
+
+
 KINDS = {
     "hooks": hooked,
+    "save-hook-changes": packing,
     "post-hook-changes": zeroing,
     "pre-hook-maps": renaming,
     "objects": lambda params: Objects(params, lr=0.1, momentum=0.9),
