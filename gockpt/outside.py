@@ -117,12 +117,12 @@ def check_outside(
         len(names),
         ", ".join(names[:SHOWN]),
     )
-    alike = _alike(untrained, [entry for entry in outside if not _was_trained(entry)])
+    alike = _alike(untrained, outside)
     if alike:
         warn_once(
             ("alike", *names),
-            "no optimizer trains some parameters of the model, and the optimizer has never updated tensors "
-            "like them that the model does not hold: %s. Both are saved. If load_state_dict(assign=True) or "
+            "no optimizer trains some parameters of the model, while tensors like them outside the model are "
+            "trained: %s. Both are saved, which is right for master copies. If load_state_dict(assign=True) or "
             "a replaced module left these behind, build the optimizer from the model's parameters again",
             _pairs(alike, "like"),
         )
@@ -134,10 +134,6 @@ def _known(optimizer: Any) -> dict[int, _Held]:
     except TypeError:
         return {}
     return found
-
-
-def _was_trained(entry: ParamEntry) -> bool:
-    return bool(entry.raw) or (entry.param.is_leaf and entry.param.grad is not None)
 
 
 def _alike(untrained: Mapping[str, torch.Tensor], outside: list[ParamEntry]) -> list[tuple[str, str]]:

@@ -202,6 +202,8 @@ def test_the_optimizer_holds_other_parameters_than_the_model(harness):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     model.a.grad = torch.randn(1500)
     optimizer.step()
+    path = harness.directory()
+    gockpt.save_overlapped(model, optimizer, path, step=1).result()
     model.load_state_dict({"a": torch.nn.Parameter(torch.randn(1500))}, assign=True)
     with pytest.raises(gockpt.UsageError, match="assign=True"):
-        gockpt.save_overlapped(model, optimizer, harness.directory(), step=1)
+        gockpt.save_overlapped(model, optimizer, path, step=2)
