@@ -42,8 +42,8 @@ from gockpt.optimizer_forms import Forms
 from gockpt.plain import Json, encode, is_ordinary_key, join
 from gockpt.saved_state import VERSION
 from gockpt.strides import strides_of
-from gockpt.tensors import is_subclass
 from gockpt.tensor_subclasses import Flattened
+from gockpt.tensors import is_subclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -122,8 +122,8 @@ def check_outside(
         warn_once(
             ("alike", *names),
             "no optimizer trains some parameters of the model, while tensors like them outside the model are "
-            "trained: %s. Both are saved, which is right for master copies. If load_state_dict(assign=True) or "
-            "a replaced module left these behind, build the optimizer from the model's parameters again",
+            "trained: %s. Both are saved, which is right for master copies. If load_state_dict(assign=True) "
+            "or a replaced module left these behind, build the optimizer from the model's parameters again",
             _pairs(alike, "like"),
         )
 

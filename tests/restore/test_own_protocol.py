@@ -423,3 +423,23 @@ def test_what_has_no_plain_form_is_refused_by_name(value, tmp_path):
     own.state[model.weight]["odd"] = value
     with pytest.raises(UnsupportedState, match=r"what torch.optim.adamw.AdamW.state_dict\(\) returns.*odd"):
         gockpt.save_overlapped(model, own, tmp_path / "b", step=1)
+
+
+def test_state_in_a_tensor_subclass_is_fed_as_what_it_was(save):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def build():
+        model = nn.Linear(2, 2)
+        optimizer = hooked(model.parameters())
+        optimizer.state[model.weight]["pair"] = TwoTensor(torch.rand(3), torch.rand(3))
+        return model, optimizer
+
+    model, optimizer = build()
+    wanted = optimizer.state[model.weight]["pair"]
+    save("ckpts", model, optimizer)
+    for other, loaded in (build(), (model, optimizer)):
+        gockpt.load("ckpts", other, loaded)
+        pair = loaded.state[other.weight]["pair"]
+        assert isinstance(pair, TwoTensor)
+        assert torch.equal(pair.a, wanted.a)
+        assert torch.equal(pair.b, wanted.b)
