@@ -431,6 +431,7 @@ def test_state_in_a_tensor_subclass_is_fed_as_what_it_was(save):
     def build():
         model = nn.Linear(2, 2)
         optimizer = hooked(model.parameters())
+        train(model, optimizer, range(1))
         optimizer.state[model.weight]["pair"] = TwoTensor(torch.rand(3), torch.rand(3))
         return model, optimizer
 
