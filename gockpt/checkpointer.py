@@ -19,8 +19,9 @@ from gockpt.arguments import (
 from gockpt.engine.background import InThreads
 from gockpt.engine.engine import Engine
 from gockpt.engine.orphans import open_store
-from gockpt.errors import GockptError, UploadError, UsageError
-from gockpt.lineage import origin_of
+from gockpt.errors import GockptError, PathBusy, UploadError, UsageError
+from gockpt.existing import expect_remote, homes, permitted
+from gockpt.lineage import note_run, origin_of
 from gockpt.optimizers import Found, find_optimizers
 from gockpt.storage.compression import Compression
 from gockpt.storage.paths import directory_to_save
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from gockpt.engine.background import Background
     from gockpt.engine.handle import Saved, SaveHandle
     from gockpt.options import Options
+    from gockpt.runs import Run
+    from gockpt.storage.store import Follow
     from gockpt.uploads import Publications, UploadStatus
 
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -90,7 +93,8 @@ class Checkpointer:
             options: See :class:`gockpt.Options`.
 
         Raises:
-            UsageError: If an argument can't work; names it and the way out.
+            UsageError: If an argument can't work, or ``path`` holds checkpoints that the model was not loaded
+                from (see :class:`gockpt.Options`, ``existing``); names it and the way out.
             PathBusy: If another living writer saves into ``path``.
             StorageError: If ``path`` can't be made or written.
             RemoteError: If ``options.remote`` can't be reached.
@@ -108,12 +112,12 @@ class Checkpointer:
             resumed = origin is not None and origin.path == self.path
             registry.take_over(self.path, self.model_ids, resumed=resumed)
             remote = self.options.remote
-            homes = (self.path, None if remote is None else remote.rstrip("/"))
-            parent = origin.seq if origin is not None and origin.path in homes else None
-            background, publications = _background(self.path, self.options, parent=parent)
+            at_home = origin is not None and origin.path in homes(self.path, self.options)
+            parent = origin.seq if origin is not None and at_home else None
+            run, background, publications = self._open(model, parent)
             try:
                 if remote is not None:
-                    self._uploads = Uploads(remote, self.path, publications, nice=self.options.nice)
+                    self._uploads = Uploads(remote, self.path, publications, run, nice=self.options.nice)
                 self._engine = Engine(
                     reference(model),
                     optimizer,
@@ -127,10 +131,24 @@ class Checkpointer:
             except BaseException:
                 background.close()
                 raise
+            note_run(model, run)
             registry.opened.add(self)
             self._model = reference(model)
             self._origin = origin
             self._farewells = [weakref.finalize(m, registry.model_gone, self) for m in modules(model)]
+
+    def _open(self, model: Model, parent: int | None) -> tuple[Run, Background[Any], Publications]:
+        """Take the path for writing, unless other runs' checkpoints are there; return as which run."""
+        while True:
+            follow = permitted(self.path, model, self.options)
+            if self.options.remote is not None:
+                expect_remote(self.options.remote, model, follow.run, self.options)
+            try:
+                return follow.run, *_background(self.path, self.options, parent=parent, follow=follow)
+            except PathBusy:
+                # Whoever was there before may have ended meanwhile, and published something.
+                if permitted(self.path, model, self.options).newest == follow.newest:
+                    raise
 
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
@@ -309,13 +327,15 @@ class Checkpointer:
             error.add_note(f"gockpt: the save in flight failed as well: {failure}")
 
 
-def _background(path: str, options: Options, *, parent: int | None) -> tuple[Background[Any], Publications]:
+def _background(
+    path: str, options: Options, *, parent: int | None, follow: Follow
+) -> tuple[Background[Any], Publications]:
     """Take the path for writing; return who works there, and who numbers what is published."""
     if options.worker == "process":
         from gockpt.engine.remote import InProcess
 
-        worker = InProcess(path, options, parent=parent)
+        worker = InProcess(path, options, parent=parent, follow=follow)
         return worker, worker
     compression = Compression(options.compression, threads=options.worker_threads)
-    store = open_store(lambda: Store(path, parent=parent, compression=compression))
+    store = open_store(lambda: Store(path, follow=follow, parent=parent, compression=compression))
     return InThreads(store, options), store

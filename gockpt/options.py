@@ -32,6 +32,8 @@ class Keep:
             checkpoint without it, or with a NaN or an infinity, is never among the best. As long as none has
             it, all are kept.
         mode: ``"min"`` if the lowest is the best, ``"max"`` if the highest.
+        other_runs: Whether checkpoints of other runs in the path are counted and removed like this run's own.
+            By default they are neither.
     """
 
     newest: int = 2
@@ -39,6 +41,7 @@ class Keep:
     best: int = 0
     metric: str | None = None
     mode: Literal["min", "max"] = "min"
+    other_runs: bool = False
 
     def __post_init__(self) -> None:
         if not _is_int(self.newest, 1, 1 << 31):
@@ -53,6 +56,8 @@ class Keep:
             _refuse("metric", self.metric, f"a name if and only if best (now {self.best!r}) is above 0")
         if self.mode not in ("min", "max"):
             _refuse("mode", self.mode, '"min" or "max"')
+        if type(self.other_runs) is not bool:
+            _refuse("other_runs", self.other_runs, "True or False")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +109,10 @@ class Options:
             taken for hung and killed; the save in flight then fails.
         remote: URL of an object store, such as ``"s3://bucket/run"``, that checkpoints are copied to in the
             background once they are durable; ``None`` copies nothing. Needs ``gockpt[remote]``.
+        existing: What a path (or ``remote``) with checkpoints that the model was not loaded from means:
+            ``"refuse"``: an error, before anything is changed there. ``"continue"``: save beside them, as a
+            run of its own: theirs are never replaced, and only removed if :class:`Keep` says so. A run that
+            goes on needs neither: load first, or save in the process that has saved there.
     """
 
     window: int | Literal["auto"] = "auto"
@@ -120,6 +129,7 @@ class Options:
     worker: Literal["thread", "process"] = "thread"
     worker_timeout: float = 60.0
     remote: str | None = None
+    existing: Literal["refuse", "continue"] = "refuse"
 
     def __post_init__(self) -> None:
         if self.window != "auto" and not _is_int(self.window, 1, MAX_WINDOW):
@@ -152,6 +162,8 @@ class Options:
             _refuse("worker_timeout", timeout, "seconds from 1 to 86400")
         if self.remote is not None and (not isinstance(self.remote, str) or "://" not in self.remote):
             _refuse("remote", self.remote, 'None or a URL such as "s3://bucket/run"')
+        if self.existing not in ("refuse", "continue"):
+            _refuse("existing", self.existing, '"refuse" or "continue"')
 
     @property
     def worker_threads(self) -> int:

@@ -17,6 +17,7 @@ from gockpt.deviation import Deviation, deviation_of
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt, NotACheckpoint, UsageError
 from gockpt.nonfinite import NonFinite, nonfinite_of
 from gockpt.options import Keep
+from gockpt.runs import ancestors_of
 from gockpt.saved_state import SavedState, parse
 from gockpt.storage.catalog import looked_through
 from gockpt.storage.comparison import DiffReport, compare
@@ -35,6 +36,7 @@ from gockpt.storage.verify import MAX_PROBLEMS, Problem, VerifyReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from gockpt.runs import Ancestor
     from gockpt.storage.objects import Where
     from gockpt.storage.reader import StoredCheckpoint
 
@@ -74,7 +76,9 @@ class Metadata:
         path: Its directory.
         seq: Which publication of its path it was; the highest is the newest.
         attempt: Unique to this writing of the step.
-        run: Shared by what one process published.
+        run: The training run's id: a load carries it on.
+        ancestors: The runs that its state descends from, the latest first: id, and ``seq`` of the last
+            checkpoint that counts; ``None`` if an older gockpt wrote it, where ``run`` is a process's.
         parent: ``seq`` of the checkpoint that the run continued from, if known.
         created: ISO 8601 time.
         writer: Who wrote it.
@@ -94,6 +98,7 @@ class Metadata:
     seq: int
     attempt: str
     run: str
+    ancestors: tuple[Ancestor, ...] | None
     parent: int | None
     created: str
     writer: Mapping[str, str]
@@ -138,6 +143,7 @@ def metadata_of(stored: StoredCheckpoint, state: SavedState) -> Metadata:
         seq=manifest.seq,
         attempt=manifest.attempt,
         run=manifest.run,
+        ancestors=ancestors_of(manifest.attributes),
         parent=manifest.parent,
         created=manifest.created,
         writer=manifest.writer,
@@ -220,15 +226,19 @@ class Pruned:
         removed: What went, oldest publication first; superseded ones included.
         kept: What is still there.
         dry_run: Whether nothing was really removed.
+        other_runs: How many there are of other runs than the newest's, neither counted nor removed.
     """
 
     removed: tuple[CheckpointEntry, ...]
     kept: tuple[CheckpointEntry, ...]
     dry_run: bool
+    other_runs: int = 0
 
 
 def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
     """Remove what need not be kept; see :class:`~gockpt.options.Keep`. Readers survive it.
+
+    Of other runs than the newest checkpoint's nothing is counted or removed, unless ``keep`` says so.
 
     Args:
         path: Where checkpoints are saved; on this machine.
@@ -265,9 +275,11 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
         raise CheckpointCorrupt(msg)
     if dry_run:
         with looked_through(path) as catalog:
+            others = catalog.keep_to_newest_run()
             gone = {name for name, _ in catalog.expendable(rules)}
     else:
         with Store(path) as store:
+            others = store.keep_to_newest_run()
             store.prune(rules)
         left = {entry.path for entry in list_checkpoints(path, superseded=True)}
         gone = {Path(entry.path).name for entry in before if entry.path not in left}
@@ -275,6 +287,7 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
         removed=tuple(entry for entry in before if Path(entry.path).name in gone),
         kept=tuple(entry for entry in before if Path(entry.path).name not in gone),
         dry_run=dry_run,
+        other_runs=0 if rules.other_runs else others,
     )
 
 

@@ -34,6 +34,7 @@ from gockpt.optimizers import class_name
 from gockpt.overview import Metadata, checked_step, metadata_of, state_of
 from gockpt.state import collect
 from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.manifest import run_of
 from gockpt.unplain import decode
 from gockpt.wrapper_fitting import fit_wrappers
 
@@ -266,7 +267,8 @@ class _Load:
         for text in not_restored(plan):
             _log.warning("loaded step %d; not restored: %s", self.stored.step, text)
         home = _home(self.stored.path)
-        origin = Origin(self.stored.step, saved.optimizer_steps, self.stored.seq, home)
+        run = run_of(self.stored.manifest)
+        origin = Origin(self.stored.step, saved.optimizer_steps, self.stored.seq, home, run)
         remember(self.model, origin)
         left = not_asked_for(saved, list(self.wanted_extras), with_optimizer=self.optimizer is not None)
         if left is not None:

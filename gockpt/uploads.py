@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Protocol
 
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
 from gockpt.overview import checked_step
+from gockpt.runs import ancestors_of
 from gockpt.storage import remote_listing
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
+from gockpt.storage.manifest import run_of
 from gockpt.storage.objects import objects_at
 from gockpt.storage.upload import Uploaded, upload_checkpoint
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from gockpt.runs import Run
+    from gockpt.storage.manifest import Manifest
     from gockpt.storage.objects import Objects, Where
 
 __all__ = ["UploadStatus", "Uploads", "upload"]
@@ -41,10 +45,27 @@ def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         CheckpointCorrupt: If it is damaged; then it isn't uploaded.
         RemoteError: If the store refuses or can't be reached; call again to go on.
-        UsageError: If the URL can't be used, or holds checkpoints that were saved into another path.
+        UsageError: If the URL can't be used, or holds checkpoints of another run.
     """
     with open_checkpoint(path, checked_step(step)) as stored:
-        return upload_checkpoint(stored, store_at(url))
+        objects = store_at(url)
+        _expect_related(stored.manifest, objects)
+        return upload_checkpoint(stored, objects)
+
+
+def _expect_related(manifest: Manifest, objects: Objects) -> None:
+    """Refuse to mix the checkpoints of two runs, of which none descends from the other."""
+    newest = remote_listing.newest_manifest(objects)
+    if newest is None or any(ancestors_of(one.attributes) is None for one in (manifest, newest)):
+        return  # an older gockpt wrote one of them, and it can't be told
+    if not run_of(manifest).owns(newest.run, newest.seq) and not run_of(newest).owns(
+        manifest.run, manifest.seq
+    ):
+        msg = (
+            f"{objects.url} holds checkpoints of another run (the newest: step {newest.step}, of run "
+            f"{newest.run}), and nothing was changed; use a URL of its own for each run"
+        )
+        raise UsageError(msg)
 
 
 def store_at(url: Where) -> Objects:
@@ -108,11 +129,11 @@ class Uploads:
     uploaded. A failure is logged and disturbs nobody; :meth:`wait` and :meth:`settle` try again and raise.
     """
 
-    def __init__(self, url: Where, path: str, store: Publications, *, nice: int) -> None:
+    def __init__(self, url: Where, path: str, store: Publications, run: Run, *, nice: int) -> None:
         """Look into the store once, so that what can't work shows at once.
 
         Numbers of publications go on above those that are there, and the path's newest checkpoint is
-        uploaded if it isn't there yet, or not as a whole.
+        uploaded if it is of this run, and isn't there yet, or not as a whole.
 
         Raises:
             UsageError: If the URL can't be used.
@@ -134,6 +155,8 @@ class Uploads:
         store.continue_after(highest)
         mine = list_checkpoints(path)[-1:]
         for entry in mine:
+            if not run.owns(entry.run, entry.seq):
+                continue
             if entry.seq > highest or any(other.attempt == entry.attempt for other in there):
                 self.offer(entry.step, entry.seq, entry.path)
 

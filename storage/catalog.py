@@ -11,12 +11,14 @@ import logging
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gockpt import retention
 from gockpt.errors import ManifestCorrupt
+from gockpt.runs import Run, adopted
 from gockpt.storage import directory_names, files, manifest, strict_json, verified
 from gockpt.storage.checked import MAX_INTEGER
 from gockpt.storage.failures import storage_errors
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gockpt.options import Keep
+    from gockpt.runs import Ancestor
     from gockpt.storage.lock import WriterLock
 
-__all__ = ["Catalog", "Directory", "Place", "identify", "looked_through", "remove_entry"]
+__all__ = ["Catalog", "Directory", "Place", "identify", "looked_through", "newest_in", "remove_entry"]
 
 _log = logging.getLogger(__name__)
+
+How = Callable[..., "manifest.Identity"]
 
 # A line of JSON and its checksum line.
 _MANIFEST_LIMIT = strict_json.MAX_BYTES + 4096
@@ -80,8 +85,12 @@ def identify(place: Directory, name: str) -> manifest.Identity | None:
     Raises:
         OSError: If that can't be told: no permission, a failing device.
     """
+    return _identified(place, name, manifest.identify)
+
+
+def _identified(place: Directory, name: str, how: How) -> manifest.Identity | None:
     try:
-        return manifest.identify(_manifest_of(place, name), where=place.of(name))
+        return how(_manifest_of(place, name), where=place.of(name))
     except (files.NotSmallRegularFile, ManifestCorrupt):
         return None
     except OSError as error:
@@ -120,7 +129,7 @@ class Catalog:
             at a name and its renaming nobody else may rename it.
     """
 
-    __slots__ = ("_entries", "_held", "_mutex", "_place", "_read", "_seq", "_told", "turn")
+    __slots__ = ("_entries", "_held", "_mutex", "_owns", "_place", "_read", "_seq", "_told", "turn")
 
     def __init__(self, place: Directory) -> None:
         """Look at every name in the directory.
@@ -136,6 +145,7 @@ class Catalog:
         self._held: set[int] = set()
         self._read: set[str] = set()  # attempts whose manifests are known to be valid to their ends
         self._told = False
+        self._owns: Callable[[manifest.Identity], bool] = _anybody
         with storage_errors("look through", place.path):
             for name in place.fs.listdir(place.fd):
                 known = directory_names.parse(name)
@@ -150,6 +160,38 @@ class Catalog:
         # A copy under another name is not the checkpoint it was copied from.
         if found.step == known.step and known.attempt in (None, found.attempt):
             self._entries[name] = found
+
+    @property
+    def newest(self) -> manifest.Identity | None:
+        """The newest publication."""
+        with self._mutex:
+            return max(self._entries.values(), key=lambda entry: entry.seq, default=None)
+
+    @property
+    def unlabelled(self) -> list[Ancestor]:
+        """Run and ``seq`` of each that says nothing about its ancestors: an older gockpt wrote it."""
+        with self._mutex:
+            return [(entry.run, entry.seq) for entry in self._entries.values() if entry.ancestors is None]
+
+    def belong_to(self, owns: Callable[[manifest.Identity], bool]) -> int:
+        """Let retention count and remove only what ``owns`` names; return how many it doesn't."""
+        with self._mutex:
+            self._owns = owns
+            return sum(not owns(entry) for entry in self._entries.values())
+
+    def keep_to_newest_run(self) -> int:
+        """Let retention count and remove only what belongs to the run of the newest checkpoint.
+
+        Returns:
+            How many belong to others.
+        """
+        newest = self.newest
+        if newest is None:
+            return 0
+        run = Run(newest.run, newest.ancestors or ())
+        if newest.ancestors is None:
+            run = adopted(run, self.unlabelled)
+        return self.belong_to(lambda one: run.owns(one.run, one.seq))
 
     def next_seq(self) -> int:
         """Return a number higher than any seen; a number given out is used up."""
@@ -197,7 +239,7 @@ class Catalog:
         _empty_trash(place)
         going = self.expendable(keep)
         with self._mutex:
-            replaced = retention.superseded(self._publications(keep))
+            replaced = retention.superseded(self._publications(self._counted(keep), keep))
         steps = []
         for name, identity in going:
             with self._mutex:
@@ -212,8 +254,15 @@ class Catalog:
             self.forget(name)
         return steps
 
-    def _publications(self, keep: Keep) -> list[retention.Publication]:
-        """Return what retention needs to know of each entry; the caller holds the mutex."""
+    def _counted(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
+        """Return the entries that retention may remove, oldest first; the caller holds the mutex."""
+        counted = [item for item in self._entries.items() if keep.other_runs or self._owns(item[1])]
+        return sorted(counted, key=lambda item: item[1].seq)
+
+    def _publications(
+        self, entries: list[tuple[str, manifest.Identity]], keep: Keep
+    ) -> list[retention.Publication]:
+        """Return what retention needs to know of each entry."""
         return [
             retention.Publication(
                 seq=identity.seq,
@@ -222,7 +271,7 @@ class Catalog:
                 verified=verified.is_known(identity.attempt),
                 finite=identity.finite,
             )
-            for identity in self._entries.values()
+            for _, identity in entries
         ]
 
     def expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
@@ -239,8 +288,9 @@ class Catalog:
     def _expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
         while True:
             with self._mutex:
-                by_age = sorted(self._entries.items(), key=lambda item: item[1].seq)
-                publications = self._publications(keep)
+                by_age = self._counted(keep)
+                numbers = Counter(identity.seq for identity in self._entries.values())
+            publications = self._publications(by_age, keep)
             going = retention.expendable(publications, keep)
             if publications and not self._told and retention.unjudged(publications, keep):
                 self._told = True
@@ -249,7 +299,6 @@ class Catalog:
                     "until one has it (told once)",
                     *(self._place.path, keep.metric),
                 )
-            numbers = Counter(identity.seq for _, identity in by_age)
             # Two of one number: one was copied in from elsewhere, and which is meant can't be told.
             going = frozenset(seq for seq in going if numbers[seq] == 1)
             if not going:
@@ -273,6 +322,45 @@ class Catalog:
                 return False
             self._read.add(identity.attempt)
         return True
+
+
+def newest_in(path: str) -> manifest.Identity | None:
+    """Return the newest complete checkpoint of a path as a :class:`Catalog` would; nothing is locked.
+
+    ``None`` if there is none, or no such directory. Other manifests than the newest are only glanced at.
+
+    Raises:
+        StorageError: If the directory or one of the manifests can't be read.
+    """
+    fs = Filesystem()
+    with storage_errors("look through", path):
+        try:
+            fd = fs.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return _newest_of(Directory(fs, fd, path))
+        finally:
+            fs.close(fd)
+
+
+def _newest_of(place: Directory) -> manifest.Identity | None:
+    found: list[tuple[int, str]] = []
+    for name in place.fs.listdir(place.fd):
+        known = directory_names.parse(name)
+        if known is not None and known.kind in ("step", "old"):
+            seen = _identified(place, name, manifest.glance)
+            if seen is not None and seen.step == known.step and known.attempt in (None, seen.attempt):
+                found.append((seen.seq, name))
+    for _, name in sorted(found, reverse=True):
+        identity = identify(place, name)
+        if identity is not None:
+            return identity
+    return None
+
+
+def _anybody(_: manifest.Identity) -> bool:
+    return True
 
 
 @contextmanager

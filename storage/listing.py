@@ -56,6 +56,7 @@ class CheckpointEntry:
         nbytes: Bytes of its tensors.
         exact: Whether every bit is what a blocking save would have written.
         metrics: Plain numbers among its extras, by name.
+        run: The training run's id.
         superseded: Whether a newer complete checkpoint of the same step stands beside it.
         finite: Whether parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
     """
@@ -68,6 +69,7 @@ class CheckpointEntry:
     nbytes: int
     exact: bool
     metrics: Mapping[str, float]
+    run: str
     superseded: bool = False
     finite: bool | None = None
 
@@ -298,6 +300,7 @@ def _entry(path: str, manifest: Manifest) -> CheckpointEntry:
         exact=manifest.exact,
         metrics=metrics_of(manifest.attributes),
         finite=finite_of(manifest.attributes),
+        run=manifest.run,
     )
 
 

@@ -20,7 +20,7 @@ from gockpt.storage.failures import storage_errors
 if TYPE_CHECKING:
     from gockpt.storage.filesystem import Filesystem
 
-__all__ = ["WriterLock"]
+__all__ = ["WriterLock", "expect_free"]
 
 _WAY_OUT = (
     "Put it back if it was moved by mistake; or gockpt.close() the path (or the Checkpointer) and save "
@@ -52,16 +52,14 @@ class WriterLock:
             status = fs.fstat(dir_fd)
         self._key = (os.getpid(), status.st_dev, status.st_ino)
         if _HELD.setdefault(self._key, self) is not self:
-            msg = f"this process already saves into {path}; close that writer, or use another path"
-            raise PathBusy(msg)
+            raise PathBusy(_busy_here(path))
         try:
             with storage_errors("lock", path):
                 self._fd = fs.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, dir_fd=dir_fd)
                 mine = fs.lock(self._fd)
                 who = None if mine else owner.parse(fs.pread(self._fd, owner.MAX_OWNER_BYTES, 0))
             if not mine:
-                msg = f"{path} is being saved into by {_name(who)}; use another path, or wait for it"
-                raise PathBusy(msg, pid=_pid(who))
+                raise _busy(path, who)
             with storage_errors("write the lock file of", path):
                 fs.ftruncate(self._fd, 0)
                 files.write_all(fs, self._fd, memoryview(owner.encode(owner.myself())), 0)
@@ -94,7 +92,7 @@ class WriterLock:
             else:
                 if at is None and stat.S_ISLNK(found.st_mode):  # the user's own path may be one
                     found = _followed(self._fs, name)
-                if os.path.samestat(found, expected):
+                if (found.st_dev, found.st_ino) == (expected.st_dev, expected.st_ino):
                     continue
                 happened = "replaced"
             msg = (
@@ -119,6 +117,39 @@ class WriterLock:
         if fd is not None:
             with suppress(OSError):  # nothing was written that matters
                 self._fs.close(fd)
+
+
+def expect_free(fs: Filesystem, path: str) -> None:
+    """Make sure that nobody saves into a path; takes nothing and makes nothing.
+
+    Raises:
+        PathBusy: If somebody does.
+    """
+    opened: list[int] = []
+    try:
+        with suppress(OSError):  # no such directory, no lock file: nobody
+            opened.append(fs.open(path, os.O_RDONLY | os.O_DIRECTORY))
+            status = fs.fstat(opened[0])
+            # Closing the lock file would drop a lock that this process has.
+            if (os.getpid(), status.st_dev, status.st_ino) in _HELD:
+                raise PathBusy(_busy_here(path))
+            opened.append(fs.open(LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW, dir_fd=opened[0]))
+            if not fs.lock(opened[1]):
+                who = owner.parse(fs.pread(opened[1], owner.MAX_OWNER_BYTES, 0))
+                raise _busy(path, who)
+    finally:
+        for fd in opened:
+            with suppress(OSError):
+                fs.close(fd)
+
+
+def _busy_here(path: str) -> str:
+    return f"this process already saves into {path}; close that writer, or use another path"
+
+
+def _busy(path: str, who: owner.Owner | None) -> PathBusy:
+    msg = f"{path} is being saved into by {_name(who)}; use another path, or wait for it"
+    return PathBusy(msg, pid=_pid(who))
 
 
 def _followed(fs: Filesystem, path: str) -> os.stat_result:

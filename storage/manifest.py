@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.nonfinite import nonfinite_of
+from gockpt.runs import Run, ancestors_of
 from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
 from gockpt.storage import checked, checksum, names, strict_json
 from gockpt.storage.checked import Broken, expect
@@ -29,6 +30,8 @@ from gockpt.storage.entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from gockpt.runs import Ancestor
 
 __all__ = [
     "BLOCKS_FILE",
@@ -45,8 +48,10 @@ __all__ = [
     "finite_of",
     "glance",
     "identify",
+    "identity_of",
     "metrics_of",
     "parse",
+    "run_of",
 ]
 
 FORMAT = "gockpt"
@@ -84,7 +89,7 @@ class Manifest:
         step: The user's step.
         seq: Which publication in this path it was; the highest is the newest.
         attempt: Hexadecimal, unique to this try of writing the step.
-        run: Hexadecimal, shared by what one writer process published.
+        run: Hexadecimal, the training run's id: a load carries it on.
         parent: ``seq`` of the checkpoint that the run continued from, if known.
         exact: Whether every bit equals a blocking save's.
         created: ISO 8601 time with offset.
@@ -125,6 +130,8 @@ class Identity:
         attempt: Unique to this writing of the step.
         metrics: Numbers among its extras, by name; not part of which checkpoint it is.
         finite: Whether parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
+        run: The training run's id; not part of it either.
+        ancestors: Runs that it descends from; ``None`` if an older gockpt wrote it.
     """
 
     step: int
@@ -132,6 +139,8 @@ class Identity:
     attempt: str
     metrics: Mapping[str, float] = field(default_factory=dict, compare=False)
     finite: bool | None = field(default=None, compare=False)
+    run: str = field(default="", compare=False)
+    ancestors: tuple[Ancestor, ...] | None = field(default=None, compare=False)
 
 
 def finite_of(attributes: Any) -> bool | None:
@@ -261,10 +270,30 @@ def identify(data: bytes, *, where: str) -> Identity:
             attempt=checked.identifier(document.get("attempt"), "attempt"),
             metrics=metrics_of(document.get("attributes")),
             finite=finite_of(document.get("attributes")),
+            run=checked.identifier(document.get("run"), "run"),
+            ancestors=ancestors_of(document.get("attributes")),
         )
     except Broken as error:
         msg = f"{where}: {error}"
         raise ManifestCorrupt(msg) from error
+
+
+def run_of(manifest: Manifest) -> Run:
+    """Return the run that a checkpoint is of."""
+    return Run(manifest.run, ancestors_of(manifest.attributes) or ())
+
+
+def identity_of(content: Manifest) -> Identity:
+    """Return which checkpoint a manifest is of."""
+    return Identity(
+        step=content.step,
+        seq=content.seq,
+        attempt=content.attempt,
+        metrics=metrics_of(content.attributes),
+        finite=finite_of(content.attributes),
+        run=content.run,
+        ancestors=ancestors_of(content.attributes),
+    )
 
 
 def glance(data: bytes, *, where: str) -> Identity:

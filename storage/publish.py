@@ -7,6 +7,7 @@ step or the new one, whole; nothing is deleted before the new one is durable.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,15 @@ Replaced = tuple[str, "Identity"] | None
 """What stood there before and is still there: its present name and which checkpoint it is."""
 
 
-def expect_replaceable(place: Place, name: str) -> Identity | None:
+Owns = Callable[["Identity"], bool]
+"""Whether a checkpoint is the writing run's own."""
+
+
+def expect_replaceable(place: Place, name: str, owns: Owns) -> Identity | None:
     """Return the complete checkpoint that stands under a public name; ``None`` if nothing does.
 
     Raises:
-        StorageError: If something else stands there. It is not ours to move.
+        StorageError: If something else stands there, or another run's checkpoint. It is not ours to move.
         OSError: If that can't be told.
     """
     identity = identify(place, name)
@@ -40,10 +45,16 @@ def expect_replaceable(place: Place, name: str) -> Identity | None:
             "move it away, or save to another path"
         )
         raise StorageError(msg)
+    if identity is not None and not owns(identity):
+        msg = (
+            f"{place.of(name)} is a checkpoint of another run ({identity.run}), which is never replaced; "
+            "save into another path, save other steps, or move it away"
+        )
+        raise StorageError(msg)
     return identity
 
 
-def publish(place: Place, partial: str, step: int) -> Replaced:
+def publish(place: Place, partial: str, step: int, owns: Owns) -> Replaced:
     """Rename a partial to its step's name and make that durable.
 
     Returns:
@@ -59,20 +70,20 @@ def publish(place: Place, partial: str, step: int) -> Replaced:
         place.fs.rename_new(partial, target, dir_fd=place.fd)
         replaced: Replaced = None
     except FileExistsError:
-        replaced = _replace(place, partial, target, step)
+        replaced = _replace(place, partial, target, step, owns)
     except OSError as error:
         if error.errno not in _UNKNOWN_FLAG:
             raise
         # The writer lock keeps the name free between the look and the rename.
-        replaced = _replace(place, partial, target, step) if place.has(target) else None
+        replaced = _replace(place, partial, target, step, owns) if place.has(target) else None
         if replaced is None:
             place.fs.rename(partial, target, dir_fd=place.fd)
     place.fs.fsync(place.fd)
     return replaced
 
 
-def _replace(place: Place, partial: str, target: str, step: int) -> Replaced:
-    previous = expect_replaceable(place, target)
+def _replace(place: Place, partial: str, target: str, step: int, owns: Owns) -> Replaced:
+    previous = expect_replaceable(place, target, owns)
     if previous is None:  # removed since
         place.fs.rename(partial, target, dir_fd=place.fd)
         return None

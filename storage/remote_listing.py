@@ -28,6 +28,7 @@ __all__ = [
     "damaged",
     "has_manifest",
     "manifests",
+    "newest_manifest",
     "newest_step",
     "open_at",
     "open_upload",
@@ -155,6 +156,16 @@ def newest_step(objects: Objects) -> int | None:
         return read_manifest(RemoteFolder(objects, ""), objects.url).step
     found, _ = _newest(objects, None)
     return None if found is None else found[1].step
+
+
+def newest_manifest(objects: Objects) -> Manifest | None:
+    """Return the manifest of the newest complete checkpoint below a URL, ``None`` if there is none.
+
+    Raises:
+        RemoteError: If the store refuses or can't be reached.
+    """
+    found, _ = _newest(objects, None)
+    return None if found is None else found[1]
 
 
 def _newest(

@@ -6,13 +6,16 @@ removes only what a writer that is certainly gone left behind, and never touches
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from gockpt.errors import UsageError
+from gockpt.errors import PathBusy, UsageError
 from gockpt.options import Keep
+from gockpt.runs import Run, adopted
 from gockpt.storage import directory_names, files, owner
 from gockpt.storage.catalog import Catalog, Place, identify, remove_entry
 from gockpt.storage.checked import MAX_INTEGER
@@ -32,7 +35,25 @@ if TYPE_CHECKING:
 
     from gockpt.layout import ArrayLayout
 
-__all__ = ["Store"]
+__all__ = ["Follow", "Store"]
+
+_log = logging.getLogger("gockpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """The right to go on in a path.
+
+    Attributes:
+        run: As which run.
+        newest: The attempt of the newest checkpoint there, as it was when that was decided, if there was one.
+        here: Whether the model was loaded from this path: then checkpoints of a gockpt that wrote no
+            ancestors count as its own.
+    """
+
+    run: Run
+    newest: str | None
+    here: bool
 
 
 class Store:
@@ -40,7 +61,7 @@ class Store:
 
     Attributes:
         path: The directory, absolute.
-        run: Hexadecimal, in the manifest of everything it publishes.
+        run: The training run of everything it publishes.
     """
 
     def __init__(
@@ -48,7 +69,7 @@ class Store:
         path: str | os.PathLike[str],
         *,
         fs: Filesystem | None = None,
-        run: str | None = None,
+        follow: Follow | None = None,
         parent: int | None = None,
         compression: Compression | None = None,
     ) -> None:
@@ -57,19 +78,19 @@ class Store:
         Args:
             path: Where checkpoints go.
             fs: The file system; the real one by default.
-            run: Hexadecimal id of the run; a new one by default.
+            follow: As which run, and after which checkpoint. Without it nothing is looked at: each
+                checkpoint there counts as its own, and what it publishes names no ancestors.
             parent: ``seq`` of the checkpoint that the run resumed from, if it did.
             compression: What is encoded, and how; nothing by default.
 
         Raises:
-            PathBusy: If another process, or another store of this one, writes there.
+            PathBusy: If another process, or another store of this one, writes there, or has published
+                after what is to be followed.
             StorageError: If the path is a file, read-only, or the disk refuses otherwise.
         """
         self.path = os.path.abspath(local_path(path))
-        self.run = run or secrets.token_hex(16)
         fs = fs or Filesystem()
         self._pid = os.getpid()
-        self._lineage = Lineage(self.run, parent)
         self._compression = compression or Compression(None, threads=1)
         self._outline: Outline | None = None  # of the latest save: the next one mostly has the same arrays
         self._transactions: set[Transaction] = set()
@@ -81,8 +102,20 @@ class Store:
         try:
             self._place = Place(fs, fd, self.path, WriterLock(fs, fd, self.path))
             try:
-                _sweep(self._place)
+                # Before anything is removed: it may have become another run's path meanwhile.
                 self._catalog = Catalog(self._place)
+                self.run = Run(secrets.token_hex(16)) if follow is None else self._followed(follow)
+                self._lineage = Lineage(self.run, parent, labelled=follow is not None)
+                others = self._catalog.belong_to(self._lineage.owns)
+                if others:
+                    _log.warning(
+                        "%s holds %d checkpoints of other runs than this one: they are neither counted nor "
+                        "removed, unless Options(keep=Keep(other_runs=True)) says so",
+                        *(self.path, others),
+                    )
+                if _sweep(self._place):
+                    self._catalog = Catalog(self._place)
+                    self._catalog.belong_to(self._lineage.owns)
                 if parent is not None:  # what it resumed from may have been moved away since
                     self._catalog.continue_after(parent)
             except BaseException:
@@ -92,6 +125,15 @@ class Store:
             with suppress(OSError):
                 fs.close(fd)
             raise
+
+    def _followed(self, follow: Follow) -> Run:
+        """Return the run, unless a newest checkpoint is there that it was not allowed to follow."""
+        newest = self._catalog.newest
+        known = newest is None or newest.attempt == follow.newest
+        if newest is not None and not known and not follow.run.owns(newest.run, newest.seq):
+            msg = f"another process published a checkpoint in {self.path} just now; try again"
+            raise PathBusy(msg)
+        return adopted(follow.run, self._catalog.unlabelled) if follow.here else follow.run
 
     def begin(
         self,
@@ -160,6 +202,14 @@ class Store:
         with self._catalog.turn:
             return self._catalog.prune(self._place, keep)
 
+    def keep_to_newest_run(self) -> int:
+        """Let :meth:`prune` count and remove only the newest checkpoint's run.
+
+        Returns:
+            How many are of other runs.
+        """
+        return self._catalog.keep_to_newest_run()
+
     def continue_after(self, seq: int) -> None:
         """Number publications from above ``seq`` on, which was given out elsewhere."""
         self._catalog.continue_after(seq)
@@ -219,8 +269,13 @@ def _make_directories(fs: Filesystem, path: str) -> None:
             fs.close(fd)
 
 
-def _sweep(place: Place) -> None:
-    """Remove what writers that are certainly gone left behind; see :mod:`gockpt.storage.owner`."""
+def _sweep(place: Place) -> bool:
+    """Remove what writers that are certainly gone left behind; see :mod:`gockpt.storage.owner`.
+
+    Returns:
+        Whether anything got the name of a checkpoint by that.
+    """
+    named = False
     with storage_errors("clean up", place.path):
         present = place.fs.listdir(place.fd)
         known = {name: found for name in present if (found := directory_names.parse(name)) is not None}
@@ -230,9 +285,10 @@ def _sweep(place: Place) -> None:
             if found.kind == "trash":
                 files.remove_tree(place.fs, place.fd, name)
             elif found.kind == "partial" and _is_abandoned(place, name, attempt):
-                _clear(place, name, found)
+                named |= _clear(place, name, found)
             elif found.kind == "owner" and attempt not in partials and _is_abandoned(place, name, attempt):
                 files.remove_tree(place.fs, place.fd, name)
+    return named
 
 
 def _is_abandoned(place: Place, name: str, attempt: str) -> bool:
@@ -250,14 +306,22 @@ def _is_abandoned(place: Place, name: str, attempt: str) -> bool:
     return owner.is_abandoned(who, observer=owner.myself(), quiet_seconds=place.lock.server_time() - seen)
 
 
-def _clear(place: Place, name: str, found: directory_names.DirectoryName) -> None:
-    """Remove a partial that nobody writes, unless it is the predecessor that its attempt had replaced."""
+def _clear(place: Place, name: str, found: directory_names.DirectoryName) -> bool:
+    """Remove a partial that nobody writes, unless it is the predecessor that its attempt had replaced.
+
+    Returns:
+        Whether it is, and got the name of a checkpoint.
+    """
     fs = place.fs
     identity = identify(place, name)
-    if identity is not None and identity.step == found.step and identity.attempt != found.attempt:
+    is_predecessor = (
+        identity is not None and identity.step == found.step and identity.attempt != found.attempt
+    )
+    if identity is not None and is_predecessor:
         # The writer died between the exchange and the renaming of what it got in exchange.
         fs.rename(name, directory_names.of_old(identity.step, identity.attempt), dir_fd=place.fd)
         fs.fsync(place.fd)
     else:
         remove_entry(place, name, str(found.attempt))
     files.remove_tree(fs, place.fd, directory_names.of_owner(str(found.attempt)))
+    return is_predecessor

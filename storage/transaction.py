@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from gockpt.layout import ArrayLayout, Slot
+    from gockpt.runs import Run
     from gockpt.storage.catalog import Catalog, Place
     from gockpt.storage.compression import Compression
     from gockpt.storage.entries import ArrayEntry, FileEntry
@@ -42,12 +43,27 @@ class Lineage:
     """Where a writer's checkpoints come from.
 
     Attributes:
-        run: Hexadecimal, the same for all it publishes.
+        run: Whose they are.
         parent: ``seq`` of the checkpoint it resumed from or published last, if any.
+        labelled: Whether the run's ancestors are written into them, and others' are never replaced.
     """
 
-    run: str
+    run: Run
     parent: int | None
+    labelled: bool = True
+
+    def owns(self, identity: manifest.Identity) -> bool:
+        """Whether a checkpoint is the run's own; anybody's is, for a writer without a run."""
+        return not self.labelled or self.run.owns(identity.run, identity.seq)
+
+    def label(self, contents: Contents) -> Contents:
+        """Return what a checkpoint is to hold, with the run's ancestors among its attributes."""
+        if not self.labelled:
+            return contents
+        own = contents.attributes.get(manifest.FORMAT, {})
+        ancestors = [list(ancestor) for ancestor in self.run.ancestors]
+        labelled = {manifest.FORMAT: {**own, "ancestors": ancestors}}
+        return replace(contents, attributes={**contents.attributes, **labelled})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +137,7 @@ class Transaction:
         self._catalog = catalog
         self._lineage = lineage
         self._compression = compression
-        self._contents = contents
+        contents = self._contents = lineage.label(contents)
         self._on_end = on_end
         self._pid = os.getpid()
         self._partial = directory_names.of_partial(step, attempt)
@@ -137,7 +153,7 @@ class Transaction:
             with storage_errors("begin", where):
                 place.lock.expect_held(place.fd)
                 with catalog.turn:
-                    publish.expect_replaceable(place, directory_names.of_step(step))
+                    publish.expect_replaceable(place, directory_names.of_step(step), lineage.owns)
                 who = owner.encode(owner.myself())
                 self._owner_fd = files.write_new_file(fs, place.fd, directory_names.of_owner(attempt), who)
                 opened.append(self._owner_fd)
@@ -180,7 +196,9 @@ class Transaction:
             UsageError: If they are.
         """
         with _Work(self):
-            self._contents = replace(self._contents, state=state, attributes=attributes, exact=exact)
+            self._contents = self._lineage.label(
+                replace(self._contents, state=state, attributes=attributes, exact=exact)
+            )
             self._draft.restate(self._contents)
 
     def annotate(self, attributes: Mapping[str, Any]) -> None:
@@ -190,7 +208,7 @@ class Transaction:
             StorageError: If the disk refuses.
         """
         with _Work(self):
-            self._contents = replace(self._contents, attributes=attributes)
+            self._contents = self._lineage.label(replace(self._contents, attributes=attributes))
             self._draft.annotate(self._contents)
 
     def write_documents(self) -> None:
@@ -302,7 +320,7 @@ class Transaction:
             step=self.step,
             seq=seq,
             attempt=self.attempt,
-            run=self._lineage.run,
+            run=self._lineage.run.id,
             parent=self._lineage.parent,
             exact=self._contents.exact,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -319,16 +337,14 @@ class Transaction:
             if not self._is_ours(self._partial):
                 msg = f"{place.of(self._partial)} was taken away meanwhile; this save is given up"
                 raise StorageError(msg)
-            return publish.publish(place, self._partial, self.step)
+            return publish.publish(place, self._partial, self.step, self._lineage.owns)
 
     def _record(self, content: manifest.Manifest, replaced: publish.Replaced) -> None:
         name = directory_names.of_step(self.step)
         self._catalog.forget(name)
         if replaced is not None:
             self._catalog.add(*publish.set_aside(self._place, replaced, self.step))
-        metrics, finite = manifest.metrics_of(content.attributes), manifest.finite_of(content.attributes)
-        identity = manifest.Identity(content.step, content.seq, content.attempt, metrics, finite)
-        self._catalog.add(name, identity)
+        self._catalog.add(name, manifest.identity_of(content))
         self._lineage.parent = content.seq
 
     def _is_ours(self, name: str) -> bool:

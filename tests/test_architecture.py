@@ -30,6 +30,7 @@ LAYERS = (
         "nonfinite",
         "interval",
         "retention",
+        "runs",
     ),
     ("kernels", "storage"),
     (
@@ -82,7 +83,7 @@ LAYERS = (
         "wrapper_fitting",
         "engine",
     ),
-    ("arguments", "registry", "checkpointer", "api"),
+    ("arguments", "existing", "registry", "checkpointer", "api"),
     ("cli", "integrations"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -155,6 +155,7 @@ def diff(
 @click.option("--best", type=click.IntRange(min=1), help="Also the best this many; needs --metric.")
 @click.option("--metric", help="The number among the extras that the best are chosen by.")
 @click.option("--mode", type=click.Choice(["min", "max"]), default="min", help="Whether low or high is best.")
+@click.option("--other-runs", is_flag=True, help="Count and remove other runs' checkpoints as well.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @_json
 def prune(
@@ -165,13 +166,16 @@ def prune(
     best: int | None,
     metric: str | None,
     mode: Literal["min", "max"],
+    other_runs: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
     """Remove old checkpoints from PATH, where no run may be saving."""
     from gockpt.overview import prune as prune_path
 
-    rules = gockpt.Keep(newest=keep, every=every, best=best or 0, metric=metric, mode=mode)
+    rules = gockpt.Keep(
+        newest=keep, every=every, best=best or 0, metric=metric, mode=mode, other_runs=other_runs
+    )
     done = prune_path(path, rules, dry_run=dry_run)
     if as_json:
         removed, kept = ([_entry(entry) for entry in entries] for entries in (done.removed, done.kept))
@@ -179,7 +183,8 @@ def prune(
         return 0
     for entry in done.removed:
         print_line(f"{'would remove' if dry_run else 'removed'} step {entry.step}: {printable(entry.path)}")
-    tell(f"{len(done.kept)} kept")
+    others = f", {done.other_runs} of them of other runs (see --other-runs)" if done.other_runs else ""
+    tell(f"{len(done.kept)} kept{others}")
     return 0
 
 
@@ -210,6 +215,11 @@ def _exactness(metadata: Metadata) -> str:
     return f"no: {metadata.deviation or ', '.join(metadata.inexact) or 'not said why'}"
 
 
+def _run(metadata: Metadata) -> str:
+    before = ", ".join(f"{run} ({seq})" for run, seq in metadata.ancestors or ())
+    return f"{metadata.run}, after {before}" if before else metadata.run
+
+
 def _show(metadata: Metadata, stored: StoredCheckpoint) -> None:
     nbytes = sum(array.spec.nbytes for array in stored.arrays.values())
     writer = ", ".join(f"{name} {version}" for name, version in metadata.writer.items())
@@ -225,7 +235,8 @@ def _show(metadata: Metadata, stored: StoredCheckpoint) -> None:
         ("extras", ", ".join(metadata.extras)),
         ("publication", f"{metadata.seq}{parent}"),
         ("created", metadata.created),
-        ("writer", f"{writer}; run {metadata.run}; attempt {metadata.attempt}"),
+        ("run", _run(metadata)),
+        ("writer", f"{writer}; attempt {metadata.attempt}"),
     ]
     for name, value in rows:
         print_line(f"{name:16}{printable(value)}".rstrip())

@@ -50,14 +50,14 @@ class Open:
 
     Attributes:
         path: Where checkpoints go.
-        run: Hexadecimal id of the run.
+        follow: As which run: the fields of a :class:`~gockpt.storage.store.Follow`.
         parent: ``seq`` of the checkpoint that the run continues from, if any.
         options: Those fields of ``Options`` that concern the worker, by name.
         keep: ``Options.keep``; the fields of a ``Keep``.
     """
 
     path: str
-    run: str
+    follow: dict[str, Any]
     parent: int | None
     options: dict[str, Any]
     keep: dict[str, Any] | int | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from gockpt.engine.ring import Ring
     from gockpt.engine.trace import Trace
     from gockpt.options import Options
+    from gockpt.storage.store import Follow
 
 __all__ = ["InProcess"]
 
@@ -35,7 +35,7 @@ __all__ = ["InProcess"]
 class InProcess:
     """Keeps a worker process for one path; its successor is started when a save needs one."""
 
-    def __init__(self, path: str, options: Options, *, parent: int | None) -> None:
+    def __init__(self, path: str, options: Options, *, parent: int | None, follow: Follow) -> None:
         """Start it and wait until it has taken the path.
 
         Raises:
@@ -49,7 +49,7 @@ class InProcess:
             raise OptionsError(msg)
         self._path = path
         self._options = options
-        self._run = secrets.token_hex(16)
+        self._follow = follow
         self._parent = parent
         self._after = 0
         self._defect = ""
@@ -147,7 +147,7 @@ class InProcess:
             "compression": o.compression,
             "grad_dtype": o.grad_dtype,
         }
-        first = notices.Open(self._path, self._run, self._parent, plain, keep)
+        first = notices.Open(self._path, asdict(self._follow), self._parent, plain, keep)
         worker = WorkerProcess(first, o.worker_timeout, self._numbers, self._published)
         worker.post(notices.ContinueAfter(self._after))
         for seq in self._held:

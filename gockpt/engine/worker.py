@@ -27,9 +27,10 @@ from gockpt.engine.wire import Frames
 from gockpt.errors import GockptError, WorkerError
 from gockpt.kernels.once import leave_to_trainer
 from gockpt.options import Keep, Options
+from gockpt.runs import Run
 from gockpt.storage import verified
 from gockpt.storage.compression import Compression
-from gockpt.storage.store import Store
+from gockpt.storage.store import Follow, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -193,7 +194,7 @@ class Worker:
             self._store = open_store(
                 lambda: Store(
                     first.path,
-                    run=first.run,
+                    follow=_follow(first.follow),
                     parent=first.parent,
                     compression=Compression(self._options.compression, threads=threads),
                 ),
@@ -346,6 +347,12 @@ class Worker:
                 action()
             except Exception:  # noqa: BLE001 - the next request must be served
                 _log.exception("of a request of the trainer")
+
+
+def _follow(fields: dict[str, Any]) -> Follow:
+    run = fields["run"]
+    ancestors = tuple((other, seq) for other, seq in run["ancestors"])
+    return Follow(Run(run["id"], ancestors), fields["newest"], fields["here"])
 
 
 def _is_ready(fd: int) -> bool:

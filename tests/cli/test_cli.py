@@ -77,7 +77,8 @@ def test_ls(call, ask):
     ]
     first = document["checkpoints"][0]
     assert set(first) == {
-        *("step", "seq", "attempt", "path", "created", "nbytes", "exact", "metrics", "superseded", "finite")
+        *("step", "seq", "attempt", "path", "created", "nbytes", "exact", "metrics", "run"),
+        *("superseded", "finite"),
     }
     assert first["metrics"] == {"loss": 0.2}
     assert first["nbytes"] == sum(array.nbytes for array in gockpt.open("ckpts", 5).values())

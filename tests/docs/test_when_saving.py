@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import math
 import os
 import select
@@ -25,7 +26,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gockpt
-from gockpt import registry
+from gockpt import lineage, registry
 from gockpt.engine.job import Job
 from gockpt.engine.roads import CudaDevices
 from gockpt.kernels import replay
@@ -274,7 +275,7 @@ def _program_killed_after_the_capture(lab):
 def _started_again(lab):
     later = threading.Timer(0.3, os.kill, (killed_after_the_capture(), signal.SIGCONT))
     later.start()
-    lab.Run().saved().check()
+    lab.Run().saved(options=CONTINUE).check()
     later.join()
     assert gockpt.steps("ckpts") == [1, 4, 8]
 
@@ -592,6 +593,90 @@ def _other_process(lab):
             lab.Run().tick()
         other.communicate("\n", timeout=60)
     raise caught.value
+
+
+def forget_what_was_saved():
+    """Play that another process begins."""
+    gockpt.wait()
+    for saver in list(registry.opened):
+        saver.close()
+    lineage._of_process.clear()
+
+
+CONTINUE = gockpt.Options(existing="continue", window=1)
+
+
+@when("The path holds checkpoints that the model was not loaded from")
+def _not_loaded(lab):
+    lab.Run().saved().saved()
+    forget_what_was_saved()
+    before = sorted(Path("ckpts").rglob("*"))
+    with pytest.raises(gockpt.UsageError, match="the newest: step 2, ") as caught:
+        lab.Run().saved()
+    assert sorted(Path("ckpts").rglob("*")) == before
+    raise caught.value
+
+
+@when(
+    "The same, and it is the same run: loaded from the path, from a copy or an object store, or this process "
+    "saved there"
+)
+def _same_run(lab):
+    lab.Run().saved()
+    gockpt.upload("ckpts", f"file://{Path.cwd()}/bucket")
+    for place in ("ckpts", f"file://{Path.cwd()}/bucket"):
+        forget_what_was_saved()
+        run = lab.Run()
+        run.train()
+        run.step = gockpt.load(place, run.model, run.opt).step
+        run.saved().check(2)
+    for saver in list(registry.opened):
+        saver.close()
+    lab.Run().saved().check(1)
+
+
+@when('The same, with `existing="continue"`')
+def _beside(lab):
+    lab.Run().saved().saved()
+    forget_what_was_saved()
+    run = lab.Run()
+    run.step = 6
+    with mock.patch.object(logging.getLogger("gockpt"), "warning") as told:
+        for _ in range(3):
+            run.saved(options=CONTINUE.replace(keep=2))
+    run.check(9)
+    assert gockpt.steps("ckpts") == [1, 2, 8, 9]
+    assert [call.args[2] for call in told.call_args_list if "of other runs" in call.args[0]] == [2]
+
+
+@when('With `existing="continue"`, a step is saved that another run has saved there')
+def _same_step_of_another(lab):
+    lab.Run().saved()
+    forget_what_was_saved()
+    before = gockpt.checkpoints("ckpts")
+    run = lab.Run()
+    run.train()
+    try:
+        with pytest.raises(gockpt.StorageError):
+            run.tick(options=CONTINUE).result()
+        run.train()
+        run.tick(options=CONTINUE)
+    finally:
+        assert gockpt.checkpoints("ckpts")[:1] == before
+
+
+@when("`remote` holds another run's checkpoints")
+def _remote_of_another(lab):
+    url = f"file://{Path.cwd()}/bucket"
+    lab.Run().saved()
+    gockpt.upload("ckpts", url)
+    forget_what_was_saved()
+    shutil.rmtree("ckpts")
+    try:
+        lab.Run().saved(options=gockpt.Options(window=1, remote=url))
+    finally:
+        assert gockpt.steps(url) == [1]
+        assert not Path("ckpts").exists()
 
 
 @when("Another living model of this process saves into the path")

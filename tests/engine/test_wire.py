@@ -138,7 +138,7 @@ def test_only_messages_can_be_sent(thing):
 
 def test_what_is_not_json_can_not_be_sent():
     with pytest.raises(TypeError):
-        encode(notices.Open("p", "0", None, {"a": object()}, None))
+        encode(notices.Open("p", {}, None, {"a": object()}, None))
 
 
 def test_a_level_of_the_log_is_a_plain_number():

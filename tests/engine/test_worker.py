@@ -77,7 +77,8 @@ class Trainer:
             command = [sys.executable, "-c", PROGRAM, str(other.fileno())]
             self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stderr=subprocess.PIPE)
         self._frames = wire.Frames()
-        self.send(notices.Open(str(path), "ab" * 16, None, {"cpu_threads": 1}, 2))
+        follow = {"run": {"id": "ab" * 16, "ancestors": []}, "newest": None, "here": False}
+        self.send(notices.Open(str(path), follow, None, {"cpu_threads": 1}, 2))
         self.hear(notices.Opened)
 
     def send(self, message, fd=None):

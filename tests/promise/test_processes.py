@@ -118,7 +118,12 @@ def train(ready):
     while True:
         step += 1
         step_once(model, optimizer)
-        handle = gockpt.save_overlapped(model, optimizer, path, step=step, every=EVERY, options=options())
+        try:
+            handle = gockpt.save_overlapped(model, optimizer, path, step=step, every=EVERY, options=options())
+        except gockpt.UsageError:
+            # The worker process of a run that was killed has published just now: this run goes on from there.
+            step = gockpt.load(path, model, optimizer).step
+            continue
         if handle is not None and ready is not None:
             handle.add_done_callback(lambda _, ready=ready: os.write(ready, b"!"))
             ready = None
@@ -155,7 +160,7 @@ def check_kills(path, seed, kills, worker="thread"):
     assert len(set(reached)) > kills // 2, "it goes on from kill to kill"
     # The next writer sweeps up what the killed ones left.
     model = torch.nn.Linear(2, 2)
-    with gockpt.Checkpointer(model, None, path) as saver:
+    with gockpt.Checkpointer(model, None, path, options=gockpt.Options(existing="continue")) as saver:
         saver.after_step(reached[-1] + 1)
     left = [entry.name for entry in Path(path).iterdir() if "partial" in entry.name]
     assert left == []
@@ -314,8 +319,12 @@ def test_two_processes_into_one_path(harness):
             gockpt.save_overlapped(model, None, harness.directory(), step=2)
     finally:
         holder.communicate(timeout=60)
+    with pytest.raises(gockpt.UsageError, match="the newest: step 1, "):
+        gockpt.save_overlapped(model, None, path, step=2)
+    assert gockpt.steps(path) == [1]
     with harness.closing():
-        gockpt.save_overlapped(model, None, path, step=2).result(30)
+        options = gockpt.Options(existing="continue")
+        gockpt.save_overlapped(model, None, path, step=2, options=options).result(30)
     assert gockpt.steps(path) == [1, 2]
 
 

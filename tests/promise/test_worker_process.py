@@ -521,7 +521,7 @@ def test_a_trainer_killed_after_the_capture(harness):
     timer.start()
     try:
         model = harness.Tensors({"a": torch.randn(300)})
-        with gockpt.Checkpointer(model, None, path) as saver:
+        with gockpt.Checkpointer(model, None, path, options=gockpt.Options(existing="continue")) as saver:
             gone(worker)
             holds(path, 6)
             saver.after_step(7).result(60)

@@ -16,8 +16,9 @@ import torch
 import gockpt
 from gockpt import registry
 from gockpt.errors import RemoteError
+from gockpt.runs import Run
 from gockpt.storage import objects
-from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.listing import list_checkpoints, open_checkpoint
 from gockpt.storage.objects import Objects
 from gockpt.storage.store import Store
 from gockpt.storage.upload import upload_checkpoint
@@ -148,7 +149,7 @@ def test_pruning_spares_what_is_being_uploaded(saver, url, gate, tmp_path):
 def test_what_was_removed_before_its_upload_is_left_out(tmp_path, url, caplog, save):
     save(tmp_path, 1)
     with Store(tmp_path) as store:
-        uploads = Uploads(url, str(tmp_path / "empty"), store, nice=0)
+        uploads = Uploads(url, str(tmp_path / "empty"), store, store.run, nice=0)
         uploads.offer(7, 9, str(tmp_path / "step-0000000007"))
         uploads.offer(7, 9, str(tmp_path / "step-0000000001"))  # another one in its place
         uploads.wait()
@@ -331,7 +332,8 @@ def test_its_threads_are_nice(url, tmp_path, save, monkeypatch):
 
     monkeypatch.setattr(Objects, "put", look)
     with Store(tmp_path) as store:
-        Uploads(url, str(tmp_path), store, nice=19).wait()
+        run = Run(list_checkpoints(tmp_path)[0].run)
+        Uploads(url, str(tmp_path), store, run, nice=19).wait()
     assert seen == {19}
 
 

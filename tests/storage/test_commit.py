@@ -40,7 +40,7 @@ def test_commit_says_what_it_published(store, sample, checker):
     document = json.loads(tree["gockpt.json"].splitlines()[0])
     assert (document["step"], document["seq"], document["exact"]) == (1200, 1, True)
     assert document["attempt"] == published.attempt
-    assert document["run"] == store.run
+    assert document["run"] == store.run.id
     assert document["parent"] is None
     assert document["attributes"] == json.loads(tree["zarr.json"])["attributes"] == {"title": "sample"}
     assert [tuple(array["name"]) for array in document["arrays"]] == [a.spec.name for a in sample.layouts]

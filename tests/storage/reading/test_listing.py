@@ -65,6 +65,7 @@ def test_newest_is_the_highest_seq_not_the_highest_step(save, tmp_path):
         nbytes=56,
         exact=True,
         metrics={},
+        run="0" * 32,
     )
 
 

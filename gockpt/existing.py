@@ -1,0 +1,107 @@
+"""Whether a model may be saved into a path, or an object store, that holds checkpoints already.
+
+Promise: where it may not, that is said before anything is deleted, written or made there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+from gockpt.errors import UsageError
+from gockpt.lineage import origin_of, run_of, runs_of_process
+from gockpt.runs import beginning, claim
+from gockpt.storage import remote_listing
+from gockpt.storage.catalog import newest_in
+from gockpt.storage.filesystem import Filesystem
+from gockpt.storage.lock import expect_free
+from gockpt.storage.manifest import MANIFEST_FILE
+from gockpt.storage.store import Follow
+from gockpt.uploads import store_at
+
+if TYPE_CHECKING:
+    from gockpt.arguments import Model
+    from gockpt.options import Options
+    from gockpt.runs import Run
+
+__all__ = ["expect_remote", "homes", "permitted"]
+
+_log = logging.getLogger("gockpt")
+
+
+def homes(path: str, options: Options) -> tuple[str, ...]:
+    """Return where a path's checkpoints are: there, and in its object store."""
+    return (path,) if options.remote is None else (path, options.remote.rstrip("/"))
+
+
+def permitted(path: str, model: Model, options: Options) -> Follow:
+    """Return as which run a model is saved into a directory.
+
+    Raises:
+        UsageError: If another run's checkpoints are there, or the directory is a checkpoint itself.
+        PathBusy: If another run's are, and it is saving there right now.
+        StorageError: If the directory can't be looked through.
+    """
+    if os.path.lexists(f"{path}/{MANIFEST_FILE}"):
+        msg = f"{path} is one checkpoint's own directory; pass the one above it, or another path"
+        raise UsageError(msg)
+    origin, run = origin_of(model), run_of(model)
+    loaded = None if origin is None else (origin.run, origin.seq)
+    here = origin is not None and origin.path == path
+    new_id = secrets.token_hex(16)
+    newest = newest_in(path)
+    if newest is None:
+        home = origin is not None and origin.path in homes(path, options)
+        return Follow(beginning(new_id=new_id, run=run, loaded=loaded, home=home), None, here)
+    found = claim(
+        (newest.run, newest.seq),
+        new_id=new_id,
+        run=run,
+        loaded=loaded,
+        here=here,
+        process=runs_of_process(),
+        anyway=options.existing == "continue",
+    )
+    if found is None:
+        expect_free(Filesystem(), path)
+        raise UsageError(_refusal(path, newest.step, newest.run, "path", f"gockpt.load({path!r}, ...)"))
+    return Follow(found.run, newest.attempt, here)
+
+
+def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
+    """Make sure that an object store holds no other run's checkpoints.
+
+    Raises:
+        UsageError: If it does, or the URL can't be used.
+        RemoteError: If the store refuses or can't be reached.
+    """
+    manifest = remote_listing.newest_manifest(store_at(url))
+    if manifest is None:
+        return
+    origin = origin_of(model)
+    here = origin is not None and origin.path == url.rstrip("/")
+    found = claim(
+        (manifest.run, manifest.seq),
+        new_id=run.id,
+        run=run,
+        loaded=None if origin is None else (origin.run, origin.seq),
+        here=here,
+        process=runs_of_process(),
+        anyway=options.existing == "continue",
+    )
+    if found is None:
+        load = f"gockpt.load({url!r}, ...)"
+        raise UsageError(_refusal(url, manifest.step, manifest.run, "URL as Options(remote=)", load))
+    if found.foreign:
+        _log.warning("%s holds checkpoints of other runs, the newest of step %d", url, manifest.step)
+
+
+def _refusal(where: str, step: int, run: str, other: str, load: str) -> str:
+    return (
+        f"{where} holds checkpoints that this model was not loaded from (the newest: step {step}, of run "
+        f"{run}), and nothing was changed. To go on with that run, {load} first, into this model; to start "
+        f"another one, use another {other}; to save beside them, pass Options(existing='continue'), which "
+        "never replaces or removes theirs"
+    )
