@@ -264,7 +264,7 @@ class _Collector:
         if why := refusal(tensor):
             msg = f"{'/'.join(name)} can't be saved: {why}"
             raise UnsupportedState(msg)
-        known = self.find(tensor, inner=inner)
+        known = self.held(tensor, inner=inner)
         if known is not None:
             self.aliases["/".join(name)] = "/".join(known)
             return known
@@ -291,18 +291,25 @@ class _Collector:
         known = self.subclass_names.get(id(flat.tensor))
         if known is not None:
             return known
-        arrays = {inner: self.find(leaf, inner=True) for inner, leaf in flat.leaves()}
+        arrays = {inner: self.held(leaf, inner=True) for inner, leaf in flat.leaves()}
         return None if None in arrays.values() else self.subclass_names.get(_parts_key(flat, arrays))
 
     def arrays_of(self, name: Name) -> tuple[Name, ...]:
         known = self.subclassed.get(name)
         return (name,) if known is None else tuple(known.arrays.values())
 
-    def find(self, tensor: torch.Tensor, *, inner: bool = False) -> Name | None:
-        """Return the entry that holds exactly this memory in this geometry."""
-        if is_subclass(tensor):
-            return self.find_subclass(flatten(tensor, "a parameter"))
-        if refusal(tensor) is not None or not tensor.numel():
+    def find(self, tensor: torch.Tensor) -> Name | None:
+        """Return the entry or subclass that holds exactly this memory; ``None`` if it can't be saved."""
+        if not is_subclass(tensor):
+            return self.held(tensor) if refusal(tensor) is None else None
+        try:
+            return self.find_subclass(flatten(tensor, "it"))
+        except UnsupportedState:  # whoever adds it says so by its name
+            return None
+
+    def held(self, tensor: torch.Tensor, *, inner: bool = False) -> Name | None:
+        """Return the entry that holds exactly this memory in this geometry, for an ordinary tensor."""
+        if not tensor.numel():
             return None
         for name in self.by_address.get(tensor.data_ptr(), ()):
             if name in self.inside and not inner:

@@ -191,10 +191,18 @@ def as_extra(value):
     return nn.Linear(2, 2), None, {"odd": value}, "extra/odd"
 
 
+def as_parameter_outside(value):
+    model = nn.Linear(2, 2)
+    outside = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [outside]})
+    return model, optimizer, None, "optimizer/group1.param0/param"
+
+
 PLACES = [as_parameter, as_buffer, as_entry, as_state, as_nested_state, as_extra]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+@pytest.mark.parametrize("place", [*PLACES, as_parameter_outside], ids=lambda place: place.__name__)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_naming_the_entry_and_the_way_out(tmp_path, kind, place):
     make, way_out = REFUSED[kind]
