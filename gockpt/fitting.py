@@ -143,6 +143,7 @@ class Plan:
             mismatched=[text for part in parts for text in part.mismatched],
             unfit={one for part in parts for one in part.unfit},
             taken=sum(part.taken for part in parts),
+            refused=[text for part in parts for text in part.refused],
         )
 
 

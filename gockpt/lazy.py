@@ -79,7 +79,7 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         box, rest = select(self._spec.shape, index)
-        result = torch.empty(box.shape, dtype=self.dtype)
+        result = torch.empty(box.shape, dtype=self.dtype, device="cpu")
         if box.numel:
             self._stored.read_into(self._spec.public_name, box, as_bytes(result), verify=self._verify)
         sparse = any(isinstance(part, slice) and part.step not in (None, 1) for part in rest)
@@ -159,7 +159,7 @@ def read_whole(stored: StoredCheckpoint, name: str) -> torch.Tensor:
         msg = f"the state document refers to an array {name!r} that the checkpoint does not hold"
         raise ManifestCorrupt(msg)
     spec = stored.arrays[name].spec
-    result = torch.empty(spec.shape, dtype=DTYPE_OF[spec.dtype])
+    result = torch.empty(spec.shape, dtype=DTYPE_OF[spec.dtype], device="cpu")
     if spec.numel:
         stored.read_into(name, None, as_bytes(result))
     return result

@@ -73,6 +73,7 @@ class ModelFit:
         mismatched: What both have, but differently.
         unfit: Live tensors that get no saved value, by ``id`` or public name.
         taken: How many saved entries something takes, or may take.
+        refused: What modules' own code refused in words of its own; no load goes on after that.
     """
 
     fills: list[Fill] = field(default_factory=list)
@@ -82,6 +83,7 @@ class ModelFit:
     mismatched: list[str] = field(default_factory=list)
     unfit: set[int | str] = field(default_factory=set)
     taken: int = 0
+    refused: list[str] = field(default_factory=list)
 
 
 def differing(spec: ArraySpec, target: torch.Tensor) -> str | None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 __all__ = [
+    "NORMS_VERSION",
     "Loading",
     "accepts_strict",
     "check_classes",
@@ -39,7 +40,7 @@ __all__ = [
 
 _LOAD_DEFAULT = nn.Module._load_from_state_dict  # noqa: SLF001 - the protocol of torch, which has no public name
 _LOAD_OF_NORMS = (_NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)  # noqa: SLF001
-_NORMS_VERSION = 2
+NORMS_VERSION = 2
 """Since this version, the norms' own loading changes nothing about what was saved."""
 
 _SAVE_DEFAULTS = (nn.Module._save_to_state_dict, LazyModuleMixin._save_to_state_dict)  # noqa: SLF001
@@ -71,7 +72,7 @@ def loading_of(module: nn.Module, metadata: Mapping[str, Any]) -> Loading:
     method = getattr(module._load_from_state_dict, "__func__", None)  # noqa: SLF001
     if method is not _LOAD_DEFAULT:
         version = metadata.get("version")
-        if method not in _LOAD_OF_NORMS or type(version) is not int or version < _NORMS_VERSION:
+        if method not in _LOAD_OF_NORMS or type(version) is not int or version < NORMS_VERSION:
             return Loading.OWN
     return Loading.HOOKS if pre_hooks(module) else Loading.DEFAULT
 

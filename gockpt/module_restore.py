@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ModuleRestore", "module_restores"]
 
+_OF_TORCH = (
+    "size mismatch for ",
+    "While copying the parameter named ",
+    "While swapping the parameter named ",
+)
+"""How torch begins what it says of single tensors; with ``strict=False`` those are left out here."""
+
 EXTRA_STATE = "_extra_state"
 """The key of ``get_extra_state()``, behind a module's prefix."""
 
@@ -191,6 +198,7 @@ class ModuleRestore:
             ],
             unfit=visit.unfit | {id(fill.target) for same in split for fill in same},
             taken=visit.taken,
+            refused=[text for text in visit.errors if not text.startswith(_OF_TORCH)],
         )
 
 

@@ -15,7 +15,17 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gockpt.errors import UsageError
-from gockpt.module_protocol import check_classes, names_itself, own_state_dict
+from gockpt.module_protocol import (
+    NORMS_VERSION,
+    Loading,
+    check_classes,
+    loading_of,
+    loads_itself,
+    names_itself,
+    own_state_dict,
+    sets_extra_state,
+)
+from gockpt.once import warn_once
 from gockpt.tensors import refusal
 
 if TYPE_CHECKING:
@@ -237,12 +247,45 @@ def _of_module(
             place = _storage(value)
             kind = "parameter" if place in storages[0] else "buffer" if place in storages[1] else "computed"
         entries.append(ModelEntry(prefix + strip(key), kind, value, model, key))
+    known = parameters | buffers
+    made = [strip(entry.key) for entry in entries if id(entry.value) not in known]
+    if made and (left := _unclaimed(module, made)):
+        warn_once(
+            ("unclaimed", type(module).__qualname__, *left),
+            "the state dict of %s has keys that nothing in it takes back (%s): they are saved, but a load "
+            "refuses them, as torch's does, unless strict=False leaves them out",
+            type(module).__qualname__,
+            ", ".join(left[:5]),
+        )
     metadata: dict[str, dict[str, Any]] = {}
     for key, value in (getattr(state, "_metadata", None) or {}).items():
         # What stands inside a wrapper comes after it, and has its name.
         below = strip(f"{key}.x" if key else "x")
         metadata[(prefix + below.removesuffix("x")).removesuffix(".")] = value
     return entries, metadata
+
+
+def _unclaimed(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which natural names of a model's own state its ``load_state_dict`` would call unexpected.
+
+    What modules with loading code of their own may take counts as taken.
+    """
+    found: list[str] = []
+    for natural in [] if loads_itself(module) else names:
+        part, name = module, natural
+        while loading_of(part, {"version": NORMS_VERSION}) is Loading.DEFAULT:
+            first, _, below = name.partition(".")
+            inner = wrapped_child(part)
+            if inner is not None:
+                part = part._modules[inner]  # type: ignore[assignment] # noqa: SLF001
+            elif below and part._modules.get(first) is not None:  # noqa: SLF001
+                part, name = part._modules[first], below  # type: ignore[assignment] # noqa: SLF001
+            else:
+                own = name in part._parameters or name in part._buffers  # noqa: SLF001
+                if not own and not (name == "_extra_state" and sets_extra_state(part)):
+                    found.append(natural)
+                break
+    return found
 
 
 def _storage(tensor: torch.Tensor) -> int | None:

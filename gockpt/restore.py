@@ -286,7 +286,8 @@ class _Load:
         found = plan.whole()
         changed = bool(self.changed)
         judged = finished or not any(module.asks_after for module in self.modules)
-        if self.strict and (found.mismatched or (judged and (found.missing or found.unexpected))):
+        named = (found.missing or found.unexpected) if judged else (plan.missing or plan.unexpected)
+        if found.refused or (self.strict and (found.mismatched or named)):
             alone = self.model is None and self.optimizer is not None
             raise mismatch(self.stored.step, found, changed=changed, optimizer_alone=alone)
         amiss = found.missing or found.unexpected or found.mismatched
@@ -326,18 +327,20 @@ class _Load:
 
         Args:
             plan: What goes where.
-            others: States of optimizers, to be read by the same call.
+            others: States of optimizers: read by the same call, or after hooks that may still refuse.
         """
         found = plan.whole()
-        self.filler.fill_many([*found.fills, *others])
+        asks_after = any(module.asks_after for module in self.modules)
+        self.filler.fill_many(found.fills if asks_after else [*found.fills, *others])
         for fill in found.fills:
             self.filler.fill(fill)
         for assign in found.assigns:
             self.filler.assign(assign)
-        if any(module.asks_after for module in self.modules):
+        if asks_after:
             for part, module in zip(plan.model, self.modules, strict=True):
                 part.missing, part.unexpected = module.finish(ran=self.changed.modules)
             self.refuse(plan, finished=True)
+            self.filler.fill_many(others)
 
     def fill_and_feed(self, plan: Plan, others: list[Fill | Create], feeding: Feeding) -> None:
         """Overwrite the live tensors, and have optimizers load by code of their own.

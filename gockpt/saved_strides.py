@@ -38,8 +38,8 @@ def order_of_state(
         return None
     spec = arrays[source]
     strides = strides_saved(saved.strides, source, spec)
-    if spec.shape != tuple(param.shape):
-        return strides
+    if torch.nn.parameter.is_lazy(param) or spec.shape != tuple(param.shape):
+        return strides  # a lazy one takes its size, and memory in order, when the model is loaded
     if of_param in arrays and strides == strides_saved(saved.strides, of_param, arrays[of_param]):
         return torch.empty_like(param.detach(), device="meta").stride()
     return strides

@@ -921,6 +921,15 @@ def _masters(lab):
     assert all(map(torch.equal, masters, kept))
 
 
+@when("A module's state dict has keys that nothing takes back")
+def _nothing_takes(lab):
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model.register_state_dict_post_hook(lambda m, state, prefix, _: state.update({prefix + "words": "hi"}))
+    with mock.patch.object(logging.getLogger("gockpt"), "warning") as warning:
+        gockpt.save_overlapped(model, None, "ckpts").result()
+    assert any("words" in call.args for call in warning.call_args_list)
+
+
 @when("A method of a module's class could never be called by a load")
 def _never_called(lab):
     class Odd(torch.nn.Linear):
