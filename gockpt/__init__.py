@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from gockpt.options import Keep, Options
     from gockpt.overview import checkpoints, diff, latest, prune, steps, verify
+    from gockpt.release import close
     from gockpt.restore import Restored, load
     from gockpt.uploads import upload
 
@@ -82,6 +83,7 @@ __all__ = [
     "UsageError",
     "WorkerError",
     "checkpoints",
+    "close",
     "diff",
     "latest",
     "load",
@@ -104,6 +106,7 @@ _HOME = {
     "Restored": "gockpt.restore",
     "SaveHandle": "gockpt.engine.handle",
     "checkpoints": "gockpt.overview",
+    "close": "gockpt.release",
     "diff": "gockpt.overview",
     "latest": "gockpt.overview",
     "load": "gockpt.restore",

@@ -59,8 +59,10 @@ def save_overlapped(
         SaveError: If a save failed in the background since the last call.
     """
     wanted = checked_options(options)
-    saver = _saver_for(model, optimizer, path, every, wanted)
-    return saver.after_step(step, extra if extra is not None else {})
+    saver = _saver_for(model, optimizer, path, every, wanted, step)
+    handle = saver.after_step(step, extra if extra is not None else {})
+    registry.raise_failure()
+    return handle
 
 
 def wait() -> None:
@@ -85,8 +87,10 @@ def wait() -> None:
                 first.add_note(f"and, of {saver.path}: {error}")
     with registry.lock:
         registry.close_orphans()
+        registry.close_leaving()
     if first is not None:
         raise first
+    registry.raise_failure()
 
 
 def _saver_for(
@@ -95,23 +99,33 @@ def _saver_for(
     path: str | os.PathLike[str],
     every: int | Literal["auto"],
     options: Options,
+    step: int | None,
 ) -> Checkpointer:
     key = (model_ids(model), directory_to_save(path))
     with registry.lock:
         registry.close_orphans()
+        registry.close_leaving()
         saver = registry.by_call.get(key)
         if saver is not None and saver.serves(model, optimizer, every, options):
             saver.rebind(model)
             return saver
         former = saver
+        if former is not None:
+            registry.expect_not_taken(former)
         if former is not None and not former.closed:
             try:
                 former.close()
             except (SaveAborted, UploadError) as error:
                 _log.warning("other arguments than before: %s", error)
+        registry.expect_alone(key[1], model, step)
         saver = Checkpointer(model, optimizer, path, every=every, options=options)
+        once = registry.retired.pop(key, None)
         if former is not None:
-            saver.continue_after(former)
+            saver.continue_after(former.counted)
             former.forget_model()
+        elif once is not None:
+            saver.continue_after(once.counted)
+            saver.comes_back = True
         registry.by_call[key] = saver
+        registry.retire_others(saver)
         return saver

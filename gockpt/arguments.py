@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 
 from gockpt.errors import OptionsError, UsageError
+from gockpt.naming import bare_module
 from gockpt.options import Options
 
 __all__ = [
     "Model",
+    "anchors",
     "checked_every",
     "checked_extra",
     "checked_options",
@@ -46,6 +48,15 @@ def modules(model: Model) -> list[torch.nn.Module]:
     if isinstance(model, torch.nn.Module):
         return [model]
     return [] if isinstance(model, Mapping) else list(model)
+
+
+def anchors(model: Model | None) -> frozenset[int]:
+    """Return the ids by which a living model is known again, also inside another wrapper or mapping."""
+    if model is None:
+        return frozenset()
+    if isinstance(model, Mapping):
+        return frozenset(id(tensor) for tensor in model.values())
+    return frozenset(id(bare_module(module)) for module in modules(model))
 
 
 def model_ids(model: Model) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gockpt import registry
 from gockpt.arguments import (
+    anchors,
     checked_every,
     checked_extra,
     checked_options,
@@ -106,11 +107,14 @@ class Checkpointer:
         self._optimizers = find_optimizers(optimizer)
         self.model_ids = model_ids(model)
         self._uploads: Uploads | None = None
+        self._calls = 0
+        self.taken = False
+        self.comes_back = False
         origin = origin_of(model)
         with registry.lock:
             registry.close_orphans()
             resumed = origin is not None and origin.path == self.path
-            registry.take_over(self.path, self.model_ids, resumed=resumed)
+            registry.take_over(self.path, self, resumed=resumed)
             remote = self.options.remote
             at_home = origin is not None and origin.path in homes(self.path, self.options)
             parent = origin.seq if origin is not None and at_home else None
@@ -169,11 +173,13 @@ class Checkpointer:
             SaveError: If a save failed in the background since the last call. Training may go on.
         """
         if self._engine.closed:
+            registry.expect_not_taken(self)
             msg = f"the checkpointer of {self.path} is closed; make a new one"
             raise UsageError(msg)
         if extra is not None:
             self._extra = checked_extra(extra)
         number = checked_step(step)
+        self._calls += 1
         # Calls and updates are counted on from what was loaded meanwhile.
         origin = origin_of(self._model())
         if origin is not None and origin is not self._origin:
@@ -192,28 +198,37 @@ class Checkpointer:
         finally:
             self._leave()
 
+    def retire_with_error(self) -> GockptError | None:
+        """Close it if there is nothing to wait for; return what a save or upload of it failed of, if one did.
+
+        Whether it could be closed, :attr:`closed` says.
+        """
+        if self.busy or self.closed:
+            return None
+        failure: GockptError | None = None
+        try:
+            if self._uploads is not None and not self._uploads.settle():
+                return None
+        except UploadError as error:
+            failure = error
+        try:
+            self._engine.close()
+        except GockptError as error:
+            failure = error
+        finally:
+            self._leave()
+        return failure
+
     def retire(self) -> bool:
         """Close it, now that its model is gone, if there is nothing to wait for; return whether it is closed.
 
         A failed upload is tried once more behind the caller, and waited for like one under way. What fails
         is logged: nobody is left to hear of it.
         """
-        if self.closed:
-            return True
-        if self.busy:
-            return False
-        try:
-            if self._uploads is not None and not self._uploads.settle():
-                return False
-        except UploadError as error:
+        error = self.retire_with_error()
+        if error is not None:
             _log.warning("of a model that is gone: %s", error)
-        try:
-            self._engine.close()
-        except GockptError as error:
-            _log.warning("of a model that is gone: %s", error)
-        finally:
-            self._leave()
-        return True
+        return self.closed
 
     def _leave(self) -> None:
         """Let go of everything that knows this checkpointer, once it is closed."""
@@ -250,6 +265,15 @@ class Checkpointer:
     def uploads(self) -> UploadStatus | None:
         """How far the copies in the object store are; ``None`` without ``Options.remote``."""
         return None if self._uploads is None else self._uploads.status
+
+    @property
+    def model(self) -> Any:
+        """The model, or ``None`` if it does not exist any more."""
+        return self._model()
+
+    def modules(self) -> list[torch.nn.Module]:
+        """Return the modules of the model; none if it does not exist any more."""
+        return modules(self._model() or {})
 
     @property
     def model_is_gone(self) -> bool:
@@ -301,9 +325,33 @@ class Checkpointer:
         for farewell in self._farewells:
             farewell.detach()
 
-    def continue_after(self, former: Checkpointer) -> None:
-        """Count calls on from another checkpointer of the same model."""
-        self._engine.count_from(*former._engine.counted)
+    def saves_model_of(self, other: Checkpointer) -> bool:
+        """Whether both save the same model."""
+        return bool(anchors(self._model()) & anchors(other.model))
+
+    def when_model_goes(self, call: Callable[..., object], *given: object) -> None:
+        """Have something called when the model is collected."""
+        for module in self.modules():
+            weakref.finalize(module, call, *given)
+
+    @property
+    def serves_single_saves(self) -> bool:
+        """Whether it was called once only, for a save of that very state, and nobody has come back to it."""
+        return self.every in (None, 1) and self._calls <= 1 and not self.comes_back
+
+    @property
+    def trained_elsewhere(self) -> bool:
+        """Whether another living thread makes the calls."""
+        return self._engine.trained_elsewhere
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """The last step, and the updates seen so far."""
+        return self._engine.counted
+
+    def continue_after(self, counted: tuple[int, int]) -> None:
+        """Count calls on from another checkpointer of the same model and path."""
+        self._engine.count_from(*counted)
 
     def _upload(self, saved: Saved) -> None:
         if self._uploads is not None:

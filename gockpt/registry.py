@@ -11,21 +11,45 @@ import logging
 import sys
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from gockpt.errors import GockptError, PathBusy, UploadError
+from gockpt.arguments import model_ids
+from gockpt.errors import GockptError, PathBusy, SaveAborted, UploadError
+from gockpt.lineage import origin_of
+from gockpt.reachable import in_use
 
 if TYPE_CHECKING:
     from gockpt.checkpointer import Checkpointer
 
-__all__ = ["by_call", "close_orphans", "lock", "model_gone", "opened", "take_over"]
+__all__ = [
+    "Key",
+    "by_call",
+    "close_leaving",
+    "close_orphans",
+    "expect_alone",
+    "expect_not_taken",
+    "lock",
+    "model_gone",
+    "opened",
+    "raise_failure",
+    "release",
+    "retire_others",
+    "retired",
+    "take_over",
+]
+
+Key = tuple[tuple[int, ...], str]
+"""A model's ids, and the path it is saved into."""
+
+_WAYS_OUT = "Save one of them into another path, or both together as one list of models; or gockpt.close()"
 
 _log = logging.getLogger("gockpt")
 
 lock = threading.RLock()
 opened: set[Checkpointer] = set()
 """Every checkpointer that was not closed: the exit of the interpreter finishes them."""
-by_call: dict[tuple[tuple[int, ...], str], Checkpointer] = {}
+by_call: dict[Key, Checkpointer] = {}
 """Those that ``save_overlapped`` made, by model and path."""
 _orphans: deque[Checkpointer] = deque()
 """Those whose models were collected; closed at the next call of the library."""
@@ -52,33 +76,163 @@ def close_orphans() -> None:
         saver.forget_model()
 
 
-def take_over(path: str, ids: tuple[int, ...], *, resumed: bool) -> None:
-    """Let an idle checkpointer of this process hand its path to the next one, where that is meant.
+def take_over(path: str, by: Checkpointer, *, resumed: bool) -> None:
+    """Let the checkpointer of this process that has a path hand it to the next one.
 
-    That is: for the same model, for one that was loaded from this very path, and when the other's model
-    is gone. Two living models would replace each other's checkpoints.
+    That is meant for the same model, for one that was loaded from this very path, and when the other's model
+    is gone. Where that lives, it may be a traceback or the output of a notebook's cell that keeps it alive:
+    it hands over as well, and is refused when it is to be saved again. What was captured is published, an
+    open window is given up.
+
+    Raises:
+        PathBusy: If another thread saves the other model.
     """
     for saver in list(opened):
         if saver.path != path or saver.closed or not saver.of_this_process:
             continue
-        meant = resumed or saver.model_ids == ids
-        if not meant and not saver.model_is_gone and not saver.window_open:
-            # A save under way keeps its model alive, and so does a reference cycle.
-            try:
-                saver.wait()
-            except GockptError as error:
-                _log.error("of another model's save into %s: %s", path, error)
-            gc.collect()
-        if saver.window_open or not (meant or saver.model_is_gone):
+        meant = saver.model_ids == by.model_ids
+        if not meant and not resumed and not saver.model_is_gone and saver.trained_elsewhere:
             msg = (
-                f"{path} is being saved into by another checkpointer of this process; close() it, or use "
-                "another path. To save several models together, pass them as one list"
+                f"{path} is being saved into by another thread, from another model. {_WAYS_OUT} "
+                "that one if it is done with"
             )
             raise PathBusy(msg)
-        try:
-            saver.close()
-        except UploadError as error:
-            _log.warning("of the checkpointer before: %s", error)
+        error = release(saver, "another checkpointer takes its path")
+        if meant:
+            if error is not None and not isinstance(error, (SaveAborted, UploadError)):
+                raise error  # the next call hears of it
+            continue
+        gc.collect()  # a save under way has kept the model alive, and so does a reference cycle
+        if not saver.model_is_gone:
+            saver.taken = True
+            _log.warning(
+                "%s was saved into by another model of this process, which still lives: its checkpointer was "
+                "closed, and it is refused from now on",
+                path,
+            )
+
+
+def expect_alone(path: str, model: Any, step: int | None) -> None:
+    """Refuse to save a model into a path that another model of the program is being saved into.
+
+    That is so where the other one is in use and has a window open, or was saved at this very step. One that
+    is only kept alive by what is left of an interrupted or ended program does not count.
+
+    Raises:
+        PathBusy: If it is so.
+    """
+    ids, origin = model_ids(model), origin_of(model)
+    if origin is not None and origin.path == path:
+        return
+    for saver in list(opened):
+        if saver.path != path or saver.closed or not saver.of_this_process or saver.model_ids == ids:
+            continue
+        same_step = saver.counted[0] == (1 if step is None else step)
+        if (saver.window_open or same_step) and in_use(saver.modules):
+            msg = (
+                f"{path} is being saved into by another model of this process, which is in use: two models "
+                f"would replace each other's checkpoints. {_WAYS_OUT} the path, if the other one is done with"
+            )
+            raise PathBusy(msg)
+
+
+def release(saver: Checkpointer, why: str) -> GockptError | None:
+    """Close a checkpointer: publish what was captured, give an open window up.
+
+    Returns:
+        What failed, which is logged.
+    """
+    if saver.window_open:
+        saver.abort(why)
+    try:
+        saver.close()
+    except GockptError as error:
+        _log.warning("of the checkpointer of %s, closed since %s: %s", saver.path, why, error)
+        return error
+    return None
+
+
+def expect_not_taken(saver: Checkpointer) -> None:
+    """Refuse to go on with a checkpointer whose path another living model's has taken over.
+
+    Raises:
+        PathBusy: If that is so.
+    """
+    others = [
+        other
+        for other in opened
+        if other is not saver and other.path == saver.path and other.model_ids != saver.model_ids
+    ]
+    if saver.taken and any(not other.closed and not other.model_is_gone for other in others):
+        msg = (
+            f"{saver.path} is being saved into by another model of this process: two models would replace "
+            f"each other's checkpoints. {_WAYS_OUT} the path, if the other one is done with"
+        )
+        raise PathBusy(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """What is left of a checkpointer that ``save_overlapped`` made, used once, and closed.
+
+    Attributes:
+        counted: Its last step, and the updates that it had seen.
+    """
+
+    counted: tuple[int, int]
+
+
+retired: dict[Key, Retired] = {}
+"""By model and path, for as long as the model lives."""
+_leaving: list[Checkpointer] = []
+"""Those that are closed as soon as nothing has to be waited for."""
+_failures: deque[GockptError] = deque()
+
+
+def retire_others(by: Checkpointer) -> None:
+    """Close what the same model has saved once into other paths: a new path for each save leaks nothing.
+
+    What is still being written is closed at a later call. A path that is come back to stays open.
+    """
+    for saver in list(by_call.values()):
+        if (
+            saver is not by
+            and saver not in _leaving
+            and saver.of_this_process
+            and saver.saves_model_of(by)
+            and saver.serves_single_saves
+        ):
+            _leaving.append(saver)
+    close_leaving()
+
+
+def close_leaving() -> None:
+    """Close those that were used once, as far as that takes no waiting."""
+    for saver in list(_leaving):
+        if not saver.serves_single_saves:  # it was come back to meanwhile
+            _leaving.remove(saver)
+            continue
+        error = saver.retire_with_error()
+        if not saver.closed:
+            continue
+        if error is not None:
+            _failures.append(error)
+        _leaving.remove(saver)
+        for key in [key for key, known in by_call.items() if known is saver]:
+            del by_call[key]
+            retired[key] = Retired(saver.counted)
+            saver.when_model_goes(retired.pop, key, None)
+        saver.forget_model()
+
+
+def raise_failure() -> None:
+    """Raise what a checkpointer failed of that was closed in passing; once.
+
+    Raises:
+        SaveError: If one did.
+    """
+    if _failures:
+        raise _failures.popleft()
 
 
 @atexit.register

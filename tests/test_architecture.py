@@ -83,7 +83,7 @@ LAYERS = (
         "wrapper_fitting",
         "engine",
     ),
-    ("arguments", "existing", "registry", "checkpointer", "api"),
+    ("arguments", "existing", "reachable", "registry", "checkpointer", "api", "release"),
     ("cli", "integrations"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -174,6 +174,11 @@ class Engine:
             return self._save.handle
 
     @property
+    def trained_elsewhere(self) -> bool:
+        """Whether another thread makes the ticks, and lives."""
+        return self._thread is not threading.current_thread() and self._thread.is_alive()
+
+    @property
     def counted(self) -> tuple[int, int]:
         """The step of the last tick, and the updates seen so far."""
         return self._step, self._updates

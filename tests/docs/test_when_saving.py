@@ -679,10 +679,31 @@ def _remote_of_another(lab):
         assert not Path("ckpts").exists()
 
 
-@when("Another living model of this process saves into the path")
+@when("Another model of this process is saved into the path, as in a notebook's cell that is run again")
 def _other_model(lab):
-    lab.others = [lab.Run().saved()]
-    lab.Run().saved()
+    lab.others = [lab.Run().saved().saved()]
+    lab.again = lab.Run().saved()
+    lab.again.check(1)
+    with pytest.raises(gockpt.PathBusy):
+        lab.others[0].saved()
+
+
+@when("Two models are saved into one path in turn")
+def _in_turn(lab):
+    lab.others = [lab.Run(), lab.Run()]
+    for _ in range(3):
+        for run in lab.others:
+            run.saved()
+
+
+@when("`gockpt.close` is called inside a window")
+def _closed_inside(lab):
+    run = lab.Run().window(upto=6)
+    gockpt.close("ckpts")
+    code = "from gockpt.storage.store import Store; Store('ckpts').close()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert gockpt.steps("ckpts") == [4]
+    run.save.result()
 
 
 @when("A CUDA graph is being captured when `save_overlapped` is called")
