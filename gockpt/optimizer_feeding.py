@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Feeding", "not_restored"]
 
+SHARED = ("param_groups", "state")
+"""What a wrapper may share with the optimizer in it."""
+
 
 def not_restored(plan: Plan) -> list[str]:
     """Say what was saved of optimizers and wrappers, or is there, that a load leaves as it is."""
@@ -90,20 +93,19 @@ class Feeding:
         Args:
             ran: Takes the class of each object before its code runs.
         """
-        everybody = [form.owner for form in self._forms]
-        everybody += [one for one in self._live.optimizers if not any(one is other for other in everybody)]
+        everybody = [*self._live.optimizers, *(entry.wrapper for entry in self._live.wrappers)]
         for form in self._forms:
             if id(form.owner) in self.loaded:
                 continue
             ran.append(f"{class_name(form.owner)}.load_state_dict()")
             others = [one for one in everybody if one is not form.owner]
-            sharing = [one for one in others if id(one) in self.loaded and _shares_groups(one, form.owner)]
+            sharing = [(one, name) for one in others for name in SHARED if _shares(one, form.owner, name)]
             with self._noting(others):
                 form.owner.load_state_dict(form.value)
             self.loaded.add(id(form.owner))
-            for one in sharing:
-                # torch gives a loaded optimizer a new list.
-                one.param_groups = form.owner.param_groups
+            for one, name in sharing:
+                # torch gives a loaded optimizer a new list, and a new dict.
+                setattr(one, name, getattr(form.owner, name))
             for plan in form.inside:
                 if id(self._live.optimizers[plan.index]) in self.loaded:
                     _undo_casts(self._live.optimizers[plan.index], plan, form.tensors)
@@ -150,10 +152,10 @@ class Feeding:
         return form
 
 
-def _shares_groups(one: Any, other: Any) -> bool:
-    """Whether an object has the other's list of param groups as an attribute of its own."""
-    groups = getattr(one, "__dict__", {}).get("param_groups")
-    return groups is not None and groups is getattr(other, "param_groups", None)
+def _shares(one: Any, other: Any, name: str) -> bool:
+    """Whether both have the same object as an attribute of their own."""
+    held = getattr(one, "__dict__", {}).get(name)
+    return held is not None and held is getattr(other, "__dict__", {}).get(name)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gockpt.errors import UnsupportedState
-from gockpt.optimizers import own_method
 from gockpt.tensors import refusal
 
 if TYPE_CHECKING:
@@ -82,11 +81,9 @@ def adds_something(form: Any, inner: list[Any]) -> bool:
 
 def adds_to_live(entry: WrapperEntry, live: LiveState) -> bool:
     """Whether a live wrapper keeps more than the optimizers, and the wrappers, inside it."""
-    if own_method(entry.wrapper, "state_dict") is None:
-        return False
     after = live.wrappers[live.wrappers.index(entry) + 1 :]
     inner = [live.optimizers[index] for index in entry.inside]
-    inner += [other.wrapper for other in after if own_method(other.wrapper, "state_dict")]
+    inner += [other.wrapper for other in after if other.own]
     forms = [one.state_dict() for one in inner if hasattr(one, "state_dict")]
     return adds_something(entry.wrapper.state_dict(), forms)
 
@@ -133,17 +130,13 @@ class Forms:
         """Return the documents of the wrappers that have a form."""
         documents: list[Json] = []
         for at, entry in enumerate(self._live.wrappers):
-            if own_method(entry.wrapper, "state_dict") is None:
+            if not entry.own:
                 continue
             document = self._document(
                 entry.wrapper, entry.kind, "optimizer_options", f"wrapper{at}", "state_dict"
             )
             inner = [self._form(self._live.optimizers[index]) for index in entry.inside]
-            inner += [
-                self._form(other.wrapper)
-                for other in self._live.wrappers[at + 1 :]
-                if own_method(other.wrapper, "state_dict")
-            ]
+            inner += [self._form(other.wrapper) for other in self._live.wrappers[at + 1 :] if other.own]
             documents.append(
                 {
                     "class": entry.kind,

@@ -12,8 +12,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gockpt.errors import UnsupportedState, UsageError
+from gockpt.optimizer_forms import adds_something
 
-__all__ = ["Found", "check_wrapper", "class_name", "find_optimizers", "has_own_protocol", "own_method"]
+__all__ = [
+    "Found",
+    "check_wrapper",
+    "class_name",
+    "find_optimizers",
+    "has_own_protocol",
+    "own_method",
+    "wrapper_protocol",
+]
 
 INNER = (
     *("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "inner_optimizer", "inner"),
@@ -113,19 +122,33 @@ def has_own_protocol(optimizer: Any) -> bool:
     )
 
 
+def wrapper_protocol(wrapper: Any, inside: list[Any]) -> tuple[bool, bool]:
+    """Whether a wrapper is asked for its ``state_dict()``, and whether it can take that back itself."""
+    hooked = isinstance(wrapper, Optimizer) and any(
+        getattr(wrapper, hooks, None)
+        and not any(getattr(wrapper, hooks) is getattr(one, hooks, None) for one in inside)
+        for hooks in HOOKS
+    )
+    loads = own_method(wrapper, "load_state_dict") is not None
+    saves = own_method(wrapper, "state_dict") is not None
+    # One that only loads in its own way is given what it hands on from the optimizer inside.
+    return saves or hooked or (loads and hasattr(wrapper, "state_dict")), loads or hooked
+
+
 def check_wrapper(wrapper: Any, inside: list[Any]) -> None:
     """Refuse a wrapper whose own state could not be saved, or not be given back.
 
     Raises:
         UnsupportedState: Names its class, and what is missing.
     """
-    saves, loads = (own_method(wrapper, name) for name in ("state_dict", "load_state_dict"))
+    saves, loads = wrapper_protocol(wrapper, inside)
     name = class_name(wrapper)
     way_out = f"give {type(wrapper).__qualname__} both, or pass the optimizer inside it"
-    if saves is not None and loads is None:
+    if saves and not loads and adds_something(wrapper.state_dict(), [one.state_dict() for one in inside]):
         msg = f"{name} has state_dict() and no load_state_dict() of its own: {way_out}"
         raise UnsupportedState(msg)
-    if saves is None:
+    # Of an optimizer, torch saves no attributes either.
+    if not saves and not isinstance(wrapper, Optimizer):
         held = _attributes_of_its_own(wrapper, inside)
         if held:
             msg = (
@@ -146,8 +169,6 @@ def _attributes_of_its_own(wrapper: Any, inside: list[Any]) -> list[str]:
         if not (isinstance(value, _STATE) or hasattr(value, "state_dict") or hasattr(value, "__array__")):
             continue
         if any(value is getattr(optimizer, name, None) for optimizer in inside):
-            continue
-        if isinstance(wrapper, Optimizer) and (name.startswith(("_optimizer_", "_zero_grad", "_warned"))):
             continue
         found.append(name)
     return found

@@ -17,7 +17,7 @@ from gockpt.errors import UnsupportedState
 from gockpt.naming import loading_entries, model_state, parameter_names
 from gockpt.once import warn_once
 from gockpt.optimizer_forms import states_in_form
-from gockpt.optimizers import check_wrapper, class_name, find_optimizers, has_own_protocol
+from gockpt.optimizers import check_wrapper, class_name, find_optimizers, has_own_protocol, wrapper_protocol
 from gockpt.outside import check_outside, remember_held
 from gockpt.plain import is_ordinary_key
 from gockpt.tensor_subclasses import Flattened, Inner, check_rebuild, context_text, flatten
@@ -102,11 +102,13 @@ class WrapperEntry:
         wrapper: The live object.
         kind: Its class: module and qualified name.
         inside: Indices of the optimizers in it.
+        own: Whether it saves and loads itself: by methods of its own, or with hooks.
     """
 
     wrapper: Any
     kind: str
     inside: tuple[int, ...]
+    own: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,8 @@ def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
         if not loading:
             check_wrapper(wrapper, inside)
         indices = tuple(at for at, live in enumerate(found.optimizers) if any(live is one for one in inside))
-        collector.wrappers.append(WrapperEntry(wrapper, class_name(wrapper), indices))
+        own = all(wrapper_protocol(wrapper, inside))
+        collector.wrappers.append(WrapperEntry(wrapper, class_name(wrapper), indices, own))
     if collector.outside:
         check_outside(model, entries, collector.params, collector.outside, collector.optimizers)
     return collector.result()

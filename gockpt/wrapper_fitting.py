@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gockpt.optimizer_forms import adds_to_live
-from gockpt.optimizers import own_method
 
 if TYPE_CHECKING:
     from gockpt.fitting import Plan
@@ -39,7 +38,7 @@ def fit_wrappers(live: LiveState, saved: SavedState, plan: Plan) -> None:
     groups = {one.index: one.groups for one in plan.optimizers}
     left = list(saved.wrappers or ())
     for entry in live.wrappers:
-        if own_method(entry.wrapper, "load_state_dict") is None:
+        if not entry.own:
             continue
         kind = _class(entry.kind)
         found = next((one for one in left if _class(one.kind) == kind), None)

@@ -200,7 +200,54 @@ class Sharp(optim.Optimizer):
         self.base_optimizer.param_groups = self.param_groups
 
 
+class Sharing(optim.Optimizer):
+    """A subclass that shares all that torch saves with the optimizer in it, and has constants."""
+
+    def __init__(self, base):
+        self.base_optimizer = base
+        self.defaults = {"rho": 0.05}
+        self.eps = 1e-12
+        self.param_groups = base.param_groups
+
+    state = property(lambda self: self.base_optimizer.state)
+
+    def step(self):
+        self.base_optimizer.step()
+
+
+class Registered(optim.Optimizer):
+    """The same by attributes, with a hook of its own on loading."""
+
+    def __init__(self, base):
+        super().__init__([torch.zeros(1)], {})
+        self.base_optimizer, self.n = base, 0
+        self.param_groups, self.state = base.param_groups, base.state
+        self.register_state_dict_post_hook(lambda opt, form: {**form, "n": opt.n})
+        self.register_load_state_dict_pre_hook(lambda opt, form: setattr(opt, "n", form["n"]))
+
+    def step(self):
+        self.n += 1
+        self.base_optimizer.step()
+
+
+class Relinking(Sharing):
+    """Overrides only the loading."""
+
+    loads = 0
+
+    def state_dict(self):
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.loads += 1
+        self.base_optimizer.load_state_dict(state)
+        self.param_groups = self.base_optimizer.param_groups
+
+
 KINDS = {
+    "sharing": Sharing,
+    "registered": Registered,
+    "relinking": Relinking,
     "warm": Warm,
     "forwarding": Forwarding,
     "merged": Merged,
@@ -281,8 +328,11 @@ def test_the_resumed_run_takes_the_same_steps(wrap, inner, same, tmp_path):
                 if name in vars(innermost)
             )
         assert getattr(innermost, "loads", 1) == 1, "torch would have run its hooks once"
-        if isinstance(loaded, Sharp):
+        assert vars(loaded).get("loads", 1) == 1
+        if "param_groups" in vars(loaded):
             assert innermost.param_groups is loaded.param_groups
+        if "state" in vars(loaded) and isinstance(loaded, Registered):
+            assert innermost.state is loaded.state
         train(other, loaded, range(4, 8))
         same(dict(other.state_dict()), dict(model.state_dict()))
         same(counts(loaded), counts(optimizer))
@@ -408,10 +458,18 @@ def test_what_could_not_come_back_is_refused_at_the_first_save(kind, why, tmp_pa
         gockpt.save_overlapped(model, wrapped, tmp_path / "c", step=1)
 
 
-def test_a_wrapper_without_state_needs_no_methods(save, same):
-    model, wrapped = build(Named)
+class Showing(Named):
+    """Its ``state_dict()`` is that of the optimizer inside."""
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+
+@pytest.mark.parametrize("kind", [Named, Showing])
+def test_a_wrapper_without_state_needs_no_methods(kind, save, same):
+    model, wrapped = build(kind)
     train(model, wrapped, range(2))
     save("ckpts", model, wrapped)
-    other, loaded = build(Named)
+    other, loaded = build(kind)
     gockpt.load("ckpts", other, loaded)
     same(loaded.optimizer.state_dict(), wrapped.optimizer.state_dict())
