@@ -31,27 +31,29 @@ def save_overlapped(
     path: str | os.PathLike[str] = "checkpoints",
     *,
     step: int | None = None,
-    every: int | Literal["auto"] = 1,
+    every: int | Literal["auto"] | None = None,
     extra: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> SaveHandle | None:
     """Save the training state without stopping training.
 
-    Call it after ``optimizer.step()`` and ``scheduler.step()``: in each iteration with ``every=n``, or
-    only when a save is wanted (``every=1``): then *this* state is saved. With ``every=n`` the checkpoint
-    holds the due step itself (n, 2n, …); its window starts some steps earlier. Never waits for storage.
+    Call it after ``optimizer.step()`` and ``scheduler.step()``. Without ``every``, the state of each call is
+    saved: it is copied before the call returns, which waits until the former save is durable, but not for
+    this one. With ``every=n``, call it in each iteration: the checkpoint holds the due step itself (n, 2n,
+    …), its window starts some steps earlier, and no call waits for storage.
 
     Args:
         model: A module, a list of modules, or a mapping of names to tensors.
         optimizer: One optimizer, several, or ``None``.
         path: Directory of the checkpoints.
         step: The step just completed; ``None`` counts calls.
-        every: A save is due whenever ``step // every`` grows; ``"auto"`` chooses the interval.
+        every: ``None`` saves the state of each call. With a number a save is due whenever
+            ``step // every`` grows; ``"auto"`` chooses the interval.
         extra: Objects with ``state_dict()``, callables or plain values to save along.
         options: See :class:`gockpt.Options`.
 
     Returns:
-        The newest save, or ``None`` before the first.
+        Without ``every`` the save of this call; else the newest one, or ``None`` before the first.
 
     Raises:
         UsageError: If an argument can't work.
@@ -97,7 +99,7 @@ def _saver_for(
     model: Model,
     optimizer: Optimizers,
     path: str | os.PathLike[str],
-    every: int | Literal["auto"],
+    every: int | Literal["auto"] | None,
     options: Options,
     step: int | None,
 ) -> Checkpointer:

@@ -105,14 +105,14 @@ def checked_step(step: int | None) -> int | None:
     raise UsageError(msg)
 
 
-def checked_every(every: int | str, options: Options) -> int | Literal["auto"]:
+def checked_every(every: int | str | None, options: Options) -> int | Literal["auto"] | None:
     """Return the interval if the options allow it, or raise ``OptionsError``."""
     if every == "auto":
         return "auto"
-    if type(every) is not int or every < 1:
-        msg = f'every={every!r}: expected a whole number from 1 up, or "auto"'
+    if every is not None and (type(every) is not int or every < 1):
+        msg = f'every={every!r}: expected None (save at each call), a whole number from 1 up, or "auto"'
         raise OptionsError(msg)
-    if options.window != "auto" and options.window > 1 and every < options.window:
+    if options.window != "auto" and options.window > 1 and (every is None or every < options.window):
         msg = (
             f"a window of {options.window} steps needs every >= {options.window}, got every={every}; "
             "call save_overlapped in each iteration with a larger every, or use window=1"

@@ -79,7 +79,7 @@ class Checkpointer:
         optimizer: Optimizers,
         path: str | os.PathLike[str] = "checkpoints",
         *,
-        every: int | Literal["auto"] = 1,
+        every: int | Literal["auto"] | None = None,
         extra: Mapping[str, Any] | None = None,
         options: Options | None = None,
     ) -> None:
@@ -89,7 +89,8 @@ class Checkpointer:
             model: A module, a list of modules, or a mapping of names to tensors.
             optimizer: One optimizer, several, or ``None`` for a model alone.
             path: Directory of the checkpoints; made if missing.
-            every: A save is due whenever ``step // every`` grows; ``"auto"`` chooses the interval.
+            every: ``None`` saves the state of each call. With a number a save is due whenever
+                ``step // every`` grows; ``"auto"`` chooses the interval.
             extra: Saved with every checkpoint: objects with ``state_dict()``, callables, plain values.
             options: See :class:`gockpt.Options`.
 
@@ -160,14 +161,15 @@ class Checkpointer:
         """Tell that a training step is complete: the one call in the loop.
 
         Call it after ``optimizer.step()`` and ``scheduler.step()``. Whatever the state is at this call
-        is what a save of this step holds. Never waits for storage.
+        is what a save of this step holds. With ``every`` it never waits for storage. With ``every=None``
+        it waits until the former save is durable, and copies the state before it returns.
 
         Args:
             step: The step just completed; ``None`` counts calls.
             extra: Replaces the extras given at construction, from this call on.
 
         Returns:
-            The newest save, or ``None`` before the first.
+            With ``every=None`` the save of this call; else the newest one, or ``None`` before the first.
 
         Raises:
             SaveError: If a save failed in the background since the last call. Training may go on.
@@ -300,7 +302,7 @@ class Checkpointer:
         """The newest save."""
         return self._engine.handle
 
-    def serves(self, model: Model, optimizer: Optimizers, every: int | str, options: Options) -> bool:
+    def serves(self, model: Model, optimizer: Optimizers, every: int | str | None, options: Options) -> bool:
         """Whether this checkpointer was made for exactly these arguments."""
         return (
             not self.closed

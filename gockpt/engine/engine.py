@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from gockpt.cadence import Cadence, Moment
 from gockpt.engine.encodings import warm
 from gockpt.engine.hooks import Hooks
+from gockpt.engine.inside_call import POLL, save_inside_call, wait_until_free
 from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
 from gockpt.engine.roads import Roads
 from gockpt.engine.save import Boundary, Save, as_save_error
-from gockpt.engine.signals import deferred, let_through
+from gockpt.engine.signals import deferred
 from gockpt.engine.sizing import facts_of
 from gockpt.errors import SaveAborted, UsageError
 from gockpt.interval import FIRST, Interval
@@ -50,9 +51,6 @@ __all__ = ["Engine"]
 _log = logging.getLogger("gockpt")
 
 
-POLL = 0.1
-"""Seconds between two looks whether a signal came, or the training thread ended, while waiting."""
-
 
 class Engine:
     """Saves one model and its optimizers into one path.
@@ -66,7 +64,7 @@ class Engine:
         optimizers: Any,
         background: Background[Any],
         *,
-        every: int | str,
+        every: int | str | None,
         options: Options,
         last_step: int = 0,
         updates: int = 0,
@@ -84,7 +82,8 @@ class Engine:
         self._optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else optimizers
         self._on_published = on_published
         self._interval = Interval(options.overhead) if isinstance(every, str) else None
-        self._cadence = Cadence(FIRST if isinstance(every, str) else every)
+        self._each_call = every is None
+        self._cadence = Cadence(FIRST if isinstance(every, str) else every or 1)
         self._pid = os.getpid()
         self._changed = Lock()
         self._transfer = Transfer()
@@ -356,6 +355,12 @@ class Engine:
 
     def _advance(self, boundary: Boundary, moment: Moment) -> None:
         save = self._save
+        if self._each_call:
+            save.hurry()
+            wait_until_free(save, self._changed)
+            self._hooks.assert_order()
+            save_inside_call(save, self._collect, boundary)
+            return
         if save.state is State.CLOSING:
             save.settle_if_ended()
         if save.state in (State.CLOSING, State.CAPTURED):
@@ -383,10 +388,7 @@ class Engine:
         if not needed:
             return
         if self.options.when_busy == "wait":
-            self._save.settle()
-            while self._save.state is State.CAPTURED:
-                self._changed.wait(POLL)
-                let_through()
+            wait_until_free(self._save, self._changed)
         elif moment.due:
             _log.info("step %d is due, but step %s is still being written: skipped", step, self._save.step)
 

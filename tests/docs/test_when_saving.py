@@ -167,6 +167,35 @@ def _changed_and_no_more(lab):
     assert run.save.done()
 
 
+@when("The state changes right after a call without `every`")
+def _changed_after_the_call(lab):
+    run = lab.Run()
+    run.train()
+    run.tick(every=None)
+    for value in (*run.model.parameters(), *(v for s in run.opt.state.values() for v in s.values())):
+        value.data.mul_(2)
+    run.check(1)
+    assert run.save.attempts == 1
+
+
+@when("A call without `every` comes while the former save is being written")
+def _called_again(lab):
+    gate = threading.Event()
+    lab.inject(Gated(gate))
+    run = lab.Run()
+    run.train()
+    first = run.tick(every=None)
+    run.train()
+    assert not first.done()
+    later = threading.Timer(0.05, gate.set)
+    later.start()
+    run.tick(every=None)
+    assert first.done()
+    run.check(2)
+    later.join()
+    assert gockpt.steps("ckpts") == [1, 2]
+
+
 @when("The optimizer steps after the last call while a window is open")
 def _stepped_on(lab):
     run = lab.Run().window(upto=6)
@@ -462,6 +491,18 @@ class Refusing(Filesystem):
         if self.armed:
             raise OSError(self.code, os.strerror(self.code))
         return real(*arguments, **keywords)
+
+
+class Gated(Filesystem):
+    """Workers write nothing before a gate is opened."""
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    def pwrite(self, *arguments):
+        if threading.current_thread().name.startswith("gockpt-worker"):
+            assert self.gate.wait(60)
+        return super().pwrite(*arguments)
 
 
 @when("The path is a file")
@@ -765,14 +806,7 @@ def _twice(lab):
 @when("A save is due while one is being written")
 def _busy(lab):
     gate = threading.Event()
-
-    class Slow(Filesystem):
-        def pwrite(self, *arguments):
-            if threading.current_thread().name.startswith("gockpt-worker"):
-                assert gate.wait(60)
-            return super().pwrite(*arguments)
-
-    lab.inject(Slow())
+    lab.inject(Gated(gate))
     run = lab.Run()
     for _ in range(3):
         run.train()

@@ -78,7 +78,7 @@ def test_interrupted_while_wait_helps_with_the_last_copies(harness, link):
     """As Ctrl-C and the exit of the interpreter do it: the state stands, so it is published, whole."""
     model, optimizer = build(torch.optim.SGD)
     path = harness.directory()
-    saver = gockpt.Checkpointer(model, optimizer, path, options=gockpt.Options(window=1))
+    saver = gockpt.Checkpointer(model, optimizer, path, every=1, options=gockpt.Options(window=1))
 
     def interrupted():
         link.open.set()
@@ -169,7 +169,7 @@ def test_a_signal_inside_the_library_is_handled_when_it_is_done(harness, link, a
     """Its handler may then do what it likes: nothing is half done."""
     model, optimizer = build(torch.optim.SGD)
     path = harness.directory()
-    saver = gockpt.Checkpointer(model, optimizer, path)
+    saver = gockpt.Checkpointer(model, optimizer, path, every=1)
     told = []
 
     def handler(*_):
@@ -195,7 +195,7 @@ def test_a_signal_inside_the_library_is_handled_when_it_is_done(harness, link, a
 def test_a_second_signal_is_handled_at_once(harness, link):
     """Who presses Ctrl-C twice does not want to wait."""
     model, optimizer = build(torch.optim.SGD)
-    saver = gockpt.Checkpointer(model, optimizer, harness.directory())
+    saver = gockpt.Checkpointer(model, optimizer, harness.directory(), every=1)
     times = []
 
     def handler(*_):
@@ -244,7 +244,7 @@ def test_ctrl_c_right_after_a_copy_was_lost(harness, monkeypatch):
     """The loss is not forgotten: there is nothing to publish any more."""
     model, optimizer = build()
     path = harness.directory()
-    saver = gockpt.Checkpointer(model, optimizer, path, options=gockpt.Options(window=1))
+    saver = gockpt.Checkpointer(model, optimizer, path, every=1, options=gockpt.Options(window=1))
     held = threading.Event()
     original = transfer.copy_fingerprint
     monkeypatch.setattr(transfer, "copy_fingerprint", lambda *args: (held.wait(20), original(*args))[1])
@@ -269,7 +269,7 @@ def test_saving_goes_on_after_two_interrupts(harness, monkeypatch):
     """The second one inside what gives the save up."""
     model, optimizer = build()
     path = harness.directory()
-    saver = gockpt.Checkpointer(model, optimizer, path)
+    saver = gockpt.Checkpointer(model, optimizer, path, every=1)
     original = Job.abort
 
     def abort(job):
