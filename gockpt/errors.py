@@ -5,7 +5,8 @@
     GockptError
     ├── UsageError (ValueError)        change the call
     │   ├── OptionsError               an option's value, or two options together
-    │   └── UnsupportedState           a value that has no exact, pickle-free form
+    │   │   └── StateTooLarge (SaveError)  state and extras take more than host_memory allows
+    │   └── UnsupportedState (SaveError)   state or an extra that can't be saved as it is
     ├── NotFoundError (LookupError)    look elsewhere
     │   ├── CheckpointNotFound         no complete checkpoint (of that step) there
     │   ├── NotACheckpoint             a directory or file that gockpt did not write
@@ -43,6 +44,7 @@ __all__ = [
     "SaveAborted",
     "SaveError",
     "StateMismatch",
+    "StateTooLarge",
     "StorageError",
     "TensorNotFound",
     "UnsupportedState",
@@ -56,6 +58,10 @@ class GockptError(Exception):
     """Base of every error that gockpt raises on purpose."""
 
 
+class SaveError(GockptError):
+    """A save failed, or can't be made. Training and older checkpoints are not affected."""
+
+
 class UsageError(GockptError, ValueError):
     """The call can't be carried out as written; nothing was started or lost."""
 
@@ -64,8 +70,12 @@ class OptionsError(UsageError):
     """An option has a value that can't work, alone or together with another."""
 
 
-class UnsupportedState(UsageError):
-    """A value has no exact form without pickle. Names the value and where it is."""
+class StateTooLarge(OptionsError, SaveError):
+    """Saving state or extras takes more host memory than ``Options.host_memory`` allows."""
+
+
+class UnsupportedState(UsageError, SaveError):
+    """State or an extra that can't be saved as it is. Names the value, where it is, and the way out."""
 
 
 class NotFoundError(GockptError, LookupError):
@@ -145,10 +155,6 @@ class PathBusy(GockptError):
 
 class RemoteError(GockptError):
     """An object store refused, or can't be reached. Names the URL; nothing complete was changed there."""
-
-
-class SaveError(GockptError):
-    """A save failed in the background. Training and older checkpoints are not affected."""
 
 
 class StorageError(SaveError):

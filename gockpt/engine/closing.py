@@ -1,22 +1,29 @@
-"""What only the closing tick knows: extras, random states and other small tensors."""
+"""What a closing tick adds to the live state: extras, random states, options. Refuses what can't be saved."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gockpt import rng
+from gockpt.document import build_document, capture_extras
 from gockpt.engine.at_once import copy_at_once
 from gockpt.engine.messages import ArrayPlace
+from gockpt.errors import SaveError, UnsupportedState, UsageError
 from gockpt.layout import lay_out
 from gockpt.schema import ArraySpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any
 
     import torch
 
     from gockpt.engine.memory import Memory
+    from gockpt.engine.save import Boundary
+    from gockpt.state import LiveState
 
-__all__ = ["write_additions"]
+__all__ = ["added_at", "refusing", "write_additions"]
 
 
 def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memory) -> tuple[ArrayPlace, ...]:
@@ -32,3 +39,34 @@ def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memor
     for array, tensor in zip(layout.arrays, added.values(), strict=True):
         copy_at_once(tensor, array, arena)
     return tuple(ArrayPlace(array, 2) for array in layout.arrays)
+
+
+def added_at(
+    live: LiveState, moment: Boundary, admit: Callable[[int], None]
+) -> tuple[dict[str, Any], dict[tuple[str, ...], torch.Tensor]]:
+    """Copy what is no entry of the live state; return the state document, and the arrays by name.
+
+    Raises:
+        UnsupportedState: If an extra, an option or a state has no exact form; names it.
+        StateTooLarge: If ``admit`` raises it.
+    """
+    with refusing():
+        return build_document(
+            live,
+            step=moment.step,
+            optimizer_steps=moment.updates,
+            extra=capture_extras(moment.extra),
+            rng=rng.capture(),
+            admit=admit,
+        )
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raise a ``UsageError`` about the state as ``UnsupportedState``, which is a ``SaveError`` as well."""
+    try:
+        yield
+    except UsageError as error:
+        if isinstance(error, SaveError):
+            raise
+        raise UnsupportedState(str(error)) from error

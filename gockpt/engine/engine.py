@@ -15,6 +15,7 @@ from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gockpt.cadence import Cadence, Moment
+from gockpt.engine.closing import refusing
 from gockpt.engine.encodings import warm
 from gockpt.engine.hooks import Hooks
 from gockpt.engine.inside_call import POLL, save_inside_call, wait_until_free
@@ -83,6 +84,7 @@ class Engine:
         self._on_published = on_published
         self._interval = Interval(options.overhead) if isinstance(every, str) else None
         self._each_call = every is None
+        self._tried_out = self._each_call
         self._cadence = Cadence(FIRST if isinstance(every, str) else every or 1)
         self._pid = os.getpid()
         self._changed = Lock()
@@ -361,6 +363,10 @@ class Engine:
             self._hooks.assert_order()
             save_inside_call(save, self._collect, boundary)
             return
+        if not self._tried_out and not moment.due:
+            # What can't be saved is refused at the first call, not when the first save is due.
+            save.try_out(self._collect(), boundary)
+        self._tried_out = True
         if save.state is State.CLOSING:
             save.settle_if_ended()
         if save.state in (State.CLOSING, State.CAPTURED):
@@ -429,7 +435,8 @@ class Engine:
         if model is None:
             msg = "the model that this checkpointer saves does not exist any more"
             raise UsageError(msg)
-        return collect(model, self._optimizers)
+        with refusing():
+            return collect(model, self._optimizers)
 
     # -- closing without a tick --------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from gockpt.engine.probes import PROBE_COPIES
 from gockpt.engine.replaying import SCRATCH_BYTES
 from gockpt.engine.ring import Ring
 from gockpt.engine.sizing import ring_bytes_of, sample_bytes_of
-from gockpt.errors import OptionsError
+from gockpt.errors import StateTooLarge
 from gockpt.kernels.encoded import fitting
 from gockpt.schedule import RING_GRADIENTS
 from gockpt.storage.compression import largest_encoded, memory_bound
@@ -80,7 +80,7 @@ class Memory:
     def admission(self) -> Callable[[int], None]:
         """Return what is to be told of each array of the extras before it is copied.
 
-        It raises ``OptionsError`` once they can't fit.
+        It raises ``StateTooLarge`` once they can't fit.
         """
         copied = 0
 
@@ -95,7 +95,7 @@ class Memory:
         """Return an arena for what the closing tick adds (extras, random states).
 
         Raises:
-            OptionsError: If that takes more than is allowed.
+            StateTooLarge: If that takes more than is allowed.
         """
         encoded = largest_encoded(self._options.compression, layout.arrays)
         copies = sum(array.spec.nbytes for array in layout.arrays)
@@ -125,7 +125,7 @@ class Memory:
         """Return why gradients can't follow off a device in any of these plans; ``None`` if they can.
 
         Raises:
-            OptionsError: If the ring takes more than is allowed.
+            StateTooLarge: If the ring takes more than is allowed.
         """
         nbytes = max(
             self._ring_bytes(pieces, plan, shape) + sample_bytes_of(pieces, plan, self._options.grad_dtype)
@@ -152,7 +152,7 @@ class Memory:
         """Set up one attempt and its background job; ``afresh`` if nothing that was added is needed any more.
 
         Raises:
-            OptionsError: If that takes more than is allowed.
+            StateTooLarge: If that takes more than is allowed.
         """
         road, stay = self.road(live), None
         while True:
@@ -298,7 +298,7 @@ class Memory:
             msg += f", or compression=None ({encoding} of these bytes)"
         if extras:
             msg += f", or save less along with it: copies of extras take {extras} bytes"
-        raise OptionsError(msg)
+        raise StateTooLarge(msg)
 
 
 def _early(pieces: Cut) -> bool:

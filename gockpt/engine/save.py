@@ -13,9 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from gockpt import rng
-from gockpt.document import build_document, capture_extras, metrics_of
-from gockpt.engine.closing import write_additions
+from gockpt.document import metrics_of
+from gockpt.engine.closing import added_at, write_additions
 from gockpt.engine.handle import Progress, Saved, SaveHandle
 from gockpt.engine.memory import Memory
 from gockpt.engine.messages import Capture
@@ -150,6 +149,10 @@ class Save:
         """Return the geometry of ``live`` and remember it."""
         self.shape = shape_of(live, self.shape)
         return self.shape
+
+    def try_out(self, live: LiveState, moment: Boundary) -> None:
+        """Raise what a save of this state, with these extras, would raise; keeps nothing."""
+        added_at(live, moment, self.memory.admission())
 
     def open(self, live: LiveState, plan: Plan, due: int, moment: Boundary) -> None:
         """Start a window that will close at step ``due``; the first part leaves now."""
@@ -377,14 +380,7 @@ class Save:
 
     def _add(self, live: LiveState, moment: Boundary) -> tuple[dict[str, Any], tuple[ArrayPlace, ...]]:
         """Copy what is no entry of the live state; return the state document and where the arrays are."""
-        document, added = build_document(
-            live,
-            step=moment.step,
-            optimizer_steps=moment.updates,
-            extra=capture_extras(moment.extra),
-            rng=rng.capture(),
-            admit=self.memory.admission(),
-        )
+        document, added = added_at(live, moment, self.memory.admission())
         return document, write_additions(added, self.memory)
 
     def _take_boundary(self, live: LiveState, moment: Boundary, *, remembered: bool) -> None:

@@ -879,8 +879,22 @@ def _compressed(lab):
 @when("An extra has no exact form")
 def _odd_extra(lab):
     with pytest.raises(gockpt.UnsupportedState, match=r"extra/odd is a builtins\.object") as caught:
-        lab.Run().tick(extra={"odd": object()})
+        lab.Run().tick(every=100, extra={"odd": object()})
     raise caught.value
+
+
+@when("An extra loses its exact form later")
+def _extra_turns_odd(lab):
+    run, extra = lab.Run(), {"mine": 1}
+    run.saved(extra=extra)
+    extra["mine"] = object()
+    run.train()
+    try:
+        run.tick(extra=extra)
+    finally:
+        extra["mine"] = 2
+        run.saved(extra=extra).check(3)
+        assert gockpt.steps("ckpts") == [1, 3]
 
 
 @when("An extra's `state_dict()` raises")

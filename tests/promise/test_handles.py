@@ -146,7 +146,7 @@ def test_large_extras_are_asked_for_once_per_save(harness, monkeypatch):
         update(model, optimizer)
         saver.after_step(step)
     saver.wait()
-    assert len(calls) == 2  # at the tick that opens the window, and at the one that closes it
+    assert len(calls) == 3  # tried out at the first tick, then when the window opens and when it closes
     for step in range(9, 16):
         update(model, optimizer)
         saver.after_step(step)
