@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gockpt.api import save_overlapped, wait
+    from gockpt.api import finish, save_overlapped, wait
     from gockpt.checkpoint import Checkpoint, open
     from gockpt.checkpointer import Checkpointer
     from gockpt.engine.handle import SaveHandle
@@ -87,6 +87,7 @@ __all__ = [
     "checkpoints",
     "close",
     "diff",
+    "finish",
     "latest",
     "load",
     "open",
@@ -110,6 +111,7 @@ _HOME = {
     "checkpoints": "gockpt.overview",
     "close": "gockpt.release",
     "diff": "gockpt.overview",
+    "finish": "gockpt.api",
     "latest": "gockpt.overview",
     "load": "gockpt.restore",
     "open": "gockpt.checkpoint",

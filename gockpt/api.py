@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from gockpt import registry
 from gockpt.arguments import checked_options, model_ids
 from gockpt.checkpointer import Checkpointer
-from gockpt.errors import GockptError, SaveAborted, UploadError
+from gockpt.errors import GockptError, SaveAborted, UploadError, UsageError
 from gockpt.storage.paths import directory_to_save
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from gockpt.arguments import Model
     from gockpt.checkpointer import Optimizers
     from gockpt.engine.handle import SaveHandle
     from gockpt.options import Options
 
-__all__ = ["save_overlapped", "wait"]
+__all__ = ["finish", "save_overlapped", "wait"]
 
 _log = logging.getLogger("gockpt")
 
@@ -70,18 +70,69 @@ def save_overlapped(
 def wait() -> None:
     """Finish every save in flight in this process.
 
-    An open window closes at the last step told. Call it before leaving a loop's last checkpoint to
-    anyone else; normal exit of the interpreter does the same.
+    An open window closes at the last step told. If the last due save was left out, the state of the last
+    step told is saved; where it no longer stands, a WARNING says so. Normal exit of the interpreter does the
+    same.
 
     Raises:
         SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
     """
+    savers = [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
+    _each(savers, Checkpointer.wait)
+
+
+def finish(path_or_model: str | os.PathLike[str] | Model | None = None) -> SaveHandle | None:
+    """Save the state of the last call, if it isn't saved, and wait until it is durable, uploads too.
+
+    The one line for the end of a run, and for who has to stop it: whatever ``every`` is, the state of the
+    last ``save_overlapped`` is saved under its own step, with the loop's extras and options. Extras and
+    random states are those of this call of ``finish``, unless they were remembered at the last tick: inside
+    a window, after a due save was left out, or with ``Options.on_signal``. Saving may go on afterwards.
+
+    Args:
+        path_or_model: The path or the model to finish; ``None`` for all that this process saves.
+
+    Returns:
+        The newest save of that path or model; with ``None`` that of the last call. ``None`` where nothing
+        was ever saved.
+
+    Raises:
+        UsageError: If this process saves nothing into that path, or of that model.
+        SaveError: If the state changed after the last call, so that it can't be saved under that step: call
+            ``save_overlapped`` at the state to save. Or if a save failed.
+    """
+    savers = [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
+    if path_or_model is not None:
+        wanted = _matching(path_or_model)
+        known = ", ".join(sorted({saver.path for saver in savers})) or "none"
+        savers = [saver for saver in savers if wanted(saver)]
+        if not savers:
+            msg = f"nothing is being saved for {_shown(path_or_model)}; this process saves into: {known}"
+            raise UsageError(msg)
+    _each(savers, Checkpointer.finish)
+    latest = max(savers, key=lambda saver: saver.last_told, default=None)
+    return None if latest is None else latest.handle
+
+
+def _matching(path_or_model: str | os.PathLike[str] | Model) -> Callable[[Checkpointer], bool]:
+    if isinstance(path_or_model, (str, os.PathLike)):
+        path = directory_to_save(path_or_model)
+        return lambda saver: saver.path == path
+    ids = model_ids(path_or_model)
+    return lambda saver: saver.model_ids == ids
+
+
+def _shown(path_or_model: object) -> str:
+    is_path = isinstance(path_or_model, (str, os.PathLike))
+    return repr(path_or_model) if is_path else f"this {type(path_or_model).__name__}"
+
+
+def _each(savers: Iterable[Checkpointer], finish: Callable[[Checkpointer], object]) -> None:
+    """Finish all of them; raise the first error, the others added to it."""
     first: GockptError | None = None
-    for saver in list(registry.opened):
-        if saver.closed or not saver.of_this_process:
-            continue
+    for saver in savers:
         try:
-            saver.wait()
+            finish(saver)
         except GockptError as error:
             if first is None:
                 first = error

@@ -193,6 +193,21 @@ class Checkpointer:
         """Finish what is in flight, uploads too; an open window closes at the last step told."""
         self._finish(self._engine.wait)
 
+    def finish(self) -> SaveHandle | None:
+        """Save the last step's state if it isn't saved, and return when all is durable, uploads too.
+
+        See :func:`gockpt.finish`.
+
+        Returns:
+            The newest save; ``None`` if there is none.
+
+        Raises:
+            SaveError: If the state changed after the last call and so can't be saved under its step; or
+                if a save failed.
+        """
+        self._finish(self._engine.finish)
+        return self.handle
+
     def close(self) -> None:
         """Finish what is in flight, uploads too, then let go of threads, memory and the path."""
         try:
@@ -240,7 +255,7 @@ class Checkpointer:
             if self not in registry.by_call.values():
                 self.forget_model()
 
-    def _finish(self, saves: Callable[[], None]) -> None:
+    def _finish(self, saves: Callable[[], object]) -> None:
         """Finish the saves, then the uploads. A failed save is raised, a failed upload added to it."""
         try:
             saves()
@@ -257,6 +272,11 @@ class Checkpointer:
     def abort(self, why: str = "abort() was called") -> None:
         """Give an open window up; what was captured already goes on to disk."""
         self._engine.abort_window(why)
+
+    @property
+    def last_told(self) -> float:
+        """When the last step was told, in seconds of a clock that only goes on."""
+        return self._engine.last_told
 
     @property
     def busy(self) -> bool:

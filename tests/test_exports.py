@@ -17,7 +17,7 @@ import gockpt.errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FACE = {
-    *("Checkpointer", "Keep", "Options", "SaveHandle", "close", "save_overlapped", "wait"),
+    *("Checkpointer", "Keep", "Options", "SaveHandle", "close", "finish", "save_overlapped", "wait"),
     *(
         "Checkpoint",
         "Restored",

@@ -19,12 +19,14 @@ from gockpt.engine.closing import refusing
 from gockpt.engine.encodings import warm
 from gockpt.engine.hooks import Hooks
 from gockpt.engine.inside_call import POLL, save_inside_call, wait_until_free
+from gockpt.engine.last_tick import LastTick
 from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
 from gockpt.engine.roads import Roads
 from gockpt.engine.save import Boundary, Save, as_save_error
 from gockpt.engine.signals import deferred
 from gockpt.engine.sizing import facts_of
+from gockpt.engine.without_tick import WithoutTick
 from gockpt.errors import SaveAborted, UsageError
 from gockpt.interval import FIRST, Interval
 from gockpt.lifecycle import Event, State
@@ -53,7 +55,7 @@ _log = logging.getLogger("gockpt")
 
 
 
-class Engine:
+class Engine(WithoutTick):
     """Saves one model and its optimizers into one path.
 
     The engine keeps the optimizers alive, and the model only while a save is under way.
@@ -107,7 +109,7 @@ class Engine:
         self._inside = False
         self._seen = True
         self._step = last_step
-        self._tick: Boundary | None = None
+        self._last = LastTick()
         self._updates = updates
         self._held: object = None
 
@@ -155,18 +157,21 @@ class Engine:
             if self._hooks.reset() and self._save.attempt is not None:
                 self._save.attempt.broken = "an optimizer step ended in an exception"
             self._cadence, moment = self._cadence.tick(step)
-            last, self._seen = self._tick, True
+            last, self._seen = self._last.boundary, True
             if last is not None:
                 self._seen = self._updates > last.updates
-            boundary = self._tick = Boundary(step, self._updates, extra, began)
+            boundary = Boundary(step, self._updates, extra, began)
+            self._last.note(boundary, self._model(), self._optimizers)
             try:
                 self._advance(boundary, moment)
+                self._keep_last(boundary)
             except BaseException as error:
                 self._save.give_up(error, before)
                 raise
             finally:
                 # A save under way may need the model again, even if the user's last reference goes.
-                self._held = self._model() if self.busy else None
+                needed = self.busy or self._last.left_out is not None
+                self._held = self._model() if needed else None
                 ended = perf_counter()
                 if self.busy:
                     self._save.trace.span("stall", began, ended, step=step, what="tick")
@@ -187,12 +192,14 @@ class Engine:
     def count_from(self, step: int, updates: int) -> None:
         """Count ticks without a step, and updates, on from these, which held at the last tick."""
         self._step = step
-        self._updates = updates + (0 if self._tick is None else self._updates - self._tick.updates)
+        last = self._last.boundary
+        self._updates = updates + (0 if last is None else self._updates - last.updates)
 
     def let_go(self) -> None:
         """Forget the optimizers: the model is gone, so nothing is under way. Takes no lock."""
         self._optimizers = None
         self._hooks.let_go()
+        self._last.forget_state()
 
     def rebind(self, model: Callable[[], Any]) -> None:
         """Save from another object that holds the same state."""
@@ -205,6 +212,11 @@ class Engine:
             SaveError: If the save in flight failed, or can't be closed here: parameters changed since
                 the last tick.
         """
+        self._end_of_flight()
+        self.settle_left_out()
+        self._end_of_flight()
+
+    def _end_of_flight(self) -> None:
         handle = self.handle
         if handle is not None and not handle.done():
             error = handle.exception()
@@ -218,6 +230,7 @@ class Engine:
         """Give an open window up; what was captured already goes on to disk."""
         self._expect_outside()
         with deferred(), self._changed:
+            self._last.left_out = None
             if self._save.state is State.CLOSING:
                 self._save.settle()
             if self.window_open:
@@ -396,7 +409,27 @@ class Engine:
         if self.options.when_busy == "wait":
             wait_until_free(self._save, self._changed)
         elif moment.due:
-            _log.info("step %d is due, but step %s is still being written: skipped", step, self._save.step)
+            self._leave_out(step)
+
+    def _leave_out(self, step: int) -> None:
+        """Count and tell a due save that is left out because the last one is still being written."""
+        handle = self._save.handle
+        count = 0 if handle is None else handle.leave_out(step)
+        self._last.left_out = self._last.boundary
+        # With every=1 it may be thousands: the 1st, 10th, 100th … are told.
+        if self._cadence.every > 1 or count == 10 ** (len(str(count)) - 1):
+            _log.warning(
+                "step %d is due, but step %s is still being written: it is left out (%d so far); with "
+                'when_busy="wait" the call waits instead',
+                *(step, self._save.step, count),
+            )
+
+    def _keep_last(self, boundary: Boundary) -> None:
+        """After a tick: remember what only it knows, where its state may have to be saved later."""
+        if self._save.taken is boundary:
+            self._last.left_out = None
+        elif self._last.left_out is not None:
+            self._last.remember(boundary, self._collect(), self._save.memory)
 
     def _maybe_open(self, boundary: Boundary, moment: Moment) -> None:
         save = self._save
@@ -438,43 +471,11 @@ class Engine:
         with refusing():
             return collect(model, self._optimizers)
 
-    # -- closing without a tick --------------------------------------------------------------
-
-    def _close_at_last_tick(self) -> None:
-        """Close where the training thread stands, if that still is the last tick's boundary."""
-        boundary, save = self._tick, self._save
-        if boundary is None:
-            return
-        try:
-            live = self._collect()
-            stepped = self._updates != boundary.updates or self._hooks.reset()
-            if stepped or not self._looked_at(boundary) or not save.stands_at_tick(live):
-                why = "the optimizer stepped" if stepped else "parameters may have changed"
-                msg = (
-                    f"the save of step {save.step} can't be closed here: {why} after the last call (step "
-                    f"{boundary.step}); call save_overlapped(...) at the state to save, then wait()"
-                )
-                save.fail(SaveAborted(msg), Event.ABORTED)
-            elif save.state is State.VOID:
-                # Nobody trains now: copying all at once costs nothing and can't be overtaken.
-                save.racing = None
-                save.retarget(live, boundary, remembered=True)
-            else:
-                save.close(live, boundary, remembered=True)
-        except Exception as error:  # noqa: BLE001 - the handle carries it, and the caller raises it
-            save.give_up(error, None)
-        except BaseException:
-            # The next tick may go on, but not with what was half closed here.
-            if save.state is State.OPEN and save.attempt is not None:
-                save.attempt.broken = "closing it at the last call was interrupted"
-            raise
-
-    def _looked_at(self, boundary: Boundary) -> bool:
-        """Whether the save in flight looked at the whole state at the last tick."""
-        return self._save.looked_at is boundary
+    # -- outcomes ----------------------------------------------------------------------------
 
     def _published(self, saved: Saved) -> None:
-        self._held = None
+        if self._last.left_out is None:
+            self._held = None
         self._on_published(saved)
         self._choose_every(saved)
 

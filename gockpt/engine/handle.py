@@ -70,11 +70,13 @@ class Progress:
             for the next step after a failed proof), ``"durable"`` or ``"failed"``.
         done: Bytes done in this phase: copied, then written.
         total: Bytes there are in this phase.
+        skipped: Due steps that were left out so far because this save was under way.
     """
 
     phase: str
     done: int
     total: int
+    skipped: tuple[int, ...] = ()
 
 
 class _Driven(Future[_T]):
@@ -128,6 +130,12 @@ class SaveHandle:
         self._trace = trace
         self._attempts = 1
         self._progress = progress
+        self._skipped: list[int] = []
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Due steps that were left out because this save was under way."""
+        return tuple(self._skipped)
 
     @property
     def step(self) -> int:
@@ -180,6 +188,11 @@ class SaveHandle:
         self.events.append(f"{what} {step}: {why}")
         self._step = step
         self._attempts += 1
+
+    def leave_out(self, step: int) -> int:
+        """Count a due step that is left out (the engine does); return how many there are."""
+        self._skipped.append(step)
+        return len(self._skipped)
 
     def take(self, step: int) -> None:
         """Resolve ``captured`` (the engine does)."""

@@ -13,6 +13,7 @@ from gockpt.lifecycle import State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gockpt.engine.last_tick import Addition
     from gockpt.engine.lock import Lock
     from gockpt.engine.save import Boundary, Save
     from gockpt.state import LiveState
@@ -24,14 +25,14 @@ POLL = 0.1
 
 
 def save_inside_call(
-    save: Save, collect: Callable[[], LiveState], boundary: Boundary, *, remembered: bool = False
+    save: Save, collect: Callable[[], LiveState], boundary: Boundary, *, addition: Addition | None = None
 ) -> None:
     """Capture the state now; what another thread changed meanwhile is captured again, for the same step.
 
-    The save is captured afterwards, or has failed. With ``remembered``, extras, random states and options
-    are those that the save remembered.
+    The save is captured afterwards, or has failed. ``addition``: extras, random states and options, where
+    they were remembered at ``boundary``.
     """
-    save.close(collect(), boundary, remembered=remembered)
+    save.close(collect(), boundary, addition=addition)
     save.settle()
     while save.state is State.VOID:
         save.retarget(collect(), boundary, remembered=True)

@@ -65,6 +65,12 @@ class Memory:
         return sum(a.nbytes for a in self._held if a is not None)
 
     @property
+    def spare(self) -> int:
+        """Bytes of host memory that may be taken beside the arenas and what a save takes beside them."""
+        limit = self._options.host_memory
+        return 1 << 62 if limit is None else max(0, limit - self.nbytes - self._beside())
+
+    @property
     def arenas(self) -> tuple[Arena, ...]:
         """State, ring and additions."""
         return tuple(self._arena(use, 0) for use in (STATE, RING, EXTRA))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gockpt.document import metrics_of
 from gockpt.engine.closing import added_at, write_additions
 from gockpt.engine.handle import Progress, Saved, SaveHandle
+from gockpt.engine.last_tick import MOST_REMEMBERED
 from gockpt.engine.memory import Memory
 from gockpt.engine.messages import Capture
 from gockpt.engine.planning import plan_for
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from gockpt.engine.attempt import Attempt
     from gockpt.engine.background import Background, Work
+    from gockpt.engine.last_tick import Addition
     from gockpt.engine.lock import Lock
     from gockpt.engine.messages import ArrayPlace
     from gockpt.engine.pace import Pace
@@ -50,8 +52,6 @@ __all__ = ["Boundary", "Save", "as_save_error"]
 _log = logging.getLogger("gockpt")
 
 MAX_ATTEMPTS = 4
-MOST_REMEMBERED = 16 << 20
-"""Extras up to this many bytes are kept at every tick of a window, so that it can close early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,7 @@ class Save:
         trace: The newest save's spans.
         barred: Parameters whose replay is not trusted any more.
         looked_at: The last tick at which the whole state was fingerprinted.
+        taken: The tick whose state was taken last, unless that save failed.
         racing: Arrays that are copied inside the closing tick; ``None``: all of them.
     """
 
@@ -109,6 +110,7 @@ class Save:
         self.shape: Shape | None = None
         self.memory = Memory(options, background, roads)
         self.looked_at: Boundary | None = None
+        self.taken: Boundary | None = None
         self._options = options
         self._lock = lock
         self._transfer = transfer
@@ -177,14 +179,20 @@ class Save:
         return attempt is not None and not self._broken(live) and attempt.stands_at_tick(live)
 
     def close(
-        self, live: LiveState, moment: Boundary, *, remembered: bool = False, seen: bool = True
+        self,
+        live: LiveState,
+        moment: Boundary,
+        *,
+        remembered: bool = False,
+        addition: Addition | None = None,
+        seen: bool = True,
     ) -> None:
         """Take the closing boundary now, from an open window or from nothing.
 
         Where no update was ``seen`` since the last tick, none may be seen after this one: then no copy can
         be finished in time, and all is copied at once.
         With ``remembered``, extras, random states and options are those of the window's last tick: the
-        state was shown to be the same as then.
+        state was shown to be the same as then. So they are with an ``addition``, outside of a window.
         """
         handle, step = None, moment.step
         self._clear()
@@ -197,7 +205,9 @@ class Save:
                 self.drop()
         if self.attempt is None:
             self._begin(live, self._plan_now(live), step, moment, handle=handle, at_once=not seen)
-        self._take_boundary(live, moment, remembered=remembered)
+        if addition is not None:
+            self._document, self._additions = addition[0], write_additions(addition[1], self.memory)
+        self._take_boundary(live, moment, remembered=remembered or addition is not None)
 
     def retarget(self, live: LiveState, moment: Boundary, *, remembered: bool = False) -> None:
         """Try a void save again: all of it leaves at this tick, and this tick's step is published."""
@@ -297,14 +307,16 @@ class Save:
     def progress(self, handle: SaveHandle) -> Progress:
         """Return how far ``handle`` is."""
         with self._lock:
+            skipped = handle.skipped
             if handle.durable.done():
                 failed = handle.durable.exception() is not None
                 total = 0 if failed else handle.durable.result().nbytes
-                return Progress("failed" if failed else "durable", total, total)
+                return Progress("failed" if failed else "durable", total, total, skipped)
             if self.state is State.CAPTURED and self.job is not None:
-                return Progress("captured", self.job.written_bytes, self.job.total_bytes)
+                return Progress("captured", self.job.written_bytes, self.job.total_bytes, skipped)
             done = 0 if self.attempt is None else self.attempt.copied_bytes
-            return Progress(self.state.value, done, 0 if self.shape is None else self.shape.nbytes)
+            total = 0 if self.shape is None else self.shape.nbytes
+            return Progress(self.state.value, done, total, skipped)
 
     # -- the parts of a save -----------------------------------------------------------------
 
@@ -401,6 +413,7 @@ class Save:
             exact=True,
             grad_dtype=self._options.grad_dtype,
         )
+        self.taken = moment
         self._run(Event.DUE)
 
     def _metrics(self, step: int) -> dict[str, Any]:
@@ -495,7 +508,7 @@ class Save:
         self.attempt = self.job = None
 
     def _fail_handle(self, error: BaseException) -> None:
-        handle, self._voided = self.handle, None
+        handle, self._voided, self.taken = self.handle, None, None
         if handle is None or handle.durable.done():
             return
         if not isinstance(error, SaveAborted):

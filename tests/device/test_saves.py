@@ -18,12 +18,12 @@ PLENTY = 1 << 26
 class Run:
     """A loop whose every tick is kept as a deep copy, and whose road is ready before it starts."""
 
-    def __init__(self, *, build=None, ready=True, **options):
+    def __init__(self, *, build=None, ready=True, every=1, **options):
         torch.manual_seed(0)
         self.model, self.optimizers = (build or ordinary)()
         options = {"window": 1, "device_memory": FEW, "cpu_threads": 1, "nice": 0, **options}
         options = gockpt.Options(**{"when_busy": "wait", **options})
-        self.saver = gockpt.Checkpointer(self.model, self.optimizers, "ckpts", options=options)
+        self.saver = gockpt.Checkpointer(self.model, self.optimizers, "ckpts", every=every, options=options)
         self.step = 0
         self.moments = {}
         self.update()
@@ -104,6 +104,27 @@ def test_what_is_published_is_the_boundary(devices, memory, refuse):
     state = sum(t.nbytes for t in run.moments[4].values())
     assert 2.5 * state < sum(device.copied) < 3 * state  # what is small is copied inside the call
     assert 0 < device.peak <= memory
+
+
+@pytest.mark.parametrize("memory", [FEW, PLENTY], ids=["staging", "snapshot"])
+def test_without_every_all_has_arrived_when_the_call_returns(devices, memory):
+    """So nothing that changes right after it is in the save, which keeps its step."""
+    run = Run(device_memory=memory, every=None)
+    for _ in range(4):
+        run.update()
+        save = run.save()
+        assert save.captured.done()
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.data.mul_(2)
+            for optimizer in run.optimizers:
+                for state in optimizer.state.values():
+                    for value in state.values():
+                        value.data.add_(1)
+        assert (save.result(60).step, save.attempts) == (run.step, 1)
+    run.saver.close()
+    assert gockpt.steps("ckpts") == [1, 2, 3, 4, 5]
+    run.check()
 
 
 @pytest.mark.parametrize("memory", [FEW, PLENTY], ids=["staging", "snapshot"])

@@ -811,9 +811,55 @@ def _busy(lab):
     for _ in range(3):
         run.train()
         save = run.tick(options=gockpt.Options())
+    assert (save.step, save.skipped) == (1, (2, 3))
     gate.set()
-    assert save.step == 1
-    run.check(1)
+    save.result()
+    assert gockpt.steps("ckpts") == [1]
+    run.check(3)
+
+
+def left_out(lab, change=None):
+    """Let the due saves of steps 2 and 3 be left out; then end with ``wait()``."""
+    gate = threading.Event()
+    lab.inject(Gated(gate))
+    run = lab.Run()
+    for _ in range(3):
+        run.train()
+        save = run.tick(options=gockpt.Options())
+    assert save.skipped == (2, 3)
+    if change is not None:
+        change(run)
+    gate.set()
+    gockpt.wait()
+    return run
+
+
+@when("The last due save was left out")
+def _last_left_out(lab):
+    left_out(lab).check(3)
+    assert gockpt.steps("ckpts") == [1, 3]
+
+
+@when("The same, and the state changed after the last call")
+def _last_left_out_and_changed(lab):
+    left_out(lab, change=lambda run: run.train())
+    assert gockpt.steps("ckpts") == [1]
+
+
+@when("A loop ends between two due saves, with `gockpt.finish()`")
+def _finished(lab):
+    run = lab.Run().window(upto=6)
+    assert gockpt.finish("ckpts").step == 6
+    run.check(6)
+
+
+@when("The loop ends between two due saves, and the state changed before `gockpt.finish()`")
+def _finished_and_changed(lab):
+    run = lab.Run()
+    run.train()
+    run.tick(every=100)
+    run.model[0].weight.data.mul_(2)
+    gockpt.finish("ckpts")
 
 
 @when("`gockpt.prune` is called for the path that a run saves into")

@@ -16,7 +16,7 @@ import torch
 
 import gockpt
 from gockpt import registry
-from gockpt.engine import engine
+from gockpt.engine import inside_call
 from gockpt.engine.job import Job
 
 EVERY, WINDOW = 6, 4
@@ -167,7 +167,8 @@ def test_what_is_due_while_one_is_written_is_left_out(harness, worker, caplog):
         handle = loop.handles[-1]
         assert handle.step == 12
         assert not handle.done()
-        assert "step 18 is due, but step 12 is still being written: skipped" in caplog.text
+        assert "step 18 is due, but step 12 is still being written: it is left out (1 so far)" in caplog.text
+        assert handle.progress().skipped == (18,)
     assert handle.result(60).step == 12
     loop.run(EVERY).handles[-1].result(60)
     assert gockpt.steps(loop.path) == [6, 12, 24]
@@ -179,7 +180,7 @@ def test_what_is_due_while_one_is_written_is_waited_for(harness, worker, monkeyp
     loop = begun(harness, worker, when_busy="wait", keep=None)
     update_to_the_due_step(loop)
     waited = []
-    real = engine.let_through
+    real = inside_call.let_through
     with busy(worker) as go_on:
 
         def let_through():
@@ -187,7 +188,7 @@ def test_what_is_due_while_one_is_written_is_waited_for(harness, worker, monkeyp
             go_on()
             real()
 
-        monkeypatch.setattr(engine, "let_through", let_through)
+        monkeypatch.setattr(inside_call, "let_through", let_through)
         loop.boundary()
         loop.run(EVERY)
     assert waited
