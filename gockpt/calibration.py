@@ -8,6 +8,7 @@ every update; a candidate is accepted when the parameters and all states are bit
 from __future__ import annotations
 
 import math
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,15 @@ class Finding:
 
 _findings: dict[tuple[Case, str], Finding | str] = {}
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a forked child: another thread of the parent may have held the lock."""
+    global _lock  # noqa: PLW0603 - every use reads it from the module
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def finding_for(case: Case) -> Finding | str:

@@ -24,6 +24,7 @@ from gockpt.errors import GockptError, PathBusy, UploadError, UsageError
 from gockpt.existing import expect_remote, homes, permitted
 from gockpt.lineage import note_run, origin_of
 from gockpt.optimizers import Found, find_optimizers
+from gockpt.process_end import failure_now, finish_at_end
 from gockpt.storage.compression import Compression
 from gockpt.storage.paths import directory_to_save
 from gockpt.storage.store import Store
@@ -31,6 +32,7 @@ from gockpt.uploads import Uploads
 
 if TYPE_CHECKING:
     import os
+    import threading
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
@@ -138,6 +140,8 @@ class Checkpointer:
                 raise
             note_run(model, run)
             registry.opened.add(self)
+            self.failure_before = failure_now()
+            finish_at_end(self)
             self._model = reference(model)
             self._origin = origin
             self._farewells = [weakref.finalize(m, registry.model_gone, self) for m in modules(model)]
@@ -182,6 +186,7 @@ class Checkpointer:
             self._extra = checked_extra(extra)
         number = checked_step(step)
         self._calls += 1
+        self.failure_before = failure_now()
         # Calls and updates are counted on from what was loaded meanwhile.
         origin = origin_of(self._model())
         if origin is not None and origin is not self._origin:
@@ -242,6 +247,8 @@ class Checkpointer:
         A failed upload is tried once more behind the caller, and waited for like one under way. What fails
         is logged: nobody is left to hear of it.
         """
+        if not self.of_this_process:
+            return True
         error = self.retire_with_error()
         if error is not None:
             _log.warning("of a model that is gone: %s", error)
@@ -272,6 +279,11 @@ class Checkpointer:
     def abort(self, why: str = "abort() was called") -> None:
         """Give an open window up; what was captured already goes on to disk."""
         self._engine.abort_window(why)
+
+    @property
+    def training_thread(self) -> threading.Thread:
+        """The thread that told the last step."""
+        return self._engine.training_thread
 
     @property
     def last_told(self) -> float:

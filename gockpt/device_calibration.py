@@ -12,6 +12,7 @@ NaN differ, the proof at the closing tick finds that, as it finds everything.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,15 @@ class Difference:
 
 _findings: dict[tuple[Case, Hashable], Found | str] = {}
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a forked child: another thread of the parent may have held the lock."""
+    global _lock  # noqa: PLW0603 - every use reads it from the module
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def candidates(case: Case) -> list[Candidate]:

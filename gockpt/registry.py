@@ -5,10 +5,9 @@ Every function but :func:`model_gone` may close checkpointers, and so may wait f
 
 from __future__ import annotations
 
-import atexit
 import gc
 import logging
-import sys
+import os
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -235,16 +234,11 @@ def raise_failure() -> None:
         raise _failures.popleft()
 
 
-@atexit.register
-def _at_exit() -> None:
-    """Finish what is in flight; after an uncaught exception an open window is given up instead."""
-    failed = getattr(sys, "last_value", None) is not None
-    for saver in list(opened):
-        if saver.closed or not saver.of_this_process:
-            continue
-        try:
-            if failed:
-                saver.abort("the program ended by an exception")
-            saver.close()
-        except Exception as error:  # noqa: BLE001 - the others must be finished as well
-            _log.error("at exit: %s", error)
+def _after_fork() -> None:
+    """In a forked child: another thread of the parent may have held the lock."""
+    global lock  # noqa: PLW0603 - every use reads it from the module
+    lock = threading.RLock()
+    _orphans.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

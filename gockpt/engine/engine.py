@@ -54,7 +54,6 @@ __all__ = ["Engine"]
 _log = logging.getLogger("gockpt")
 
 
-
 class Engine(WithoutTick):
     """Saves one model and its optimizers into one path.
 
@@ -139,7 +138,10 @@ class Engine(WithoutTick):
         """Take one boundary: start, go on with, or close a save as the step asks for."""
         began = perf_counter()
         if not self.of_this_process:
-            msg = "this process was forked from the one that saves; only the parent may call gockpt"
+            msg = (
+                "this process was forked from the one that saves this model into this path, and only the "
+                "parent may call gockpt for that: save into another path here"
+            )
             raise UsageError(msg)
         self._expect_outside()
         if self._roads.capturing():

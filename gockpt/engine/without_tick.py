@@ -49,6 +49,11 @@ class WithoutTick:
         return self._last.boundary is None or self._save.taken is self._last.boundary
 
     @property
+    def training_thread(self) -> threading.Thread:
+        """The thread of the last tick."""
+        return self._thread
+
+    @property
     def last_told(self) -> float:
         """When the last tick began, in ``perf_counter`` seconds; 0 before the first."""
         return 0.0 if self._last.boundary is None else self._last.boundary.began

@@ -10,6 +10,7 @@ import errno
 import functools
 import logging
 import math
+import multiprocessing
 import os
 import select
 import shutil
@@ -756,7 +757,7 @@ def _captured(lab):
         run.tick()
 
 
-@when("A forked child calls `save_overlapped`")
+@when("A forked child goes on with its parent's saves")
 def _forked(lab):
     run = lab.Run().saved()
     read, write = os.pipe()
@@ -771,6 +772,30 @@ def _forked(lab):
     os.close(write)
     with os.fdopen(read) as pipe:
         raise getattr(gockpt, pipe.read())
+
+
+def in_a_child(target):
+    """Run a function in a forked child of ``multiprocessing``; it must end well."""
+    child = multiprocessing.get_context("fork").Process(target=target)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+@when("A forked child saves a model that its parent never saved")
+def _forked_of_its_own(lab):
+    run = lab.Run()
+    torch.set_num_threads(1)  # OpenMP's threads don't survive a fork
+    in_a_child(lambda: run.saved().check(1))
+    assert gockpt.steps("ckpts") == [1]
+
+
+@when("A child process of `multiprocessing` ends inside a window")
+def _child_ends(lab):
+    run = lab.Run()
+    torch.set_num_threads(1)
+    in_a_child(lambda: run.window(upto=6))
+    assert gockpt.steps("ckpts") == [4, 6]
 
 
 @when("Ctrl-C or another signal arrives while gockpt works")

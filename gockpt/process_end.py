@@ -1,0 +1,116 @@
+"""Every normal end of a process finishes the saves in flight.
+
+The interpreter's exit does so through ``atexit``. Children of ``multiprocessing`` (and with them pools,
+executors and ``torch.multiprocessing``) end by ``os._exit`` and run only the finalizers of
+``multiprocessing.util``, so they get one. A worker that its pool terminates is finished as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from multiprocessing import util
+from typing import TYPE_CHECKING, Any
+
+from gockpt import registry
+
+if TYPE_CHECKING:
+    from gockpt.checkpointer import Checkpointer
+
+__all__ = ["failure_now", "finish_at_end"]
+
+_log = logging.getLogger("gockpt")
+
+BEFORE_OTHERS = 1000
+"""Priority among the finalizers of ``multiprocessing``: while queues and managers still work."""
+
+_prepared: set[int] = set()
+"""The process in which the end is prepared: its id."""
+
+
+def finish_at_end(saver: Checkpointer) -> None:
+    """Make sure that the end of this process finishes this checkpointer's saves."""
+    if multiprocessing.parent_process() is None:
+        return
+    if _waited_for(threading.current_thread()):
+        # Threads are joined behind all finalizers, and behind that comes nothing.
+        threading.Thread(target=_after_training, args=(saver,), name="gockpt-end").start()
+    pid = os.getpid()
+    if pid in _prepared:
+        return
+    _prepared.add(pid)
+    # Not at import: what a parent registered is cleared in a forked child.
+    util.Finalize(None, _at_end_of_child, exitpriority=BEFORE_OTHERS)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def failure_now() -> int:
+    """Identify the uncaught exception that was reported last; 0 if there was none."""
+    failure = getattr(sys, "last_value", None)
+    return 0 if failure is None else id(failure)
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Finish what is in flight; after an uncaught exception an open window is given up instead."""
+    # In an interactive session an exception ends a cell, not the program.
+    session = hasattr(sys, "ps1") or bool(sys.flags.interactive)
+    failure = 0 if session else failure_now()
+    _finish_all(lambda saver: bool(failure) and failure != saver.failure_before)
+
+
+def _at_end_of_child() -> None:
+    """As at exit; the exception that ends a child is on its way while finalizers run."""
+    error = sys.exc_info()[1]
+    failed = error is not None and not isinstance(error, SystemExit)
+    _finish_all(lambda _: failed)
+
+
+def _after_training(saver: Checkpointer) -> None:
+    """Finish what is in flight once the thread that trains in a child has ended."""
+    while (thread := saver.training_thread).is_alive():
+        thread.join()
+    try:
+        saver.wait()
+    except Exception as error:  # noqa: BLE001 - nobody is left to hear of it
+        _log.error("at the end of %s: %s", thread.name, error)
+
+
+def _waited_for(thread: threading.Thread) -> bool:
+    """Whether the end of a child waits for this thread, after its finalizers."""
+    return thread is not threading.main_thread() and not thread.daemon
+
+
+def _terminated(number: int, _frame: Any) -> None:
+    """Finish what is in flight, then end as the signal ends a process."""
+    _finish_all(lambda _: False)
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+def _open() -> list[Checkpointer]:
+    return [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
+
+
+def _finish_all(failed: Any) -> None:
+    child = multiprocessing.parent_process() is not None
+    for saver in _open():
+        thread = saver.training_thread
+        if child and thread.is_alive() and _waited_for(thread):
+            continue  # which is not the end yet
+        try:
+            if failed(saver):
+                saver.abort("the program ended by an exception")
+            elif thread.is_alive() and thread.daemon and thread is not threading.current_thread():
+                # Nothing waits for such a thread, and it is about to be stopped wherever it stands.
+                saver.abort("the program ended while a daemon thread trained")
+            saver.close()
+        except Exception as error:  # noqa: BLE001 - the others must be finished as well
+            _log.error("at exit: %s", error)
