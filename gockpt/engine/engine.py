@@ -103,7 +103,8 @@ class Engine(WithoutTick):
             on_saved=self._published,
             roads=self._roads,
         )
-        self._hooks = Hooks(find_optimizers(optimizers).optimizers, self)
+        self._leaves = find_optimizers(optimizers).optimizers
+        self._hooks = Hooks(self._leaves, self)
         self._thread = threading.current_thread()
         self._inside = False
         self._seen = True
@@ -163,7 +164,7 @@ class Engine(WithoutTick):
             if last is not None:
                 self._seen = self._updates > last.updates
             boundary = Boundary(step, self._updates, extra, began)
-            self._last.note(boundary, self._model(), self._optimizers)
+            self._last.note(boundary, self._model(), self._leaves)
             try:
                 self._advance(boundary, moment)
                 self._keep_last(boundary)
@@ -199,7 +200,7 @@ class Engine(WithoutTick):
 
     def let_go(self) -> None:
         """Forget the optimizers: the model is gone, so nothing is under way. Takes no lock."""
-        self._optimizers = None
+        self._optimizers, self._leaves = None, []
         self._hooks.let_go()
         self._last.forget_state()
 

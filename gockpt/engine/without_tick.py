@@ -37,7 +37,7 @@ class WithoutTick:
     _last: LastTick
     _updates: int
     _model: Callable[[], Any]
-    _optimizers: Sequence[Any]
+    _leaves: Sequence[Any]
     _thread: threading.Thread
     _collect: Callable[[], LiveState]
     _at_work: Callable[[], AbstractContextManager[None]]
@@ -150,7 +150,7 @@ class WithoutTick:
         """Return what shows that the state is not the last tick's any more."""
         if self._updates != boundary.updates or self._hooks.reset():
             return "the optimizer stepped"
-        return self._last.moved(self._model(), self._optimizers)
+        return self._last.moved(self._model(), self._leaves)
 
     def _close_at_last_tick(self) -> None:
         """Close the open window where training stands, if that still is the last tick's boundary."""
