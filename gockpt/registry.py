@@ -238,7 +238,8 @@ def _after_fork() -> None:
     """In a forked child: another thread of the parent may have held the lock."""
     global lock  # noqa: PLW0603 - every use reads it from the module
     lock = threading.RLock()
-    _orphans.clear()
+    for of_the_parent in (_orphans, _leaving, _failures):
+        of_the_parent.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
