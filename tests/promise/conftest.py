@@ -161,7 +161,7 @@ def check_load(path: Any, moment: Moment, model: Any, optimizer: Any = None, ext
     random.seed(0)
     torch.manual_seed(0)
     np.random.seed(0)
-    restored = gockpt.load(path, model, optimizer, step=moment.step, extra=extra)
+    restored = gockpt.load(path, model, optimizer, step=moment.step, extra=extra, rng=True)
     same(copy.deepcopy(rng.capture()), moment.random, "random states")
     assert restored.step == moment.step
     assert not restored.missing
