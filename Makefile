@@ -5,6 +5,7 @@
 #   make check    lint and types only
 #   make bench    the measurements
 #   make gpu      the tests and the benches that need a CUDA device
+#   make matrix   the promise's tests with other versions of Python, torch, NumPy, Numba and Zarr
 #   make docs     the documentation, into site/
 #   make soak     the long tests
 #   make powerloss  pull the plug of disks under real file systems; as root, see CONTRIBUTING.md
@@ -29,11 +30,11 @@ STORAGE_TESTS = tests/storage $(wildcard tests/pure)
 STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout xarray
 
 # What is plain arithmetic and tables has every branch tested.
-PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/layout.py,gockpt/lifecycle.py,gockpt/retention.py,gockpt/schedule.py,gockpt/schema.py
+PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/interval.py,gockpt/layout.py,gockpt/lifecycle.py,gockpt/retention.py,gockpt/schedule.py,gockpt/schema.py
 
 export HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: demo test check lint types unit test-storage-newest coverage bench gpu gpu-tests gpu-bench docs soak powerloss format clean distclean
+.PHONY: matrix demo test check lint types unit test-storage-newest coverage bench gpu gpu-tests gpu-bench docs soak powerloss format clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo.py $(ARGS)
@@ -59,6 +60,10 @@ soak: $(VENV)/.installed
 powerloss: $(VENV)/.installed
 	$(BIN)/python $(PIP) mfusepy
 	$(BIN)/python -m pytest -m powerloss --log-cli-level=INFO $(ARGS)
+
+# With --large, builds of torch for CUDA are downloaded as well.
+matrix:
+	$(PYTHON) bench/matrix.py $(ARGS)
 
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
