@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from gockpt import registry
+from gockpt import preemption, registry
 from gockpt.arguments import (
     anchors,
     checked_every,
@@ -19,6 +20,7 @@ from gockpt.arguments import (
 )
 from gockpt.engine.background import InThreads
 from gockpt.engine.engine import Engine
+from gockpt.engine.moments import in_signal_handler
 from gockpt.engine.orphans import open_store
 from gockpt.errors import GockptError, PathBusy, UploadError, UsageError
 from gockpt.existing import expect_remote, homes, permitted
@@ -113,6 +115,7 @@ class Checkpointer:
         self._calls = 0
         self.taken = False
         self.comes_back = False
+        self._waiting_for_step: set[str] = set()
         origin = origin_of(model)
         with registry.lock:
             registry.close_orphans()
@@ -142,6 +145,7 @@ class Checkpointer:
             registry.opened.add(self)
             self.failure_before = failure_now()
             finish_at_end(self)
+            preemption.watch(self)
             self._model = reference(model)
             self._origin = origin
             self._farewells = [weakref.finalize(m, registry.model_gone, self) for m in modules(model)]
@@ -185,6 +189,8 @@ class Checkpointer:
         if extra is not None:
             self._extra = checked_extra(extra)
         number = checked_step(step)
+        if self._put_off("save", unless=self._engine.at_rest):
+            return self.handle
         self._calls += 1
         self.failure_before = failure_now()
         # Calls and updates are counted on from what was loaded meanwhile.
@@ -192,11 +198,17 @@ class Checkpointer:
         if origin is not None and origin is not self._origin:
             self._engine.count_from(origin.step, origin.optimizer_steps)
         self._origin = origin
-        return self._engine.tick(number, self._extra)
+        try:
+            self._engine.tick(number, self._extra)
+        finally:
+            preemption.after_step(self)
+        self._do_what_was_put_off()
+        return self.handle
 
     def wait(self) -> None:
         """Finish what is in flight, uploads too; an open window closes at the last step told."""
-        self._finish(self._engine.wait)
+        if not self._put_off("wait", unless=lambda: not self.window_open or self._engine.at_rest()):
+            self._finish(self._engine.wait)
 
     def finish(self) -> SaveHandle | None:
         """Save the last step's state if it isn't saved, and return when all is durable, uploads too.
@@ -210,8 +222,54 @@ class Checkpointer:
             SaveError: If the state changed after the last call and so can't be saved under its step; or
                 if a save failed.
         """
-        self._finish(self._engine.finish)
+        if not self._put_off("finish", unless=lambda: self._engine.last_tick_saved or self._engine.at_rest()):
+            self._finish(self._engine.finish)
         return self.handle
+
+    def finish_until(self, deadline: float) -> None:
+        """As :meth:`finish`, but wait for disk and uploads until ``deadline`` at most (``monotonic``)."""
+        try:
+            self._engine.finish(max(0.0, deadline - monotonic()))
+        finally:
+            if self._uploads is not None:
+                self._uploads.wait(max(0.0, deadline - monotonic()))
+
+    def stands(self) -> bool:
+        """Whether the state is that of the last step, with all that belongs to it."""
+        return self._engine.stands()
+
+    @property
+    def step_seconds(self) -> float:
+        """How long a step takes, measured; 0 before two were told."""
+        return self._engine.step_seconds
+
+    def _put_off(self, what: str, *, unless: Callable[[], bool]) -> bool:
+        """Leave a call to the next step, if it comes where the state may be torn; return whether it is left.
+
+        That is in the middle of an update, and in a signal handler also while a step is told, or where the
+        state is not that of the last step, ``unless`` that does no harm.
+        """
+        engine = self._engine
+        if not engine.updating:
+            if not in_signal_handler():
+                return False  # also an extra that calls the library, which is told so
+            if not engine.unready and unless():
+                return False
+        _log.warning(
+            "%s() was called in the middle of an update: it is done when the next step is told", what
+        )
+        self._waiting_for_step.add(what)
+        return True
+
+    def _do_what_was_put_off(self) -> None:
+        """After a step was told: do what was asked for in the middle of one."""
+        asked, self._waiting_for_step = self._waiting_for_step, set()
+        if "finish" in asked:
+            self._finish(self._engine.finish)
+        elif "save" in asked:
+            self._engine.finish(0.0)
+        elif "wait" in asked:
+            self._finish(self._engine.wait)
 
     def close(self) -> None:
         """Finish what is in flight, uploads too, then let go of threads, memory and the path."""
@@ -258,6 +316,7 @@ class Checkpointer:
         """Let go of everything that knows this checkpointer, once it is closed."""
         if self.closed:
             registry.opened.discard(self)
+            preemption.let_go(self)
             self.let_go()
             if self not in registry.by_call.values():
                 self.forget_model()

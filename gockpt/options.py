@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ __all__ = ["MAX_WINDOW", "Keep", "Options"]
 
 MAX_WINDOW = 16
 MIN_HOST_MEMORY = 1 << 16
+_SIGNALS = {one.name for one in signal.Signals} - {"SIGKILL", "SIGSTOP"}
+"""Signals that a process can handle."""
 
 
 def _half_the_cores() -> int:
@@ -113,6 +116,11 @@ class Options:
             ``"refuse"``: an error, before anything is changed there. ``"continue"``: save beside them, as a
             run of its own: theirs are never replaced, and only removed if :class:`Keep` says so. A run that
             goes on needs neither: load first, or save in the process that has saved there.
+        on_signal: Names of signals, such as ``("SIGTERM",)``, before whose handlers the state is saved: that
+            of the next step, or, if none comes in time, that of the last one where it still stands. Extras
+            are then asked for at each call.
+        grace: Seconds from such a signal to the moment at which its former handler runs, or the process ends
+            by it, at the latest.
     """
 
     window: int | Literal["auto"] = "auto"
@@ -130,6 +138,8 @@ class Options:
     worker_timeout: float = 60.0
     remote: str | None = None
     existing: Literal["refuse", "continue"] = "refuse"
+    on_signal: tuple[str, ...] = ()
+    grace: float = 30.0
 
     def __post_init__(self) -> None:
         if self.window != "auto" and not _is_int(self.window, 1, MAX_WINDOW):
@@ -164,6 +174,11 @@ class Options:
             _refuse("remote", self.remote, 'None or a URL such as "s3://bucket/run"')
         if self.existing not in ("refuse", "continue"):
             _refuse("existing", self.existing, '"refuse" or "continue"')
+        names = self.on_signal
+        if not isinstance(names, tuple) or not all(name in _SIGNALS for name in names):
+            _refuse("on_signal", names, 'a tuple of names of signals, such as ("SIGTERM",)')
+        if type(self.grace) not in (int, float) or not 0 < self.grace <= 86400:
+            _refuse("grace", self.grace, "seconds above 0, up to 86400")
 
     @property
     def worker_threads(self) -> int:

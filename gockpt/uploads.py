@@ -192,8 +192,8 @@ class Uploads:
             self._waiting, self._failed = _Job(step, seq, path), None
             self._start()
 
-    def wait(self) -> None:
-        """Return when nothing is being uploaded. What failed is tried once more.
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when nothing is being uploaded, or after ``timeout`` seconds. What failed is tried again.
 
         Raises:
             UploadError: If the newest checkpoint could not be uploaded; raised once.
@@ -202,8 +202,8 @@ class Uploads:
             return  # the thread is the parent's
         with self._changed:
             self._retry()
-            self._changed.wait_for(lambda: self._active is None)
-            self._raise_failure()
+            if self._changed.wait_for(lambda: self._active is None, timeout):
+                self._raise_failure()
 
     def settle(self) -> bool:
         """Return whether nothing is left to do, at once. What failed is first tried once more, on its thread.

@@ -83,7 +83,10 @@ LAYERS = (
         "wrapper_fitting",
         "engine",
     ),
-    ("arguments", "existing", "reachable", "registry", "process_end", "checkpointer", "api", "release"),
+    (
+        *("arguments", "existing", "reachable", "registry", "preemption", "process_end"),
+        *("checkpointer", "api", "release"),
+    ),
     ("cli", "integrations"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -188,6 +188,11 @@ class Engine(WithoutTick):
         return self._thread is not threading.current_thread() and self._thread.is_alive()
 
     @property
+    def step_seconds(self) -> float:
+        """Seconds from tick to tick, measured; 0 before two ticks."""
+        return self._pace.step_seconds or 0.0
+
+    @property
     def counted(self) -> tuple[int, int]:
         """The step of the last tick, and the updates seen so far."""
         return self._step, self._updates
@@ -219,10 +224,13 @@ class Engine(WithoutTick):
         self.settle_left_out()
         self._end_of_flight()
 
-    def _end_of_flight(self) -> None:
+    def _end_of_flight(self, timeout: float | None = None) -> None:
         handle = self.handle
         if handle is not None and not handle.done():
-            error = handle.exception()
+            try:
+                error = handle.exception(timeout)
+            except TimeoutError:
+                return
             if error is not None:
                 self._save.error = None
                 raise error
@@ -431,7 +439,7 @@ class Engine(WithoutTick):
         """After a tick: remember what only it knows, where its state may have to be saved later."""
         if self._save.taken is boundary:
             self._last.left_out = None
-        elif self._last.left_out is not None:
+        elif self._last.left_out is not None or self.options.on_signal:
             self._last.remember(boundary, self._collect(), self._save.memory)
 
     def _maybe_open(self, boundary: Boundary, moment: Moment) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["deferred", "let_through"]
+__all__ = ["deferred", "kept_handlers", "let_through"]
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -58,6 +58,11 @@ class _Keeper:
 
 
 _keeper = _Keeper()
+
+
+def kept_handlers() -> list[Callable[[int, Any], Any]]:
+    """Return the handlers of the process that are stood in for."""
+    return list(_keeper.handlers.values())
 
 
 def _concerned() -> bool:

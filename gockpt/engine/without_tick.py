@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from gockpt.engine.inside_call import save_inside_call, wait_until_free
+from gockpt.engine.moments import in_update
 from gockpt.engine.signals import deferred
 from gockpt.errors import GockptError, SaveAborted, UsageError
 from gockpt.lifecycle import Event, State
@@ -42,6 +43,7 @@ class WithoutTick:
     _collect: Callable[[], LiveState]
     _at_work: Callable[[], AbstractContextManager[None]]
     _held: object
+    _inside: bool
 
     @property
     def last_tick_saved(self) -> bool:
@@ -57,6 +59,37 @@ class WithoutTick:
     def last_told(self) -> float:
         """When the last tick began, in ``perf_counter`` seconds; 0 before the first."""
         return 0.0 if self._last.boundary is None else self._last.boundary.began
+
+    @property
+    def unready(self) -> bool:
+        """Whether a call that comes now would find a tick or an update under way in this very thread."""
+        here = threading.current_thread() is self._thread
+        return (self._inside and here) or self.updating
+
+    @property
+    def updating(self) -> bool:
+        """Whether an optimizer is in the middle of its step in this very thread."""
+        return in_update(self._leaves)
+
+    def at_rest(self) -> bool:
+        """Whether the state is that of the last tick, so that none is to come for what has changed since."""
+        with deferred(), self._changed, self._at_work():
+            boundary = self._last.boundary
+            return boundary is None or self._moved(boundary) is None
+
+    def stands(self) -> bool:
+        """Whether the last tick's state is saved, or could be saved now with all that belongs to it."""
+        if self.unready:
+            return False
+        if self.last_tick_saved:
+            return True
+        with deferred(), self._changed, self._at_work():
+            boundary = self._last.boundary
+            if boundary is None or not self._alone:
+                return False
+            if self._save.looked_at is not boundary and self._last.addition is None:
+                return False
+            return self._moved(boundary) is None
 
     def settle_left_out(self) -> None:
         """Save the last tick's state if the last due save was left out; where it can't be saved, say so.
@@ -81,8 +114,10 @@ class WithoutTick:
                 "step %d is saved, since the save of step %d was left out", boundary.step, left_out.step
             )
 
-    def finish(self) -> SaveHandle | None:
+    def finish(self, timeout: float | None = None) -> SaveHandle | None:
         """Save the last tick's state if it isn't saved, and return when nothing is in flight.
+
+        After ``timeout`` seconds it does not wait any more for the disk.
 
         Raises:
             SaveError: If it can't be saved, because it changed after the last tick; or if that save, or
@@ -105,12 +140,12 @@ class WithoutTick:
                 if isinstance(earlier, SaveAborted):
                     earlier = None  # a window that could not be closed: its state is saved now
             handle = self._save.handle
-        self._end_of_flight()
+        self._end_of_flight(timeout)
         if earlier is not None:
             raise earlier
         return handle
 
-    def _end_of_flight(self) -> None:
+    def _end_of_flight(self, timeout: float | None = None) -> None:
         """Return when nothing is in flight; raise what failed."""
         raise NotImplementedError
 

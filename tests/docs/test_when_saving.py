@@ -284,6 +284,62 @@ def _program_raises(lab):
     assert ended("raise ValueError") == (1, [4])
 
 
+def told_of_signals(lab, between=lambda _: None, upto=3):
+    """Let SIGUSR1 come before the tick of step 3; return the steps that its former handler found."""
+    told = []
+    former = signal.signal(signal.SIGUSR1, lambda *_: told.append(gockpt.steps("ckpts")))
+    run = lab.Run()
+    try:
+        for step in range(1, upto + 1):
+            run.train()
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            run.tick(every=100, options=lab.ONE.replace(on_signal=("SIGUSR1",)))
+        between(told)
+    finally:
+        for saver in list(registry.opened):
+            saver.close()
+            run.save = saver.handle
+        signal.signal(signal.SIGUSR1, former)
+    return run, told
+
+
+@when('SIGTERM with `on_signal=("SIGTERM",)`')
+def _preempted(lab):
+    run, told = told_of_signals(lab)
+    assert told == [[3]]
+    run.check(3)
+
+
+@when("The same, and no call comes in time")
+def _preempted_in_an_evaluation(lab):
+    def evaluate(told):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while not told:
+            time.sleep(0.001)
+
+    run, told = told_of_signals(lab, between=evaluate, upto=2)
+    assert told == [[2]]
+    run.check(2)
+
+
+@when("A signal handler calls `finish()` in the middle of an update")
+def _finish_in_an_update(lab):
+    run = lab.Run()
+    run.train()
+    run.tick(every=100)
+    former = signal.signal(signal.SIGUSR1, lambda *_: gockpt.finish())
+    try:
+        run.opt.register_step_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        run.train()
+        assert gockpt.steps("ckpts") == []
+        run.tick(every=100)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert gockpt.steps("ckpts") == [2]
+    run.check(2)
+
+
 @when("SIGKILL inside a window")
 def _program_killed(lab):
     assert ended("os.kill(os.getpid(), signal.SIGKILL)") == (-9, [4])

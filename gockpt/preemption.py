@@ -1,0 +1,201 @@
+"""Signals that announce the end of a process: the state is saved before the former handlers run.
+
+One request at a time. The next step that is told saves its state. If none comes in time, as during an
+evaluation, a thread sends the signal once more, so that the main thread looks whether the state still is
+that of the last step, and saves it. Handlers are those of this process: a forked child gets the former ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from gockpt import registry
+from gockpt.engine.signals import kept_handlers
+from gockpt.errors import GockptError
+
+if TYPE_CHECKING:
+    from gockpt.checkpointer import Checkpointer
+
+__all__ = ["after_step", "let_go", "watch"]
+
+_log = logging.getLogger("gockpt")
+
+PATIENT_STEPS = 4
+"""A step that takes this many times as long as usual is not waited for any more."""
+LEAST_PATIENCE = 0.2
+LOOK = 0.25
+"""Seconds between two looks whether the state of the last step stands, at first; doubles up to 2 s."""
+
+
+@dataclass(slots=True)
+class _Request:
+    """One signal on its way to its former handler.
+
+    Attributes:
+        number: The signal.
+        deadline: When the grace ends, in ``monotonic`` seconds.
+        waiting: The checkpointers whose state is still to be saved.
+        done: Set when the former handler may run.
+    """
+
+    number: int
+    deadline: float
+    waiting: list[Checkpointer]
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+_former: dict[int, Any] = {}
+"""The handlers that were there before, by signal."""
+_request: _Request | None = None
+_looks: set[int] = set()
+"""Signals that the waiting thread has sent, to have the main thread look."""
+
+
+def watch(saver: Checkpointer) -> None:
+    """Install the handlers that a checkpointer's options ask for."""
+    for number in _numbers(saver):
+        if number in _former:
+            continue
+        if threading.current_thread() is not threading.main_thread():
+            _log.warning(
+                "on_signal=%r: handlers can be installed in the main thread only, so no signal is handled; "
+                "make the first save there",
+                saver.options.on_signal,
+            )
+            return
+        _former[number] = signal.getsignal(number)
+        signal.signal(number, _arrived)
+
+
+def let_go(saver: Checkpointer) -> None:
+    """Put the former handlers back where no open checkpointer asks for others any more."""
+    if _request is not None and saver in _request.waiting:
+        _request.waiting.remove(saver)
+    needed = {n for other in _open() if other is not saver for n in _numbers(other)}
+    for number in [n for n in _former if n not in needed]:
+        if _request is not None and _request.number == number:
+            continue  # its former handler is still to be run
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there can it be done; an idle handler passes everything on
+        former = _former.pop(number)
+        if signal.getsignal(number) is _arrived:
+            signal.signal(number, signal.SIG_DFL if former is None else former)
+
+
+def after_step(saver: Checkpointer) -> None:
+    """Save the state of the step that was just told, if a signal asked for it, and pass the signal on."""
+    request = _request
+    if request is None or saver not in request.waiting:
+        return
+    _save(saver, request)
+    for other in list(request.waiting):
+        if other.stands():
+            _save(other, request)
+    _pass_on_if_done()
+
+
+def _numbers(saver: Checkpointer) -> list[int]:
+    return [int(signal.Signals[name]) for name in saver.options.on_signal]
+
+
+def _open() -> list[Checkpointer]:
+    return [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
+
+
+def _arrived(number: int, _frame: Any) -> None:
+    """Handle a signal of the main thread."""
+    global _request  # noqa: PLW0603 - one for the process
+    if number in _looks:
+        _looks.discard(number)
+        _look()
+        return
+    if _request is not None:
+        if number == signal.SIGINT == _request.number:
+            _request.waiting.clear()  # who presses Ctrl-C twice does not want to wait
+            _pass_on_if_done()
+        return
+    waiting = [saver for saver in _open() if number in _numbers(saver) and saver.last_told]
+    grace = min((saver.options.grace for saver in waiting), default=0.0)
+    _request = _Request(number, monotonic() + grace, waiting)
+    if not waiting:
+        _pass_on_if_done()
+        return
+    _log.warning("%s: saving the state of the next step", signal.Signals(number).name)
+    usual = max(saver.step_seconds for saver in waiting)
+    patience = min(grace / 2, max(LEAST_PATIENCE, PATIENT_STEPS * usual) if usual else grace / 2)
+    waiter = threading.Thread(target=_wait, args=(_request, patience), name="gockpt-signal", daemon=True)
+    waiter.start()
+
+
+def _wait(request: _Request, patience: float) -> None:
+    """Have the main thread look again and again, until the signal was passed on."""
+    pause = LOOK
+    while not request.done.wait(min(patience, max(0.01, request.deadline - monotonic()))):
+        patience, pause = pause, min(2.0, 2 * pause)
+        if _arrived not in (signal.getsignal(request.number), *kept_handlers()):
+            return  # another handler took its place: the signal would be news to it
+        _looks.add(request.number)
+        signal.pthread_kill(threading.main_thread().ident or 0, request.number)
+
+
+def _look() -> None:
+    """Save what still stands as it was at its last step; give up what can't be saved when the grace ends."""
+    request = _request
+    if request is None:
+        return
+    for saver in list(request.waiting):
+        if saver.stands():
+            _save(saver, request)
+        elif monotonic() >= request.deadline:
+            request.waiting.remove(saver)
+            _log.error(
+                "%s: no step of %s came within the grace of %.0f s, and its state is not shown to be that of "
+                "the last step: the newest checkpoint is an older one",
+                *(signal.Signals(request.number).name, saver.path, saver.options.grace),
+            )
+    _pass_on_if_done()
+
+
+def _save(saver: Checkpointer, request: _Request) -> None:
+    request.waiting.remove(saver)
+    try:
+        saver.finish_until(request.deadline)
+    except GockptError as error:
+        _log.error("%s: %s", signal.Signals(request.number).name, error)
+
+
+def _pass_on_if_done() -> None:
+    """Run the former handler, or what the system does by default, once all is saved."""
+    global _request  # noqa: PLW0603 - one for the process
+    request = _request
+    if request is None or request.waiting:
+        return
+    _request = None
+    request.done.set()
+    former = _former.get(request.number, signal.SIG_DFL)
+    if callable(former):
+        former(request.number, None)
+    elif former != signal.SIG_IGN:
+        signal.signal(request.number, signal.SIG_DFL)
+        signal.raise_signal(request.number)
+        signal.signal(request.number, _arrived)  # where the default is to go on
+
+
+def _after_fork() -> None:
+    """In a forked child: nothing here is its own."""
+    global _request  # noqa: PLW0603 - one for the process
+    _request = None
+    _looks.clear()
+    for number, former in _former.items():
+        if signal.getsignal(number) is _arrived:
+            signal.signal(number, signal.SIG_DFL if former is None else former)
+    _former.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
