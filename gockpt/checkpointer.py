@@ -189,7 +189,7 @@ class Checkpointer:
         if extra is not None:
             self._extra = checked_extra(extra)
         number = checked_step(step)
-        if self._put_off("save", unless=self._engine.at_rest):
+        if self._put_off("save", harmless=self._engine.at_rest):
             return self.handle
         self._calls += 1
         self.failure_before = failure_now()
@@ -207,7 +207,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Finish what is in flight, uploads too; an open window closes at the last step told."""
-        if not self._put_off("wait", unless=lambda: not self.window_open or self._engine.at_rest()):
+        if not self._put_off("wait", harmless=self._engine.only_waits):
             self._finish(self._engine.wait)
 
     def finish(self) -> SaveHandle | None:
@@ -222,7 +222,7 @@ class Checkpointer:
             SaveError: If the state changed after the last call and so can't be saved under its step; or
                 if a save failed.
         """
-        if not self._put_off("finish", unless=lambda: self._engine.last_tick_saved or self._engine.at_rest()):
+        if not self._put_off("finish", harmless=self._engine.finishes):
             self._finish(self._engine.finish)
         return self.handle
 
@@ -243,18 +243,17 @@ class Checkpointer:
         """How long a step takes, measured; 0 before two were told."""
         return self._engine.step_seconds
 
-    def _put_off(self, what: str, *, unless: Callable[[], bool]) -> bool:
+    def _put_off(self, what: str, *, harmless: Callable[[], bool]) -> bool:
         """Leave a call to the next step, if it comes where the state may be torn; return whether it is left.
 
         That is in the middle of an update, and in a signal handler also while a step is told, or where the
-        state is not that of the last step, ``unless`` that does no harm.
+        state is not that of the last step; but not where the call is ``harmless`` all the same.
         """
         engine = self._engine
-        if not engine.updating:
-            if not in_signal_handler():
-                return False  # also an extra that calls the library, which is told so
-            if not engine.unready and unless():
-                return False
+        if not engine.updating and not in_signal_handler():
+            return False  # also an extra that calls the library, which is told so
+        if not engine.inside and harmless():
+            return False
         _log.warning(
             "%s() was called in the middle of an update: it is done when the next step is told", what
         )

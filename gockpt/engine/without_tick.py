@@ -61,10 +61,9 @@ class WithoutTick:
         return 0.0 if self._last.boundary is None else self._last.boundary.began
 
     @property
-    def unready(self) -> bool:
-        """Whether a call that comes now would find a tick or an update under way in this very thread."""
-        here = threading.current_thread() is self._thread
-        return (self._inside and here) or self.updating
+    def inside(self) -> bool:
+        """Whether a tick or hook is under way in this very thread."""
+        return self._inside and threading.current_thread() is self._thread
 
     @property
     def updating(self) -> bool:
@@ -73,13 +72,24 @@ class WithoutTick:
 
     def at_rest(self) -> bool:
         """Whether the state is that of the last tick, so that none is to come for what has changed since."""
+        if self.updating:
+            return False
         with deferred(), self._changed, self._at_work():
             boundary = self._last.boundary
             return boundary is None or self._moved(boundary) is None
 
+    def only_waits(self) -> bool:
+        """Whether ``wait`` would take no state, or the last tick's."""
+        takes_none = self._save.state not in (State.OPEN, State.VOID) and self._last.left_out is None
+        return takes_none or self.at_rest()
+
+    def finishes(self) -> bool:
+        """Whether ``finish`` would take no state, or the last tick's."""
+        return self.last_tick_saved or self.at_rest()
+
     def stands(self) -> bool:
         """Whether the last tick's state is saved, or could be saved now with all that belongs to it."""
-        if self.unready:
+        if self.inside or self.updating:
             return False
         if self.last_tick_saved:
             return True
