@@ -132,7 +132,9 @@ def build_document(
     strides: dict[str, Json] = {}
 
     def plain(value: Any, *prefix: str, place: Place = lambda _, __: None) -> Json:
-        document, found = encode(value, prefix=prefix, admit=admit, place=place)
+        # Extras are decoded by every load, so they are to need no class; optimizers bring theirs.
+        enums = prefix[0] in ("optimizer", OPTIONS)
+        document, found = encode(value, prefix=prefix, admit=admit, place=place, enums=enums)
         arrays.update(found)
         return document
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gockpt.known_classes import class_name
 from gockpt.saved_state import SavedSubclass
 from gockpt.subclass_fitting import inner_names, inner_targets
-from gockpt.tensor_subclasses import class_name
 from gockpt.tensors import NAME_OF, is_subclass
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 
 from gockpt.document import OPTIONS
 from gockpt.fitting import Create
+from gockpt.known_classes import class_name
 from gockpt.model_fitting import Fill
-from gockpt.optimizers import class_name
 from gockpt.subclass_fitting import make_subclass
 from gockpt.unplain import decode
 
@@ -97,7 +97,7 @@ class Feeding:
         for form in self._forms:
             if id(form.owner) in self.loaded:
                 continue
-            ran.append(f"{class_name(form.owner)}.load_state_dict()")
+            ran.append(f"{class_name(type(form.owner))}.load_state_dict()")
             others = [one for one in everybody if one is not form.owner]
             sharing = [(one, name) for one in others for name in SHARED if _shares(one, form.owner, name)]
             with self._noting(others):

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gockpt.errors import UnsupportedState, UsageError
+from gockpt.known_classes import class_name
 from gockpt.optimizer_forms import adds_something
 
 __all__ = [
     "Found",
     "check_wrapper",
-    "class_name",
     "find_optimizers",
     "has_own_protocol",
     "own_method",
@@ -86,11 +86,6 @@ def find_optimizers(optimizer: Any) -> Found:
     return found
 
 
-def class_name(value: Any) -> str:
-    """Return the module and qualified name of a value's class."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
 def own_method(value: Any, name: str) -> Any:
     """Return a method of an object itself, and not what it forwards to the optimizer that it wraps.
 
@@ -142,7 +137,7 @@ def check_wrapper(wrapper: Any, inside: list[Any]) -> None:
         UnsupportedState: Names its class, and what is missing.
     """
     saves, loads = wrapper_protocol(wrapper, inside)
-    name = class_name(wrapper)
+    name = class_name(type(wrapper))
     way_out = f"give {type(wrapper).__qualname__} both, or pass the optimizer inside it"
     if saves and not loads and adds_something(wrapper.state_dict(), [one.state_dict() for one in inside]):
         msg = f"{name} has state_dict() and no load_state_dict() of its own: {way_out}"

@@ -20,6 +20,7 @@ else is an object whose first key starts with ``$``:
 ``{"$ndarray": [name, ...]}``        the same, as a NumPy array
 ``{"$numpy": dtype, "value": v}``    a NumPy scalar; ``bytes`` (hex, little-endian) instead for NaNs
 ``{"$numpy.dtype": name}``           also ``$torch.dtype``, ``$torch.device``, ``$torch.Size``
+``{"$enum": [class, member]}``       if ``enums`` is set: its decoding needs the class
 ``{"$Path": text}``                  also ``$PurePath``, ``$date``, ``$datetime``, ``$timedelta``
 ==================================== ==============================================================
 
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import enum
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -42,6 +44,7 @@ import numpy as np
 import torch
 
 from gockpt.errors import UnsupportedState
+from gockpt.known_classes import enum_document
 from gockpt.schema import DTYPES
 from gockpt.tensors import is_subclass, refusal, to_host
 
@@ -77,6 +80,7 @@ def encode(
     prefix: tuple[str, ...],
     admit: Callable[[int], None] = lambda _: None,
     place: Place = lambda _, __: None,
+    enums: bool = False,
 ) -> tuple[Json, dict[tuple[str, ...], torch.Tensor]]:
     """Return a value as JSON, and the arrays that it refers to. Nothing returned shares its memory.
 
@@ -87,6 +91,7 @@ def encode(
         admit: Told how many bytes each array takes before it is copied; may raise.
         place: Given each tensor and the name that its array would have; returns the name of an array
             that holds the tensor already, or ``None``.
+        enums: Whether members of enums are taken. Who decodes them needs their class imported.
 
     Returns:
         The JSON document, and CPU tensors by name (``prefix`` followed by keys and indices; a value
@@ -96,7 +101,7 @@ def encode(
         UnsupportedState: If some part has no exact form; names it, its type and the way out. Also
             for a value that contains itself, or nests deeper than :data:`MAX_DEPTH`.
     """
-    encoder = _Encoder(prefix, admit, place)
+    encoder = _Encoder(prefix, admit, place, enums=enums)
     return encoder.encode(value), encoder.arrays
 
 
@@ -123,9 +128,12 @@ def _has_surrogates(text: str) -> bool:
 class _Encoder:
     """One encoding under way: the arrays found, and the path to where it stands."""
 
-    def __init__(self, prefix: tuple[str, ...], admit: Callable[[int], None], place: Place) -> None:
+    def __init__(
+        self, prefix: tuple[str, ...], admit: Callable[[int], None], place: Place, *, enums: bool
+    ) -> None:
         self.admit = admit
         self.place = place
+        self.enums = enums
         self.arrays: dict[tuple[str, ...], torch.Tensor] = {}
         self.name = list(prefix)
         self.path = ["/".join(prefix)]
@@ -141,6 +149,8 @@ class _Encoder:
             return self.numpy_scalar(value)
         if isinstance(value, np.dtype):
             return self.numpy_dtype(value)
+        if self.enums and isinstance(value, enum.Enum) and (member := enum_document(value)) is not None:
+            return member
         return self.refuse(value)
 
     def child(self, component: str, accessor: str, value: Any) -> Json:

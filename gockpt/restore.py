@@ -24,13 +24,13 @@ from gockpt.errors import CheckpointCorrupt, CheckpointPruned, UsageError
 from gockpt.fallback import expect_finite, newest_good
 from gockpt.filling import Filler, Kept
 from gockpt.fitting import fit
+from gockpt.known_classes import class_name
 from gockpt.lineage import Origin, remember
 from gockpt.load_messages import PREVIOUS, Changed, mismatch, not_asked_for, nothing_fits, some
 from gockpt.model_fitting import ModelFit, fit_mapping, saved_names
 from gockpt.module_restore import module_restores
 from gockpt.optimizer_feeding import Feeding, not_restored
 from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
-from gockpt.optimizers import class_name
 from gockpt.overview import Metadata, checked_step, metadata_of, state_of
 from gockpt.state import collect
 from gockpt.storage.listing import open_checkpoint
@@ -256,7 +256,7 @@ class _Load:
             for index, restore in optimizers.items():
                 optimizer = live.optimizers[index]
                 if id(optimizer) not in feeding.loaded:
-                    self.changed.optimizers.append(f"{index} ({class_name(optimizer)})")
+                    self.changed.optimizers.append(f"{index} ({class_name(type(optimizer))})")
                     restore.apply(optimizer, self.options)
             absent = generators.restore(states) if states is not None else ()
         except BaseException as error:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from gockpt.errors import UnsupportedState
+from gockpt.known_classes import class_name
 from gockpt.naming import loading_entries, model_state, parameter_names
 from gockpt.once import warn_once
 from gockpt.optimizer_forms import states_in_form
-from gockpt.optimizers import check_wrapper, class_name, find_optimizers, has_own_protocol, wrapper_protocol
+from gockpt.optimizers import check_wrapper, find_optimizers, has_own_protocol, wrapper_protocol
 from gockpt.outside import check_outside, remember_held
 from gockpt.plain import is_ordinary_key
 from gockpt.tensor_subclasses import Flattened, Inner, check_rebuild, context_text, flatten
@@ -226,7 +227,7 @@ def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
             check_wrapper(wrapper, inside)
         indices = tuple(at for at, live in enumerate(found.optimizers) if any(live is one for one in inside))
         own = all(wrapper_protocol(wrapper, inside))
-        collector.wrappers.append(WrapperEntry(wrapper, class_name(wrapper), indices, own))
+        collector.wrappers.append(WrapperEntry(wrapper, class_name(type(wrapper)), indices, own))
     if collector.outside:
         check_outside(model, entries, collector.params, collector.outside, collector.optimizers)
     return collector.result()
@@ -356,7 +357,7 @@ class _Collector:
                     "%s keeps state for a tensor that is in none of its param groups; it is not saved",
                     kind.__qualname__,
                 )
-        self.trained.append(OptimizerEntry(optimizer, class_name(optimizer), groups, values, own))
+        self.trained.append(OptimizerEntry(optimizer, class_name(type(optimizer)), groups, values, own))
 
     def parameter(
         self,

@@ -4,9 +4,8 @@ A class with ``__tensor_flatten__`` and ``__tensor_unflatten__`` (torchao's quan
 states) says itself which *inner tensors* it holds, and what else there is to know: its *context*. Inner
 tensors are saved as arrays of their own, contexts as JSON.
 
-Contexts are encoded as by :mod:`gockpt.plain`, with two forms more::
+Contexts are encoded as by :mod:`gockpt.plain`, with one form more::
 
-    {"$enum": [class, name]}             a member of an ``enum.Enum``
     {"$fields": class, "of": {...}}      a dataclass or a named tuple: compared with a live one, never made
 
 A checkpoint can name a class, but never import one: classes are looked for among those that exist.
@@ -17,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gockpt.errors import StateMismatch, UnsupportedState
+from gockpt.known_classes import class_name, enum_document, enum_member, known_subclasses
 from gockpt.plain import encode, is_ordinary_key
 from gockpt.saved_state import MAX_DEPTH
 from gockpt.tensors import is_subclass, refusal
@@ -38,7 +37,6 @@ __all__ = [
     "Flattened",
     "Inner",
     "check_rebuild",
-    "class_name",
     "context_text",
     "flatten",
     "rebuild",
@@ -72,11 +70,6 @@ class Flattened:
                     yield (attribute, *below), tensor
             else:
                 yield (attribute,), part
-
-
-def class_name(kind: type) -> str:
-    """Return a class's module and qualified name."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def flatten(tensor: torch.Tensor, where: str, depth: int = 0) -> Flattened:
@@ -148,8 +141,8 @@ def _encode_context(value: Any, where: str, kind: str) -> Json:
         return {"$tuple" if type(value) is tuple else "$torch.Size": parts}
     if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
         return {key: inside(part) for key, part in value.items()}
-    if isinstance(value, enum.Enum):
-        return {"$enum": [class_name(type(value)), value.name]}
+    if isinstance(value, enum.Enum) and (member := enum_document(value)) is not None:
+        return member
     fields = _fields(value)
     if fields is not None:
         return {"$fields": class_name(type(value)), "of": {key: inside(part) for key, part in fields.items()}}
@@ -182,7 +175,7 @@ def _decode_context(document: Json, device: torch.device, where: str) -> Any:
             parts = _decode_context(document[tag], device, where)
             return tuple(parts) if tag == "$tuple" else torch.Size(parts)
         if tag == "$enum":
-            return _enum_member(document[tag], where)
+            return enum_member(document[tag], f"{where}: its context")
         if tag == "$torch.device":
             return device
         if tag == "$fields":
@@ -198,47 +191,8 @@ def _no_array(name: tuple[str, ...]) -> torch.Tensor:
     raise ValueError(msg)
 
 
-def _enum_member(content: Any, where: str) -> enum.Enum:
-    if isinstance(content, list) and len(content) == 2:
-        for kind in _known(enum.Enum, str(content[0])):
-            if str(content[1]) in kind.__members__:
-                return kind.__members__[str(content[1])]  # type: ignore[no-any-return]
-    msg = f"{where}: its context holds {content!r}, of an enum that is not imported here"
-    raise StateMismatch(msg, mismatched=(where,))
-
-
-def _known(base: type, name: str) -> list[Any]:
-    """Return the existing subclasses of a class that have this name; imports nothing.
-
-    If there are several, as after a cell of a notebook ran again, the one that its module holds, if any.
-    """
-    found: list[Any] = []
-    seen: set[type] = set()
-    waiting: list[type] = [base]
-    while waiting:
-        kind: type
-        for kind in type.__subclasses__(waiting.pop()):
-            if kind not in seen:
-                seen.add(kind)
-                waiting.append(kind)
-                if class_name(kind) == name:
-                    found.append(kind)
-    if len(found) > 1:
-        held = [kind for kind in found if _held(kind) is kind]
-        return held or found
-    return found
-
-
-def _held(kind: type) -> Any:
-    """Return what stands under a class's name in its module; runs no code of the module's."""
-    place: Any = sys.modules.get(kind.__module__)
-    for part in kind.__qualname__.split("."):
-        place = vars(place).get(part) if hasattr(place, "__dict__") else None
-    return place
-
-
 def _class_of(name: str, where: str) -> type[torch.Tensor]:
-    found = [kind for kind in _known(torch.Tensor, name) if hasattr(kind, "__tensor_unflatten__")]
+    found = [kind for kind in known_subclasses(torch.Tensor, name) if hasattr(kind, "__tensor_unflatten__")]
     if len(found) == 1:
         return found[0]  # type: ignore[no-any-return]
     what = f"{len(found)} classes have that name" if found else "no such class is imported here"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from gockpt.errors import GockptError, ManifestCorrupt
+from gockpt.known_classes import enum_member
 from gockpt.plain import FACTORIES, NUMPY_SCALARS
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ _DECODERS: dict[str, Callable[[Any, dict[str, Any], Read], Any]] = {
     "$torch.dtype": lambda content, _, __: _torch_dtype(content),
     "$torch.device": lambda content, _, __: _device(content),
     "$torch.Size": lambda content, _, read: torch.Size(_sequence(content, read)),
+    "$enum": lambda content, _, __: enum_member(content, "a saved value"),
     "$Path": lambda content, _, read: PosixPath(_text(_decode(content, read))),
     "$PurePath": lambda content, _, read: PurePosixPath(_text(_decode(content, read))),
     "$date": lambda content, _, __: dt.date.fromisoformat(content),

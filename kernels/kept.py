@@ -28,7 +28,7 @@ from numba.core import serialize
 from numba.core.compiler import CompileResult
 from numba.misc.appdirs import AppDirs
 
-from gockpt.kernels.once import warn_once
+from gockpt.once import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

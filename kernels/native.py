@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from gockpt.kernels.once import warn_once
+from gockpt.once import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable

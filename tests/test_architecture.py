@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Lowest first. A new module takes its place here.
 LAYERS = (
-    ("errors", "options"),
+    ("errors", "once", "options"),
     (
         "boxes",
         "schema",
@@ -40,12 +40,12 @@ LAYERS = (
         "device_calibration",
         "device_numbers",
         "document",
+        "known_classes",
         "lab",
         "lineage",
         "late_numbers",
         "module_protocol",
         "naming",
-        "once",
         "optimizer_forms",
         "optimizers",
         "outside",

@@ -25,7 +25,7 @@ from gockpt.engine.outbox import BEAT_SECONDS, Outbox
 from gockpt.engine.reports import Forward, FreedRing, Lanes, Notes, Told, failure
 from gockpt.engine.wire import Frames
 from gockpt.errors import GockptError, WorkerError
-from gockpt.kernels.once import leave_to_trainer
+from gockpt.once import leave_to_trainer
 from gockpt.options import Keep, Options
 from gockpt.runs import Run
 from gockpt.storage import verified

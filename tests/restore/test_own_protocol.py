@@ -63,6 +63,19 @@ class Objects(optim.SGD):
             state["phase"] = Phase(state["phase"])
 
 
+class Phases(optim.SGD):
+    """Enums among states and options, and no ``state_dict()`` of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.param_groups[0]["kinds"] = {Phase.WARM: (Phase.HOT, 1)}
+
+    def step(self, closure=None):
+        super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["phase"] = Phase.HOT if "phase" in self.state[param] else Phase.WARM
+
+
 class TensorsAsKeys(optim.SGD):
     """A graph between parameters, keyed by them."""
 
@@ -444,3 +457,47 @@ def test_state_in_a_tensor_subclass_is_fed_as_what_it_was(save):
         assert isinstance(pair, TwoTensor)
         assert torch.equal(pair.a, wanted.a)
         assert torch.equal(pair.b, wanted.b)
+
+
+def test_members_of_enums_among_states_and_options_are_kept(tmp_path):
+    model = nn.Linear(3, 2)
+    opt = Phases(model.parameters(), lr=0.1)
+    train(model, opt, [1])
+    opt.state[model.weight]["phase"] = Phase.HOT
+    gockpt.save_overlapped(model, opt, tmp_path, step=1).result()
+    fresh = nn.Linear(3, 2)
+    other = Phases(fresh.parameters(), lr=0.1)
+    del other.param_groups[0]["kinds"]
+    gockpt.load(tmp_path, fresh, other)
+    assert other.state[fresh.weight]["phase"] is Phase.HOT
+    assert other.state[fresh.bias]["phase"] is Phase.WARM
+    assert other.param_groups[0]["kinds"] == {Phase.WARM: (Phase.HOT, 1)}
+
+
+def test_an_enum_that_is_not_there_is_named_and_nothing_changes(tmp_path):
+    model = nn.Linear(3, 2)
+    opt = Phases(model.parameters(), lr=0.1)
+    train(model, opt, [1])
+    gockpt.save_overlapped(model, opt, tmp_path, step=1).result()
+    fresh = nn.Linear(3, 2)
+    before = copy.deepcopy(fresh.state_dict())
+    Phase.__qualname__ = "Renamed"
+    try:
+        with pytest.raises(StateMismatch, match=r"Phase\.(WARM|HOT), .* import its module"):
+            gockpt.load(tmp_path, fresh, Phases(fresh.parameters(), lr=0.1))
+    finally:
+        Phase.__qualname__ = "Phase"
+    assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
+    assert gockpt.verify(tmp_path).ok
+
+
+def test_a_combination_of_flags_is_refused_by_name(tmp_path):
+    class Bits(enum.Flag):
+        A = 1
+        B = 2
+
+    model = nn.Linear(3, 2)
+    opt = optim.SGD(model.parameters(), lr=0.1)
+    opt.param_groups[0]["bits"] = Bits.A | Bits.B
+    with pytest.raises(UnsupportedState, match=r"bits.*Bits"):
+        gockpt.save_overlapped(model, opt, tmp_path, step=1)
