@@ -425,7 +425,7 @@ def test_what_does_not_fit_is_refused_before_its_code_runs(save):
     assert loaded.told == []
 
 
-@pytest.mark.parametrize("value", [Phase.HOT, Window(1, torch.ones(1)), object(), {torch.ones(1): 2}])
+@pytest.mark.parametrize("value", [Window(1, torch.ones(1)), object(), {torch.ones(1): 2}])
 def test_what_has_no_plain_form_is_refused_by_name(value, tmp_path):
     model = nn.Linear(2, 2)
     default = optim.SGD(model.parameters(), lr=0.1)
