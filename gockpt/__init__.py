@@ -132,7 +132,10 @@ if not TYPE_CHECKING:  # a type checker sees the imports above, and a misspelt n
         if name not in __all__:
             msg = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(msg)
-        value = getattr(import_module(_HOME.get(name, "gockpt.errors")), name)
+        from gockpt.signals import deferred
+
+        with deferred():  # what is imported by halves, here or in torch, may not be importable any more
+            value = getattr(import_module(_HOME.get(name, "gockpt.errors")), name)
         globals()[name] = value
         return value
 

@@ -10,6 +10,7 @@ from gockpt import registry
 from gockpt.arguments import checked_options, model_ids
 from gockpt.checkpointer import Checkpointer
 from gockpt.errors import GockptError, SaveAborted, UploadError, UsageError
+from gockpt.signals import deferred, uninterrupted
 from gockpt.storage.paths import directory_to_save
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["finish", "save_overlapped", "wait"]
 _log = logging.getLogger("gockpt")
 
 
+@uninterrupted
 def save_overlapped(
     model: Model,
     optimizer: Optimizers,
@@ -138,7 +140,7 @@ def _each(savers: Iterable[Checkpointer], finish: Callable[[Checkpointer], objec
                 first = error
             else:
                 first.add_note(f"and, of {saver.path}: {error}")
-    with registry.lock:
+    with deferred(), registry.lock:
         registry.close_orphans()
         registry.close_leaving()
     if first is not None:

@@ -27,6 +27,7 @@ from gockpt.existing import expect_remote, homes, permitted
 from gockpt.lineage import note_run, origin_of
 from gockpt.optimizers import Found, find_optimizers
 from gockpt.process_end import failure_now, finish_at_end
+from gockpt.signals import uninterrupted
 from gockpt.storage.compression import Compression
 from gockpt.storage.paths import directory_to_save
 from gockpt.storage.store import Store
@@ -77,6 +78,7 @@ class Checkpointer:
         [5, 10]
     """
 
+    @uninterrupted
     def __init__(
         self,
         model: Model,
@@ -163,6 +165,7 @@ class Checkpointer:
                 if permitted(self.path, model, self.options).newest == follow.newest:
                     raise
 
+    @uninterrupted
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
     ) -> SaveHandle | None:
@@ -270,10 +273,19 @@ class Checkpointer:
         elif "wait" in asked:
             self._finish(self._engine.wait)
 
+    @uninterrupted
     def close(self) -> None:
-        """Finish what is in flight, uploads too, then let go of threads, memory and the path."""
+        """Finish what is in flight, uploads too, then let go of threads, memory and the path.
+
+        Interrupted (Ctrl-C) while what was captured is still being written, it goes on with that; the next
+        call of the library, the next to use the path or the end of the program closes it.
+        """
         try:
             self._finish(self._engine.close)
+        except BaseException as error:
+            if not self.closed and not isinstance(error, Exception):
+                registry.close_later(self)
+            raise
         finally:
             self._leave()
 
@@ -308,7 +320,8 @@ class Checkpointer:
             return True
         error = self.retire_with_error()
         if error is not None:
-            _log.warning("of a model that is gone: %s", error)
+            whose = "a model that is gone" if self.model_is_gone else "a close() that was interrupted"
+            _log.warning("of %s: %s", whose, error)
         return self.closed
 
     def _leave(self) -> None:
@@ -334,6 +347,7 @@ class Checkpointer:
         if self._uploads is not None:
             self._uploads.wait()
 
+    @uninterrupted
     def abort(self, why: str = "abort() was called") -> None:
         """Give an open window up; what was captured already goes on to disk."""
         self._engine.abort_window(why)

@@ -19,6 +19,7 @@ from gockpt.nonfinite import NonFinite, nonfinite_of
 from gockpt.options import Keep
 from gockpt.runs import ancestors_of
 from gockpt.saved_state import SavedState, parse
+from gockpt.signals import deferred
 from gockpt.storage.catalog import looked_through
 from gockpt.storage.comparison import DiffReport, compare
 from gockpt.storage.listing import (
@@ -278,7 +279,7 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
             others = catalog.keep_to_newest_run()
             gone = {name for name, _ in catalog.expendable(rules)}
     else:
-        with Store(path) as store:
+        with deferred(), Store(path) as store:
             others = store.keep_to_newest_run()
             store.prune(rules)
         left = {entry.path for entry in list_checkpoints(path, superseded=True)}

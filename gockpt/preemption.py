@@ -16,8 +16,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gockpt import registry
-from gockpt.engine.signals import kept_handlers
 from gockpt.errors import GockptError
+from gockpt.signals import handler_of, kept_handlers, set_handler
 
 if TYPE_CHECKING:
     from gockpt.checkpointer import Checkpointer
@@ -69,8 +69,8 @@ def watch(saver: Checkpointer) -> None:
                 saver.options.on_signal,
             )
             return
-        _former[number] = signal.getsignal(number)
-        signal.signal(number, _arrived)
+        _former[number] = handler_of(number)
+        set_handler(number, _arrived)
 
 
 def let_go(saver: Checkpointer) -> None:
@@ -84,8 +84,8 @@ def let_go(saver: Checkpointer) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # only there can it be done; an idle handler passes everything on
         former = _former.pop(number)
-        if signal.getsignal(number) is _arrived:
-            signal.signal(number, signal.SIG_DFL if former is None else former)
+        if handler_of(number) is _arrived:
+            set_handler(number, signal.SIG_DFL if former is None else former)
 
 
 def after_step(saver: Checkpointer) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Key",
     "by_call",
+    "close_later",
     "close_leaving",
     "close_orphans",
     "expect_alone",
@@ -60,6 +61,12 @@ def model_gone(saver: Checkpointer) -> None:
     _orphans.append(saver)
 
 
+def close_later(saver: Checkpointer) -> None:
+    """Close a checkpointer whose closing was interrupted, as soon as nothing has to be waited for."""
+    if saver not in _orphans:
+        _orphans.append(saver)
+
+
 def close_orphans() -> None:
     """Close the checkpointers whose models are gone, as far as that takes no waiting: a tick calls this.
 
@@ -69,6 +76,8 @@ def close_orphans() -> None:
         saver = _orphans.popleft()
         if not saver.retire():
             _orphans.append(saver)
+            continue
+        if not saver.model_is_gone:  # its close was interrupted: the next call still counts on from it
             continue
         for key in [key for key, known in by_call.items() if known is saver]:
             del by_call[key]

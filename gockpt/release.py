@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gockpt import registry
 from gockpt.arguments import anchors, model_ids
 from gockpt.errors import GockptError, SaveAborted
+from gockpt.signals import uninterrupted
 from gockpt.storage.paths import directory_to_save
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = ["close"]
 _log = logging.getLogger("gockpt")
 
 
+@uninterrupted
 def close(path_or_model: str | os.PathLike[str] | Model | None = None) -> None:
     """Release what :func:`save_overlapped` made for a path or a model, or all of it.
 

@@ -7,11 +7,13 @@ import os
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
 from gockpt.overview import checked_step
 from gockpt.runs import ancestors_of
+from gockpt.signals import deferred, let_through
 from gockpt.storage import remote_listing
 from gockpt.storage.listing import list_checkpoints, open_checkpoint
 from gockpt.storage.manifest import run_of
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["UploadStatus", "Uploads", "upload"]
 
 _log = logging.getLogger("gockpt")
+
+LOOK = 0.1
+"""Seconds between two looks whether a signal came, while waiting."""
 
 
 def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
@@ -200,10 +205,18 @@ class Uploads:
         """
         if os.getpid() != self._pid:
             return  # the thread is the parent's
-        with self._changed:
+        with deferred(), self._changed:
             self._retry()
-            if self._changed.wait_for(lambda: self._active is None, timeout):
-                self._raise_failure()
+        deadline = None if timeout is None else monotonic() + timeout
+        while True:
+            left = LOOK if deadline is None else min(LOOK, deadline - monotonic())
+            with deferred(), self._changed:
+                if self._changed.wait_for(lambda: self._active is None, max(0.0, left)):
+                    self._raise_failure()
+                    return
+            if left <= 0:
+                return
+            let_through()
 
     def settle(self) -> bool:
         """Return whether nothing is left to do, at once. What failed is first tried once more, on its thread.

@@ -57,6 +57,7 @@ LAYERS = (
         "saved_state",
         "saved_strides",
         "sharding",
+        "signals",
         "state",
         "strides",
         "tensor_subclasses",

@@ -24,7 +24,6 @@ from gockpt.engine.lock import Lock
 from gockpt.engine.pace import Pace
 from gockpt.engine.roads import Roads
 from gockpt.engine.save import Boundary, Save, as_save_error
-from gockpt.engine.signals import deferred
 from gockpt.engine.sizing import facts_of
 from gockpt.engine.without_tick import WithoutTick
 from gockpt.errors import SaveAborted, UsageError
@@ -32,6 +31,7 @@ from gockpt.interval import FIRST, Interval
 from gockpt.lifecycle import Event, State
 from gockpt.optimizers import find_optimizers
 from gockpt.schedule import make_plan
+from gockpt.signals import deferred, let_through
 from gockpt.state import collect
 from gockpt.transfer import Transfer
 
@@ -249,30 +249,42 @@ class Engine(WithoutTick):
                 self._save.fail(SaveAborted(message), Event.ABORTED)
 
     def close(self) -> None:
-        """Finish what is in flight and let go of threads, hooks, memory and the path."""
+        """Finish what is in flight and let go of threads, hooks, memory and the path.
+
+        Interrupted while what was captured is still being written, it is not closed: close it again.
+        """
         if self.closed:
             return
         if not self.of_this_process:
             msg = "a forked process can't close its parent's checkpointer"
             raise UsageError(msg)
         self._expect_outside()
-        try:
-            self.wait()
-        finally:
-            self.closed = True
-            with deferred(), self._changed:
-                # After an interrupted wait(): nothing may be left that only a tick could end.
-                if self._save.state not in (State.IDLE, State.CAPTURED):
-                    self._save.fail(SaveAborted("the checkpointer was closed"), Event.ABORTED)
-                if self._save.state is State.IDLE:
-                    self._save.drop()
-            self._held = None
-            self._hooks.remove()
-            self._transfer.close()
+        with deferred():
             try:
-                self._background.close()
-            finally:
-                self._save.memory.release()
+                self.wait()
+            except BaseException as error:
+                with self._changed:
+                    # Nothing may be left that only a tick could end.
+                    if self._save.state not in (State.IDLE, State.CAPTURED):
+                        self._save.fail(SaveAborted("the checkpointer was closed"), Event.ABORTED)
+                    if self._save.state is State.CAPTURED and not isinstance(error, Exception):
+                        raise  # Ctrl-C: what was captured is still being written, so it can't be closed yet
+                self._let_go_of_all()
+                raise
+            self._let_go_of_all()
+
+    def _let_go_of_all(self) -> None:
+        self.closed = True
+        with self._changed:
+            if self._save.state is State.IDLE:
+                self._save.drop()
+        self._held = None
+        self._hooks.remove()
+        self._transfer.close()
+        try:
+            self._background.close()
+        finally:
+            self._save.memory.release()
 
     def drive(self, handle: SaveHandle, done: Callable[[], bool], timeout: float | None) -> None:
         """Do what only the training thread can do so that ``done`` comes true, then wait for it."""
@@ -286,6 +298,7 @@ class Engine(WithoutTick):
             if done() or (left is not None and left <= 0):
                 return
             self._thread.join(POLL if left is None else min(POLL, left))
+            let_through()
         self._expect_outside()
         while self._save.handle is handle and not done():
             with deferred(), self._changed:
@@ -302,6 +315,7 @@ class Engine(WithoutTick):
                         return
                     # A handle is resolved just after the lock was let go, and then notified of.
                     self._changed.wait(POLL if left is None else min(POLL, left))
+            let_through()  # here nothing is half done, and a call around this one may keep handlers back
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gockpt.engine.signals import let_through
 from gockpt.lifecycle import State
+from gockpt.signals import let_through
 
 if TYPE_CHECKING:
     from collections.abc import Callable

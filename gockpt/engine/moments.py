@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import optimizer as torch_optimizer
 
-from gockpt.engine.signals import kept_handlers
+from gockpt.signals import kept_handlers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from gockpt.errors import PathBusy
+from gockpt.signals import let_through
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ def open_store(make: Callable[[], Store], *, give_up: Callable[[], bool] = lambd
                 _log.info("process %d still publishes a save of a run that was killed: waiting", busy.pid)
             told = True
         threading.Event().wait(_LOOK)
+        let_through()
 
 
 def is_orphan(pid: int) -> bool:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from gockpt.engine.inside_call import save_inside_call, wait_until_free
 from gockpt.engine.moments import in_update
-from gockpt.engine.signals import deferred
 from gockpt.errors import GockptError, SaveAborted, UsageError
 from gockpt.lifecycle import Event, State
+from gockpt.signals import deferred
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

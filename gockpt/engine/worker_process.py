@@ -24,6 +24,7 @@ from gockpt.engine.orphans import BOOT
 from gockpt.engine.outbox import BEAT_SECONDS, Outbox
 from gockpt.engine.wire import Frames
 from gockpt.errors import GockptError, WorkerError
+from gockpt.signals import let_through
 from gockpt.storage import verified
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ _log = logging.getLogger("gockpt")
 
 _FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that terminals and schedulers send to all processes of a job, to be answered by its program."""
+
+_LOOK = 0.1
+"""Seconds between two looks whether a signal came, while waiting."""
 
 _LAST_MOMENTS = 10.0
 """Seconds after which a process that was killed is not waited for any more: its disk doesn't answer."""
@@ -83,7 +87,8 @@ class WorkerProcess:
 
     def opened(self) -> BaseException | None:
         """Wait until it has taken the path; return why it could not."""
-        self._opened.wait()
+        while not self._opened.wait(_LOOK):
+            let_through()
         return self.error
 
     def post(self, message: Any, arena: Arena | None = None) -> None:

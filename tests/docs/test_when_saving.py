@@ -868,6 +868,37 @@ def _signal_inside(lab):
     assert steps == [[1]]
 
 
+@when("Ctrl-C arrives while a call opens a path, waits, closes, or changes options")
+def _interrupted(lab):
+    gate = threading.Event()
+
+    class Slow(Filesystem):
+        def fsync(self, fd):
+            assert threading.current_thread() is threading.main_thread() or gate.wait(60)
+            super().fsync(fd)
+
+    lab.inject(Slow())
+    run = lab.Run()
+    run.train()
+    run.tick()
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for call in (gockpt.wait, gockpt.close, lambda: run.tick(options=gockpt.Options(window=1, nice=3))):
+            interrupt = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                call()
+            interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, former)
+        gate.set()
+    run.step = 0
+    lab.inject(Filesystem())
+    run.saved().check()
+    gockpt.close()
+    assert not registry.opened
+
+
 @when("An extra calls `wait()` or `save_overlapped`")
 def _call_inside(lab):
     run = lab.Run()
