@@ -350,7 +350,10 @@ class Job:
                 self._fail(caught)
 
     def _fail(self, error: BaseException) -> None:
-        self.abort()
+        try:
+            self.abort()
+        except Exception:  # noqa: BLE001 - the failure must be told, or whoever waits would wait for ever
+            _log.warning("what a failed save had written could not be removed", exc_info=True)
         self._outcome.failed(self, as_background_error(error))
 
     def _replay(self, state: _Piece, gradients: list[Gradient], *, prove: bool) -> Report | None:

@@ -159,16 +159,35 @@ def test_what_is_due_while_a_save_is_written_is_skipped_and_logged(run, harness,
     path = harness.directory()
     options = gockpt.Options(window=1, when_busy="skip")
     handles = []
-    with caplog.at_level(logging.INFO, "gockpt"):
+    with caplog.at_level(logging.WARNING, "gockpt"):
         for step in (1, 2, 3):
             run.update()
-            handles.append(gockpt.save_overlapped(run.model, run.optimizer, path, step=step, options=options))
+            handles.append(
+                gockpt.save_overlapped(run.model, run.optimizer, path, step=step, every=1, options=options)
+            )
     assert handles[1] is handles[2]
-    assert "step 3 is due, but step" in caplog.text
+    assert "step 2 is due, but step 1" in caplog.text
+    assert handles[0].skipped == (2, 3)
     release.set()
     gockpt.wait()
     assert len(gockpt.steps(path)) >= 1
     assert handles[0].result(30).step == 1
+
+
+@pytest.mark.parametrize("defect", [AssertionError, MemoryError])
+def test_a_defect_while_a_failed_save_is_removed_is_told_to_who_waits(run, harness, monkeypatch, defect):
+    class Defective(Filesystem):
+        def fsync(self, fd):
+            raise defect
+
+    gockpt.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer, "Store", functools.partial(Store, fs=Defective()))
+        save = gockpt.save_overlapped(run.model, run.optimizer, harness.directory(), step=1)
+        with pytest.raises(gockpt.SaveError, match=defect.__name__):
+            save.result(60)
+        with pytest.raises(gockpt.SaveError, match=defect.__name__):
+            gockpt.wait()
 
 
 @pytest.mark.parametrize("every", [2, 7, 10])
