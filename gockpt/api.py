@@ -55,10 +55,13 @@ def save_overlapped(
         options: See :class:`gockpt.Options`.
 
     Returns:
-        Without ``every`` the save of this call; else the newest one, or ``None`` before the first.
+        Without ``every`` the save of this call; else the newest one, or ``None`` before the first. Always
+        ``None`` on ranks other than 0 of a process group, where rank 0 saves the model.
 
     Raises:
         UsageError: If an argument can't work.
+        ExistingCheckpoints: If ``path`` holds checkpoints that the model was not loaded from: load them
+            first, use another path, or see :class:`gockpt.Options`, ``existing``.
         PathBusy: If another living writer saves into ``path``.
         SaveError: If a save failed in the background since the last call.
     """

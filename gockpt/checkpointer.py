@@ -18,20 +18,16 @@ from gockpt.arguments import (
     modules,
     reference,
 )
-from gockpt.engine.background import InThreads
 from gockpt.engine.engine import Engine
 from gockpt.engine.moments import in_signal_handler
-from gockpt.engine.orphans import open_store
-from gockpt.errors import GockptError, PathBusy, UploadError, UsageError
-from gockpt.existing import expect_remote, homes, permitted
+from gockpt.errors import GockptError, UploadError, UsageError
 from gockpt.lineage import note_run, origin_of
+from gockpt.opening import open_path
 from gockpt.optimizers import Found, find_optimizers
 from gockpt.process_end import failure_now, finish_at_end
+from gockpt.ranks import Bystander, is_bystander
 from gockpt.signals import uninterrupted
-from gockpt.storage.compression import Compression
 from gockpt.storage.paths import directory_to_save
-from gockpt.storage.store import Store
-from gockpt.uploads import Uploads
 
 if TYPE_CHECKING:
     import os
@@ -42,12 +38,10 @@ if TYPE_CHECKING:
     import torch
 
     from gockpt.arguments import Model
-    from gockpt.engine.background import Background
     from gockpt.engine.handle import Saved, SaveHandle
+    from gockpt.lineage import Origin
     from gockpt.options import Options
-    from gockpt.runs import Run
-    from gockpt.storage.store import Follow
-    from gockpt.uploads import Publications, UploadStatus
+    from gockpt.uploads import Uploads, UploadStatus
 
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -115,35 +109,15 @@ class Checkpointer:
         self.model_ids = model_ids(model)
         self._uploads: Uploads | None = None
         self._calls = 0
+        self._engine: Engine | Bystander
         self.taken = False
         self.comes_back = False
         self._waiting_for_step: set[str] = set()
         origin = origin_of(model)
+        stands_by = is_bystander(model, optimizer)
         with registry.lock:
             registry.close_orphans()
-            resumed = origin is not None and origin.path == self.path
-            registry.take_over(self.path, self, resumed=resumed)
-            remote = self.options.remote
-            at_home = origin is not None and origin.path in homes(self.path, self.options)
-            parent = origin.seq if origin is not None and at_home else None
-            run, background, publications = self._open(model, parent)
-            try:
-                if remote is not None:
-                    self._uploads = Uploads(remote, self.path, publications, run, nice=self.options.nice)
-                self._engine = Engine(
-                    reference(model),
-                    optimizer,
-                    background,
-                    every=self.every,
-                    options=self.options,
-                    last_step=0 if origin is None else origin.step,
-                    updates=0 if origin is None else origin.optimizer_steps,
-                    on_published=self._upload,
-                )
-            except BaseException:
-                background.close()
-                raise
-            note_run(model, run)
+            self._engine = Bystander() if stands_by else self._begin(model, optimizer, origin)
             registry.opened.add(self)
             self.failure_before = failure_now()
             finish_at_end(self)
@@ -152,18 +126,28 @@ class Checkpointer:
             self._origin = origin
             self._farewells = [weakref.finalize(m, registry.model_gone, self) for m in modules(model)]
 
-    def _open(self, model: Model, parent: int | None) -> tuple[Run, Background[Any], Publications]:
-        """Take the path for writing, unless other runs' checkpoints are there; return as which run."""
-        while True:
-            follow = permitted(self.path, model, self.options)
-            if self.options.remote is not None:
-                expect_remote(self.options.remote, model, follow.run, self.options)
-            try:
-                return follow.run, *_background(self.path, self.options, parent=parent, follow=follow)
-            except PathBusy:
-                # Whoever was there before may have ended meanwhile, and published something.
-                if permitted(self.path, model, self.options).newest == follow.newest:
-                    raise
+    def _begin(self, model: Model, optimizer: Optimizers, origin: Origin | None) -> Engine:
+        """Take the path, and return what saves into it."""
+        resumed = origin is not None and origin.path == self.path
+        registry.take_over(self.path, self, resumed=resumed)
+        opened = open_path(self.path, model, origin, self.options)
+        self._uploads = opened.uploads
+        try:
+            engine = Engine(
+                reference(model),
+                optimizer,
+                opened.background,
+                every=self.every,
+                options=self.options,
+                last_step=0 if origin is None else origin.step,
+                updates=0 if origin is None else origin.optimizer_steps,
+                on_published=self._upload,
+            )
+        except BaseException:
+            opened.background.close()
+            raise
+        note_run(model, opened.run)
+        return engine
 
     @uninterrupted
     def after_step(
@@ -479,17 +463,3 @@ class Checkpointer:
             self.close()
         except Exception as failure:  # noqa: BLE001 - the error under way is the one that matters
             error.add_note(f"gockpt: the save in flight failed as well: {failure}")
-
-
-def _background(
-    path: str, options: Options, *, parent: int | None, follow: Follow
-) -> tuple[Background[Any], Publications]:
-    """Take the path for writing; return who works there, and who numbers what is published."""
-    if options.worker == "process":
-        from gockpt.engine.remote import InProcess
-
-        worker = InProcess(path, options, parent=parent, follow=follow)
-        return worker, worker
-    compression = Compression(options.compression, threads=options.worker_threads)
-    store = open_store(lambda: Store(path, follow=follow, parent=parent, compression=compression))
-    return InThreads(store, options), store

@@ -6,6 +6,7 @@
     ├── UsageError (ValueError)        change the call
     │   ├── OptionsError               an option's value, or two options together
     │   │   └── StateTooLarge (SaveError)  state and extras take more than host_memory allows
+    │   ├── ExistingCheckpoints (SaveError)  a path holds checkpoints that the model was not loaded from
     │   └── UnsupportedState (SaveError)   state or an extra that can't be saved as it is
     ├── NotFoundError (LookupError)    look elsewhere
     │   ├── CheckpointNotFound         no complete checkpoint (of that step) there
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointNotFound",
     "CheckpointPruned",
     "ChunkCorrupt",
+    "ExistingCheckpoints",
     "GockptError",
     "ManifestCorrupt",
     "NonFiniteCheckpoint",
@@ -72,6 +74,10 @@ class OptionsError(UsageError):
 
 class StateTooLarge(OptionsError, SaveError):
     """Saving state or extras takes more host memory than ``Options.host_memory`` allows."""
+
+
+class ExistingCheckpoints(UsageError, SaveError):
+    """The path or ``remote`` holds checkpoints that the model was not loaded from; nothing was changed."""
 
 
 class UnsupportedState(UsageError, SaveError):

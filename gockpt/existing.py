@@ -10,7 +10,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING
 
-from gockpt.errors import UsageError
+from gockpt.errors import ExistingCheckpoints, UsageError
 from gockpt.lineage import origin_of, run_of, runs_of_process
 from gockpt.runs import beginning, claim
 from gockpt.storage import remote_listing
@@ -40,7 +40,8 @@ def permitted(path: str, model: Model, options: Options) -> Follow:
     """Return as which run a model is saved into a directory.
 
     Raises:
-        UsageError: If another run's checkpoints are there, or the directory is a checkpoint itself.
+        ExistingCheckpoints: If another run's checkpoints are there.
+        UsageError: If the directory is a checkpoint itself.
         PathBusy: If another run's are, and it is saving there right now.
         StorageError: If the directory can't be looked through.
     """
@@ -66,7 +67,9 @@ def permitted(path: str, model: Model, options: Options) -> Follow:
     )
     if found is None:
         expect_free(Filesystem(), path)
-        raise UsageError(_refusal(path, newest.step, newest.run, "path", f"gockpt.load({path!r}, ...)"))
+        raise ExistingCheckpoints(
+            _refusal(path, newest.step, newest.run, "path", f"gockpt.load({path!r}, ...)")
+        )
     return Follow(found.run, newest.attempt, here)
 
 
@@ -74,7 +77,8 @@ def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
     """Make sure that an object store holds no other run's checkpoints.
 
     Raises:
-        UsageError: If it does, or the URL can't be used.
+        ExistingCheckpoints: If it does.
+        UsageError: If the URL can't be used.
         RemoteError: If the store refuses or can't be reached.
     """
     manifest = remote_listing.newest_manifest(store_at(url))
@@ -93,7 +97,7 @@ def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
     )
     if found is None:
         load = f"gockpt.load({url!r}, ...)"
-        raise UsageError(_refusal(url, manifest.step, manifest.run, "URL as Options(remote=)", load))
+        raise ExistingCheckpoints(_refusal(url, manifest.step, manifest.run, "URL as Options(remote=)", load))
     if found.foreign:
         _log.warning("%s holds checkpoints of other runs, the newest of step %d", url, manifest.step)
 

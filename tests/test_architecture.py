@@ -85,7 +85,7 @@ LAYERS = (
         "engine",
     ),
     (
-        *("arguments", "existing", "reachable", "registry", "preemption", "process_end"),
+        *("arguments", "existing", "opening", "ranks", "reachable", "registry", "preemption", "process_end"),
         *("checkpointer", "api", "release"),
     ),
     ("cli", "integrations"),

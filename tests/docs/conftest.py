@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer, errors, registry
+from gockpt import errors, opening, registry
 from gockpt.storage.store import Store
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "guarantees.md"
@@ -104,7 +104,7 @@ def lab(monkeypatch):
     """What trials use: training loops, and ``inject(fs)``, which puts a file system under later stores."""
 
     def inject(fs):
-        monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=fs))
+        monkeypatch.setattr(opening, "Store", functools.partial(Store, fs=fs))
 
     yield SimpleNamespace(Run=Run, inject=inject, WINDOW=WINDOW, ONE=ONE)
     for saver in list(registry.opened):

@@ -709,7 +709,7 @@ def _not_loaded(lab):
     lab.Run().saved().saved()
     forget_what_was_saved()
     before = sorted(Path("ckpts").rglob("*"))
-    with pytest.raises(gockpt.UsageError, match="the newest: step 2, ") as caught:
+    with pytest.raises(gockpt.ExistingCheckpoints, match="the newest: step 2, ") as caught:
         lab.Run().saved()
     assert sorted(Path("ckpts").rglob("*")) == before
     raise caught.value
@@ -802,6 +802,43 @@ def _closed_inside(lab):
     subprocess.run([sys.executable, "-c", code], check=True)
     assert gockpt.steps("ckpts") == [4]
     run.save.result()
+
+
+def of_a_group(rank):
+    """Play that this process is one of two in a process group."""
+    group = mock.Mock(**{"get_world_size.return_value": 2, "get_rank.return_value": rank})
+    return mock.patch("gockpt.ranks.distributed", group)
+
+
+@when("A model in `DistributedDataParallel` is saved by all ranks of a process group")
+def _replicated(lab):
+    run = lab.Run().saved()
+    bare = run.model
+    # Without a group of processes; tests/promise/test_process_groups.py has two.
+    run.model = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    torch.nn.Module.__init__(run.model)
+    run.model.module, run.model.process_group, run.model.parameters_to_ignore = bare, None, set()
+    with of_a_group(1):
+        run.step = 2
+        assert gockpt.save_overlapped(run.model, run.opt, "elsewhere", step=2) is None
+        gockpt.wait()
+        assert gockpt.finish("elsewhere") is None
+    assert not Path("elsewhere").exists()
+    gockpt.close()
+    with of_a_group(0):
+        run.step = 3
+        assert gockpt.save_overlapped(run.model, run.opt, "ckpts", step=3, options=lab.ONE).result().step == 3
+    run.model = bare
+    assert torch.equal(gockpt.open("ckpts")["model/0.weight"][...], bare[0].weight)
+
+
+@when("Another model, or a sharded optimizer, is saved in a process group of several ranks")
+def _not_replicated(lab):
+    for rank in (1, 0):
+        with of_a_group(rank), pytest.raises(gockpt.UsageError, match="Sequential is not wrapped") as caught:
+            lab.Run().saved()
+        assert not Path("ckpts").exists()
+    raise caught.value
 
 
 @when("A CUDA graph is being captured when `save_overlapped` is called")

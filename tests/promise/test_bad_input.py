@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import opening
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.store import Store
 
@@ -175,7 +175,7 @@ def test_the_directory_vanishes(run):
     run.update()
     shutil.rmtree(run.path)
     run.step = 8
-    with pytest.raises(gockpt.StorageError, match="removed or renamed|can't"):
+    with pytest.raises(gockpt.StorageError, match="removed or moved away|can't"):
         run.save().result(30)
 
 
@@ -207,7 +207,7 @@ def test_a_disk_that_refuses(run, monkeypatch, calls, code, way_out, window):
     """The save is lost and says so twice; the run goes on, older ones stay, and later saves work."""
     gockpt.wait()
     disk = Faulty(calls, code)
-    monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=disk))
+    monkeypatch.setattr(opening, "Store", functools.partial(Store, fs=disk))
     options = gockpt.Options(window=window, cpu_threads=2)
     run.go(4, options=options).result(30)
     assert gockpt.steps(run.path) == [4, 8]
@@ -235,7 +235,7 @@ def test_a_disk_that_refuses(run, monkeypatch, calls, code, way_out, window):
 def test_a_background_error_is_raised_once_by_wait(run, monkeypatch):
     disk = Faulty(("pwrite",), errno.ENOSPC)
     gockpt.wait()
-    monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=disk))
+    monkeypatch.setattr(opening, "Store", functools.partial(Store, fs=disk))
     options = gockpt.Options(window=1)
     run.go(4, options=options).result(30)
     disk.broken = True

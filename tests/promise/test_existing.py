@@ -95,7 +95,7 @@ def test_a_path_with_checkpoints_is_refused_before_anything_changes(another_proc
 def test_the_refusal_is_caught_as_any_error_of_the_loop(another_process):
     Trainer().save(1)
     another_process()
-    with pytest.raises(gockpt.GockptError):
+    with pytest.raises(gockpt.SaveError):
         Trainer().save(1)
     assert gockpt.steps("ckpts") == [1]
 
@@ -259,7 +259,7 @@ def test_a_forked_child_is_another_process():
     os.waitpid(child, 0)
     os.close(write)
     with os.fdopen(read) as pipe:
-        assert pipe.read() == "UsageError"
+        assert pipe.read() == "ExistingCheckpoints"
 
 
 # -- beside another run

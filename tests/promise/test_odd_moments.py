@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer
+from gockpt import opening
 from gockpt.storage.filesystem import Filesystem
 from gockpt.storage.store import Store
 
@@ -149,7 +149,7 @@ def slow_disk(monkeypatch):
             assert release.wait(30)
             super().fsync(fd)
 
-    monkeypatch.setattr(checkpointer, "Store", functools.partial(Store, fs=Slow()))
+    monkeypatch.setattr(opening, "Store", functools.partial(Store, fs=Slow()))
     return release
 
 
@@ -182,7 +182,7 @@ def test_a_defect_while_a_failed_save_is_removed_is_told_to_who_waits(run, harne
 
     gockpt.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer, "Store", functools.partial(Store, fs=Defective()))
+        patch.setattr(opening, "Store", functools.partial(Store, fs=Defective()))
         save = gockpt.save_overlapped(run.model, run.optimizer, harness.directory(), step=1)
         with pytest.raises(gockpt.SaveError, match=defect.__name__):
             save.result(60)

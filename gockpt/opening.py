@@ -1,0 +1,86 @@
+"""Opening a path for writing: as which run, by whom, and with copies in an object store or without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gockpt.engine.background import InThreads
+from gockpt.engine.orphans import open_store
+from gockpt.errors import PathBusy
+from gockpt.existing import expect_remote, homes, permitted
+from gockpt.storage.compression import Compression
+from gockpt.storage.store import Store
+from gockpt.uploads import Uploads
+
+if TYPE_CHECKING:
+    from gockpt.arguments import Model
+    from gockpt.engine.background import Background
+    from gockpt.lineage import Origin
+    from gockpt.options import Options
+    from gockpt.runs import Run
+    from gockpt.storage.store import Follow
+    from gockpt.uploads import Publications
+
+__all__ = ["Opened", "open_path"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A path that is open for writing.
+
+    Attributes:
+        run: As which run.
+        background: Who writes there.
+        uploads: What copies checkpoints to ``Options.remote``, if that is set.
+    """
+
+    run: Run
+    background: Background[Any]
+    uploads: Uploads | None
+
+
+def open_path(path: str, model: Model, origin: Origin | None, options: Options) -> Opened:
+    """Take a path for writing, unless other runs' checkpoints are there.
+
+    Raises:
+        ExistingCheckpoints: If the path or ``options.remote`` holds some; nothing was changed then.
+        PathBusy: If another writer has the path.
+        StorageError: If the path can't be made or written.
+        RemoteError: If ``options.remote`` can't be reached.
+    """
+    parent = origin.seq if origin is not None and origin.path in homes(path, options) else None
+    while True:
+        follow = permitted(path, model, options)
+        if options.remote is not None:
+            expect_remote(options.remote, model, follow.run, options)
+        try:
+            background, publications = _background(path, options, parent=parent, follow=follow)
+        except PathBusy:
+            # Whoever was there before may have ended meanwhile, and published something.
+            if permitted(path, model, options).newest == follow.newest:
+                raise
+        else:
+            break
+    uploads = None
+    try:
+        if options.remote is not None:
+            uploads = Uploads(options.remote, path, publications, follow.run, nice=options.nice)
+    except BaseException:
+        background.close()
+        raise
+    return Opened(follow.run, background, uploads)
+
+
+def _background(
+    path: str, options: Options, *, parent: int | None, follow: Follow
+) -> tuple[Background[Any], Publications]:
+    """Take the path for writing; return who works there, and who numbers what is published."""
+    if options.worker == "process":
+        from gockpt.engine.remote import InProcess
+
+        worker = InProcess(path, options, parent=parent, follow=follow)
+        return worker, worker
+    compression = Compression(options.compression, threads=options.worker_threads)
+    store = open_store(lambda: Store(path, follow=follow, parent=parent, compression=compression))
+    return InThreads(store, options), store

@@ -1,0 +1,176 @@
+"""Process groups: which rank saves, until many ranks save together.
+
+Promise: a model that ``DistributedDataParallel`` keeps equal on all ranks is saved by rank 0, and the other
+ranks' calls return at once. Whatever is not equal on all ranks is refused by name, on every rank: rank 0
+would save a part of it, or all ranks would want the same path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from gockpt.errors import UsageError
+from gockpt.naming import TRANSPARENT, models_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["Bystander", "is_bystander"]
+
+_log = logging.getLogger("gockpt")
+
+_told: set[int] = set()
+
+_WAY_OUT = (
+    "Wrap the model in DistributedDataParallel and make the call on every rank with the wrapped model: then "
+    "rank 0 saves. Models that are sharded can be saved with torch.distributed.checkpoint"
+)
+
+
+def is_bystander(model: Any, optimizer: Any) -> bool:
+    """Whether another rank saves this model: the process group has several, and this is not rank 0.
+
+    Raises:
+        UsageError: If the group has several ranks, and the model or optimizer is not equal on all of them.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    ranks = distributed.get_world_size()
+    if ranks == 1:
+        return False
+    found = _not_replicated(model, optimizer, ranks)
+    if found is not None:
+        msg = f"the process group has {ranks} ranks, and {found}, which gockpt can't save yet. {_WAY_OUT}"
+        raise UsageError(msg)
+    rank = distributed.get_rank()
+    if os.getpid() not in _told:
+        _told.add(os.getpid())
+        _log.warning(
+            "rank 0 of %d saves the DistributedDataParallel model, with its own extras and random states; on "
+            "the other ranks save calls return None (this is rank %d; told once)",
+            *(ranks, rank),
+        )
+    return rank != 0
+
+
+def _not_replicated(model: Any, optimizer: Any, ranks: int) -> str | None:
+    """Say what is not equal on all ranks; ``None`` if everything is."""
+    for _, part in models_of(model):
+        if not isinstance(part, torch.nn.Module):
+            return "the model is a mapping of tensors"
+        sharded = _sharded(part)
+        if sharded is not None:
+            return sharded
+        wrapper = _replica(part)
+        if wrapper is None:
+            return f"{type(part).__name__} is not wrapped in DistributedDataParallel"
+        if distributed.get_world_size(wrapper.process_group) != ranks:
+            return "DistributedDataParallel keeps the model equal on some of them only (process_group)"
+        if wrapper.parameters_to_ignore:
+            first = min(wrapper.parameters_to_ignore)
+            return f"DistributedDataParallel was told to ignore {first!r}, which may differ between ranks"
+    for one in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+        if "ZeroRedundancyOptimizer" in _class_names(one):
+            return "ZeroRedundancyOptimizer keeps a part of the optimizer's state on each rank"
+    return None
+
+
+def _replica(module: torch.nn.Module) -> DistributedDataParallel | None:
+    """Return the wrapper that keeps a module equal on all ranks, inside others."""
+    while not isinstance(module, DistributedDataParallel):
+        children = dict(module.named_children())
+        inner = next((children[name] for name in TRANSPARENT if name in children), None)
+        if inner is None:
+            return None
+        module = inner
+    return module
+
+
+def _sharded(module: torch.nn.Module) -> str | None:
+    for name, part in module.named_modules():
+        kinds = _class_names(part)
+        for kind in ("FullyShardedDataParallel", "FSDPModule"):
+            if kind in kinds:
+                return f"{name or 'the model'} is sharded by FSDP ({kind})"
+    for name, tensor in _tensors(module):
+        if "DTensor" in _class_names(tensor) or "DTensor" in _class_names(tensor.data):
+            return f"{name} is a DTensor"
+    return None
+
+
+def _tensors(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _class_names(one: object) -> set[str]:
+    return {kind.__name__ for kind in type(one).__mro__}
+
+
+class Bystander:
+    """What a rank has in place of an engine, where another rank saves. Does nothing, and says so."""
+
+    handle: None = None
+    busy = False
+    window_open = False
+    trained_elsewhere = False
+    updating = False
+    inside = False
+    step_seconds = 0.0
+
+    def __init__(self) -> None:
+        """Begin to stand by."""
+        self.closed = False
+        self.last_told = 0.0
+        self.training_thread = threading.current_thread()
+        self._pid = os.getpid()
+        self.counted = (0, 0)
+
+    @property
+    def of_this_process(self) -> bool:
+        """Whether this is the process that it was made in."""
+        return os.getpid() == self._pid
+
+    def tick(self, step: int | None, extra: object) -> None:
+        """Count a step."""
+        del extra
+        last, updates = self.counted
+        self.last_told = monotonic()
+        self.counted = (last + 1 if step is None else step, updates)
+
+    def count_from(self, step: int, updates: int) -> None:
+        """Count on from these."""
+        self.counted = (step, updates)
+
+    def wait(self) -> None:
+        """Return: nothing is in flight."""
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Return: there is nothing to save."""
+
+    def stands(self) -> bool:
+        """Return ``True``: nothing here has to be saved before the process may end."""
+        return True
+
+    at_rest = only_waits = finishes = stands
+
+    def abort_window(self, why: str) -> None:
+        """Return: no window is open."""
+
+    def let_go(self) -> None:
+        """Return: nothing is held."""
+
+    def rebind(self, model: Callable[[], Any]) -> None:
+        """Return: no model is saved."""
+
+    def close(self) -> None:
+        """Stand by no more."""
+        self.closed = True
