@@ -166,6 +166,11 @@ def _save(saver: Checkpointer, request: _Request) -> None:
     request.waiting.remove(saver)
     try:
         saver.finish_until(request.deadline)
+        if saver.busy:
+            _log.error(
+                "%s: the grace ended before the state of %s was durable",
+                *(signal.Signals(request.number).name, saver.path),
+            )
     except GockptError as error:
         _log.error("%s: %s", signal.Signals(request.number).name, error)
 
