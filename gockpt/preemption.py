@@ -41,12 +41,15 @@ class _Request:
         number: The signal.
         deadline: When the grace ends, in ``monotonic`` seconds.
         waiting: The checkpointers whose state is still to be saved.
+        saving: Whether one of them is being saved: looks that come meanwhile, while it waits for the disk,
+            find nothing to do.
         done: Set when the former handler may run.
     """
 
     number: int
     deadline: float
     waiting: list[Checkpointer]
+    saving: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -91,7 +94,7 @@ def let_go(saver: Checkpointer) -> None:
 def after_step(saver: Checkpointer) -> None:
     """Save the state of the step that was just told, if a signal asked for it, and pass the signal on."""
     request = _request
-    if request is None or saver not in request.waiting:
+    if request is None or request.saving or saver not in request.waiting:
         return
     _save(saver, request)
     for other in list(request.waiting):
@@ -117,6 +120,7 @@ def _arrived(number: int, _frame: Any) -> None:
         return
     if _request is not None:
         if number == signal.SIGINT == _request.number:
+            _request.saving = False
             _request.waiting.clear()  # who presses Ctrl-C twice does not want to wait
             _pass_on_if_done()
         return
@@ -147,7 +151,7 @@ def _wait(request: _Request, patience: float) -> None:
 def _look() -> None:
     """Save what still stands as it was at its last step; give up what can't be saved when the grace ends."""
     request = _request
-    if request is None:
+    if request is None or request.saving:
         return
     for saver in list(request.waiting):
         if saver.stands():
@@ -163,7 +167,7 @@ def _look() -> None:
 
 
 def _save(saver: Checkpointer, request: _Request) -> None:
-    request.waiting.remove(saver)
+    request.saving = True
     try:
         saver.finish_until(request.deadline)
         if saver.busy:
@@ -173,13 +177,17 @@ def _save(saver: Checkpointer, request: _Request) -> None:
             )
     except GockptError as error:
         _log.error("%s: %s", signal.Signals(request.number).name, error)
+    finally:
+        request.saving = False
+        if saver in request.waiting:
+            request.waiting.remove(saver)
 
 
 def _pass_on_if_done() -> None:
     """Run the former handler, or what the system does by default, once all is saved."""
     global _request  # noqa: PLW0603 - one for the process
     request = _request
-    if request is None or request.waiting:
+    if request is None or request.waiting or request.saving:
         return
     _request = None
     request.done.set()

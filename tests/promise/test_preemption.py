@@ -16,6 +16,7 @@ import torch
 
 import gockpt
 from gockpt import preemption
+from gockpt.storage.transaction import Transaction
 
 PROGRAM = """
 import os, sys, time
@@ -183,6 +184,33 @@ def test_no_step_comes_and_the_last_one_stands(told, caplog):
     wait_until(lambda: told)
     assert told == [[3]]
     assert gockpt.open("ckpts").extra["n"] == 3
+
+
+def test_a_look_while_the_disk_takes_its_time(told, monkeypatch):
+    """The save is waited for, however often the main thread is made to look meanwhile."""
+    run = Run()
+    run.tick()
+    looked, enough = [], threading.Event()
+    look, write = preemption._look, Transaction.write_chunk
+
+    def counted():
+        looked.append(preemption._request.saving)
+        look()
+        if len(looked) == 3:
+            enough.set()
+
+    def write_chunk(*arguments):
+        assert enough.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(preemption, "_look", counted)
+    monkeypatch.setattr(preemption, "LOOK", 0.01)
+    monkeypatch.setattr(preemption, "LEAST_PATIENCE", 0.01)
+    monkeypatch.setattr(Transaction, "write_chunk", write_chunk)
+    kill()
+    run.tick()
+    assert told == [[gockpt.latest("ckpts")]]
+    assert looked[-3:] == [True] * 3
 
 
 @pytest.mark.parametrize("how", ["all of it", "an update", "a buffer"])
