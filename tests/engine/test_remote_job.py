@@ -10,6 +10,7 @@ from gockpt.engine.remote_job import RemoteJob
 from gockpt.engine.ring import Ring
 from gockpt.engine.trace import Trace
 from gockpt.errors import StorageError, WorkerError
+from gockpt.nonfinite import NonFinite
 
 
 class Worker:
@@ -52,7 +53,7 @@ def test_what_an_outcome_raises_is_told_as_a_job_on_threads_tells_it(doubles, er
     outcome, worker = raising(doubles, error), Worker()
     job = RemoteJob(worker, 1, arenas=(), pieces=(), ring=Ring(0, 0), outcome=outcome, trace=Trace())
     job.begin(None)
-    job.published("published", None)
+    job.published("published", None, NonFinite())
     job.join()
     assert worker.forgotten.is_set()
     ((what, told),) = outcome.reports

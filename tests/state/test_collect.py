@@ -19,7 +19,7 @@ from gockpt.state import collect
 
 @pytest.fixture(autouse=True)
 def _said_nothing_yet(monkeypatch):
-    monkeypatch.setattr(once, "_said", set())
+    monkeypatch.setattr(once, "_logged", set())
 
 
 def stepped(model, optimizer):
