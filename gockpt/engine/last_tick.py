@@ -18,6 +18,7 @@ import torch
 from gockpt.engine.closing import added_at
 from gockpt.errors import StateTooLarge
 from gockpt.kernels.fingerprint import fingerprint
+from gockpt.tensors import is_subclass, refusal
 from gockpt.transfer import dense_bytes
 
 if TYPE_CHECKING:
@@ -164,9 +165,24 @@ def _tensors(model: Any, optimizers: Sequence[Any]) -> Iterator[torch.Tensor]:
     """Yield the live tensors that a model and its optimizers are made of, tied ones once."""
     seen: set[int] = set()
     for tensor in (*_of_model(model), *_of_optimizers(optimizers)):
-        if id(tensor) not in seen and not torch.nn.parameter.is_lazy(tensor):
-            seen.add(id(tensor))
-            yield tensor
+        for part in _inner(tensor):
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield part
+
+
+def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or those that a subclass is made of; nothing where a save would refuse it."""
+    if is_subclass(tensor):
+        try:
+            parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+        except Exception:  # noqa: BLE001 - code of the class's own: a save names it, and refuses the tensor
+            return
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                yield from _inner(part)
+    elif refusal(tensor) is None:
+        yield tensor
 
 
 def _of_model(model: Any) -> Iterator[torch.Tensor]:

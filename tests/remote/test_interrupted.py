@@ -184,7 +184,7 @@ def test_another_path_under_the_same_url_is_refused(save, watched, tmp_path):
         save(tmp_path / name, 7)
     store = watched()
     gockpt.upload(tmp_path / "one", store)
-    with pytest.raises(gockpt.UsageError, match="URL of its own for each path"):
+    with pytest.raises(gockpt.UsageError, match="URL of its own for each run"):
         gockpt.upload(tmp_path / "two", store)
     assert gockpt.verify(store).ok
 
