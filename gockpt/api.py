@@ -82,7 +82,7 @@ def wait() -> None:
     Raises:
         SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
     """
-    savers = [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
+    savers = registry.open_here()
     _each(savers, Checkpointer.wait)
 
 
@@ -106,7 +106,7 @@ def finish(path_or_model: str | os.PathLike[str] | Model | None = None) -> SaveH
         SaveError: If the state changed after the last call, so that it can't be saved under that step: call
             ``save_overlapped`` at the state to save. Or if a save failed.
     """
-    savers = [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
+    savers = registry.open_here()
     if path_or_model is not None:
         wanted = _matching(path_or_model)
         known = ", ".join(sorted({saver.path for saver in savers})) or "none"

@@ -80,7 +80,7 @@ def let_go(saver: Checkpointer) -> None:
     """Put the former handlers back where no open checkpointer asks for others any more."""
     if _request is not None and saver in _request.waiting:
         _request.waiting.remove(saver)
-    needed = {n for other in _open() if other is not saver for n in _numbers(other)}
+    needed = {n for other in registry.open_here() if other is not saver for n in _numbers(other)}
     for number in [n for n in _former if n not in needed]:
         if _request is not None and _request.number == number:
             continue  # its former handler is still to be run
@@ -107,10 +107,6 @@ def _numbers(saver: Checkpointer) -> list[int]:
     return [int(signal.Signals[name]) for name in saver.options.on_signal]
 
 
-def _open() -> list[Checkpointer]:
-    return [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
-
-
 def _arrived(number: int, _frame: Any) -> None:
     """Handle a signal of the main thread."""
     global _request  # noqa: PLW0603 - one for the process
@@ -124,7 +120,7 @@ def _arrived(number: int, _frame: Any) -> None:
             _request.waiting.clear()  # who presses Ctrl-C twice does not want to wait
             _pass_on_if_done()
         return
-    waiting = [saver for saver in _open() if number in _numbers(saver) and saver.last_told]
+    waiting = [saver for saver in registry.open_here() if number in _numbers(saver) and saver.last_told]
     grace = min((saver.options.grace for saver in waiting), default=0.0)
     _request = _Request(number, monotonic() + grace, waiting)
     if not waiting:

@@ -95,13 +95,9 @@ def _terminated(number: int, _frame: Any) -> None:
     signal.raise_signal(number)
 
 
-def _open() -> list[Checkpointer]:
-    return [saver for saver in registry.opened if not saver.closed and saver.of_this_process]
-
-
 def _finish_all(failed: Any) -> None:
     child = multiprocessing.parent_process() is not None
-    for saver in _open():
+    for saver in registry.open_here():
         thread = saver.training_thread
         if child and thread.is_alive() and _waited_for(thread):
             continue  # which is not the end yet

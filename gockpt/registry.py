@@ -31,6 +31,7 @@ __all__ = [
     "expect_not_taken",
     "lock",
     "model_gone",
+    "open_here",
     "opened",
     "raise_failure",
     "release",
@@ -53,6 +54,11 @@ by_call: dict[Key, Checkpointer] = {}
 """Those that ``save_overlapped`` made, by model and path."""
 _orphans: deque[Checkpointer] = deque()
 """Those whose models were collected; closed at the next call of the library."""
+
+
+def open_here() -> list[Checkpointer]:
+    """Return the checkpointers that this process made and did not close; other threads may change the set."""
+    return [saver for saver in list(opened) if not saver.closed and saver.of_this_process]
 
 
 def model_gone(saver: Checkpointer) -> None:
