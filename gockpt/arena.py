@@ -63,10 +63,7 @@ class Arena:
             if shared:
                 self.fd = os.memfd_create("gockpt-arena", os.MFD_CLOEXEC)
                 os.ftruncate(self.fd, self.nbytes)
-                self.data = _map(self.fd, self.nbytes, owned=True)
-            else:
-                memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
-                self.data = np.frombuffer(memory, dtype=np.uint8)
+            self.data = _map(self.fd, self.nbytes)
         except (OSError, ValueError, OverflowError) as error:
             if self.fd >= 0:
                 os.close(self.fd)
@@ -132,20 +129,23 @@ _descriptors: set[int] = set()
 """Of the shared arenas that this process owns."""
 
 
-def _map(fd: int, nbytes: int, *, owned: bool) -> npt.NDArray[np.uint8]:
-    """Map a descriptor; the mapping ends with the last view of it.
+def _map(fd: int, nbytes: int, *, owned: bool = True) -> npt.NDArray[np.uint8]:
+    """Map a descriptor, or anonymous memory if it is -1; the mapping ends with the last view of it.
 
-    Not by ``mmap.mmap``: that keeps a descriptor of its own, which a forked child could not let go of.
+    Not by ``mmap.mmap``, whose objects a forked child has as well: the one of an arena would unmap, when it
+    is collected there, what the child has at those addresses by then; and one of a descriptor keeps another
+    descriptor, which the child could not let go of.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long]
-    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    flags = mmap.MAP_SHARED | (mmap.MAP_ANONYMOUS if fd < 0 else 0)
+    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
     if address in (None, ctypes.c_void_p(-1).value):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     memory = (ctypes.c_ubyte * nbytes).from_address(address)
-    if owned:
+    if owned and fd >= 0:
         _watch_forks()
         _descriptors.add(fd)
     # Not at exit: another process may still be writing from these pages.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import re
 from pathlib import Path
@@ -125,6 +127,26 @@ def test_a_forked_child_has_no_shared_arena():
     assert os.waitpid(child, 0)[1] == 0
     arena.data[:] = 1  # the child's end of it took nothing from the parent
     assert os.fstat(arena.fd).st_size == 4096
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_arena_that_a_forked_child_lets_go_of_takes_nothing_from_it(shared):
+    """The child does not have its pages, and has something else at those addresses by then."""
+    arena = Arena(1 << 20, shared=shared)
+    child = os.fork()
+    if not child:
+        mapping = ctypes.CDLL(None).mmap
+        mapping.restype = ctypes.c_void_p
+        mapping.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long]
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        own = mapping(arena.address, arena.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        if own != arena.address:
+            os._exit(3)
+        del arena
+        ctypes.memset(own, 1, 1 << 20)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_what_is_smaller_than_it_was_said_to_be_is_refused():
