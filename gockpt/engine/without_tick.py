@@ -204,9 +204,14 @@ class WithoutTick:
             return
         try:
             live = self._collect()
-            stepped = self._updates != boundary.updates or self._hooks.reset()
-            if stepped or save.looked_at is not boundary or not save.stands_at_tick(live):
-                why = "the optimizer stepped" if stepped else "parameters may have changed"
+            looked = save.looked_at is boundary
+            if save.state is State.VOID and not looked:  # it was found out after that tick had returned
+                why = self._moved(boundary)
+            elif self._updates != boundary.updates or self._hooks.reset():
+                why = "the optimizer stepped"
+            else:
+                why = None if looked and save.stands_at_tick(live) else "parameters may have changed"
+            if why is not None:
                 msg = (
                     f"the save of step {save.step} can't be closed here: {why} after the last call (step "
                     f"{boundary.step}); call save_overlapped(...) at the state to save, then wait()"
@@ -215,7 +220,7 @@ class WithoutTick:
             elif save.state is State.VOID:
                 # Nobody trains now: copying all at once costs nothing and can't be overtaken.
                 save.racing = None
-                save.retarget(live, boundary, remembered=True)
+                save.retarget(live, boundary, remembered=looked)
             else:
                 save.close(live, boundary, remembered=True)
         except Exception as error:  # noqa: BLE001 - the handle carries it, and the caller raises it

@@ -173,6 +173,30 @@ def test_a_stream_that_waits_for_nothing_is_caught(devices, runs, stream):
     device.violations.clear()  # it was told to
 
 
+@pytest.mark.parametrize("what", ["stands", "changed"])
+def test_what_is_found_torn_after_the_last_call_is_saved_as_of_that_call(devices, runs, what):
+    """The last call did not look at the state, since what left the device was still on its way."""
+    devices.settings = {"outer": 1e3}
+    run = runs.Run().ticks(5)
+    device = devices.opened()
+    device.deaf = {"training"}
+    devices.gate.clear()  # nothing moves on but what training waits for
+    run.ticks(2)
+    if what == "changed":
+        with torch.no_grad():
+            run.model.a[17] += 1
+    devices.gate.set()
+    if what == "stands":
+        run.saver.wait()
+        saved = run.finish()
+        assert saved[-1].attempts > 1
+        assert saved[-1].step == run.step
+    else:
+        with pytest.raises(gockpt.SaveError, match="tensors have other values after the last call"):
+            run.saver.wait()
+    device.violations.clear()  # it was told to
+
+
 @pytest.mark.parametrize("how", ["in order", "out of order"])
 def test_what_leaves_twice_arrives_in_order_or_is_caught(devices, runs, monkeypatch, how):
     """What waits in scratch memory would be overtaken by what leaves at the close."""
