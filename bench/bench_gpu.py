@@ -57,7 +57,7 @@ def measured(
     from gockpt.arena import Arena
     from gockpt.device.cuda import PORTABLE_AND_MAPPED
     from gockpt.kernels import reference
-    from gockpt.kernels.fingerprint import fingerprint
+    from gockpt.kernels.fingerprint_numba import fingerprint
     from gockpt.packing import Fingerprints, Packing, Quantising
 
     torch.manual_seed(0)

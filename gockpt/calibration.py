@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gockpt.kernels import mkl_sqrt
 from gockpt.kernels import replay as kernels
-from gockpt.kernels import vml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -132,10 +132,10 @@ def finding_for(case: Case) -> Finding | str:
 
 def register_root() -> None:
     """Tell the kernels where MKL's square root is, if this torch has one."""
-    if vml.address():
+    if mkl_sqrt.address():
         return
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-        if vml.load(str(library)):
+        if mkl_sqrt.load(str(library)):
             return
 
 
@@ -189,7 +189,7 @@ def calibrate(case: Case, candidates: Sequence[tuple[int, int]]) -> Finding | st
     tensors = [torch.from_numpy(probe(generator, shape, scale=0.05)) for shape in SHAPES]
     optimizer = make(case, tensors)
     group, step = optimizer.param_groups[0], without_hooks(case.optimizer)
-    left = [_Copies(case.kernel, flags) for flags in candidates if vml.address() or not flags[1]]
+    left = [_Copies(case.kernel, flags) for flags in candidates if mkl_sqrt.address() or not flags[1]]
     overwrites = False
     for update in range(UPDATES):
         _change_options(group, case.kernel, update)

@@ -164,7 +164,7 @@ def _infinite(stored: StoredCheckpoint, saved: SavedState) -> str | None:
 
 def _counted(stored: StoredCheckpoint, saved: SavedState) -> NonFinite:
     """Read parameters and optimizer state, a part at a time, and count NaN and Inf in them."""
-    from gockpt.kernels.nonfinite import count, is_counted
+    from gockpt.kernels.nonfinite_numba import count, is_counted
 
     buffers = frozenset(saved.buffers)
     counts: dict[str, tuple[int, int]] = {}

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 
 from gockpt.errors import UnsupportedState
-from gockpt.kernels import blocks
-from gockpt.kernels.encoded import Place, plan_each
-from gockpt.kernels.quantised import Gradient, Message, plan_message
+from gockpt.kernels import launch_tables
+from gockpt.kernels.gradient16_format import Gradient, Message, plan_message
+from gockpt.kernels.gradient16_launch import Place, plan_each
 from gockpt.transfer import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from gockpt.kernels.blocks import BlockTable
+    from gockpt.kernels.launch_tables import BlockTable
 
 __all__ = ["Encoding", "Fingerprints", "Packing", "Quantising"]
 
@@ -76,7 +76,7 @@ class _Launches:
                 )
                 raise ValueError(msg)
         addresses = [tensor.data_ptr() for tensor in tensors.values()]
-        moved = [blocks.rebound(table, addresses) for table, *_ in self._tables]
+        moved = [launch_tables.rebound(table, addresses) for table, *_ in self._tables]
         for at, table in enumerate(moved):
             self._tables[at][1].copy_(self._on_its_way(table.addresses), non_blocking=True)
             self._tables[at] = (table, *self._tables[at][1:])
@@ -110,10 +110,10 @@ class Packing(_Launches):
         super().__init__(tensors, device)
         self.nbytes = nbytes
         spans = [
-            blocks.Span(tensor.data_ptr(), tensor.nbytes, offset)
+            launch_tables.Span(tensor.data_ptr(), tensor.nbytes, offset)
             for tensor, offset in zip(self._tensors.values(), offsets, strict=True)
         ]
-        self._upload(blocks.plan_pack(spans, nbytes))
+        self._upload(launch_tables.plan_pack(spans, nbytes))
 
     def pack(self, buffer: torch.Tensor, *, max_programs: int) -> None:
         """Copy all tensors into ``buffer``.
@@ -143,7 +143,7 @@ class Packing(_Launches):
                     len(table.blocks),
                     WIDTH=table.width,
                     UNPACK=unpack,
-                    WORDS=blocks.WORDS,
+                    WORDS=launch_tables.WORDS,
                     enable_fp_fusion=False,
                 )
 
@@ -167,9 +167,9 @@ class Fingerprints(_Launches):
         """
         super().__init__(tensors, device)
         self._upload(
-            blocks.plan_words(
+            launch_tables.plan_words(
                 [
-                    blocks.Elements(tensor.data_ptr(), tensor.nbytes, tensor.itemsize, start)
+                    launch_tables.Elements(tensor.data_ptr(), tensor.nbytes, tensor.itemsize, start)
                     for tensor, start in zip(self._tensors.values(), starts, strict=True)
                 ]
             )
@@ -195,7 +195,7 @@ class Fingerprints(_Launches):
                     len(table.blocks),
                     WORD=table.word,
                     WIDTH=table.width,
-                    WORDS=blocks.WORDS,
+                    WORDS=launch_tables.WORDS,
                     enable_fp_fusion=False,
                 )
 
@@ -216,7 +216,7 @@ class Fingerprints(_Launches):
 
 
 class Quantising(_Launches):
-    """Gradients that are quantised into one message, see ``gockpt.kernels.quantised``.
+    """Gradients that are quantised into one message, see ``gockpt.kernels.gradient16_format``.
 
     Attributes:
         message: Its layout; also what reads it on the host.
@@ -248,7 +248,7 @@ class Quantising(_Launches):
 
     def launch(self, buffer: torch.Tensor, *, max_programs: int) -> None:
         """Write the message to ``buffer``: contiguous uint8, at a multiple of 16 bytes."""
-        from gockpt.kernels.quantise_triton import quantise
+        from gockpt.kernels.gradient16_triton import quantise
 
         plan = self.message
         _check_buffer(buffer, plan.nbytes, self._device)
@@ -278,7 +278,7 @@ class Quantising(_Launches):
 
 
 class Encoding(_Launches):
-    """Gradients that are encoded while they are packed, each at its place, see ``gockpt.kernels.encoded``."""
+    """Gradients that are encoded while they are packed, each at its place, see ``gradient16_launch``."""
 
     def __init__(
         self,
@@ -316,7 +316,7 @@ class Encoding(_Launches):
 
     def encode(self, buffer: torch.Tensor, *, max_programs: int) -> None:
         """Write all of them to ``buffer``: contiguous uint8, at a multiple of 16 bytes."""
-        from gockpt.kernels.quantise_triton import narrow_each, quantise_each, reset
+        from gockpt.kernels.gradient16_triton import narrow_each, quantise_each, reset
 
         _check_buffer(buffer, self.nbytes, self._device)
         rounding = self._encoding == "bf16"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gockpt.kernels.fingerprint import copy_fingerprint, fingerprint
+from gockpt.kernels.fingerprint_numba import copy_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,8 +1,8 @@
 """Fingerprints of many stretches of device memory in a few launches: the Triton version.
 
-Contract: each is the number that ``gockpt.kernels.fingerprint.fingerprint`` gives for the same bytes, item
-size and start; there is the definition. The sum modulo 2**64 is the same in any order, so blocks are added
-by atomics and the result is still deterministic. Multiplications are 32 bits wide.
+Contract: each is the number that ``gockpt.kernels.fingerprint_numba.fingerprint`` gives for the same bytes,
+item size and start; there is the definition. The sum modulo 2**64 is the same in any order, so blocks are
+added by atomics and the result is still deterministic. Multiplications are 32 bits wide.
 
 Legend: WORD bytes per word (4, 2 or 1), WIDTH what every address is a multiple of, WORDS words per block.
 """

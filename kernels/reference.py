@@ -1,9 +1,9 @@
 """What the kernels must compute, in plain NumPy: slow, short, and the measure of every fast path.
 
-Contract: ``fingerprint`` is the definition written down in ``gockpt.kernels.fingerprint``; ``adam`` and
+Contract: ``fingerprint`` is the definition written down in ``gockpt.kernels.fingerprint_numba``; ``adam`` and
 ``sgd`` are the element-wise formulas of torch's CPU optimizers in float32 with an IEEE square root, each
 rounding where torch rounds. ``fma`` rounds once, emulated exactly in float64. ``quantise`` and
-``dequantise`` are the format written down in ``gockpt.kernels.quantised``, for one tensor.
+``dequantise`` are the format written down in ``gockpt.kernels.gradient16_format``, for one tensor.
 """
 
 from __future__ import annotations

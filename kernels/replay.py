@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gockpt.kernels import adam as adam_file
-from gockpt.kernels import cuda_adam, cuda_sgd, vml
-from gockpt.kernels import sgd as sgd_file
-from gockpt.kernels.native import WHY_NOT, address_of
+from gockpt.kernels import adam_cuda_rounding_numba, mkl_sqrt, sgd_cuda_rounding_numba
+from gockpt.kernels import adam_numba as adam_file
+from gockpt.kernels import sgd_numba as sgd_file
+from gockpt.kernels.numba_compile import WHY_NOT, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,22 +32,22 @@ SHAPES = {
     "amsgrad": (3, adam_file.COLUMNS),
     "sgd": (0, sgd_file.COLUMNS),
     "momentum": (1, sgd_file.COLUMNS),
-    "cuda_adam": (2, cuda_adam.COLUMNS),
-    "cuda_amsgrad": (3, cuda_adam.COLUMNS),
-    "cuda_fused_adam": (2, cuda_adam.COLUMNS),
-    "cuda_fused_amsgrad": (3, cuda_adam.COLUMNS),
-    "cuda_sgd": (0, cuda_sgd.COLUMNS),
-    "cuda_momentum": (1, cuda_sgd.COLUMNS),
+    "cuda_adam": (2, adam_cuda_rounding_numba.COLUMNS),
+    "cuda_amsgrad": (3, adam_cuda_rounding_numba.COLUMNS),
+    "cuda_fused_adam": (2, adam_cuda_rounding_numba.COLUMNS),
+    "cuda_fused_amsgrad": (3, adam_cuda_rounding_numba.COLUMNS),
+    "cuda_sgd": (0, sgd_cuda_rounding_numba.COLUMNS),
+    "cuda_momentum": (1, sgd_cuda_rounding_numba.COLUMNS),
 }
 """Kernel name -> how many states it takes and how many scalars each update has."""
 
 FORMS = {
-    "cuda_adam": cuda_adam.FORMS["adam"],
-    "cuda_amsgrad": cuda_adam.FORMS["adam"],
-    "cuda_fused_adam": cuda_adam.FORMS["fused_adam"],
-    "cuda_fused_amsgrad": cuda_adam.FORMS["fused_adam"],
-    "cuda_sgd": cuda_sgd.FORM,
-    "cuda_momentum": cuda_sgd.FORM,
+    "cuda_adam": adam_cuda_rounding_numba.FORMS["adam"],
+    "cuda_amsgrad": adam_cuda_rounding_numba.FORMS["adam"],
+    "cuda_fused_adam": adam_cuda_rounding_numba.FORMS["fused_adam"],
+    "cuda_fused_amsgrad": adam_cuda_rounding_numba.FORMS["fused_adam"],
+    "cuda_sgd": sgd_cuda_rounding_numba.FORM,
+    "cuda_momentum": sgd_cuda_rounding_numba.FORM,
 }
 """Kernel of a device's formulas -> how many values each number of its form has."""
 
@@ -97,12 +97,12 @@ def run(
     with np.errstate(over="ignore"):
         table = np.array(scalars, np.float64).reshape(len(grads), columns).astype(np.float32)
     if kernel in ("adam", "amsgrad"):
-        function = vml.address() if root else 0
+        function = mkl_sqrt.address() if root else 0
         if root and not function:
             msg = "this process does not know MKL's square root: call gockpt.replay.prepare() first"
             raise RuntimeError(msg)
         top = states[2] if count == 3 else _NONE
-        with vml.alone() if root else nullcontext():
+        with mkl_sqrt.alone() if root else nullcontext():
             adam_file.adam(p, states[0], states[1], top, addresses, table, last, function)
     else:
         sgd_file.sgd(p, states[0] if count else _NONE, addresses, table, last)
@@ -126,10 +126,14 @@ def _run_cuda(
     addresses = np.array([address_of(g) for g in grads], np.int64)
     table = np.array(scalars, np.float64)
     if kernel in ("cuda_sgd", "cuda_momentum"):
-        cuda_sgd.sgd(p, states[0] if states else _NONE, addresses, table, *form)
+        sgd_cuda_rounding_numba.sgd(p, states[0] if states else _NONE, addresses, table, *form)
         return
     top = states[2] if len(states) == 3 else _NONE
-    update = cuda_adam.fused_adam if kernel.startswith("cuda_fused") else cuda_adam.adam
+    update = (
+        adam_cuda_rounding_numba.fused_adam
+        if kernel.startswith("cuda_fused")
+        else adam_cuda_rounding_numba.adam
+    )
     update(p, states[0], states[1], top, addresses, table, *form)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
 
     from gockpt.device.interface import Source
-    from gockpt.kernels.encoded import Form
+    from gockpt.kernels.gradient16_launch import Form
 
 __all__ = ["HostCopy", "Load", "Shipment", "Slice", "Urgency", "load_up"]
 
@@ -44,7 +44,8 @@ class Shipment:
         arena: Index of the arena it goes to.
         offset: Byte of the arena where it goes; a multiple of its element's size.
         owner: Who overwrites the source; see ``DeviceTransfer.guard``.
-        form: How it travels if it is encoded on the way, in one piece; see ``gockpt.kernels.encoded``. What
+        form: How it travels if it is encoded on the way, in one piece; see
+        ``gockpt.kernels.gradient16_launch``. What
             arrives is then proven by what the device has made of it, with ``source.start`` as the start.
     """
 

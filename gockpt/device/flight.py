@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from gockpt.kernels.fingerprint import MODULUS
+from gockpt.kernels.fingerprint_numba import MODULUS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

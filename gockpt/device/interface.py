@@ -118,7 +118,7 @@ class Device(Protocol):
         places: Sequence[tuple[int, int]],
         target: Any,
     ) -> object:
-        """Write each source, float32, to its place in the target in 16 bits, see ``gockpt.kernels.encoded``.
+        """Write each source, float32, to its place in the target in 16 bits, see ``gradient16_launch``.
 
         Args:
             stream: Where it is queued.

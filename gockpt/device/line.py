@@ -13,7 +13,7 @@ from gockpt.device.cargo import Urgency, load_up
 from gockpt.device.interface import Source
 from gockpt.device.pinning import Pinned
 from gockpt.device.staging import Staging
-from gockpt.kernels.fingerprint import copy_fingerprint, fingerprint
+from gockpt.kernels.fingerprint_numba import copy_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

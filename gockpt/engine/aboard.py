@@ -20,7 +20,7 @@ from gockpt.engine.probes import RUN
 from gockpt.engine.ring import block_bytes
 from gockpt.engine.roads import sources_of, to_ring
 from gockpt.errors import SaveError
-from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.fingerprint_numba import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from gockpt.kernels.nonfinite import count
+from gockpt.kernels.nonfinite_numba import count
 from gockpt.nonfinite import summary
 
 if TYPE_CHECKING:

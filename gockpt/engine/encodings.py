@@ -1,11 +1,11 @@
 """Gradients as they stand in the ring: as they are, or in 16 bits.
 
 Encodings of one piece's gradient, which starts its own blocks of 1024; those that a device has made are the
-same, but for the number of raw slots (:mod:`gockpt.kernels.encoded`):
+same, but for the number of raw slots (:mod:`gockpt.kernels.gradient16_launch`):
 
 - ``None``: float32, as the update consumed it.
-- ``"fp16"``: the message of :mod:`gockpt.kernels.quantised`, with exactly as many slots for raw blocks as
-  there are blocks with an Inf or NaN.
+- ``"fp16"``: the message of :mod:`gockpt.kernels.gradient16_format`, with exactly as many slots for raw
+  blocks as there are blocks with an Inf or NaN.
 - ``"bf16"``: the upper halves of float32, rounded to nearest even.
 
 One that would not be smaller than the float32 it stands for is not used: the gradient then travels as it is.
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from gockpt.kernels.encoded import layout, layout_of
-from gockpt.kernels.fingerprint import fingerprint
-from gockpt.kernels.native import WHY_NOT
-from gockpt.kernels.quantise import narrow, quantise, widen
-from gockpt.kernels.quantised import BLOCK, RAW
+from gockpt.kernels.fingerprint_numba import fingerprint
+from gockpt.kernels.gradient16_format import BLOCK, RAW
+from gockpt.kernels.gradient16_launch import layout, layout_of
+from gockpt.kernels.gradient16_numba import narrow, quantise, widen
+from gockpt.kernels.numba_compile import WHY_NOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -18,7 +18,7 @@ from gockpt.engine.following import Follow, Following, Numbers, Role, Update
 from gockpt.engine.gathering import INSIDE, make_late
 from gockpt.engine.roads import to_ring
 from gockpt.errors import SaveError
-from gockpt.kernels.encoded import form_of
+from gockpt.kernels.gradient16_launch import form_of
 from gockpt.late_numbers import LateNumbers
 from gockpt.transfer import is_dense
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gockpt.engine.messages import Stretch
     from gockpt.engine.ring import Ring
     from gockpt.engine.roads import Road
-    from gockpt.kernels.encoded import Form
+    from gockpt.kernels.gradient16_launch import Form
     from gockpt.replay import Rule
 
 __all__ = ["GatheringAboard"]

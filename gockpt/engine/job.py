@@ -25,7 +25,7 @@ from gockpt.engine.probes import Probes
 from gockpt.engine.replaying import replay_encoded
 from gockpt.errors import WorkerError, as_background_error
 from gockpt.kernels import replay
-from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.nonfinite import NonFinite, attributes_with
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 
 from gockpt.engine.closing import added_at
 from gockpt.errors import StateTooLarge
-from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.tensors import is_subclass, refusal
 from gockpt.transfer import dense_bytes
 

@@ -14,7 +14,7 @@ from gockpt.engine.replaying import SCRATCH_BYTES
 from gockpt.engine.ring import Ring
 from gockpt.engine.sizing import ring_bytes_of, sample_bytes_of
 from gockpt.errors import StateTooLarge
-from gockpt.kernels.encoded import fitting
+from gockpt.kernels.gradient16_launch import fitting
 from gockpt.schedule import RING_GRADIENTS
 from gockpt.storage.compression import largest_encoded, memory_bound
 

@@ -16,7 +16,7 @@ from gockpt.engine import notices
 from gockpt.engine.remote_job import RemoteJob
 from gockpt.engine.worker_process import WorkerProcess
 from gockpt.errors import OptionsError, WorkerError
-from gockpt.kernels import vml
+from gockpt.kernels import mkl_sqrt
 from gockpt.options import Keep
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class InProcess:
 
     def serve(self, job: RemoteJob) -> None:
         """Let the worker start on it."""
-        job.begin(vml.library())
+        job.begin(mkl_sqrt.library())
 
     def boost(self, job: RemoteJob) -> None:
         """Have a thread of normal priority work on it as well."""

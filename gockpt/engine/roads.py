@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gockpt.device.flight import Consignment
     from gockpt.device.interface import Device
     from gockpt.engine.cut import Piece
-    from gockpt.kernels.encoded import Form
+    from gockpt.kernels.gradient16_launch import Form
     from gockpt.options import Options
     from gockpt.state import LiveState
     from gockpt.transfer import Transfer

@@ -9,7 +9,7 @@ from gockpt.engine.cut import cut
 from gockpt.engine.encodings import usual_bytes
 from gockpt.engine.probes import most_elements
 from gockpt.engine.ring import block_bytes
-from gockpt.kernels.encoded import form_of
+from gockpt.kernels.gradient16_launch import form_of
 from gockpt.layout import ArenaLayout, lay_out
 from gockpt.schedule import RING_GRADIENTS, ROAD_GRADIENTS, Facts, part_ranges
 from gockpt.schema import ArraySpec

@@ -269,11 +269,15 @@ class Worker:
 
     def _begin(self, message: notices.Begin) -> None:
         from gockpt.engine.job import Job
-        from gockpt.kernels import vml
+        from gockpt.kernels import mkl_sqrt
 
         number = message.job
         try:
-            if message.root is not None and vml.library() != message.root and not vml.load(message.root):
+            if (
+                message.root is not None
+                and mkl_sqrt.library() != message.root
+                and not mkl_sqrt.load(message.root)
+            ):
                 msg = f"{message.root} can't be loaded, or has no vmsSqrt"
                 raise WorkerError(msg)
             job = Job(
@@ -370,7 +374,7 @@ def _warm(options: Options) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), options.nice)
     from gockpt.engine.encodings import warm
     from gockpt.kernels import replay
-    from gockpt.kernels.fingerprint import fingerprint
+    from gockpt.kernels.fingerprint_numba import fingerprint
 
     warm(options.grad_dtype)
     fingerprint(np.zeros(64, np.uint8), 4)

@@ -26,9 +26,9 @@ import gockpt
 from gockpt import checkpointer, registry
 from gockpt.device.interface import Source
 from gockpt.engine.engine import Engine
-from gockpt.kernels.encoded import layout_of
-from gockpt.kernels.fingerprint import fingerprint
-from gockpt.kernels.quantise import narrow, quantise
+from gockpt.kernels.fingerprint_numba import fingerprint
+from gockpt.kernels.gradient16_launch import layout_of
+from gockpt.kernels.gradient16_numba import narrow, quantise
 
 RUBBISH = 0xDD
 

@@ -16,8 +16,8 @@ from gockpt.device.interface import Source
 from gockpt.device.room import Room
 from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveError
-from gockpt.kernels.encoded import form_of, layout_of
-from gockpt.kernels.quantise import narrow, quantise
+from gockpt.kernels.gradient16_launch import form_of, layout_of
+from gockpt.kernels.gradient16_numba import narrow, quantise
 from gockpt.lab import lab_for
 
 pytestmark = pytest.mark.gpu

@@ -22,7 +22,7 @@ from gockpt.device.interface import Source
 from gockpt.device.room import Room
 from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveAborted, SaveError
-from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.fingerprint_numba import fingerprint
 
 KB = 1024
 
@@ -199,7 +199,7 @@ def test_nothing_sent_has_arrived(scene, sizes):
 
 
 def test_the_kernels_fingerprints_are_handed_on(scene):
-    from gockpt.kernels.fingerprint import fingerprint
+    from gockpt.kernels.fingerprint_numba import fingerprint
 
     at = scene()
     shipments = at.tensors(2, 5 * KB)

@@ -13,9 +13,9 @@ from gockpt.device.interface import Source
 from gockpt.device.room import Room
 from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveError
-from gockpt.kernels.encoded import form_of, layout_of
-from gockpt.kernels.fingerprint import fingerprint
-from gockpt.kernels.quantise import narrow, quantise
+from gockpt.kernels.fingerprint_numba import fingerprint
+from gockpt.kernels.gradient16_launch import form_of, layout_of
+from gockpt.kernels.gradient16_numba import narrow, quantise
 
 KB = 1024
 

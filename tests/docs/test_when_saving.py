@@ -85,7 +85,7 @@ def _not_finite(lab):
 @when("Kernels can't be compiled (`NUMBA_DISABLE_JIT`), or not be kept on the disk")
 def _nothing_compiled(lab):
     with (
-        mock.patch("gockpt.kernels.fingerprint.WHY_NOT", "a test says so"),
+        mock.patch("gockpt.kernels.fingerprint_numba.WHY_NOT", "a test says so"),
         mock.patch("gockpt.kernels.replay.WHY_NOT", "a test says so"),
     ):
         assert lab.Run().window().check().window == 1

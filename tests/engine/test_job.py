@@ -21,7 +21,7 @@ from gockpt.engine.probes import choose, elements
 from gockpt.engine.ring import Ring
 from gockpt.engine.trace import Trace
 from gockpt.errors import StorageError, WorkerError
-from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.layout import lay_out
 from gockpt.nonfinite import NonFinite, attributes_with
 from gockpt.schema import ArraySpec

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.kernels.blocks import WORDS, Elements, Span, plan_pack, plan_words, rebound
+from gockpt.kernels.launch_tables import WORDS, Elements, Span, plan_pack, plan_words, rebound
 
 
 @st.composite

@@ -14,9 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numba import njit
 
-from gockpt.kernels import cuda_adam, cuda_sgd
-from gockpt.kernels import reference_cuda as reference
-from gockpt.kernels.intrinsics import JIT
+from gockpt.kernels import adam_cuda_rounding_numba, sgd_cuda_rounding_numba
+from gockpt.kernels import reference_cuda_rounding as reference
+from gockpt.kernels.numba_intrinsics import JIT
 from gockpt.kernels.replay import FORMS, SHAPES, run
 
 EVERY_FORM = [
@@ -164,14 +164,14 @@ ONE, SCALARS = np.zeros(64, np.float32), np.zeros(9, np.float64)
 @pytest.mark.parametrize(
     ("loop", "arguments", "instructions"),
     [
-        (cuda_adam._moments, (*[ONE] * 4, SCALARS, 0), ("fma",)),
-        (cuda_adam._denominator, (ONE, 1.0, 1.0, 0, ONE), ("root",)),
-        (cuda_adam._move, (*[ONE] * 3, 1.0, 0), ("fma",)),
-        (cuda_adam._single, (*[ONE] * 4, SCALARS, 0, 0, 1), ("fma",)),
-        (cuda_adam._double, (*[ONE] * 4, SCALARS, 0, 0, 1), ("fma",)),
-        (cuda_adam._descend, (*[ONE] * 3, SCALARS), ("root",)),
-        (cuda_sgd._single, (*[ONE] * 3, SCALARS, 0, 1), ("fma",)),
-        (cuda_sgd._double, (*[ONE] * 3, SCALARS, 0, 1), ("fma",)),
+        (adam_cuda_rounding_numba._moments, (*[ONE] * 4, SCALARS, 0), ("fma",)),
+        (adam_cuda_rounding_numba._denominator, (ONE, 1.0, 1.0, 0, ONE), ("root",)),
+        (adam_cuda_rounding_numba._move, (*[ONE] * 3, 1.0, 0), ("fma",)),
+        (adam_cuda_rounding_numba._single, (*[ONE] * 4, SCALARS, 0, 0, 1), ("fma",)),
+        (adam_cuda_rounding_numba._double, (*[ONE] * 4, SCALARS, 0, 0, 1), ("fma",)),
+        (adam_cuda_rounding_numba._descend, (*[ONE] * 3, SCALARS), ("root",)),
+        (sgd_cuda_rounding_numba._single, (*[ONE] * 3, SCALARS, 0, 1), ("fma",)),
+        (sgd_cuda_rounding_numba._double, (*[ONE] * 3, SCALARS, 0, 1), ("fma",)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -18,10 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gockpt.kernels.blocks import WORDS
 from gockpt.kernels.fingerprint_triton import fingerprint
+from gockpt.kernels.gradient16_triton import narrow_each, quantise, quantise_each, reset
+from gockpt.kernels.launch_tables import WORDS
 from gockpt.kernels.pack_triton import pack
-from gockpt.kernels.quantise_triton import narrow_each, quantise, quantise_each, reset
 
 NVIDIA = ("80", "90", "100")
 TARGETS = (*NVIDIA, "gfx942")

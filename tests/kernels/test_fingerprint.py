@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gockpt.kernels import reference
-from gockpt.kernels.fingerprint import MODULUS, copy_fingerprint, fingerprint
+from gockpt.kernels.fingerprint_numba import MODULUS, copy_fingerprint, fingerprint
 
 ITEMSIZES = (1, 2, 4, 8, 16)
 

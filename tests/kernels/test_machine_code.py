@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from gockpt.kernels import adam, fingerprint, sgd
-from gockpt.kernels.intrinsics import JIT
+from gockpt.kernels import adam_numba, fingerprint_numba, sgd_numba
+from gockpt.kernels.numba_intrinsics import JIT
 
 WIDE = {
     "x86_64": {
@@ -32,13 +32,13 @@ FLOATS, WORDS = np.zeros(64, np.float32), np.zeros(64, np.uint32)
 @pytest.mark.parametrize(
     ("loop", "arguments", "instructions"),
     [
-        (adam._update, (*[FLOATS] * 4, FLOATS), ("root", "fma")),
-        (adam._moments, (*[FLOATS] * 4, FLOATS), ("fma",)),
-        (adam._descend, (*[FLOATS] * 3, FLOATS), ("root",)),
-        (sgd._plain, (*[FLOATS] * 2, FLOATS), ("fma",)),
-        (sgd._momentum, (*[FLOATS] * 3, FLOATS), ("fma",)),
-        (fingerprint._sum_words, (WORDS, np.uint32(0), np.uint32(0)), ("product",)),
-        (fingerprint._sum_words, (WORDS.view(np.uint8), np.uint32(0), np.uint32(0)), ("product",)),
+        (adam_numba._update, (*[FLOATS] * 4, FLOATS), ("root", "fma")),
+        (adam_numba._moments, (*[FLOATS] * 4, FLOATS), ("fma",)),
+        (adam_numba._descend, (*[FLOATS] * 3, FLOATS), ("root",)),
+        (sgd_numba._plain, (*[FLOATS] * 2, FLOATS), ("fma",)),
+        (sgd_numba._momentum, (*[FLOATS] * 3, FLOATS), ("fma",)),
+        (fingerprint_numba._sum_words, (WORDS, np.uint32(0), np.uint32(0)), ("product",)),
+        (fingerprint_numba._sum_words, (WORDS.view(np.uint8), np.uint32(0), np.uint32(0)), ("product",)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -55,7 +55,7 @@ def test_the_gil_is_released():
     # With an endless switch interval nobody is ever asked to hand over the GIL: the other thread
     # advances only if a kernel lets go of it by itself.
     data = np.zeros(1 << 24, np.uint8)
-    fingerprint.fingerprint(data, 4)
+    fingerprint_numba.fingerprint(data, 4)
     ticks, stop, started = [0], threading.Event(), threading.Event()
 
     def tick():
@@ -73,7 +73,7 @@ def test_the_gil_is_released():
         advanced = False
         for _ in range(500):
             seen = ticks[0]
-            fingerprint._fingerprint(0, data.ctypes.data, data.size // 4, 4, 0, 0)
+            fingerprint_numba._fingerprint(0, data.ctypes.data, data.size // 4, 4, 0, 0)
             advanced = ticks[0] > seen
             if advanced:
                 break
@@ -103,7 +103,7 @@ def test_a_child_forked_in_the_middle_of_a_kernel_can_run_kernels():
         """
         import os, threading
         import numpy as np
-        from gockpt.kernels.fingerprint import fingerprint
+        from gockpt.kernels.fingerprint_numba import fingerprint
         from gockpt.kernels.replay import run
 
         n, tasks = 1 << 16, len(os.listdir("/proc/self/task"))

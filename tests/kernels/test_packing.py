@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gockpt.errors import UnsupportedState
-from gockpt.kernels.fingerprint import fingerprint
+from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.packing import Fingerprints, Packing
 
 # The fixture only chooses a device and its kernels; no example changes it.
@@ -194,8 +194,8 @@ def test_shards_sum_to_the_whole(device):
 
 def test_words_at_odd_addresses_are_put_together(device):
     # torch makes no such tensors, but memory it was given may be anywhere.
-    from gockpt.kernels.blocks import WORDS, Elements, plan_words
     from gockpt.kernels.fingerprint_triton import fingerprint as kernel
+    from gockpt.kernels.launch_tables import WORDS, Elements, plan_words
 
     room = on(device, np.random.default_rng(1).integers(0, 256, 30000, np.uint8))
     stretches = [Elements(room.data_ptr() + 3, 4 * 2100, 4), Elements(room.data_ptr() + 9001, 4100, 2, 7)]

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gockpt.kernels import reference
-from gockpt.kernels.quantise import narrow, quantise, widen
-from gockpt.kernels.quantised import RAW, Gradient, plan_message
+from gockpt.kernels.gradient16_format import RAW, Gradient, plan_message
+from gockpt.kernels.gradient16_numba import narrow, quantise, widen
 
 EDGES = np.array(
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gockpt import calibration, device_numbers, replay
-from gockpt.kernels import reference_cuda
+from gockpt.kernels import reference_cuda_rounding
 from gockpt.kernels import replay as kernels
 from gockpt.lab import Seen
 
@@ -172,11 +172,11 @@ class SimulatedLab:
     def apply(self, arrays, gradient, numbers):
         """Update the flat arrays, the parameter first."""
         kernel = self.truth.kernel
-        formula = reference_cuda.adam
+        formula = reference_cuda_rounding.adam
         if kernel in ("cuda_sgd", "cuda_momentum"):
-            formula = reference_cuda.sgd
+            formula = reference_cuda_rounding.sgd
         elif kernel.startswith("cuda_fused"):
-            formula = reference_cuda.fused_adam
+            formula = reference_cuda_rounding.fused_adam
         formula(arrays[0], arrays[1:], gradient, numbers, self.truth.form)
 
     def update(self, case, options, step, before, gradients):

@@ -15,8 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gockpt import calibration
 from gockpt.calibration import CANDIDATES, Case, Finding, calibrate
+from gockpt.kernels import mkl_sqrt
 from gockpt.kernels import replay as kernels
-from gockpt.kernels import vml
 
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 
@@ -68,12 +68,12 @@ def test_one_wrong_bit_is_rejected(monkeypatch, kernel, victim):
 
 
 def test_without_mkl_nothing_that_needs_it_is_believed():
-    known = vml.known()
-    vml.use(None)
+    known = mkl_sqrt.known()
+    mkl_sqrt.use(None)
     try:
         found = calibrate(Case(ADAMW, "adam", foreach=False, fused=None), [(0, 1)])
     finally:
-        vml.use(*known)
+        mkl_sqrt.use(*known)
     assert isinstance(found, str)
 
 

@@ -1,7 +1,8 @@
 """SGD in float32 as CUDA computes it, several updates in one pass: the Numba version.
 
 Contract: bit for bit ``reference_cuda.sgd`` applied once per update, with the same *form*. Legend: K updates
-(oldest first), n elements, T elements per tile. The scalars are those of ``gockpt.kernels.sgd``, in float64.
+(oldest first), n elements, T elements per tile. The scalars are those of ``gockpt.kernels.sgd_numba``, in
+float64.
 
 On a device every element is alike: there is no tail rule. Denormals are kept. Each NaN that arithmetic gives
 is CUDA's only one. The form is (double, buffer, fuse):
@@ -16,8 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gockpt.kernels.cuda_adam import NAN
-from gockpt.kernels.native import as_float32, fma, fma64, serial
+from gockpt.kernels.adam_cuda_rounding_numba import NAN
+from gockpt.kernels.numba_compile import as_float32, fma, fma64, serial
 
 __all__ = ["COLUMNS", "FORM", "sgd"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gockpt.kernels.native import as_float32, fma, serial
+from gockpt.kernels.numba_compile import as_float32, fma, serial
 
 __all__ = ["COLUMNS", "sgd"]
 

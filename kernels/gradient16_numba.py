@@ -1,8 +1,8 @@
 """Gradients to 16 bits on the host: the Numba version.
 
-Contract: :func:`quantise` writes the message of one tensor that :mod:`gockpt.kernels.quantised` describes,
-equal to ``reference.quantise`` in every bit, raw blocks in the order of the blocks. :func:`narrow` rounds
-float32 to bfloat16 as torch does, to nearest even, except that a NaN keeps its sign and upper payload;
+Contract: :func:`quantise` writes the message of one tensor that :mod:`gockpt.kernels.gradient16_format`
+describes, equal to ``reference.quantise`` in every bit, raw blocks in the order of the blocks. :func:`narrow`
+rounds float32 to bfloat16 as torch does, to nearest even, except that a NaN keeps its sign and upper payload;
 :func:`widen` is exact. All release the GIL and start no thread.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gockpt.kernels.native import serial
-from gockpt.kernels.quantised import BLOCK, RAW, Message
+from gockpt.kernels.gradient16_format import BLOCK, RAW, Message
+from gockpt.kernels.numba_compile import serial
 
 __all__ = ["narrow", "quantise", "widen"]
 

@@ -25,10 +25,10 @@ def _load() -> tuple[Any, str]:
     try:
         from numba import config
 
-        from gockpt.kernels import intrinsics
+        from gockpt.kernels import numba_intrinsics
     except Exception as error:  # noqa: BLE001 - a NumPy that this Numba does not know raises AttributeError, too
         return None, f"Numba can't be imported: {type(error).__name__}: {error}"
-    return intrinsics, "NUMBA_DISABLE_JIT is set" if config.DISABLE_JIT else ""
+    return numba_intrinsics, "NUMBA_DISABLE_JIT is set" if config.DISABLE_JIT else ""
 
 
 _machine, WHY_NOT = _load()

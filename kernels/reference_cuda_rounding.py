@@ -1,8 +1,8 @@
 """What the kernels for CUDA's formulas must compute, in plain NumPy: slow, short, and their measure.
 
 Contract: one update in place, each result rounded where the form says (the forms are written down in
-``gockpt.kernels.cuda_adam`` and ``gockpt.kernels.cuda_sgd``). Roots and quotients are IEEE's. ``fma64``
-rounds once, emulated in float64.
+``gockpt.kernels.adam_cuda_rounding_numba`` and ``gockpt.kernels.sgd_cuda_rounding_numba``). Roots and
+quotients are IEEE's. ``fma64`` rounds once, emulated in float64.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Contract: each is one instruction or one call, with no hidden allocation. ``fma`` rounds once; nothing
 else in this package ever fuses a multiply with an add (``fastmath`` is off everywhere). Kernels import these
-from :mod:`gockpt.kernels.native`, which does without them where Numba can't compile.
+from :mod:`gockpt.kernels.numba_compile`, which does without them where Numba can't compile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-from gockpt.kernels.kept import Kept
+from gockpt.kernels.kernel_cache import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable

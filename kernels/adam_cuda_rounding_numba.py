@@ -6,8 +6,8 @@ the same *form*. Legend: K updates (oldest first), n elements, T elements per ti
 On a device every element is alike: there is no tail rule. Denormals are kept. Each NaN that arithmetic gives
 is CUDA's only one. Where a compiler may round in several places, a number of the form says in which.
 
-``adam`` follows the for-loop and foreach operators, and takes the scalars of ``gockpt.kernels.adam``. Its
-form is (square, divide, move):
+``adam`` follows the for-loop and foreach operators, and takes the scalars of ``gockpt.kernels.adam_numba``.
+Its form is (square, divide, move):
 
 * square: 0 ``fma(g * g, 1 - beta2, v * beta2)``; 1 ``fma((1 - beta2) * g, g, v * beta2)``.
 * divide: 0 divides the root by ``sqrt(1 - beta2**t)``; 1 multiplies it by the reciprocal.
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gockpt.kernels.native import as_float32, fma, fma64, serial
+from gockpt.kernels.numba_compile import as_float32, fma, fma64, serial
 
 __all__ = ["COLUMNS", "FORMS", "adam", "fused_adam"]
 

@@ -10,7 +10,7 @@ import ctypes
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gockpt.kernels.native import call_vml, serial
+from gockpt.kernels.numba_compile import call_vml, serial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,8 +1,9 @@
 """Quantise gradients while packing them: float32 or bfloat16 to float16 with a power of two per block.
 
 Contract: bit for bit ``reference.quantise``, except that which of the raw slots a block gets may differ
-from run to run; the block's slot says which. ``gockpt.kernels.quantised`` has the format. For gradients of
-which each is a message of its own, or in bfloat16: the same bits as ``gockpt.kernels.quantise`` writes.
+from run to run; the block's slot says which. ``gockpt.kernels.gradient16_format`` has the format. For
+gradients of which each is a message of its own, or in bfloat16: the same bits as
+``gockpt.kernels.gradient16_numba`` writes.
 
 Legend: SIZE bytes per element (4 float32, 2 bfloat16), WIDTH what every address is a multiple of (16, or
 SIZE). One program works on one block of 1024 elements at a time.

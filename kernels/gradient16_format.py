@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gockpt.kernels.blocks import BlockTable, cut
-from gockpt.kernels.native import serial
+from gockpt.kernels.launch_tables import BlockTable, cut
+from gockpt.kernels.numba_compile import serial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 
 from gockpt.kernels import reference
-from gockpt.kernels.native import (
+from gockpt.kernels.numba_compile import (
     WHY_NOT,
     address_of,
     as_uint8,

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gockpt.kernels.native import as_float32, fma, serial
-from gockpt.kernels.vml import sqrt_into
+from gockpt.kernels.mkl_sqrt import sqrt_into
+from gockpt.kernels.numba_compile import as_float32, fma, serial
 
 __all__ = ["COLUMNS", "adam"]
 

@@ -3,7 +3,7 @@
 Pure integer arithmetic, no device. An *encoded gradient* is one stretch of float32 values, in one of two
 forms:
 
-- ``"fp16"``: one message of :mod:`gockpt.kernels.quantised` with a single tensor in it.
+- ``"fp16"``: one message of :mod:`gockpt.kernels.gradient16_format` with a single tensor in it.
 - ``"bf16"``: the upper halves of float32, rounded to nearest even.
 
 Where the host writes a message it counts the raw blocks first. A device can't be asked for that number, so
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gockpt.kernels.blocks import BlockTable, cut
-from gockpt.kernels.quantised import BLOCK, Gradient, Message, plan_message
+from gockpt.kernels.gradient16_format import BLOCK, Gradient, Message, plan_message
+from gockpt.kernels.launch_tables import BlockTable, cut
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gockpt.kernels.native import WHY_NOT, address_of, serial
+from gockpt.kernels.numba_compile import WHY_NOT, address_of, serial
 
 __all__ = ["TILE", "count", "is_counted"]
 
