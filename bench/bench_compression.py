@@ -29,10 +29,10 @@ from corpus import Loader, standard_library
 from gpt import SIZES, Training
 from harness import cores, machine_facts, megabytes, settings_of, table, write_json
 
-from gockpt.storage.codecs import CODECS
-from gockpt.storage.compression import AUTO, Compression
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.store import Store
+from gockpt.storage.format.codecs import CODECS
+from gockpt.storage.local.compression import AUTO, Compression
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
 
 if TYPE_CHECKING:
     import argparse

@@ -41,9 +41,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 import gockpt
 from gockpt.boxes import Box
-from gockpt.storage.direct import ReadCalls
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.reader import Wanted
+from gockpt.storage.read.checkpoint import Wanted
+from gockpt.storage.read.direct_io import ReadCalls
+from gockpt.storage.read.find import open_checkpoint
 
 if TYPE_CHECKING:
     import argparse

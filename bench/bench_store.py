@@ -41,9 +41,9 @@ from states import STATES, filled
 from gockpt.arena import Arena
 from gockpt.layout import CHUNK_TARGET, lay_out
 from gockpt.schema import ArraySpec
-from gockpt.storage.checksum import crc32c_blocks
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.store import Store
+from gockpt.storage.format.checksum import crc32c_blocks
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
 
 if TYPE_CHECKING:
     import argparse

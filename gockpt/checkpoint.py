@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from gockpt.errors import TensorNotFound, UsageError
 from gockpt.lazy import LazyTensor, not_found, read_whole
 from gockpt.overview import checked_step, metadata_of, state_of
-from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.read.find import open_checkpoint
 from gockpt.unplain import decode
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from gockpt.saved_state import SavedState
-    from gockpt.storage.objects import Where
-    from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.storage.object_store.client import Where
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
 
 __all__ = ["Checkpoint", "open"]
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from gockpt.errors import ExistingCheckpoints, UsageError
 from gockpt.lineage import origin_of, run_of, runs_of_process
 from gockpt.runs import beginning, claim
-from gockpt.storage import remote_listing
-from gockpt.storage.catalog import newest_in
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.lock import expect_free
-from gockpt.storage.manifest import MANIFEST_FILE
-from gockpt.storage.store import Follow
+from gockpt.storage.format.manifest import MANIFEST_FILE
+from gockpt.storage.local.catalog import newest_in
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Follow
+from gockpt.storage.local.writer_lock import expect_free
+from gockpt.storage.read import find_objects
 from gockpt.uploads import store_at
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
         UsageError: If the URL can't be used.
         RemoteError: If the store refuses or can't be reached.
     """
-    manifest = remote_listing.newest_manifest(store_at(url))
+    manifest = find_objects.newest_manifest(store_at(url))
     if manifest is None:
         return
     origin = origin_of(model)

@@ -23,17 +23,17 @@ from gockpt.errors import (
 )
 from gockpt.nonfinite import NonFinite, is_judged, nonfinite_of, summary
 from gockpt.overview import state_of
-from gockpt.storage import directory_names
-from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint, open_listed
+from gockpt.storage.format import step_names
 from gockpt.storage.paths import located
+from gockpt.storage.read.find import damaged_checkpoints, list_checkpoints, open_checkpoint, open_listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gockpt.saved_state import SavedState
     from gockpt.schema import ArraySpec
-    from gockpt.storage.objects import Where
-    from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.storage.object_store.client import Where
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
 
 __all__ = ["PassedOver", "expect_finite", "newest_good"]
 
@@ -134,7 +134,7 @@ def _without_manifest(path: Where) -> Iterator[PassedOver]:
     objects = located(path)
     where = objects.rstrip("/") if isinstance(objects, str) else objects.url
     for name, error in damaged_checkpoints(path).items():
-        known = directory_names.parse(name) or directory_names.parse_uploaded(name)
+        known = step_names.parse(name) or step_names.parse_uploaded(name)
         if known is not None and known.step is not None:
             yield PassedOver(known.step, f"{where}/{name}", str(error))
 

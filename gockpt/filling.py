@@ -10,7 +10,7 @@ import torch
 from gockpt.errors import ManifestCorrupt, StateMismatch
 from gockpt.lazy import read_whole
 from gockpt.model_fitting import Assign, Fill
-from gockpt.storage.reader import Wanted
+from gockpt.storage.read.checkpoint import Wanted
 from gockpt.strides import allocate
 from gockpt.tensors import DTYPE_OF, as_bytes, is_subclass, may_alias_itself
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from gockpt.fitting import Create
-    from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
     from gockpt.strides import Strides
     from gockpt.tensors import Bytes
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.schema import ArraySpec
-    from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
 
 __all__ = ["LazyTensor", "not_found", "read_whole", "select"]
 

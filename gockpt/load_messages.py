@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from gockpt.model_fitting import ModelFit
     from gockpt.saved_state import SavedState
-    from gockpt.storage.objects import Where
+    from gockpt.storage.object_store.client import Where
 
 __all__ = ["PREVIOUS", "Changed", "mismatch", "not_asked_for", "nothing_fits", "some"]
 

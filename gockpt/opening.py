@@ -9,8 +9,8 @@ from gockpt.engine.background import InThreads
 from gockpt.engine.orphans import open_store
 from gockpt.errors import PathBusy
 from gockpt.existing import expect_remote, homes, permitted
-from gockpt.storage.compression import Compression
-from gockpt.storage.store import Store
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.store import Store
 from gockpt.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gockpt.lineage import Origin
     from gockpt.options import Options
     from gockpt.runs import Run
-    from gockpt.storage.store import Follow
+    from gockpt.storage.local.store import Follow
     from gockpt.uploads import Publications
 
 __all__ = ["Opened", "open_path"]

@@ -20,26 +20,26 @@ from gockpt.options import Keep
 from gockpt.runs import ancestors_of
 from gockpt.saved_state import SavedState, parse
 from gockpt.signals import deferred
-from gockpt.storage.catalog import looked_through
-from gockpt.storage.comparison import DiffReport, compare
-from gockpt.storage.listing import (
+from gockpt.storage.format.manifest import MANIFEST_FILE, STATE_FILE
+from gockpt.storage.local.catalog import looked_through
+from gockpt.storage.local.store import Store
+from gockpt.storage.paths import located
+from gockpt.storage.read.compare import DiffReport, compare
+from gockpt.storage.read.find import (
     CheckpointEntry,
     damaged_checkpoints,
     latest_step,
     list_checkpoints,
     open_checkpoint,
 )
-from gockpt.storage.manifest import MANIFEST_FILE, STATE_FILE
-from gockpt.storage.paths import located
-from gockpt.storage.store import Store
-from gockpt.storage.verify import MAX_PROBLEMS, Problem, VerifyReport
+from gockpt.storage.read.verify import MAX_PROBLEMS, Problem, VerifyReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from gockpt.runs import Ancestor
-    from gockpt.storage.objects import Where
-    from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.storage.object_store.client import Where
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
 
     OnProgress = Callable[[int, int], None]
 

@@ -33,8 +33,8 @@ from gockpt.optimizer_feeding import Feeding, not_restored
 from gockpt.optimizer_restore import OptimizerRestore, OptionsReport
 from gockpt.overview import Metadata, checked_step, metadata_of, state_of
 from gockpt.state import collect
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.manifest import run_of
+from gockpt.storage.format.manifest import run_of
+from gockpt.storage.read.find import open_checkpoint
 from gockpt.unplain import decode
 from gockpt.wrapper_fitting import fit_wrappers
 
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from gockpt.model_fitting import Fill
     from gockpt.module_restore import ModuleRestore
     from gockpt.saved_state import SavedState
-    from gockpt.storage.objects import Where
-    from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.storage.object_store.client import Where
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
 
     Model = nn.Module | Sequence[nn.Module] | Mapping[str, torch.Tensor] | None
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None

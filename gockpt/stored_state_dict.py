@@ -17,7 +17,7 @@ import torch
 from gockpt.errors import ManifestCorrupt
 from gockpt.model_fitting import fills_for
 from gockpt.schema import ArraySpec
-from gockpt.storage.checksum import crc32c
+from gockpt.storage.format.checksum import crc32c
 from gockpt.subclass_fitting import inner_names, make_subclass
 from gockpt.tensors import DTYPE_OF
 from gockpt.unplain import array_name, decode

@@ -14,18 +14,18 @@ from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
 from gockpt.overview import checked_step
 from gockpt.runs import ancestors_of
 from gockpt.signals import deferred, let_through
-from gockpt.storage import remote_listing
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.manifest import run_of
-from gockpt.storage.objects import objects_at
-from gockpt.storage.upload import Uploaded, upload_checkpoint
+from gockpt.storage.format.manifest import run_of
+from gockpt.storage.object_store.client import objects_at
+from gockpt.storage.object_store.upload import Uploaded, upload_checkpoint
+from gockpt.storage.read import find_objects
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from gockpt.runs import Run
-    from gockpt.storage.manifest import Manifest
-    from gockpt.storage.objects import Objects, Where
+    from gockpt.storage.format.manifest import Manifest
+    from gockpt.storage.object_store.client import Objects, Where
 
 __all__ = ["UploadStatus", "Uploads", "upload"]
 
@@ -60,7 +60,7 @@ def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
 
 def _expect_related(manifest: Manifest, objects: Objects) -> None:
     """Refuse to mix the checkpoints of two runs, of which none descends from the other."""
-    newest = remote_listing.newest_manifest(objects)
+    newest = find_objects.newest_manifest(objects)
     if newest is None or any(ancestors_of(one.attributes) is None for one in (manifest, newest)):
         return  # an older gockpt wrote one of them, and it can't be told
     if not run_of(manifest).owns(newest.run, newest.seq) and not run_of(newest).owns(
@@ -155,7 +155,7 @@ class Uploads:
         self._failure: BaseException | None = None
         self._newest: Uploaded | None = None
         self._progress = (0, 0)
-        there = remote_listing.candidates(self._objects)
+        there = find_objects.candidates(self._objects)
         highest = max((other.seq for other in there), default=0)
         store.continue_after(highest)
         mine = list_checkpoints(path)[-1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gockpt.storage.zarr_dtypes import register_zarr
+    from gockpt.storage.format.zarr_dtypes import register_zarr
 
 __all__ = ["register_zarr"]
 
@@ -13,7 +13,7 @@ __all__ = ["register_zarr"]
 def __getattr__(name: str) -> Any:
     """Load ``register_zarr`` when it is first asked for: it imports zarr."""
     if name == "register_zarr":
-        from gockpt.storage.zarr_dtypes import register_zarr
+        from gockpt.storage.format.zarr_dtypes import register_zarr
 
         return register_zarr
     msg = f"module {__name__!r} has no attribute {name!r}"

@@ -11,10 +11,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import UsageError
-from gockpt.storage.objects import objects_at
+from gockpt.storage.object_store.client import objects_at
 
 if TYPE_CHECKING:
-    from gockpt.storage.objects import Objects
+    from gockpt.storage.object_store.client import Objects
 
 __all__ = ["directory_to_save", "local_path", "located"]
 

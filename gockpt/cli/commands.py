@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gockpt.overview import Metadata
-    from gockpt.storage.comparison import DiffReport
-    from gockpt.storage.listing import CheckpointEntry
-    from gockpt.storage.reader import StoredCheckpoint
-    from gockpt.storage.verify import VerifyReport
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
+    from gockpt.storage.read.compare import DiffReport
+    from gockpt.storage.read.find import CheckpointEntry
+    from gockpt.storage.read.verify import VerifyReport
 
 __all__ = ["cli"]
 
@@ -66,7 +66,7 @@ def list_all(path: str, *, superseded: bool, as_json: bool) -> int:
 def show(path: str, *, step: int | None, tensors: bool, as_json: bool) -> int:
     """Show what one checkpoint in PATH holds; the newest, or that of --step."""
     from gockpt.overview import metadata_of, state_of
-    from gockpt.storage.listing import open_checkpoint
+    from gockpt.storage.read.find import open_checkpoint
 
     with open_checkpoint(path, step) as stored:
         metadata = metadata_of(stored, state_of(stored))

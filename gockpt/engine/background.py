@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gockpt.engine.trace import Trace
     from gockpt.nonfinite import NonFinite
     from gockpt.options import Options
-    from gockpt.storage.store import Store
+    from gockpt.storage.local.store import Store
 
 __all__ = ["Background", "InThreads", "Work"]
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from gockpt.engine.findings import Sums
     from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
     from gockpt.layout import Slot
-    from gockpt.storage.store import Store
-    from gockpt.storage.transaction import Published, Transaction
+    from gockpt.storage.local.store import Store
+    from gockpt.storage.local.transaction import Published, Transaction
 
 __all__ = ["Job", "Outcome"]
 

@@ -16,7 +16,7 @@ from gockpt.engine.sizing import ring_bytes_of, sample_bytes_of
 from gockpt.errors import StateTooLarge
 from gockpt.kernels.gradient16_launch import fitting
 from gockpt.schedule import RING_GRADIENTS
-from gockpt.storage.compression import largest_encoded, memory_bound
+from gockpt.storage.local.compression import largest_encoded, memory_bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gockpt.deviation import Deviation
     from gockpt.engine.messages import Capture, Gradient, ReplayPiece
     from gockpt.nonfinite import NonFinite
-    from gockpt.storage.transaction import Published
+    from gockpt.storage.local.transaction import Published
 
 __all__ = [
     "Abort",
@@ -50,7 +50,7 @@ class Open:
 
     Attributes:
         path: Where checkpoints go.
-        follow: As which run: the fields of a :class:`~gockpt.storage.store.Follow`.
+        follow: As which run: the fields of a :class:`~gockpt.storage.local.store.Follow`.
         parent: ``seq`` of the checkpoint that the run continues from, if any.
         options: Those fields of ``Options`` that concern the worker, by name.
         keep: ``Options.keep``; the fields of a ``Keep``.

@@ -15,7 +15,7 @@ from gockpt.signals import let_through
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gockpt.storage.store import Store
+    from gockpt.storage.local.store import Store
 
 __all__ = ["BOOT", "is_orphan", "open_store"]
 

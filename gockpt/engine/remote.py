@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gockpt.engine.ring import Ring
     from gockpt.engine.trace import Trace
     from gockpt.options import Options
-    from gockpt.storage.store import Follow
+    from gockpt.storage.local.store import Follow
 
 __all__ = ["InProcess"]
 

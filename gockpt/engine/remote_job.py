@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gockpt.engine.ring import Ring
     from gockpt.engine.trace import Trace
     from gockpt.engine.worker_process import WorkerProcess
-    from gockpt.storage.transaction import Published
+    from gockpt.storage.local.transaction import Published
 
 __all__ = ["RemoteJob"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gockpt.engine.background import Work
     from gockpt.engine.job import Job
     from gockpt.engine.outbox import Outbox
-    from gockpt.storage.transaction import Published
+    from gockpt.storage.local.transaction import Published
 
 __all__ = ["Forward", "FreedRing", "Lanes", "Notes", "Told", "failure"]
 

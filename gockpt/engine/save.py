@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from gockpt.options import Options
     from gockpt.schedule import Plan
     from gockpt.state import LiveState
-    from gockpt.storage.transaction import Published
+    from gockpt.storage.local.transaction import Published
     from gockpt.transfer import Transfer
 
     Distrust = tuple[frozenset[str], frozenset[Name], str]

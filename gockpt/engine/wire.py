@@ -18,7 +18,7 @@ from gockpt.errors import WorkerError
 from gockpt.layout import ArrayLayout, Slot
 from gockpt.nonfinite import NonFinite
 from gockpt.schema import ArraySpec
-from gockpt.storage.transaction import Published
+from gockpt.storage.local.transaction import Published
 
 if TYPE_CHECKING:
     from collections.abc import Callable

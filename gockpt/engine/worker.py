@@ -28,9 +28,9 @@ from gockpt.errors import GockptError, WorkerError
 from gockpt.once import leave_to_trainer
 from gockpt.options import Keep, Options
 from gockpt.runs import Run
-from gockpt.storage import verified
-from gockpt.storage.compression import Compression
-from gockpt.storage.store import Follow, Store
+from gockpt.storage.local import verified
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.store import Follow, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -25,7 +25,7 @@ from gockpt.engine.outbox import BEAT_SECONDS, Outbox
 from gockpt.engine.wire import Frames
 from gockpt.errors import GockptError, WorkerError
 from gockpt.signals import let_through
-from gockpt.storage import verified
+from gockpt.storage.local import verified
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -160,7 +160,7 @@ def test_countless_problems_are_cut_short_and_counted(call, ask, monkeypatch):
     one = document["checkpoints"][0]
     assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 6, 0, False)
     flip("ckpts/step-0000000001/gockpt.json")
-    monkeypatch.setattr("gockpt.storage.verify.MAX_PROBLEMS", 5)
+    monkeypatch.setattr("gockpt.storage.read.verify.MAX_PROBLEMS", 5)
     monkeypatch.setattr("gockpt.overview.MAX_PROBLEMS", 5)
     code, document = ask("verify", "ckpts")
     one = document["checkpoints"][0]
@@ -361,7 +361,7 @@ def test_ctrl_c_ends_it_quietly():
         "import os, signal\n"
         # Whoever started the tests in the background may have had it ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from gockpt.storage.reader import StoredCheckpoint\n"
+        "from gockpt.storage.read.checkpoint import StoredCheckpoint\n"
         "StoredCheckpoint.verify = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
         "from gockpt.cli import main\n"
         "import sys; sys.argv = ['gockpt', 'verify', 'ckpts']\n"

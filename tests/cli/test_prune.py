@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import gockpt
 from gockpt.cli.run import run
-from gockpt.storage.checksum import crc32c
+from gockpt.storage.format.checksum import crc32c
 
 
 def fill(path, steps, numbers=()):

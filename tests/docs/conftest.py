@@ -13,7 +13,7 @@ import torch
 
 import gockpt
 from gockpt import errors, opening, registry
-from gockpt.storage.store import Store
+from gockpt.storage.local.store import Store
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "guarantees.md"
 WINDOW = gockpt.Options(window=4, when_busy="wait")

@@ -19,7 +19,7 @@ import zarr
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gockpt
-from gockpt.storage.objects import Objects
+from gockpt.storage.object_store.client import Objects
 
 TRIALS = {}
 
@@ -354,7 +354,7 @@ def _compressed_chunk_damaged(lab):
     damage("ckpts/step-0000000002/model/0.weight/c.0.0")
     assert [problem.array for problem in gockpt.verify("ckpts").problems] == ["model/0.weight"]
     assert gockpt.load("ckpts", run.model, run.opt, step=1).step == 1
-    with mock.patch("gockpt.storage.encoded.decode", side_effect=AssertionError):
+    with mock.patch("gockpt.storage.read.decode.decode", side_effect=AssertionError):
         gockpt.open("ckpts")["model/0.weight"][0, 0]
 
 

@@ -31,8 +31,8 @@ from gockpt import lineage, registry
 from gockpt.engine.job import Job
 from gockpt.engine.roads import CudaDevices
 from gockpt.kernels import replay
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.objects import Objects
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.object_store.client import Objects
 
 TRIALS = {}
 
@@ -683,7 +683,7 @@ def _place_taken(lab):
 
 @when("Another process saves into the path")
 def _other_process(lab):
-    code = "from gockpt.storage.store import Store; s = Store('ckpts'); print(flush=True); input()"
+    code = "from gockpt.storage.local.store import Store; s = Store('ckpts'); print(flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         other.stdout.readline()
@@ -798,7 +798,7 @@ def _in_turn(lab):
 def _closed_inside(lab):
     run = lab.Run().window(upto=6)
     gockpt.close("ckpts")
-    code = "from gockpt.storage.store import Store; Store('ckpts').close()"
+    code = "from gockpt.storage.local.store import Store; Store('ckpts').close()"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert gockpt.steps("ckpts") == [4]
     run.save.result()

@@ -19,7 +19,7 @@ from gockpt.errors import WorkerError
 from gockpt.layout import ArrayLayout, Slot
 from gockpt.nonfinite import NonFinite
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage.transaction import Published
+from gockpt.storage.local.transaction import Published
 
 counts = st.integers(0, 1 << 62)
 bits = st.integers(0, (1 << 64) - 1)

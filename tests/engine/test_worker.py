@@ -57,7 +57,7 @@ def test_descriptors_that_the_system_dropped_are_noticed(monkeypatch):
 PROGRAM = """
 import os, sys, time
 from gockpt.engine.worker import run
-from gockpt.storage.store import Store
+from gockpt.storage.local.store import Store
 begin = Store.begin
 def held(*arguments, **more):
     while not os.path.exists("go"):

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from content import bits
 
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.compression import Compression
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.store import Store
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.store import Store
 
 HERE = Path(__file__).parent
 EXTENSIONS = [name for name, dtype in DTYPES.items() if not dtype.core]

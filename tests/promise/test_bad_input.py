@@ -13,8 +13,8 @@ import torch
 
 import gockpt
 from gockpt import opening
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.store import Store
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
 
 # -- arguments
 

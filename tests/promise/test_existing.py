@@ -18,7 +18,7 @@ import torch
 
 import gockpt
 from gockpt import lineage, registry
-from gockpt.storage.store import Store
+from gockpt.storage.local.store import Store
 
 URL = "file://{}/bucket"
 
@@ -140,7 +140,7 @@ def test_a_checkpoints_own_directory_is_no_path_to_save_into():
 def test_who_saves_there_right_now_is_told_first(another_process):
     Trainer().save(1)
     another_process()
-    code = "from gockpt.storage.store import Store; s = Store('ckpts'); print(flush=True); input()"
+    code = "from gockpt.storage.local.store import Store; s = Store('ckpts'); print(flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         other.stdout.readline()
@@ -321,7 +321,7 @@ def test_a_run_that_began_beside_another_goes_on(another_process):
 def written_before(monkeypatch, *steps):
     """Save as a gockpt did that wrote no ancestors and gave each process an id of its own."""
     with monkeypatch.context() as patch:
-        patch.setattr("gockpt.storage.transaction.Lineage.label", lambda _, contents: contents)
+        patch.setattr("gockpt.storage.local.transaction.Lineage.label", lambda _, contents: contents)
         for step in steps:
             Trainer(existing="continue").save(step)
 

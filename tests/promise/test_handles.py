@@ -13,8 +13,8 @@ import torch
 
 import gockpt
 from gockpt.engine import gathering, save
-from gockpt.storage.store import Store
-from gockpt.storage.transaction import Transaction
+from gockpt.storage.local.store import Store
+from gockpt.storage.local.transaction import Transaction
 
 
 def build(optimizer=torch.optim.SGD, size=64):

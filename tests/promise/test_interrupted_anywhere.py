@@ -22,7 +22,7 @@ import torch
 
 import gockpt
 from gockpt import registry
-from gockpt.storage import lock
+from gockpt.storage.local import writer_lock
 
 PACKAGE = os.path.dirname(gockpt.__file__)
 SOURCES = tuple(
@@ -252,7 +252,7 @@ def expect_nothing_left(path):
             thread.join(30)
             assert not thread.is_alive(), thread.name
     gc.collect()
-    assert lock._HELD == {}
+    assert writer_lock._HELD == {}
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for step in gockpt.steps(path):
         assert gockpt.verify(path, step).ok

@@ -16,7 +16,7 @@ from gockpt import transfer
 from gockpt.engine.attempt import Attempt
 from gockpt.engine.job import Job
 from gockpt.engine.pace import Pace
-from gockpt.storage.transaction import Transaction
+from gockpt.storage.local.transaction import Transaction
 
 LAYERS, WIDTH = 8, 200
 

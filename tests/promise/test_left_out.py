@@ -16,7 +16,7 @@ import torch
 import gockpt
 from gockpt import registry
 from gockpt.engine import last_tick
-from gockpt.storage.transaction import Transaction
+from gockpt.storage.local.transaction import Transaction
 
 
 def update(model, optimizer):
@@ -132,7 +132,7 @@ def test_the_exit_of_a_program(harness):
     path = harness.directory()
     program = """
         import sys, threading, torch, gockpt
-        from gockpt.storage.transaction import Transaction
+        from gockpt.storage.local.transaction import Transaction
         gate, original = threading.Event(), Transaction.write_chunk
         Transaction.write_chunk = lambda *a: gate.wait(60) and original(*a)
 

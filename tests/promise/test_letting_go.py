@@ -43,7 +43,7 @@ def loop(kept, path, upto, first=1, **how):
 
 
 def may_be_saved_into_by_others(path):
-    code = "import sys; from gockpt.storage.store import Store; Store(sys.argv[1]).close()"
+    code = "import sys; from gockpt.storage.local.store import Store; Store(sys.argv[1]).close()"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=False, text=True)
     assert "PathBusy" in done.stderr or not done.returncode, done.stderr
     return not done.returncode

@@ -16,8 +16,8 @@ import gockpt
 from gockpt import plain
 from gockpt.arena import Arena
 from gockpt.engine import background
-from gockpt.storage.compression import Compression
-from gockpt.storage.filesystem import Filesystem
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.filesystem import Filesystem
 
 
 class Meter:

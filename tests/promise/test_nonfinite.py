@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.storage import manifest
+from gockpt.storage.format import manifest
 
 WAYS = {
     "copied": {"window": 1},
@@ -154,7 +154,7 @@ def silent(path):
     """Make a checkpoint one that says nothing of NaN, as those of earlier versions do."""
     import json
 
-    from gockpt.storage import checksum
+    from gockpt.storage.format import checksum
 
     file = Path(path) / "gockpt.json"
     text = file.read_text()

@@ -11,8 +11,8 @@ import torch
 
 import gockpt
 from gockpt import opening
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.store import Store
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
 
 
 def test_result_right_after_the_call_does_not_wait_for_a_step(run, harness):

@@ -12,7 +12,7 @@ import torch
 
 import gockpt
 from gockpt import registry
-from gockpt.storage.transaction import Transaction
+from gockpt.storage.local.transaction import Transaction
 
 
 def build(size=64, optimizer=torch.optim.AdamW, lr=0.1):

@@ -16,7 +16,7 @@ import torch
 
 import gockpt
 from gockpt import preemption
-from gockpt.storage.transaction import Transaction
+from gockpt.storage.local.transaction import Transaction
 
 PROGRAM = """
 import os, sys, time

@@ -23,7 +23,7 @@ from obstore.store import S3Store
 
 import gockpt
 import gockpt.layout
-from gockpt.storage.objects import Objects, objects_at
+from gockpt.storage.object_store.client import Objects, objects_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,7 +108,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 KILLED = """
 import os, signal, sys, torch, gockpt
-from gockpt.storage.objects import Objects
+from gockpt.storage.object_store.client import Objects
 put, left = Objects.put, [{nth}]
 def counted(self, *given, **more):
     left[0] -= 1

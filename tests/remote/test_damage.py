@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.storage.objects import _words as words_of
-from gockpt.storage.objects import objects_at
+from gockpt.storage.object_store.client import _words as words_of
+from gockpt.storage.object_store.client import objects_at
 
 SECRETS = ("very-secret-text", "AKIAEXAMPLEKEY", "pa55word")
 

@@ -11,7 +11,7 @@ import torch
 
 import gockpt
 from gockpt.errors import RemoteError
-from gockpt.storage import upload as upload_module
+from gockpt.storage.object_store import upload as upload_module
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 

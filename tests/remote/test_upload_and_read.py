@@ -10,8 +10,8 @@ from obstore.store import MemoryStore
 
 import gockpt
 import gockpt.layout
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.objects import Objects
+from gockpt.storage.object_store.client import Objects
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 from gockpt.tensors import DTYPE_OF
 
 

@@ -17,11 +17,11 @@ import gockpt
 from gockpt import registry
 from gockpt.errors import RemoteError
 from gockpt.runs import Run
-from gockpt.storage import objects
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.objects import Objects
-from gockpt.storage.store import Store
-from gockpt.storage.upload import upload_checkpoint
+from gockpt.storage.local.store import Store
+from gockpt.storage.object_store import client
+from gockpt.storage.object_store.client import Objects
+from gockpt.storage.object_store.upload import upload_checkpoint
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 from gockpt.uploads import Uploads, store_at
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -78,7 +78,7 @@ class Gate:
             assert self.open.wait(60)
             if self.late is not None:
                 raise self.late
-            return tree(objects, path)
+            return tree(client, path)
 
         monkeypatch.setattr(Objects, "tree", gated)
 
@@ -399,7 +399,7 @@ def test_one_job_is_uploaded_once(saver, monkeypatch):
 
 
 def test_userinfo_of_an_endpoint_is_never_shown():
-    said = objects._words(
+    said = client._words(
         RuntimeError('error sending request: HEAD "http://user:very-secret@127.0.0.1:1/b/a"')
     )
     assert "very-secret" not in said

@@ -13,8 +13,8 @@ from gockpt.arena import Arena
 from gockpt.document import build_document, capture_extras
 from gockpt.layout import lay_out
 from gockpt.state import collect
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.store import Store
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
 from gockpt.tensors import as_bytes, spec_of, to_host
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import gockpt
 from gockpt import CheckpointCorrupt, CheckpointNotFound, StateMismatch, UsageError
-from gockpt.storage import fetch
-from gockpt.storage.reader import StoredCheckpoint
+from gockpt.storage.read import read_execute
+from gockpt.storage.read.checkpoint import StoredCheckpoint
 
 
 def flip(path):
@@ -125,7 +125,7 @@ def test_a_model_that_does_not_fit_is_no_damage(three):
 
 
 def test_one_that_is_pruned_meanwhile_gives_way(three, monkeypatch):
-    from gockpt.storage.reader import StoredCheckpoint
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
 
     real, left = StoredCheckpoint.verify, ["ckpts/step-0000000020"]
 
@@ -165,15 +165,15 @@ def test_what_is_pruned_while_it_overwrites_is_an_error_that_says_so(save, monke
     small, large = nn.Linear(8, 8), nn.Linear(16, 16)
     save("ckpts", small, step=1)
     save("ckpts", large, step=2)
-    read = fetch._read
+    read = read_execute._read
 
     def pruned(*arguments):
-        monkeypatch.setattr(fetch, "_read", read)
+        monkeypatch.setattr(read_execute, "_read", read)
         got = read(*arguments)
         shutil.rmtree("ckpts/step-0000000002")
         return got
 
-    monkeypatch.setattr(fetch, "_read", pruned)
+    monkeypatch.setattr(read_execute, "_read", pruned)
     with pytest.raises(gockpt.CheckpointPruned) as caught:
         gockpt.load("ckpts", nn.Linear(16, 16), strict=False)
     assert "overwritten" in "".join(caught.value.__notes__)

@@ -15,7 +15,7 @@ from torch import nn
 
 import gockpt
 from gockpt import CheckpointCorrupt, StateMismatch
-from gockpt.storage.checksum import crc32c
+from gockpt.storage.format.checksum import crc32c
 
 FORMS = [
     *("$tensor", "$ndarray", "$tuple", "$set", "$frozenset", "$torch.Size", "$deque", "$list", "$dict"),

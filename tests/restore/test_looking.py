@@ -11,7 +11,7 @@ from torch import nn
 
 import gockpt
 from gockpt.lineage import origin_of
-from gockpt.storage.store import Store
+from gockpt.storage.local.store import Store
 
 
 def last_loaded_step(model):

@@ -15,8 +15,8 @@ from gockpt import ChunkCorrupt
 from gockpt.filling import Filler
 from gockpt.fitting import Create
 from gockpt.model_fitting import Fill
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.reader import StoredCheckpoint
+from gockpt.storage.read.checkpoint import StoredCheckpoint
+from gockpt.storage.read.find import open_checkpoint
 
 
 @pytest.fixture

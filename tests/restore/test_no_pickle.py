@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import gockpt
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.store import Store
+from gockpt.storage.read.find import open_checkpoint
+from gockpt.storage.local.store import Store
 
 seen = []
 watching = False

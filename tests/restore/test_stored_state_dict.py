@@ -15,7 +15,7 @@ from torch import nn
 import gockpt
 from gockpt.filling import Filler
 from gockpt.overview import state_of
-from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.read.find import open_checkpoint
 from gockpt.stored_state_dict import Stored, StoredStateDict, saved_entries
 
 VALUES = {

@@ -24,14 +24,14 @@ from awscrt.checksums import crc32c
 
 from gockpt.layout import ArrayLayout
 from gockpt.schema import ArraySpec
-from gockpt.storage.filesystem import CALLS, Filesystem
-from gockpt.storage.grid import chunked_layout
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.local.filesystem import CALLS, Filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from gockpt.storage.store import Store
-    from gockpt.storage.transaction import Published, Transaction
+    from gockpt.storage.local.store import Store
+    from gockpt.storage.local.transaction import Published, Transaction
 
 Tree = dict[str, bytes | None]
 """Relative path to content; ``None`` for a directory."""

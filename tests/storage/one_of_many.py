@@ -10,9 +10,9 @@ import numpy as np
 
 from gockpt.errors import CheckpointPruned, GockptError
 from gockpt.schema import ArraySpec
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.store import Store
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.local.store import Store
+from gockpt.storage.read.find import open_checkpoint
 
 LAYOUTS = [chunked_layout(ArraySpec((name,), (6, 4), "int64"), (4, 4)) for name in ("a", "b")]
 

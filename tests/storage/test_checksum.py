@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.storage import checksum
+from gockpt.storage.format import checksum
 
 
 def plain(data: bytes) -> int:

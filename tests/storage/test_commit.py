@@ -11,9 +11,10 @@ import pytest
 
 from gockpt.errors import ManifestCorrupt, StorageError, UsageError
 from gockpt.schema import DTYPES
-from gockpt.storage import listing, manifest
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.store import Store
+from gockpt.storage.format import manifest
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 
 @pytest.fixture
@@ -62,10 +63,10 @@ def test_every_byte_is_in_its_place(store, sample):
 def test_nothing_is_visible_before_the_commit(store, sample):
     with sample.begin(store, 1) as transaction:
         sample.write(transaction, 1)
-        assert listing.list_checkpoints(store.path) == []
+        assert find.list_checkpoints(store.path) == []
         assert not os.path.exists(os.path.join(store.path, "step-0000000001"))
         transaction.commit()
-        assert [entry.step for entry in listing.list_checkpoints(store.path)] == [1]
+        assert [entry.step for entry in find.list_checkpoints(store.path)] == [1]
 
 
 def test_many_threads_write_one_checkpoint(store, sampling, checker):
@@ -123,7 +124,7 @@ def test_one_that_is_another_by_now_is_tried_again(store, sample, monkeypatch, c
         published = second.commit()
     assert len(parsed) == 1
     assert checker.problems(checker.read(published.path)) == []
-    with listing.open_checkpoint(published.path) as checkpoint:
+    with find.open_checkpoint(published.path) as checkpoint:
         assert (checkpoint.manifest.seq, checkpoint.manifest.parent) == (2, 1)
 
 
@@ -148,7 +149,7 @@ def test_no_arrays_at_all(store, sampling, checker):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_has_a_document(store, sampling, dtype):
     published = sampling.make([(("model", "w"), (3,), dtype, 2)]).save(store, 0, marker=0)
-    with listing.open_checkpoint(published.path) as checkpoint:
+    with find.open_checkpoint(published.path) as checkpoint:
         assert checkpoint.verify().ok
 
 
@@ -172,7 +173,7 @@ def test_names_that_differ_in_case_only_are_moved_apart(store, sampling, checker
     directories = [path for path, data in tree.items() if data is None]
     assert len({path.lower() for path in directories}) == len(directories)
     assert {"model/~44", "model/d", "model/e", "optimizer/~57/m", "~4fptimizer/x"} <= set(directories)
-    with listing.open_checkpoint(published.path) as checkpoint:
+    with find.open_checkpoint(published.path) as checkpoint:
         assert checkpoint.verify().ok
         for layout in sample.layouts:
             out = np.empty(layout.spec.nbytes, np.uint8)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt.schema import ArraySpec
-from gockpt.storage import chunk_writer, files
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.grid import chunked_layout
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.local import chunk_writer, files
+from gockpt.storage.local.filesystem import Filesystem
 
 
 def page_aligned(nbytes, *, off=0):

@@ -11,8 +11,8 @@ import pytest
 from gockpt.errors import SaveAborted, StorageError, UnsupportedState, UsageError
 from gockpt.layout import ArrayLayout, slot_bytes
 from gockpt.schema import ArraySpec
-from gockpt.storage import listing
-from gockpt.storage.store import Store
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_missing_chunk(store, sample):
                     )
         with pytest.raises(UsageError, match=r"'model/w' lacks the chunks \[1\]"):
             transaction.commit()
-    assert listing.list_checkpoints(store.path) == []
+    assert find.list_checkpoints(store.path) == []
 
 
 def test_an_array_that_was_never_written(store, sample):
@@ -78,7 +78,7 @@ def test_a_grid_that_readers_would_refuse(store, shape, chunk):
         pytest.raises(UsageError),
     ):
         transaction.commit()
-    assert listing.list_checkpoints(store.path) == []
+    assert find.list_checkpoints(store.path) == []
 
 
 def test_slots_that_are_not_the_grids(store, sampling):
@@ -106,7 +106,7 @@ def test_names_that_cannot_stand_together(store, sampling, names):
     sample = sampling.make([(name, (2,), "float32", 2) for name in names])
     with pytest.raises(UsageError):
         sample.save(store, 1, marker=1)
-    assert listing.list_checkpoints(store.path) == []
+    assert find.list_checkpoints(store.path) == []
     assert not [name for name in os.listdir(store.path) if "step" in name]
 
 
@@ -118,7 +118,7 @@ def test_documents_without_an_exact_form(store, sample, part, value):
         sample.write(transaction, 1)
         with pytest.raises(UnsupportedState):
             transaction.commit()
-    assert listing.list_checkpoints(store.path) == []
+    assert find.list_checkpoints(store.path) == []
 
 
 def test_what_it_holds_can_be_said_otherwise_until_it_is_written(store, sample):
@@ -126,9 +126,9 @@ def test_what_it_holds_can_be_said_otherwise_until_it_is_written(store, sample):
         sample.write(transaction, 1)
         transaction.restate(state={"said": "later"}, attributes={"title": "other"}, exact=False)
         transaction.commit()
-    (found,) = listing.list_checkpoints(store.path)
+    (found,) = find.list_checkpoints(store.path)
     assert found.exact is False
-    with listing.open_checkpoint(store.path) as stored:
+    with find.open_checkpoint(store.path) as stored:
         assert stored.state() == {"said": "later"}
         assert stored.manifest.attributes == {"title": "other"}
         assert stored.verify().ok
@@ -154,7 +154,7 @@ def test_after_the_end_there_is_nothing(store, sample):
     sample.write(transaction, 1)
     transaction.commit()
     transaction.abort()
-    assert len(listing.list_checkpoints(store.path)) == 1
+    assert len(find.list_checkpoints(store.path)) == 1
     with pytest.raises(SaveAborted):
         transaction.commit()
     transaction = sample.begin(store, 2)
@@ -261,7 +261,7 @@ def test_who_ends_it_while_it_is_committed_waits_and_finds_it_published(
     ender.join(60)
     assert done.is_set()
     assert [one.step for one in published] == [1]
-    assert [entry.step for entry in listing.list_checkpoints(store.path)] == [1]
+    assert [entry.step for entry in find.list_checkpoints(store.path)] == [1]
     assert [closed.count(fd) for fd in own] == [1, 1]  # twice would close somebody else's
     store.close()
     assert sorted(os.listdir(store.path)) == [".gockpt.lock", "step-0000000001"]
@@ -288,7 +288,7 @@ def test_a_refused_commit_lets_the_writing_go_on(tmp_path, sample, faults):
         gate.open.set()
         writer.join(60)
         transaction.commit()
-        assert len(listing.list_checkpoints(store.path)) == 1
+        assert len(find.list_checkpoints(store.path)) == 1
 
 
 def test_a_slot_is_large_enough_for_what_is_put_into_it():

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from gockpt.layout import lay_out
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage import comparison
-from gockpt.storage.comparison import compare, pieces
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.numbers import as_numbers, magnitudes_of_difference
-from gockpt.storage.store import Store
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import compare as comparison
+from gockpt.storage.read.compare import compare, pieces
+from gockpt.storage.read.element_values import as_numbers, magnitudes_of_difference
+from gockpt.storage.read.find import open_checkpoint
 
 
 @pytest.fixture

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from gockpt.errors import OptionsError
 from gockpt.layout import lay_out
 from gockpt.schema import ArraySpec
-from gockpt.storage import compression
-from gockpt.storage.chunk_writer import write_encoded
-from gockpt.storage.codecs import CODECS, MAX_CHUNK_NBYTES, most_nbytes
-from gockpt.storage.compression import (
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, most_nbytes
+from gockpt.storage.local import compression
+from gockpt.storage.local.chunk_writer import write_encoded
+from gockpt.storage.local.compression import (
     Compression,
     Kind,
     Measured,
@@ -32,10 +33,9 @@ from gockpt.storage.compression import (
     largest_encoded,
     memory_bound,
 )
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.store import Store
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
+from gockpt.storage.read.find import open_checkpoint
 
 WEIGHTS, MOMENTS, COUNTS = Kind("model", "bfloat16"), Kind("exp_avg", "float32"), Kind("step", "float32")
 
@@ -342,13 +342,13 @@ class Clock:
 
 def auto_saves(path, monkeypatch, seconds, count=3):
     """Save with compression="auto" on a disk that takes ``seconds`` for each checkpoint."""
-    monkeypatch.setattr("gockpt.storage.draft.Stopwatch", lambda: Clock(seconds))
+    monkeypatch.setattr("gockpt.storage.local.partial.Stopwatch", lambda: Clock(seconds))
     with Store(path, compression=Compression("auto", threads=2)) as store:
         return [codecs_of(save(store, auto_arrays(), halves, step)) for step in range(count)]
 
 
 def test_auto_writes_raw_first_and_then_encodes_what_pays_on_a_slow_disk(tmp_path, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "gockpt.storage.compression"):
+    with caplog.at_level(logging.INFO, "gockpt.storage.local.compression"):
         first, *later = auto_saves(tmp_path, monkeypatch, seconds=1000.0)
     assert set(first.values()) == {None}
     for codecs in later:
@@ -361,7 +361,7 @@ def test_auto_writes_raw_first_and_then_encodes_what_pays_on_a_slow_disk(tmp_pat
 
 
 def test_auto_stays_raw_on_a_disk_without_a_price(tmp_path, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "gockpt.storage.compression"):
+    with caplog.at_level(logging.INFO, "gockpt.storage.local.compression"):
         saves = auto_saves(tmp_path, monkeypatch, seconds=1e-9)
     assert all(set(codecs.values()) == {None} for codecs in saves)
     (record,) = caplog.records

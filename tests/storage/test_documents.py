@@ -17,8 +17,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage import zarr_documents
-from gockpt.storage.store import Store
+from gockpt.storage.format import zarr_metadata
+from gockpt.storage.local.store import Store
 
 CORE = [dtype.name for dtype in DTYPES.values() if dtype.core]
 EXTENSIONS = [dtype.name for dtype in DTYPES.values() if not dtype.core]
@@ -115,9 +115,9 @@ def test_documents_say_what_zarr_python_would_say(tmp_path, dtype, shape, rows):
         dimension_names=[f"dim_{position}:{size}" for position, size in enumerate(shape)],
     )
     theirs = json.loads((tmp_path / "a" / "zarr.json").read_text())
-    ours = zarr_documents.array_document(ArraySpec(("a",), shape, dtype), chunk)
+    ours = zarr_metadata.array_document(ArraySpec(("a",), shape, dtype), chunk)
     assert ours == theirs
-    assert json.loads(zarr_documents.dump(ours)) == theirs
+    assert json.loads(zarr_metadata.dump(ours)) == theirs
 
 
 def test_consolidated_metadata_is_what_zarr_python_would_consolidate(core, tmp_path):

@@ -11,11 +11,11 @@ import sys
 import pytest
 
 from gockpt.errors import StorageError
-from gockpt.storage import listing
-from gockpt.storage.failures import as_storage_error
-from gockpt.storage.filesystem import CALLS, Filesystem
-from gockpt.storage.store import Store
-from gockpt.storage.unsynced import Unsynced
+from gockpt.storage.local.durability import Unsynced
+from gockpt.storage.local.failures import as_storage_error
+from gockpt.storage.local.filesystem import CALLS, Filesystem
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 
 def tree_of(checker, path):
@@ -63,7 +63,7 @@ def test_any_one_call_fails(scenario, code, small_sample, checker, faults, scrat
                 assert outcome.__cause__.errno == code
             # The store goes on: the next save works.
             small_sample.save(store, 5, marker=5)
-        with Store(path, fs=faults.NoWait()) as store, listing.open_checkpoint(path) as newest:
+        with Store(path, fs=faults.NoWait()) as store, find.open_checkpoint(path) as newest:
             assert newest.state() == {"marker": 5}
             assert [name for name in os.listdir(path) if ".partial" in name or ".trash" in name] == []
         if hit is None:
@@ -155,7 +155,7 @@ def test_a_full_disk_in_the_middle_of_a_chunk(sample, faults, scratch):
         assert os.listdir(scratch) == [".gockpt.lock"]
         store._place.fs.left = 10**9
         sample.save(store, 1, marker=1)
-    with listing.open_checkpoint(scratch) as checkpoint:
+    with find.open_checkpoint(scratch) as checkpoint:
         assert checkpoint.verify().ok
 
 
@@ -164,7 +164,7 @@ LIMITED = """if True:
     from gockpt.errors import StorageError
     from gockpt.layout import lay_out
     from gockpt.schema import ArraySpec
-    from gockpt.storage.store import Store
+    from gockpt.storage.local.store import Store
 
     (array,) = lay_out([ArraySpec(("w",), (100_000,), "float32")]).arrays
     slot = memoryview(mmap.mmap(-1, array.slots[0].capacity))

@@ -17,9 +17,11 @@ from dataclasses import replace
 import pytest
 
 from gockpt.errors import GockptError, StorageError
-from gockpt.storage import directory_names, listing, owner
-from gockpt.storage.filesystem import CALLS
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local import owner
+from gockpt.storage.local.filesystem import CALLS
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 # ENOENT is not among them: it is no refusal but an answer. The tests below make it true instead.
 CODES = (
@@ -43,9 +45,9 @@ def few(sampling):
 
 @pytest.fixture(autouse=True)
 def _makes_every_call_for_small_things(monkeypatch):
-    monkeypatch.setattr("gockpt.storage.transaction._HEARTBEAT_SECONDS", 0.0)
-    monkeypatch.setattr("gockpt.storage.chunk_writer._RESERVE_FROM", 4096)
-    monkeypatch.setattr("gockpt.storage.chunk_writer.DIRECT_FROM", 4096)
+    monkeypatch.setattr("gockpt.storage.local.transaction._HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("gockpt.storage.local.chunk_writer._RESERVE_FROM", 4096)
+    monkeypatch.setattr("gockpt.storage.local.chunk_writer.DIRECT_FROM", 4096)
 
 
 @pytest.fixture
@@ -55,10 +57,10 @@ def template(few, faults, scratch):
     with Store(path, fs=faults.NoWait()) as store:
         few.save(store, 1, marker=1)
     attempt = "00ff" * 8
-    (path / directory_names.of_partial(3, attempt) / "model").mkdir(parents=True)
-    (path / directory_names.of_owner(attempt)).write_bytes(owner.encode(DEAD))
-    (path / directory_names.of_trash("11ff" * 8) / "model").mkdir(parents=True)
-    (path / directory_names.of_trash("11ff" * 8) / "file").write_text("x")
+    (path / step_names.of_partial(3, attempt) / "model").mkdir(parents=True)
+    (path / step_names.of_owner(attempt)).write_bytes(owner.encode(DEAD))
+    (path / step_names.of_trash("11ff" * 8) / "model").mkdir(parents=True)
+    (path / step_names.of_trash("11ff" * 8) / "file").write_text("x")
     return path
 
 
@@ -144,9 +146,9 @@ def check(path, life, few, checker, faults):
     with Store(path, fs=faults.NoWait()) as store:
         few.save(store, 6, marker=66)
         left = sorted(os.listdir(path))
-    assert all(name == directory_names.LOCK_FILE or name.startswith("step-") for name in left), left
+    assert all(name == step_names.LOCK_FILE or name.startswith("step-") for name in left), left
     assert not [name for name in left if ".partial-" in name]
-    with listing.open_checkpoint(path) as newest:
+    with find.open_checkpoint(path) as newest:
         assert newest.state() == {"marker": 66}
 
 
@@ -287,7 +289,7 @@ def test_a_directory_vanishes_before_each_call(victim, few, checker, faults, scr
         assert len(os.listdir("/proc/self/fd")) == descriptors
         with Store(path, fs=faults.NoWait()) as store:
             few.save(store, 4, marker=4)
-        with listing.open_checkpoint(path) as newest:
+        with find.open_checkpoint(path) as newest:
             assert newest.state() == {"marker": 4}
             assert newest.verify().ok
         assert not [name for name in os.listdir(path) if "partial" in name or "trash" in name]

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from gockpt.errors import ManifestCorrupt, UnsupportedState
 from gockpt.layout import lay_out
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage import checksum, manifest, names, strict_json
-from gockpt.storage.entries import ArrayEntry, FileEntry
-from gockpt.storage.manifest import Manifest
+from gockpt.storage.format import array_paths, checksum, manifest, strict_json
+from gockpt.storage.format.manifest import Manifest
+from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 
 def make(specs, *, chunk_rows=None, **fields):
     """Return a manifest of these arrays with everything in order."""
-    paths = names.escape_all(spec.name for spec in specs)
+    paths = array_paths.escape_all(spec.name for spec in specs)
     arrays = []
     for layout in lay_out(specs).arrays:
         spec = layout.spec

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gockpt.errors import UnsupportedState, UsageError
-from gockpt.storage import names
+from gockpt.storage.format import array_paths
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 # Close neighbours: case, dots, reserved words, escapes that look like escapes.
@@ -66,21 +66,21 @@ ALLOWED = set(string.ascii_letters + string.digits + "._=@+,-~")
     ],
 )
 def test_escapes(component, path):
-    assert names.escape(component) == path
+    assert array_paths.escape(component) == path
 
 
 def test_cuts_what_is_too_long_for_a_file_name():
-    one, other = names.escape("x" * 300), names.escape("x" * 299 + "y")
+    one, other = array_paths.escape("x" * 300), array_paths.escape("x" * 299 + "y")
     assert one != other
     assert one.startswith("x" * 120 + "~h")
     assert len(one) == 120 + 2 + 32
-    assert names.escape("x" * 200) == "x" * 200
+    assert array_paths.escape("x" * 200) == "x" * 200
 
 
 @given(components)
 def test_every_file_name_is_harmless(component):
     for capitals in (False, True):
-        name = names.escape(component, capitals=capitals)
+        name = array_paths.escape(component, capitals=capitals)
         assert set(name) <= ALLOWED
         assert 0 < len(name) <= 200
         assert name not in (".", "..", "zarr.json", "c")
@@ -95,16 +95,16 @@ def test_every_file_name_is_harmless(component):
 @example(["CON", "con", "Con"], None)
 def test_siblings_never_share_a_path_even_where_case_is_ignored(siblings, random):
     group = [("model", one) for one in siblings]
-    paths = names.escape_all(group)
+    paths = array_paths.escape_all(group)
     assert len({path.lower() for path in paths.values()}) == len(siblings)
     if random is not None:
         random.shuffle(group)
-    assert names.escape_all(group) == paths
+    assert array_paths.escape_all(group) == paths
 
 
 @given(st.lists(st.lists(tricky, min_size=1, max_size=3).map(tuple), unique=True, max_size=10))
 def test_nested_names_never_share_a_path(group):
-    paths = list(names.escape_all(group).values())
+    paths = list(array_paths.escape_all(group).values())
     for one, other in combinations(paths, 2):
         assert one.lower() != other.lower()
         shared = 0
@@ -117,24 +117,24 @@ def test_nested_names_never_share_a_path(group):
 
 
 def test_capitals_are_escaped_only_where_case_matters():
-    paths = names.escape_all([("model", "D"), ("model", "d"), ("model", "E"), ("optimizer", "D")])
+    paths = array_paths.escape_all([("model", "D"), ("model", "d"), ("model", "E"), ("optimizer", "D")])
     assert list(paths.values()) == ["model/~44", "model/d", "model/E", "optimizer/D"]
 
 
 def test_groups_that_differ_in_case_only():
-    paths = names.escape_all([("optimizer", "W", "m"), ("optimizer", "w", "m")])
+    paths = array_paths.escape_all([("optimizer", "W", "m"), ("optimizer", "w", "m")])
     assert list(paths.values()) == ["optimizer/~57/m", "optimizer/w/m"]
 
 
 def test_an_unpaired_surrogate_has_no_path():
     with pytest.raises(UnsupportedState, match="surrogate"):
-        names.escape_all([("model", "\ud800")])
+        array_paths.escape_all([("model", "\ud800")])
 
 
 @pytest.mark.parametrize("name", [("a",) * 33, ("x" * 150,) * 20])
 def test_what_is_nested_too_deep_is_refused(name):
     with pytest.raises(UnsupportedState, match="too deep or too long"):
-        names.escape_all([name])
+        array_paths.escape_all([name])
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_what_is_nested_too_deep_is_refused(name):
 )
 def test_names_that_cannot_stand_together(group, match):
     with pytest.raises(UsageError, match=match):
-        names.check_names(group)
+        array_paths.check_names(group)
 
 
 def test_names_that_can():
-    names.check_names([("a", "b"), ("a", "c"), ("b",), ("a", "B")])
+    array_paths.check_names([("a", "b"), ("a", "c"), ("b",), ("a", "B")])

@@ -8,9 +8,10 @@ import pytest
 
 from gockpt.errors import ManifestCorrupt, UnsupportedState, UsageError
 from gockpt.layout import ArrayLayout
-from gockpt.storage import listing, manifest, strict_json
-from gockpt.storage.compression import Compression
-from gockpt.storage.store import Store
+from gockpt.storage.format import manifest, strict_json
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 W = (("model", "w"), (5, 3), "float32", 5)
 SETS = {
@@ -72,7 +73,7 @@ def test_what_is_encoded_may_change(tmp_path, sampling, checker):
         for step in range(6):
             compression.on = step % 2 == 1
             published = sample.save(store, step, marker=step)
-            with listing.open_checkpoint(published.path) as checkpoint:
+            with find.open_checkpoint(published.path) as checkpoint:
                 codecs = {entry.codec for entry in checkpoint.manifest.arrays}
             assert codecs == ({"zstd"} if compression.on else {None})
             trees[step] = checker.read(published.path)

@@ -8,27 +8,28 @@ import shutil
 import pytest
 
 from gockpt.errors import StorageError
-from gockpt.storage import directory_names, listing
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 
 def remove_lock(path):
-    (path / directory_names.LOCK_FILE).unlink()
+    (path / step_names.LOCK_FILE).unlink()
 
 
 def replace_lock(path):
     remove_lock(path)
-    (path / directory_names.LOCK_FILE).touch()
+    (path / step_names.LOCK_FILE).touch()
 
 
 def lock_is_directory(path):
     remove_lock(path)
-    (path / directory_names.LOCK_FILE).mkdir()
+    (path / step_names.LOCK_FILE).mkdir()
 
 
 def lock_is_link(path):
-    os.rename(path / directory_names.LOCK_FILE, path / "elsewhere")
-    (path / directory_names.LOCK_FILE).symlink_to("elsewhere")
+    os.rename(path / step_names.LOCK_FILE, path / "elsewhere")
+    (path / step_names.LOCK_FILE).symlink_to("elsewhere")
 
 
 def remove_all(path):
@@ -98,12 +99,12 @@ def test_it_is_noticed_and_nothing_is_published(path, small_sample, happen, mess
             transaction.abort()
     for place in path.parent.parent.rglob("step-*"):
         assert not place.name.startswith("step-0000000002") or ".partial-" in place.name
-    lock = path / directory_names.LOCK_FILE
+    lock = path / step_names.LOCK_FILE
     if path.is_dir() and (lock.is_file() or not lock.exists()) and not lock.is_symlink():
-        assert [entry.step for entry in listing.list_checkpoints(path)] in ([], [1])
+        assert [entry.step for entry in find.list_checkpoints(path)] in ([], [1])
         with Store(path) as store:  # the way out
             small_sample.save(store, 3, marker=3)
-        assert listing.latest_step(path) == 3
+        assert find.latest_step(path) == 3
 
 
 def test_moved_and_moved_back_it_goes_on(path, small_sample):
@@ -113,7 +114,7 @@ def test_moved_and_moved_back_it_goes_on(path, small_sample):
         small_sample.write(transaction, 1)
         os.rename(path.with_name("moved"), path)
         transaction.commit()
-    assert listing.latest_step(path) == 1
+    assert find.latest_step(path) == 1
 
 
 def test_a_link_as_the_users_own_path_is_followed(path, small_sample):

@@ -11,10 +11,11 @@ import pytest
 
 from gockpt.errors import StorageError
 from gockpt.options import Keep
-from gockpt.storage import directory_names, verified
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.local import verified
+from gockpt.storage.local.store import Store
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_what_is_no_checkpoint_any_more_does_not_count_as_the_newest(scratch, sa
         assert os.path.isdir(paths[3])  # damaged: not ours to delete
         assert store.prune(2) == []
     assert sorted(name for name in os.listdir(scratch) if name.startswith("step")) == [
-        directory_names.of_step(step) for step in (2, 3, 4)
+        step_names.of_step(step) for step in (2, 3, 4)
     ]
 
 
@@ -135,7 +136,7 @@ def test_every_one_that_is_to_stay_is_looked_at(scratch, save, faults):
     with Store(scratch, fs=faults.NoWait()) as store:
         for step in (900, 1100, 2000, 1200):
             save(store, step)
-        os.rename(scratch / directory_names.of_step(1100), scratch / "elsewhere")
+        os.rename(scratch / step_names.of_step(1100), scratch / "elsewhere")
         assert store.prune(Keep(newest=2, every=1000)) == []
     assert steps_in(scratch) == [900, 2000, 1200]
 
@@ -146,7 +147,7 @@ def test_of_two_with_one_number_none_is_deleted(scratch, save, faults):
     with Store(scratch / "path", fs=faults.NoWait()) as store, Store(other, fs=faults.NoWait()) as second:
         save(store, 10)
         save(second, 20)
-    name = directory_names.of_step(20)
+    name = step_names.of_step(20)
     os.rename(other / name, scratch / "path" / name)
     with Store(scratch / "path", fs=faults.NoWait()) as store:
         save(store, 10)
@@ -221,5 +222,5 @@ def test_what_only_looks_undamaged_neither_counts_nor_goes(scratch, save, faults
         assert store.prune(2) == [2]
         assert save(store, 6).seq == 6
     assert sorted(name for name in os.listdir(scratch) if name.startswith("step")) == [
-        directory_names.of_step(step) for step in (1, 3, 4, 5, 6)
+        step_names.of_step(step) for step in (1, 3, 4, 5, 6)
     ]

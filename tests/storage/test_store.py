@@ -11,16 +11,17 @@ import sys
 import pytest
 
 from gockpt.errors import PathBusy, StorageError, UsageError
-from gockpt.storage import directory_names, listing
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 
 def names_in(path):
-    return sorted(name for name in os.listdir(path) if name != directory_names.LOCK_FILE)
+    return sorted(name for name in os.listdir(path) if name != step_names.LOCK_FILE)
 
 
 def steps_in(path):
-    return [(entry.step, entry.seq) for entry in listing.list_checkpoints(path, superseded=True)]
+    return [(entry.step, entry.seq) for entry in find.list_checkpoints(path, superseded=True)]
 
 
 # -- making the path ------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def test_a_path_that_may_not_be_written(tmp_path):
     script = """if True:
         import os, sys
         from gockpt.errors import StorageError
-        from gockpt.storage.store import Store
+        from gockpt.storage.local.store import Store
         os.chdir("/")
         if os.getuid() == 0:
             os.setuid(65534)
@@ -131,7 +132,7 @@ def test_a_second_store_in_the_same_process(tmp_path, sample):
 TRY = """if True:
     import sys
     from gockpt.errors import PathBusy
-    from gockpt.storage.store import Store
+    from gockpt.storage.local.store import Store
     try:
         Store(sys.argv[1]).close()
     except PathBusy as error:
@@ -174,7 +175,7 @@ FORK = """if True:
     from gockpt.schema import ArraySpec
     from gockpt.layout import lay_out
     from gockpt.storage import owner
-    from gockpt.storage.store import Store
+    from gockpt.storage.local.store import Store
 
     (array,) = lay_out([ArraySpec(("w",), (5,), "float32")]).arrays
     path = sys.argv[1]
@@ -222,7 +223,7 @@ def test_forked_children_neither_hold_nor_break_the_lock(tmp_path):
 def test_a_worker_that_outlives_its_killed_trainer_does_not_hold_the_lock(tmp_path):
     trainer = """if True:
         import os, signal, sys
-        from gockpt.storage.store import Store
+        from gockpt.storage.local.store import Store
         store = Store(sys.argv[1])
         store.begin(1, [], state={}, attributes={}, exact=True)
         if os.fork() == 0:
@@ -247,12 +248,12 @@ def test_a_worker_that_outlives_its_killed_trainer_does_not_hold_the_lock(tmp_pa
 def test_a_lock_lost_to_somebody_elses_close_is_taken_again_or_the_save_given_up(tmp_path, sample):
     with Store(tmp_path) as store:
         # What a backup tool inside the process would do.
-        (tmp_path / directory_names.LOCK_FILE).read_bytes()
+        (tmp_path / step_names.LOCK_FILE).read_bytes()
         assert other_process_is_refused(tmp_path) == ""
         sample.save(store, 1, marker=1)
         assert other_process_is_refused(tmp_path)
 
-        (tmp_path / directory_names.LOCK_FILE).read_bytes()
+        (tmp_path / step_names.LOCK_FILE).read_bytes()
         thief = subprocess.Popen(
             [
                 sys.executable,

@@ -11,17 +11,19 @@ import socket
 import pytest
 
 from gockpt.errors import StorageError, UsageError
-from gockpt.storage import directory_names, files, listing
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local import files
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 
 def names_in(path):
-    return sorted(name for name in os.listdir(path) if name != directory_names.LOCK_FILE)
+    return sorted(name for name in os.listdir(path) if name != step_names.LOCK_FILE)
 
 
 def steps_in(path):
-    return [(entry.step, entry.seq) for entry in listing.list_checkpoints(path, superseded=True)]
+    return [(entry.step, entry.seq) for entry in find.list_checkpoints(path, superseded=True)]
 
 
 # -- steps, sequence, lineage ---------------------------------------------------------------------
@@ -56,7 +58,7 @@ def test_each_publication_gets_the_next_number_whatever_its_step(tmp_path, sampl
 
     assert [says(one)["parent"] for one in (first, second, third, fourth)] == [None, 1, 1, 3]
     assert says(first)["run"] == says(second)["run"] != says(third)["run"] == says(fourth)["run"]
-    with listing.open_checkpoint(tmp_path) as newest:
+    with find.open_checkpoint(tmp_path) as newest:
         assert newest.step == 1200
 
 
@@ -155,7 +157,7 @@ def test_the_same_step_again(tmp_path, sample, checker, faults, flags, reopened)
         (".old-", 2, 2, ()),
         ("", 3, 3, ()),
     ]
-    with listing.open_checkpoint(tmp_path, 7) as checkpoint:
+    with find.open_checkpoint(tmp_path, 7) as checkpoint:
         assert checkpoint.manifest.attempt == three.attempt
     # What was replaced goes, uncounted and unmentioned: step 7 is still there.
     sample.save(store, 8, marker=4)

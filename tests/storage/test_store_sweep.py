@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from gockpt.storage import directory_names, listing, owner
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local import owner
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 DEAD = replace(owner.myself(), boot="another boot")
 FOREIGN = replace(owner.myself(), host="elsewhere")
@@ -18,20 +20,20 @@ ATTEMPT = "00ff" * 8
 
 
 def names_in(path):
-    return sorted(name for name in os.listdir(path) if name != directory_names.LOCK_FILE)
+    return sorted(name for name in os.listdir(path) if name != step_names.LOCK_FILE)
 
 
 def steps_in(path):
-    return [(entry.step, entry.seq) for entry in listing.list_checkpoints(path, superseded=True)]
+    return [(entry.step, entry.seq) for entry in find.list_checkpoints(path, superseded=True)]
 
 
 def leave_partial(path, who, *, attempt=ATTEMPT, quiet=0.0):
     """Leave a partial as a writer would that has been silent for a while."""
-    partial = path / directory_names.of_partial(3, attempt)
+    partial = path / step_names.of_partial(3, attempt)
     (partial / "model" / "w").mkdir(parents=True)
     (partial / "model" / "w" / "c.0").write_bytes(b"data")
     if who is not None:
-        record = path / directory_names.of_owner(attempt)
+        record = path / step_names.of_owner(attempt)
         record.write_bytes(who if isinstance(who, bytes) else owner.encode(who))
     for name in (record,) if who is not None else (partial,):
         now = os.stat(name).st_mtime
@@ -86,7 +88,7 @@ def test_a_living_process_keeps_its_partial(tmp_path):
 
 
 def test_what_was_being_deleted_is_deleted(tmp_path):
-    trash = tmp_path / directory_names.of_trash(ATTEMPT)
+    trash = tmp_path / step_names.of_trash(ATTEMPT)
     (trash / "model").mkdir(parents=True)
     (trash / "model" / "file").write_text("")
     with Store(tmp_path):
@@ -94,19 +96,19 @@ def test_what_was_being_deleted_is_deleted(tmp_path):
 
 
 def test_records_of_the_dead_go_and_others_stay(tmp_path):
-    (tmp_path / directory_names.of_owner("aa" * 8)).write_bytes(owner.encode(DEAD))
-    (tmp_path / directory_names.of_owner("bb" * 8)).write_bytes(owner.encode(FOREIGN))
+    (tmp_path / step_names.of_owner("aa" * 8)).write_bytes(owner.encode(DEAD))
+    (tmp_path / step_names.of_owner("bb" * 8)).write_bytes(owner.encode(FOREIGN))
     with Store(tmp_path):
-        assert names_in(tmp_path) == [directory_names.of_owner("bb" * 8)]
+        assert names_in(tmp_path) == [step_names.of_owner("bb" * 8)]
 
 
 def test_a_link_named_like_a_partial_goes_and_what_it_leads_to_stays(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("mine")
-    link = tmp_path / "path" / directory_names.of_partial(3, ATTEMPT)
+    link = tmp_path / "path" / step_names.of_partial(3, ATTEMPT)
     (tmp_path / "path").mkdir()
     link.symlink_to(tmp_path / "precious")
-    (tmp_path / "path" / directory_names.of_owner(ATTEMPT)).write_bytes(owner.encode(DEAD))
+    (tmp_path / "path" / step_names.of_owner(ATTEMPT)).write_bytes(owner.encode(DEAD))
     with Store(tmp_path / "path"):
         assert names_in(tmp_path / "path") == []
     assert (tmp_path / "precious" / "file").read_text() == "mine"
@@ -117,9 +119,9 @@ def test_a_predecessor_left_under_its_successors_name_is_kept(tmp_path, sample, 
     with Store(tmp_path) as store:
         one = sample.save(store, 3, marker=1)
         two = sample.save(store, 3, marker=2)
-    old = tmp_path / directory_names.of_old(3, one.attempt)
-    os.rename(old, tmp_path / directory_names.of_partial(3, two.attempt))
-    (tmp_path / directory_names.of_owner(two.attempt)).write_bytes(owner.encode(DEAD))
+    old = tmp_path / step_names.of_old(3, one.attempt)
+    os.rename(old, tmp_path / step_names.of_partial(3, two.attempt))
+    (tmp_path / step_names.of_owner(two.attempt)).write_bytes(owner.encode(DEAD))
     with Store(tmp_path):
         assert names_in(tmp_path) == ["step-0000000003", old.name]
     assert [(one.marker, one.problems) for one in checker.examine(checker.read(tmp_path))] == [
@@ -129,7 +131,7 @@ def test_a_predecessor_left_under_its_successors_name_is_kept(tmp_path, sample, 
 
 
 def test_a_record_is_touched_now_and_then(tmp_path, sample, faults, monkeypatch):
-    monkeypatch.setattr("gockpt.storage.transaction._HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("gockpt.storage.local.transaction._HEARTBEAT_SECONDS", 0.0)
     fs = faults.Recorder()
     with Store(tmp_path, fs=fs) as store, sample.begin(store, 1) as transaction:
         before = fs.names.count("touch")

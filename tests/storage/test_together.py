@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from gockpt.errors import PathBusy
-from gockpt.storage import directory_names, listing
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 WORKER = Path(__file__).with_name("one_of_many.py")
 
@@ -72,17 +73,17 @@ def test_threads_that_publish_and_prune_take_turns(exchanges, steps, small_sampl
             thread.join()
         assert not errors
         assert sorted(seq for seq, _ in published) == list(range(1, 49))
-        left = {name for name in os.listdir(scratch) if name != directory_names.LOCK_FILE}
-        assert all(directory_names.parse(name).kind in ("step", "old") for name in left), left
+        left = {name for name in os.listdir(scratch) if name != step_names.LOCK_FILE}
+        assert all(step_names.parse(name).kind in ("step", "old") for name in left), left
         seen = checker.examine(checker.read(scratch))
         assert not any(one.problems for one in seen)
         assert (seen[-1].seq, seen[-1].marker) == max(published)
         # Under a step's name stands its newest, and what it replaced has its own name.
-        entries = listing.list_checkpoints(scratch, superseded=True)
+        entries = find.list_checkpoints(scratch, superseded=True)
         assert len(entries) == len(seen)
-        assert listing.damaged_checkpoints(scratch) == {}
+        assert find.damaged_checkpoints(scratch) == {}
         for entry in entries:
-            assert (Path(entry.path).name == directory_names.of_step(entry.step)) != entry.superseded
+            assert (Path(entry.path).name == step_names.of_step(entry.step)) != entry.superseded
         # The writer knows all of them: it can prune all but one.
         store.prune(1)
         assert [one.seq for one in checker.examine(checker.read(scratch))] == [48]
@@ -176,7 +177,7 @@ def test_readers_in_threads_of_the_process_that_saves(small_sample, checker, fau
     def read():
         count = 0
         while not done.is_set():
-            with listing.open_checkpoint(scratch) as checkpoint:
+            with find.open_checkpoint(scratch) as checkpoint:
                 assert checkpoint.verify().ok
                 count += 1
         return count

@@ -10,12 +10,12 @@ import pytest
 
 from gockpt.errors import StorageError
 from gockpt.schema import ArraySpec
-from gockpt.storage import chunk_writer
-from gockpt.storage.checksum import BLOCK, crc32c
-from gockpt.storage.compression import Compression
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.store import Store
+from gockpt.storage.format.checksum import BLOCK, crc32c
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.local import chunk_writer
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
 
 LENGTHS = [1, 4091, 4092, 4093, 4095, 4096, 8192, 300_000, BLOCK, BLOCK + 4096, BLOCK + 9000]
 

@@ -522,7 +522,7 @@ def test_a_damaged_description_raises_and_changes_nothing(zoo, tmp_path, monkeyp
     gockpt.save_overlapped(model, optimizer, tmp_path, step=1).result()
     document = state_of(tmp_path, 1)
     damage(document["subclasses"]["optimizer/0.weight/exp_avg"])
-    monkeypatch.setattr("gockpt.storage.reader.StoredCheckpoint.state", lambda _: document)
+    monkeypatch.setattr("gockpt.storage.read.checkpoint.StoredCheckpoint.state", lambda _: document)
     other, its = eight_states(zoo)
     before = zoo.snapshot(other, its)
     with pytest.raises((gockpt.StateMismatch, gockpt.CheckpointCorrupt)):

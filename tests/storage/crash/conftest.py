@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gockpt.storage.filesystem import CALLS, Filesystem
+from gockpt.storage.local.filesystem import CALLS, Filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable

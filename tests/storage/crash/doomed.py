@@ -20,9 +20,9 @@ from dataclasses import replace
 
 from gockpt.layout import ArrayLayout
 from gockpt.schema import ArraySpec
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.store import Store
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
 
 # One chunk that is reserved and goes past the page cache, where that is possible; a last chunk in two writes.
 ARRAYS = ((("model", "w"), (300_000,), 300_000), (("model", "b"), (2100,), 2048), (("s",), (), 1))

@@ -11,8 +11,8 @@ import textwrap
 
 import pytest
 
-from gockpt.storage import directory_names
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local.store import Store
 
 
 def refuse(*names, dir_fd):
@@ -89,7 +89,7 @@ def test_death_at_every_call(scenario, after, small_sample, checker, faults, scr
             assert all(not one.problems for one in seen), (number, seen)
             assert (seen[-1].marker if seen else None) == expected, (number, fs.dead)
             # All that a dead writer left is gone; only complete checkpoints stay.
-            kinds = {directory_names.parse(name).kind for name in os.listdir(path) if name[0] == "s"}
+            kinds = {step_names.parse(name).kind for name in os.listdir(path) if name[0] == "s"}
             assert kinds <= {"step", "old"}
             hidden = set(os.listdir(path)) - {".gockpt.lock"}
             hidden = {name for name in hidden if name[0] == "."}
@@ -105,8 +105,8 @@ PROGRAM = """
     import os, signal, sys
     from gockpt.layout import lay_out
     from gockpt.schema import ArraySpec
-    from gockpt.storage.filesystem import CALLS, Filesystem
-    from gockpt.storage.store import Store
+    from gockpt.storage.local.filesystem import CALLS, Filesystem
+    from gockpt.storage.local.store import Store
 
     class Dying(Filesystem):
         count, at, published = 0, -1, None

@@ -10,8 +10,8 @@ import os
 
 import pytest
 
-from gockpt.storage import listing
-from gockpt.storage.store import Store
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 SCENARIOS = ["first", "next", "again", "again without renameat2", "prune"]
 
@@ -86,7 +86,7 @@ def test_the_previous_checkpoint_or_the_new_one(scenario, whole, small_sample, c
 
 @pytest.mark.parametrize("whole", [True, False], ids=["syncfs", "each file"])
 def test_the_same_when_few_files_may_stay_open(whole, small_sample, checker, power, scratch, monkeypatch):
-    monkeypatch.setattr("gockpt.storage.unsynced._MOST_OPEN", 3)
+    monkeypatch.setattr("gockpt.storage.local.durability._MOST_OPEN", 3)
     look = run("next", small_sample, checker, power, scratch / "path", whole=whole)
     assert not look.violations, look.violations[:3]
     if whole:  # closed early, so only syncfs is sure to hear of a lost write: without both it must show
@@ -111,10 +111,10 @@ def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, f
         power.lay_down(tree, path)
         expected = [one.marker for one in checker.examine(tree)]
         with Store(path, fs=faults.NoWait()) as store:
-            entries = listing.list_checkpoints(path, superseded=True)
+            entries = find.list_checkpoints(path, superseded=True)
             assert len(entries) == len(expected)
             if entries:
-                with listing.open_checkpoint(path) as newest:
+                with find.open_checkpoint(path) as newest:
                     assert newest.state() == {"marker": expected[-1]}
                     assert newest.verify().ok
             published = small_sample.save(store, 7, marker=77)

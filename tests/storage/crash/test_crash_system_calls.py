@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from gockpt.storage import directory_names, listing
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 CALLS = (
     *("mkdirat", "openat", "pwrite64", "fallocate", "ftruncate", "fsync", "syncfs"),
@@ -87,16 +88,16 @@ def test_sigkill_on_entry_to_every_system_call(scenario, checker, small_sample, 
             found = checker.examine(checker.read(path))
             assert not any(one.problems for one in found), name
             assert (found[-1].marker if found else None) == expected, (name, made[place])
-            entries = {entry.name: directory_names.parse(entry.name) for entry in path.iterdir()}
+            entries = {entry.name: step_names.parse(entry.name) for entry in path.iterdir()}
             odd = [
                 one for one, known in entries.items() if known is None or known.kind not in ("step", "old")
             ]
-            odd.remove(directory_names.LOCK_FILE)
+            odd.remove(step_names.LOCK_FILE)
             # A record that says nothing yet could be anyone's: it stays until it is old.
             empty_records += len(odd)
             assert all(one.startswith(".owner-") and not (path / one).stat().st_size for one in odd)
             small_sample.save(store, 6, marker=66)
-        with listing.open_checkpoint(path) as newest:
+        with find.open_checkpoint(path) as newest:
             assert newest.state() == {"marker": 66}
             assert newest.verify().ok
     assert empty_records <= 1

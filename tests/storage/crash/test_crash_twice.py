@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 
-from gockpt.storage import directory_names
-from gockpt.storage.filesystem import CALLS
-from gockpt.storage.store import Store
+from gockpt.storage.format import step_names
+from gockpt.storage.local.filesystem import CALLS
+from gockpt.storage.local.store import Store
 
 SCENARIOS = ["first", "next", "again", "prune"]
 
@@ -82,7 +82,7 @@ def test_death_while_tidying_up_after_the_dead(scenario, stride, small_sample, c
                 seen = checker.examine(checker.read(path))
                 assert newest(seen) == before, (first, second)
                 assert not any(one.problems for one in seen)
-                kinds = {directory_names.parse(name).kind for name in os.listdir(path) if name[0] == "s"}
+                kinds = {step_names.parse(name).kind for name in os.listdir(path) if name[0] == "s"}
                 assert kinds <= {"step", "old"}
                 assert not [name for name in os.listdir(path) if name.startswith(".trash")]
             shutil.rmtree(path)

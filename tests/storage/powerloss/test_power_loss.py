@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from gockpt.storage import listing
-from gockpt.storage.filesystem import Filesystem
-from gockpt.storage.store import Store
+from gockpt.storage.local.filesystem import Filesystem
+from gockpt.storage.local.store import Store
+from gockpt.storage.read import find
 
 log = logging.getLogger(__name__)
 pytestmark = [pytest.mark.powerloss, pytest.mark.timeout(900)]
@@ -84,7 +84,7 @@ def look(scenario, sample, blank, work, disks, checker, fs, *, cuts=20, seeds=3)
                 wrong.append((position, kind, position >= durable, seen))
                 continue
             if newest is not None:
-                with listing.open_checkpoint(path) as checkpoint:
+                with find.open_checkpoint(path) as checkpoint:
                     assert checkpoint.state() == {"marker": newest}
                     assert checkpoint.verify().ok
             with Store(path) as store:

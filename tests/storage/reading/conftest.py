@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage import names, strict_json, zarr_documents
-from gockpt.storage.checksum import BLOCK, crc32c
-from gockpt.storage.entries import ArrayEntry, FileEntry
-from gockpt.storage.grid import chunk_key
-from gockpt.storage.manifest import Manifest, encode
+from gockpt.storage.format import array_paths, strict_json, zarr_metadata
+from gockpt.storage.format.checksum import BLOCK, crc32c
+from gockpt.storage.format.chunk_grid import chunk_key
+from gockpt.storage.format.manifest import Manifest, encode
+from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,7 @@ def write_checkpoint(
     """Write one complete checkpoint, file by file, the manifest last and perhaps distorted."""
     root = parent / (directory or f"step-{step:010d}")
     root.mkdir(parents=True)
-    paths = names.escape_all(arrays)
+    paths = array_paths.escape_all(arrays)
     texts, entries, values, blocks, dtypes = {}, [], {}, bytearray(), []
     for number, (name, (shape, dtype)) in enumerate(arrays.items()):
         spec = ArraySpec(name, shape, dtype)
@@ -84,7 +84,7 @@ def write_checkpoint(
         chunk = (rows, *(max(1, n) for n in shape[1:])) if shape else ()
         folder = root / paths[name]
         folder.mkdir(parents=True)
-        texts[paths[name]] = text = zarr_documents.dump(zarr_documents.array_document(spec, chunk))
+        texts[paths[name]] = text = zarr_metadata.dump(zarr_metadata.array_document(spec, chunk))
         (folder / "zarr.json").write_bytes(text)
         meta = FileEntry(f"{paths[name]}/zarr.json", len(text), crc32c(text))
         entries.append(ArrayEntry(spec, paths[name], chunk, meta))
@@ -96,9 +96,9 @@ def write_checkpoint(
             for at in range(0, len(real), BLOCK):
                 blocks += crc32c(real[at : at + BLOCK]).to_bytes(4, "little")
     groups = ["/".join(paths[name].split("/")[:depth]) for name in paths for depth in range(1, len(name))]
-    metadata = zarr_documents.consolidated(groups=sorted(set(groups)), arrays=texts, dtypes=dtypes)
-    files = {f"{group}/zarr.json": zarr_documents.dump(zarr_documents.group_document()) for group in groups}
-    files["zarr.json"] = zarr_documents.root(attributes or {}, metadata)
+    metadata = zarr_metadata.consolidated(groups=sorted(set(groups)), arrays=texts, dtypes=dtypes)
+    files = {f"{group}/zarr.json": zarr_metadata.dump(zarr_metadata.group_document()) for group in groups}
+    files["zarr.json"] = zarr_metadata.root(attributes or {}, metadata)
     files["state.json"] = strict_json.dumps(state or {}, what="state.json", depth=strict_json.STATE_DEPTH)
     files["blocks.crc32c"] = bytes(blocks)
     for path, text in files.items():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gockpt.errors import ChunkCorrupt, ManifestCorrupt, NotACheckpoint
-from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.read.find import open_checkpoint
 
 ARRAYS = {
     ("model", "w"): ((5, 3), "float32"),

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from gockpt.boxes import Box
 from gockpt.errors import ChunkCorrupt, ManifestCorrupt
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage.checksum import BLOCK, crc32c, crc32c_blocks
-from gockpt.storage.codecs import CODECS, Coded, decode, encode, most_nbytes
-from gockpt.storage.compression import Compression
-from gockpt.storage.entries import FileEntry
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.manifest import encode as encode_manifest
-from gockpt.storage.manifest import parse
-from gockpt.storage.store import Store
+from gockpt.storage.format.checksum import BLOCK, crc32c, crc32c_blocks
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.format.codecs import CODECS, Coded, decode, encode, most_nbytes
+from gockpt.storage.format.manifest import encode as encode_manifest
+from gockpt.storage.format.manifest import parse
+from gockpt.storage.format.manifest_entries import FileEntry
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.store import Store
+from gockpt.storage.read.find import open_checkpoint
 
 
 def publish(path, codec, arrays):
@@ -105,7 +105,7 @@ def test_a_flipped_bit_is_found_before_anything_is_decoded(tmp_path, monkeypatch
     stored = bytearray(file.read_bytes())
     stored[where] ^= 4
     file.write_bytes(stored)
-    monkeypatch.setattr("gockpt.storage.encoded.decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("gockpt.storage.read.decode.decode", lambda *_, **__: pytest.fail("decoded"))
     with open_checkpoint(published.path) as checkpoint:
         with pytest.raises(ChunkCorrupt, match="model/x/c.0"):
             checkpoint.read_into("model/x", Box((7,), (1,)), np.empty(1, np.uint8))
@@ -313,7 +313,7 @@ def test_a_forked_child_encodes_and_decodes():
     """Threads of a codec that stayed behind in the parent would be waited for in vain."""
     code = (
         "import os, numpy as np\n"
-        "from gockpt.storage.codecs import CODECS, decode, encode\n"
+        "from gockpt.storage.format.codecs import CODECS, decode, encode\n"
         "data = np.arange(1 << 22, dtype=np.uint32).view(np.uint8)\n"
         "def both_ways():\n"
         "    for codec in CODECS:\n"

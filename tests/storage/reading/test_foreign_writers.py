@@ -19,13 +19,13 @@ import zarr
 from gockpt.boxes import Box
 from gockpt.errors import ChunkCorrupt
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage import names, strict_json, zarr_documents
-from gockpt.storage.checksum import BLOCK, crc32c
-from gockpt.storage.entries import ArrayEntry, FileEntry
-from gockpt.storage.grid import chunk_key
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.manifest import Manifest, encode
-from gockpt.storage.zarr_dtypes import register_zarr
+from gockpt.storage.format import array_paths, strict_json, zarr_metadata
+from gockpt.storage.format.checksum import BLOCK, crc32c
+from gockpt.storage.format.chunk_grid import chunk_key
+from gockpt.storage.format.manifest import Manifest, encode
+from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
+from gockpt.storage.format.zarr_dtypes import register_zarr
+from gockpt.storage.read.find import open_checkpoint
 
 SHAPES = {
     "rows": ((7, 3), (3, 3)),
@@ -79,9 +79,7 @@ def write_tensorstore(path, data, chunk, *, empty_chunks=True):
                 "data_type": name,
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-                "fill_value": zarr_documents.array_document(ArraySpec(("x",), (1,), name), (1,))[
-                    "fill_value"
-                ],
+                "fill_value": zarr_metadata.array_document(ArraySpec(("x",), (1,), name), (1,))["fill_value"],
                 "codecs": [{"name": "bytes"} | little, {"name": "crc32c"}],
             },
             "store_data_equal_to_fill_value": empty_chunks,
@@ -109,7 +107,7 @@ def entry_of(root, path, name):
 
 def adopt(root, arrays):
     """Make a checkpoint of a directory with arrays, ``{name: (shape, dtype, chunk)}``, as they are."""
-    paths = names.escape_all(arrays)
+    paths = array_paths.escape_all(arrays)
     entries, blocks = [], bytearray()
     for name, (shape, dtype, chunk) in arrays.items():
         spec = ArraySpec(name, shape, dtype)
@@ -126,11 +124,11 @@ def adopt(root, arrays):
     groups = sorted(
         {"/".join(path.split("/")[:n]) for path in paths.values() for n in range(1, path.count("/") + 1)}
     )
-    files = {f"{group}/zarr.json": zarr_documents.dump(zarr_documents.group_document()) for group in groups}
-    metadata = zarr_documents.consolidated(
+    files = {f"{group}/zarr.json": zarr_metadata.dump(zarr_metadata.group_document()) for group in groups}
+    metadata = zarr_metadata.consolidated(
         groups=groups, arrays=texts, dtypes=[dtype for _, dtype, _ in arrays.values()]
     )
-    files["zarr.json"] = zarr_documents.root({"by": "others"}, metadata)
+    files["zarr.json"] = zarr_metadata.root({"by": "others"}, metadata)
     files["state.json"] = strict_json.dumps({"a": 1}, what="state.json")
     files["blocks.crc32c"] = bytes(blocks)
     for path, data in files.items():

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from gockpt.boxes import Box
 from gockpt.errors import CheckpointCorrupt, GockptError, NotACheckpoint
 from gockpt.schema import DTYPES
-from gockpt.storage import strict_json
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.listing import damaged_checkpoints, list_checkpoints, open_checkpoint
+from gockpt.storage.format import strict_json
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.read.find import damaged_checkpoints, list_checkpoints, open_checkpoint
 
 ARRAYS = {
     ("model", "w"): ((5, 3), "float32"),

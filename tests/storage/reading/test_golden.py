@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gockpt import errors
-from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.read.find import open_checkpoint
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -16,9 +16,9 @@ import pytest
 from gockpt.boxes import Box
 from gockpt.errors import CheckpointCorrupt, ChunkCorrupt, GockptError, ManifestCorrupt
 from gockpt.schema import ArraySpec
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.entries import ArrayEntry, FileEntry
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 
 ARRAYS = {("model", "w"): ((8, 4), "float32"), ("s",): ((), "int64")}
 
@@ -293,7 +293,7 @@ def test_nothing_outside_is_ever_opened(written, monkeypatch):
         return real(path, flags, mode, dir_fd=dir_fd)
 
     with open_checkpoint(written.path) as checkpoint:
-        monkeypatch.setattr("gockpt.storage.safe_open.open_at_once", lambda *_: None)
+        monkeypatch.setattr("gockpt.storage.read.safe_open.open_at_once", lambda *_: None)
         monkeypatch.setattr(os, "open", spy)
         checkpoint.read_into("model/w", None, np.empty(128, np.uint8))
         assert checkpoint.verify().ok

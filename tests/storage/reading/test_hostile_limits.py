@@ -12,8 +12,8 @@ import pytest
 
 from gockpt.boxes import Box
 from gockpt.errors import CheckpointNotFound, ChunkCorrupt, ManifestCorrupt, NotACheckpoint
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 
 ARRAYS = {("model", "w"): ((8, 4), "float32"), ("s",): ((), "int64")}
 
@@ -21,7 +21,7 @@ ARRAYS = {("model", "w"): ((8, 4), "float32"), ("s",): ((), "int64")}
 READER = """
 import re, resource, sys
 from gockpt.errors import GockptError
-from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.read.find import open_checkpoint
 with open("/proc/self/status") as file:
     now = int(re.search(r"VmSize:\\s*(\\d+)", file.read())[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (now + (300 << 20),) * 2)

@@ -17,11 +17,11 @@ import zarr
 
 from gockpt.boxes import Box
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage.compression import Compression
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.store import Store
-from gockpt.storage.zarr_dtypes import register_zarr
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.format.zarr_dtypes import register_zarr
+from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.store import Store
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 
 CORE = [name for name, dtype in DTYPES.items() if dtype.core]
 EXTENSIONS = [name for name, dtype in DTYPES.items() if not dtype.core]

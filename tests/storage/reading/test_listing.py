@@ -18,16 +18,16 @@ from gockpt.errors import (
     ManifestCorrupt,
     NotACheckpoint,
 )
-from gockpt.storage import listing
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.listing import (
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.read import find
+from gockpt.storage.read.find import (
     CheckpointEntry,
     damaged_checkpoints,
     latest_step,
     list_checkpoints,
     open_checkpoint,
 )
-from gockpt.storage.pruned import is_gone
+from gockpt.storage.read.pruned import is_gone
 
 ARRAYS = {("a",): ((4, 3), "float32"), ("b",): ((), "int64")}
 
@@ -218,7 +218,7 @@ def test_a_linked_step_is_not_followed(save, tmp_path):
 @pytest.mark.parametrize("when", [1, 2])
 def test_pruned_between_looking_and_opening_means_looking_again(save, tmp_path, monkeypatch, when):
     first = save(1, 1)
-    real = listing._open_child
+    real = find._open_child
     calls = []
 
     def open_child(directory, path, name):
@@ -228,7 +228,7 @@ def test_pruned_between_looking_and_opening_means_looking_again(save, tmp_path, 
             shutil.rmtree(first.path)
         return real(directory, path, name)
 
-    monkeypatch.setattr(listing, "_open_child", open_child)
+    monkeypatch.setattr(find, "_open_child", open_child)
     assert opened(tmp_path / "ckpts") == (2, 2)
     assert calls == ["step-0000000001"] * when + ["step-0000000002"] * 2
 
@@ -312,14 +312,14 @@ def test_where_the_parent_cannot_be_listed_only_a_removed_directory_counts_as_go
 def test_an_unreadable_checkpoint_is_not_silently_passed_over(save, tmp_path, monkeypatch):
     save(1, 1)
     save(2, 2)
-    real = listing.manifest_bytes
+    real = find.manifest_bytes
 
     def manifest_bytes(directory, path):
         if path.endswith("2"):
             raise PermissionError(13, "Permission denied", path)
         return real(directory, path)
 
-    monkeypatch.setattr(listing, "manifest_bytes", manifest_bytes)
+    monkeypatch.setattr(find, "manifest_bytes", manifest_bytes)
     with pytest.raises(PermissionError):
         open_checkpoint(tmp_path / "ckpts")
     assert opened(tmp_path / "ckpts", 1) == (1, 1)
@@ -362,8 +362,8 @@ def test_opening_the_newest_reads_one_manifest_to_its_end(save, tmp_path, monkey
     for n in range(1, 6):
         save(n, n)
     read = []
-    real = listing.parse
-    monkeypatch.setattr(listing, "parse", lambda data, where: read.append(where) or real(data, where=where))
+    real = find.parse
+    monkeypatch.setattr(find, "parse", lambda data, where: read.append(where) or real(data, where=where))
     path = tmp_path / "ckpts"
     assert opened(path) == (5, 5)
     assert latest_step(path) == list_checkpoints(path)[-1].step

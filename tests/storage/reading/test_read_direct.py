@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from gockpt.boxes import Box
 from gockpt.errors import CheckpointCorrupt, ChunkCorrupt
-from gockpt.storage.direct import DIRECT_FROM, DirectFile, ReadCalls
-from gockpt.storage.folder import LocalFolder
-from gockpt.storage.reader import StoredCheckpoint, Wanted, read_manifest
-from gockpt.storage.safe_open import open_regular
-from gockpt.storage.scratch import PIECE, Scratch
+from gockpt.storage.read.checkpoint import StoredCheckpoint, Wanted, read_manifest
+from gockpt.storage.read.direct_io import DIRECT_FROM, DirectFile, ReadCalls
+from gockpt.storage.read.local_location import LocalFolder
+from gockpt.storage.read.safe_open import open_regular
+from gockpt.storage.read.scratch import PIECE, Scratch
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from gockpt.boxes import Box
 from gockpt.errors import ChunkCorrupt, GockptError, TensorNotFound, UsageError
-from gockpt.storage import fetch, reader
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.scratch import Scratch
+from gockpt.storage.read import checkpoint as stored
+from gockpt.storage.read import read_execute
+from gockpt.storage.read.find import open_checkpoint
+from gockpt.storage.read.scratch import Scratch
 
 
 def read(checkpoint, name, box=None, **options):
@@ -224,7 +225,7 @@ def test_bounce_memory_is_bounded(large, monkeypatch):
     monkeypatch.setattr(Scratch, "take", lambda self, n, *at: sizes.append(n) or real(self, n, *at))
     with open_checkpoint(large.path) as checkpoint:
         read(checkpoint, "rows", Box((0, 1), (5120, 1000)))
-        assert max(sizes) <= fetch.PIECE
+        assert max(sizes) <= read_execute.PIECE
         sizes.clear()
         read(checkpoint, "rows", Box((1, 0), (5118, 1024)))
         assert max(sizes) < 2 * MIB  # only the ends of whole rows
@@ -245,8 +246,8 @@ def test_after_an_error_the_other_threads_stop(large, monkeypatch):
         assert cleared.wait(10), "the first thread, which the caller waits for, was not told"
         return 0
 
-    monkeypatch.setattr(fetch, "deque", Jobs)
-    monkeypatch.setattr(fetch, "_read", fail_second)
+    monkeypatch.setattr(read_execute, "deque", Jobs)
+    monkeypatch.setattr(read_execute, "_read", fail_second)
     with (
         open_checkpoint(large.path, threads=2) as checkpoint,
         pytest.raises(ChunkCorrupt, match="the second"),
@@ -263,4 +264,4 @@ def test_no_descriptor_is_left_open(large):
         with pytest.raises(ChunkCorrupt):
             read(checkpoint, "wide")
     assert set(os.listdir("/proc/self/fd")) == before
-    assert reader.MAX_GAP < fetch.PIECE
+    assert stored.MAX_GAP < read_execute.PIECE

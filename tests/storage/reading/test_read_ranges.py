@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gockpt.boxes import Box
 from gockpt.schema import ArraySpec
-from gockpt.storage.ranges import ByteRange, Grid, plan_reads, scatter
+from gockpt.storage.read.read_plan import ByteRange, Grid, plan_reads, scatter
 
 DTYPE_OF = {1: "uint8", 2: "int16", 4: "float32", 8: "int64", 16: "complex128"}
 

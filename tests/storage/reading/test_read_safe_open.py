@@ -9,9 +9,9 @@ import socket
 import pytest
 
 from gockpt.errors import CheckpointCorrupt
-from gockpt.storage import safe_open
-from gockpt.storage.folder import LocalFolder, read_small
-from gockpt.storage.safe_open import open_below, open_directory, open_regular
+from gockpt.storage.read import safe_open
+from gockpt.storage.read.local_location import LocalFolder, read_small
+from gockpt.storage.read.safe_open import open_below, open_directory, open_regular
 
 
 @pytest.fixture(params=["openat2", "step by step"])

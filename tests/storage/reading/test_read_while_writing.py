@@ -10,9 +10,9 @@ import pytest
 
 from gockpt.errors import CheckpointNotFound, CheckpointPruned
 from gockpt.schema import ArraySpec
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.listing import list_checkpoints, open_checkpoint
-from gockpt.storage.store import Store
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.local.store import Store
+from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 
 LAYOUTS = [chunked_layout(ArraySpec((name,), (6, 4), "int64"), (4, 4)) for name in ("a", "b")]
 NBYTES = 6 * 4 * 8

@@ -17,8 +17,8 @@ from packaging.version import Version
 from zarr.dtype import data_type_registry, parse_dtype
 
 from gockpt.schema import DTYPES
-from gockpt.storage import zarr_dtypes
-from gockpt.storage.zarr_dtypes import register_zarr
+from gockpt.storage.format import zarr_dtypes
+from gockpt.storage.format.zarr_dtypes import register_zarr
 
 EXTENSIONS = [name for name, dtype in DTYPES.items() if not dtype.core]
 
@@ -143,7 +143,7 @@ def test_without_ml_dtypes_everything_else_still_works(tmp_path):
     code = (
         "sys.modules['ml_dtypes'] = None\n"
         "import zarr\n"
-        "from gockpt.storage.zarr_dtypes import register_zarr\n"
+        "from gockpt.storage.format.zarr_dtypes import register_zarr\n"
         "register_zarr()\n"
         "assert zarr.open_array(sys.argv[1] + '/f')[...].tolist() == [1.0, 1.0]\n"
         "try:\n"

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from gockpt.storage.checksum import crc32c
-from gockpt.storage.listing import open_checkpoint
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.read.find import open_checkpoint
 
 ARRAYS = {
     ("model", "w"): ((5, 3), "float32"),
@@ -148,7 +148,7 @@ def test_what_stands_in_place_of_a_file_of_ours_is_damage(file, instead, written
 
 
 def test_countless_files_of_others_are_counted(written, monkeypatch):
-    monkeypatch.setattr("gockpt.storage.verify.MAX_PROBLEMS", 5)
+    monkeypatch.setattr("gockpt.storage.read.verify.MAX_PROBLEMS", 5)
     for number in range(12):
         (written.path / f"stray-{number:02}").touch()
     report = verify(written.path)
@@ -294,7 +294,7 @@ def test_of_countless_problems_a_thousand_are_named_and_the_rest_counted(write, 
     shutil.rmtree(path / "model" / "w")
     whole = verify(path, 3)
     assert (whole.ok, len(whole.problems), whole.more) == (False, 302, 0)  # its directory and its document
-    monkeypatch.setattr("gockpt.storage.verify.MAX_PROBLEMS", 100)
+    monkeypatch.setattr("gockpt.storage.read.verify.MAX_PROBLEMS", 100)
     report = verify(path, 3)
     assert (report.ok, len(report.problems), report.more) == (False, 100, 202)
     assert set(report.problems) < set(whole.problems)

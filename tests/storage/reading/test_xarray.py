@@ -10,11 +10,11 @@ import pytest
 import xarray
 
 from gockpt.schema import DTYPES, ArraySpec
-from gockpt.storage import zarr_documents
-from gockpt.storage.grid import chunked_layout
-from gockpt.storage.listing import open_checkpoint
-from gockpt.storage.store import Store
-from gockpt.storage.zarr_dtypes import register_zarr
+from gockpt.storage.format import zarr_metadata
+from gockpt.storage.format.chunk_grid import chunked_layout
+from gockpt.storage.format.zarr_dtypes import register_zarr
+from gockpt.storage.local.store import Store
+from gockpt.storage.read.find import open_checkpoint
 
 CORE = {
     # Of one length in one place and of another in another, square, alike, 0-d, without elements.
@@ -116,7 +116,7 @@ def test_xarray_reads_extension_types_once_they_are_registered(tmp_path):
 @pytest.mark.parametrize("names", [None, "absent"])
 def test_a_checkpoint_whose_dimensions_have_no_names_is_whole(tmp_path, monkeypatch, names):
     """Such as those that were written before dimensions had names."""
-    array_document = zarr_documents.array_document
+    array_document = zarr_metadata.array_document
 
     def without(*args):
         document = array_document(*args)
@@ -124,17 +124,17 @@ def test_a_checkpoint_whose_dimensions_have_no_names_is_whole(tmp_path, monkeypa
         return document if names == "absent" else {**document, "dimension_names": None}
 
     with monkeypatch.context() as patch:
-        patch.setattr(zarr_documents, "array_document", without)
+        patch.setattr(zarr_metadata, "array_document", without)
         path, _ = publish(tmp_path, CORE)
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.verify().ok
 
 
 def test_other_names_than_those_of_the_format_are_damage(tmp_path, monkeypatch):
-    array_document = zarr_documents.array_document
+    array_document = zarr_metadata.array_document
     with monkeypatch.context() as patch:
         patch.setattr(
-            zarr_documents,
+            zarr_metadata,
             "array_document",
             lambda *args: {**array_document(*args), "dimension_names": ["x"] * len(args[0].shape)},
         )

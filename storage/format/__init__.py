@@ -1,0 +1,1 @@
+"""The format on disk: manifest, Zarr documents, names, checksums and codecs."""

@@ -1,0 +1,458 @@
+"""The manifest: what a checkpoint consists of, and the mark that it is complete.
+
+Promise: :func:`parse` accepts exactly what :func:`encode` writes. Every number it returns is in range,
+every size follows from shapes and chunks or is bounded by them, every path is the one its name leads to and
+lies inside the checkpoint, and the names are distinct; whoever wrote the bytes. Readers trust nothing else.
+
+File ``gockpt.json``: one line with a JSON object, one line ``{"crc32c": "xxxxxxxx"}`` with the checksum of
+the first line, its newline included. Format version 1 knows raw chunks only. A checkpoint with an encoded
+array, and no other, is of version 2: a reader of version 1 then says that it is too old, not that the
+checkpoint is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from gockpt.errors import ManifestCorrupt, UsageError
+from gockpt.nonfinite import nonfinite_of
+from gockpt.runs import Run, ancestors_of
+from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
+from gockpt.storage.format import array_paths, checksum, json_fields, strict_json
+from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
+from gockpt.storage.format.json_fields import Broken, expect
+from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from gockpt.runs import Ancestor
+
+__all__ = [
+    "BLOCKS_FILE",
+    "FORMAT",
+    "GROUP_FILE",
+    "MANIFEST_FILE",
+    "STATE_FILE",
+    "VERSION",
+    "Identity",
+    "Manifest",
+    "encode",
+    "encode_arrays",
+    "expected_files",
+    "finite_of",
+    "glance",
+    "identify",
+    "identity_of",
+    "metrics_of",
+    "parse",
+    "run_of",
+]
+
+FORMAT = "gockpt"
+VERSION = 2
+"""The newest version; written only where something of it is used."""
+MANIFEST_FILE = "gockpt.json"
+STATE_FILE = "state.json"
+BLOCKS_FILE = "blocks.crc32c"
+GROUP_FILE = "zarr.json"
+"""Every array and group directory has one; the root's too."""
+
+MAX_ARRAYS = 10**6
+MAX_CHUNKS = 4 * 10**6
+
+_TOP_KEYS = (
+    *("format", "version", "step", "seq", "attempt", "run", "parent", "exact", "created", "writer"),
+    *("attributes", "arrays", "files"),
+)
+_ARRAY_KEYS = ("name", "path", "shape", "dtype", "chunk", "meta")
+_CODED_KEYS = ("codec", "stored")
+_CHECK_LINE = re.compile(rb'\{"crc32c": "([0-9a-f]{8})"\}\n')
+# How every manifest begins that encode() wrote, up to what glance() is after.
+_HEAD = re.compile(
+    rb'\{"format":"%s","version":[1-%d],"step":(0|[1-9][0-9]{0,17}),"seq":(0|[1-9][0-9]{0,17}),'
+    rb'"attempt":"([0-9a-f]{8,64})",' % (FORMAT.encode(), VERSION)
+)
+_CHECK_LINE_NBYTES = len(b'{"crc32c": "00000000"}\n')
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that is known about one complete checkpoint without reading its data.
+
+    Attributes:
+        step: The user's step.
+        seq: Which publication in this path it was; the highest is the newest.
+        attempt: Hexadecimal, unique to this try of writing the step.
+        run: Hexadecimal, the training run's id: a load carries it on.
+        parent: ``seq`` of the checkpoint that the run continued from, if known.
+        exact: Whether every bit equals a blocking save's.
+        created: ISO 8601 time with offset.
+        writer: Who wrote it: ``{"gockpt": version}``.
+        attributes: The root group's attributes.
+        arrays: In the order of the block checksums.
+        files: Group documents, state document, block checksums.
+    """
+
+    step: int
+    seq: int
+    attempt: str
+    run: str
+    parent: int | None
+    exact: bool
+    created: str
+    writer: Mapping[str, str]
+    attributes: Mapping[str, Any]
+    arrays: tuple[ArrayEntry, ...]
+    files: tuple[FileEntry, ...]
+
+    def file(self, path: str) -> FileEntry:
+        """Return the entry of one of the non-array files, by path."""
+        return next(entry for entry in self.files if entry.path == path)
+
+    def first_blocks(self) -> tuple[int, ...]:
+        """Return where each array's entries begin in the block checksums, and the total at the end."""
+        return tuple(accumulate((entry.block_count for entry in self.arrays), initial=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which checkpoint it is: what :func:`identify` reads.
+
+    Attributes:
+        step: The user's step.
+        seq: Which publication in its path it was.
+        attempt: Unique to this writing of the step.
+        metrics: Numbers among its extras, by name; not part of which checkpoint it is.
+        finite: Whether parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
+        run: The training run's id; not part of it either.
+        ancestors: Runs that it descends from; ``None`` if an older gockpt wrote it.
+    """
+
+    step: int
+    seq: int
+    attempt: str
+    metrics: Mapping[str, float] = field(default_factory=dict, compare=False)
+    finite: bool | None = field(default=None, compare=False)
+    run: str = field(default="", compare=False)
+    ancestors: tuple[Ancestor, ...] | None = field(default=None, compare=False)
+
+
+def finite_of(attributes: Any) -> bool | None:
+    """Return whether attributes say that parameters and optimizer state are finite; ``None`` if nothing."""
+    found = nonfinite_of(attributes)
+    return None if found is None else found.finite
+
+
+def metrics_of(attributes: Any) -> dict[str, float]:
+    """Return the numbers among a checkpoint's extras, as the root group's attributes list them.
+
+    What isn't a finite number there is left out: attributes are anybody's.
+    """
+    own = attributes.get(FORMAT) if isinstance(attributes, dict) else None
+    metrics = own.get("metrics") if isinstance(own, dict) else None
+    if not isinstance(metrics, dict):
+        return {}
+    return {name: value for name, value in metrics.items() if type(value) in (int, float) and _fits(value)}
+
+
+def _fits(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def expected_files(paths: Mapping[tuple[str, ...], str]) -> list[str]:
+    """Return the paths of every non-array file but the manifest, for the escaped paths of all arrays."""
+    directories = {""}
+    for path in paths.values():
+        parts = path.split("/")[:-1]
+        directories.update(f"{'/'.join(parts[:depth])}/" for depth in range(1, len(parts) + 1))
+    return [*(f"{directory}{GROUP_FILE}" for directory in sorted(directories)), STATE_FILE, BLOCKS_FILE]
+
+
+def encode(manifest: Manifest, arrays: bytes | None = None) -> bytes:
+    """Return the bytes of ``gockpt.json``.
+
+    Args:
+        manifest: What it says.
+        arrays: What :func:`encode_arrays` returned for its arrays, where that is known.
+
+    Raises:
+        UnsupportedState: If attributes or names have no exact form as JSON.
+    """
+    document = {
+        "format": FORMAT,
+        "version": _version(manifest.arrays),
+        "step": manifest.step,
+        "seq": manifest.seq,
+        "attempt": manifest.attempt,
+        "run": manifest.run,
+        "parent": manifest.parent,
+        "exact": manifest.exact,
+        "created": manifest.created,
+        "writer": dict(manifest.writer),
+        "attributes": dict(manifest.attributes),
+    }
+    files = [
+        {"path": entry.path, "size": entry.size, "crc32c": f"{entry.crc32c:08x}"} for entry in manifest.files
+    ]
+    head = strict_json.dumps(document, what=MANIFEST_FILE, foreign=document["attributes"])[:-1]
+    text = encode_arrays(manifest.arrays) if arrays is None else arrays
+    line = head + b',"arrays":' + text + b',"files":' + _dump(files) + b"}\n"
+    strict_json.of_size(line, what=MANIFEST_FILE)
+    return line + json.dumps({"crc32c": f"{checksum.crc32c(line):08x}"}).encode() + b"\n"
+
+
+def encode_arrays(entries: Sequence[ArrayEntry]) -> bytes:
+    """Return what a manifest says of its arrays, as JSON: the same for all checkpoints of them, raw."""
+    return _dump([_array_object(entry) for entry in entries])
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _version(arrays: Sequence[ArrayEntry]) -> int:
+    return VERSION if any(entry.coded is not None for entry in arrays) else 1
+
+
+def _array_object(entry: ArrayEntry) -> dict[str, Any]:
+    array = {
+        "name": entry.spec.name,
+        "path": entry.path,
+        "shape": entry.spec.shape,
+        "dtype": entry.spec.dtype,
+        "chunk": entry.chunk_shape,
+        "meta": {"size": entry.meta.size, "crc32c": f"{entry.meta.crc32c:08x}"},
+    }
+    if entry.coded is not None:
+        array.update(codec=entry.coded.codec, stored=entry.coded.nbytes)
+    return array
+
+
+def parse(data: bytes, *, where: str) -> Manifest:
+    """Return the manifest that ``data``, the bytes of a ``gockpt.json``, stands for.
+
+    Args:
+        data: The whole file.
+        where: Its path, for messages.
+
+    Raises:
+        ManifestCorrupt: If a byte differs from what was written, or what was written breaks a rule.
+    """
+    document = strict_json.loads(_line(data, where), what=where)
+    try:
+        return _manifest(document)
+    except (Broken, UsageError) as error:
+        msg = f"{where}: {error}"
+        raise ManifestCorrupt(msg) from error
+
+
+def identify(data: bytes, *, where: str) -> Identity:
+    """Return which checkpoint an undamaged manifest is of, without looking at its arrays.
+
+    Raises:
+        ManifestCorrupt: As for :func:`parse`, as far as it looks.
+    """
+    document = strict_json.loads(_line(data, where), what=where)
+    try:
+        _expect_readable(document)
+        return Identity(
+            step=json_fields.integer(document.get("step"), "step"),
+            seq=json_fields.integer(document.get("seq"), "seq"),
+            attempt=json_fields.identifier(document.get("attempt"), "attempt"),
+            metrics=metrics_of(document.get("attributes")),
+            finite=finite_of(document.get("attributes")),
+            run=json_fields.identifier(document.get("run"), "run"),
+            ancestors=ancestors_of(document.get("attributes")),
+        )
+    except Broken as error:
+        msg = f"{where}: {error}"
+        raise ManifestCorrupt(msg) from error
+
+
+def run_of(manifest: Manifest) -> Run:
+    """Return the run that a checkpoint is of."""
+    return Run(manifest.run, ancestors_of(manifest.attributes) or ())
+
+
+def identity_of(content: Manifest) -> Identity:
+    """Return which checkpoint a manifest is of."""
+    return Identity(
+        step=content.step,
+        seq=content.seq,
+        attempt=content.attempt,
+        metrics=metrics_of(content.attributes),
+        finite=finite_of(content.attributes),
+        run=content.run,
+        ancestors=ancestors_of(content.attributes),
+    )
+
+
+def glance(data: bytes, *, where: str) -> Identity:
+    """Return which checkpoint a manifest that agrees with its checksum says it is of.
+
+    It takes a hundredth of the time of :func:`identify`, with which it agrees where that raises nothing:
+    what :func:`encode` wrote is not parsed, but compared with its checksum.
+
+    Raises:
+        ManifestCorrupt: If a byte differs from what was written, or it doesn't say.
+    """
+    head = _HEAD.match(_line(data, where))
+    if head is None:
+        return identify(data, where=where)
+    return Identity(step=int(head[1]), seq=int(head[2]), attempt=head[3].decode("ascii"))
+
+
+def _line(data: bytes, where: str) -> bytes:
+    """Return the one line that is not the checksum, which must agree with it."""
+    match = _CHECK_LINE.fullmatch(data[-_CHECK_LINE_NBYTES:])
+    if not match:
+        msg = f"{where} doesn't end with its checksum: it is cut off, or no manifest"
+        raise ManifestCorrupt(msg)
+    line = data[:-_CHECK_LINE_NBYTES]
+    found = checksum.crc32c(line)
+    if found != int(match[1], 16):
+        msg = f"{where} is damaged: its checksum is {found:08x} instead of {match[1].decode()}"
+        raise ManifestCorrupt(msg)
+    if line.find(b"\n") != len(line) - 1:
+        msg = f"{where} has not exactly one line before its checksum"
+        raise ManifestCorrupt(msg)
+    return line
+
+
+def _expect_readable(document: Any) -> None:
+    expect(type(document) is dict and document.get("format") == FORMAT, "it is no gockpt manifest")
+    version = json_fields.integer(document.get("version"), "the format version")
+    if not 1 <= version <= VERSION:
+        msg = f"format version {version} is unknown (this gockpt reads up to {VERSION}); upgrade gockpt"
+        raise Broken(msg)
+
+
+def _integers(value: Any, which: str, what: str) -> tuple[int, ...]:
+    """Return the numbers of a shape; words for what is wrong are only made when something is."""
+    numbers = json_fields.items(value, what, MAX_NDIM)
+    for n in numbers:
+        if type(n) is not int or not 0 <= n <= json_fields.MAX_INTEGER:
+            json_fields.integer(n, f"a {which} of {what}")
+    return tuple(numbers)
+
+
+def _array(value: Any) -> ArrayEntry:
+    is_coded = type(value) is dict and _CODED_KEYS[0] in value
+    keys = _ARRAY_KEYS + _CODED_KEYS if is_coded else _ARRAY_KEYS
+    name, path, shape, dtype, chunk, meta, *coded = json_fields.fields(value, "an array", keys)
+    parts = json_fields.items(name, "a name", array_paths.MAX_COMPONENTS)
+    components = tuple(json_fields.text(part, "a component of a name") for part in parts)
+    what = f"the array {'/'.join(components)!r}"
+    extents = _integers(shape, "shape", what)
+    pieces = _integers(chunk, "chunk", what)
+    expect(
+        json_fields.text(dtype, f"the dtype of {what}") in DTYPES, f"{what} has the unknown dtype {dtype!r}"
+    )
+    spec = ArraySpec(components, extents, dtype)
+    # Empty dimensions count as one here: readers multiply the others in 64 bits.
+    whole = tuple(max(1, n) for n in extents)
+    expect(math.prod(whole) * spec.itemsize <= json_fields.MAX_INTEGER, f"{what} is larger than 2**63 bytes")
+    if (
+        len(pieces) != len(whole)
+        or pieces[1:] != whole[1:]
+        or not all(1 <= n <= whole[0] for n in pieces[:1])
+    ):
+        msg = f"{what} of shape {list(extents)} can't have chunks of shape {list(pieces)}"
+        raise Broken(msg)
+    size, crc = json_fields.fields(meta, f"the meta of {what}", ("size", "crc32c"))
+    directory = json_fields.text(path, f"the path of {what}")
+    document = FileEntry(
+        path=f"{directory}/{GROUP_FILE}",
+        size=json_fields.integer(size, f"the meta size of {what}"),
+        crc32c=json_fields.crc(crc, f"the meta crc32c of {what}"),
+    )
+    entry = ArrayEntry(spec, directory, pieces, document)
+    return replace(entry, coded=_coded(entry, *coded, what=what)) if coded else entry
+
+
+def _coded(entry: ArrayEntry, codec: Any, stored: Any, *, what: str) -> Coded:
+    """Return how the chunks of a raw ``entry`` are encoded: to no more than they could ever get."""
+    expect(
+        json_fields.text(codec, f"the codec of {what}") in CODECS, f"{what} has the unknown codec {codec!r}"
+    )
+    sizes = tuple(
+        json_fields.integer(n, f"a stored length of {what}")
+        for n in json_fields.items(stored, what, MAX_CHUNKS)
+    )
+    whole, limit = entry.chunk_nbytes, most_nbytes(entry.chunk_nbytes)
+    expect(whole <= MAX_CHUNK_NBYTES, f"{what} has chunks of {whole} bytes, too large to be encoded")
+    expect(
+        len(sizes) == entry.chunks > 0, f"{what} has {len(sizes)} stored lengths for {entry.chunks} chunks"
+    )
+    for size in sizes:
+        expect(1 <= size <= limit, f"{what} has a chunk of {whole} bytes encoded to {size}")
+    return Coded(codec, sizes)
+
+
+def _file(value: Any) -> FileEntry:
+    path, size, crc = json_fields.fields(value, "a file", ("path", "size", "crc32c"))
+    name = json_fields.text(path, "the path of a file")
+    return FileEntry(
+        name,
+        json_fields.integer(size, f"the size of {name!r}"),
+        json_fields.crc(crc, f"the crc32c of {name!r}"),
+    )
+
+
+def _check_set(arrays: Sequence[ArrayEntry], files: Sequence[FileEntry]) -> None:
+    array_paths.check_names(entry.spec.name for entry in arrays)
+    paths = array_paths.escape_all(entry.spec.name for entry in arrays)
+    for entry in arrays:
+        path = paths[entry.spec.name]
+        expect(entry.path == path, f"{entry.spec.public_name!r} is at {entry.path!r} instead of {path!r}")
+    found, expected = sorted(entry.path for entry in files), sorted(expected_files(paths))
+    if found != expected:
+        odd = sorted(set(found) ^ set(expected))[:8]
+        msg = f"the files it lists are not the ones its arrays need: {odd or 'one comes twice'}"
+        raise Broken(msg)
+    chunks = sum(entry.chunks for entry in arrays)
+    expect(chunks <= MAX_CHUNKS, f"it has {chunks} chunks; at most {MAX_CHUNKS} are ever written")
+    size = next(entry.size for entry in files if entry.path == BLOCKS_FILE)
+    blocks = sum(entry.block_count for entry in arrays)
+    expect(size == 4 * blocks, f"{BLOCKS_FILE} has {size} bytes instead of 4 for each of {blocks} blocks")
+
+
+def _manifest(document: Any) -> Manifest:
+    _expect_readable(document)
+    _, version, step, seq, attempt, run, parent, exact, created, writer, attributes, arrays, files = (
+        json_fields.fields(document, "the manifest", _TOP_KEYS)
+    )
+    expect(type(exact) is bool, "exact is neither true nor false")
+    expect(type(attributes) is dict, "attributes is no object")
+    expect(type(writer) is dict, "writer is no object")
+    for value in writer.values():
+        json_fields.text(value, "a value of writer")
+    entries = tuple(_array(value) for value in json_fields.items(arrays, "arrays", MAX_ARRAYS))
+    expect(version == _version(entries), f"version {version} is not the one for what it describes")
+    documents = tuple(_file(value) for value in json_fields.items(files, "files", MAX_ARRAYS))
+    _check_set(entries, documents)
+    number = json_fields.integer(seq, "seq")
+    origin = None if parent is None else json_fields.integer(parent, "parent")
+    expect(origin is None or origin < number, f"parent {origin} is not older than seq {number}")
+    return Manifest(
+        step=json_fields.integer(step, "step"),
+        seq=number,
+        attempt=json_fields.identifier(attempt, "attempt"),
+        run=json_fields.identifier(run, "run"),
+        parent=origin,
+        exact=exact,
+        created=json_fields.time(created, "created"),
+        writer=writer,
+        attributes=attributes,
+        arrays=entries,
+        files=documents,
+    )

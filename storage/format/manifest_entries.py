@@ -1,0 +1,108 @@
+"""What the manifest says of one file and of one array, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gockpt.layout import CHECKSUM_BYTES
+from gockpt.storage.format import checksum
+from gockpt.storage.format.chunk_grid import chunk_key, chunked_layout
+
+if TYPE_CHECKING:
+    from gockpt.layout import ArrayLayout
+    from gockpt.schema import ArraySpec
+    from gockpt.storage.format.codecs import Coded
+
+__all__ = ["ArrayEntry", "FileEntry"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file that the manifest vouches for.
+
+    Attributes:
+        path: Relative to the checkpoint's directory.
+        size: Its exact length.
+        crc32c: Of all its bytes.
+    """
+
+    path: str
+    size: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayEntry:
+    """One stored array.
+
+    Attributes:
+        spec: Name, global shape and dtype.
+        path: Its directory, relative to the checkpoint's; equals the escaped name.
+        chunk_shape: Shape of a whole chunk; only dimension 0 is ever cut.
+        meta: Its ``zarr.json``.
+        coded: How its chunks are encoded; ``None``: raw.
+    """
+
+    spec: ArraySpec
+    path: str
+    chunk_shape: tuple[int, ...]
+    meta: FileEntry
+    coded: Coded | None = None
+
+    @property
+    def chunks(self) -> int:
+        """How many chunk files there are; 0 for an array without elements."""
+        if not self.spec.numel:
+            return 0
+        return -(-self.spec.shape[0] // self.chunk_shape[0]) if self.spec.shape else 1
+
+    @property
+    def codec(self) -> str | None:
+        """What its chunks are encoded with; ``None``: raw."""
+        return None if self.coded is None else self.coded.codec
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one whole chunk, padding included, decoded."""
+        return math.prod(self.chunk_shape) * self.spec.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Length of all chunk files together."""
+        if self.coded is not None:
+            return sum(self.coded.nbytes) + self.chunks * CHECKSUM_BYTES
+        return self.chunks * (self.chunk_nbytes + CHECKSUM_BYTES)
+
+    def file_nbytes(self, chunk: int) -> int:
+        """Return the length of a chunk's file: the whole chunk or what it is encoded to, and its checksum."""
+        content = self.chunk_nbytes if self.coded is None else self.coded.nbytes[chunk]
+        return content + CHECKSUM_BYTES
+
+    def covered_nbytes(self, chunk: int) -> int:
+        """Return how many bytes of a chunk's file have block checksums: its real rows, or what is encoded."""
+        if self.coded is not None:
+            return self.coded.nbytes[chunk]
+        return min(self.chunk_nbytes, self.spec.nbytes - chunk * self.chunk_nbytes)
+
+    def first_block(self, chunk: int) -> int:
+        """Return how many blocks the chunks before ``chunk`` have; behind the last: how many there are."""
+        if self.coded is not None:
+            return self.coded.first_blocks[chunk]
+        before = min(chunk, max(0, self.chunks - 1))
+        last = checksum.block_count(self.covered_nbytes(before)) if chunk > before else 0
+        return before * checksum.block_count(self.chunk_nbytes) + last
+
+    @property
+    def block_count(self) -> int:
+        """How many entries of the block checksums belong to this array."""
+        return self.first_block(self.chunks)
+
+    def layout(self) -> ArrayLayout:
+        """Return the geometry of its chunks; slot offsets count from 0."""
+        return chunked_layout(self.spec, self.chunk_shape)
+
+    def chunk_path(self, chunk: int) -> str:
+        """Return the path of one chunk file, relative to the checkpoint's directory."""
+        return f"{self.path}/{chunk_key(chunk, len(self.chunk_shape))}"

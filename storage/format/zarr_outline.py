@@ -1,0 +1,133 @@
+"""What the arrays of a checkpoint alone say of its files: worked out once for all the saves of a run.
+
+Promise: for arrays that equal its own, an outline says what would be worked out anew. What a save adds
+(numbers, attributes, which arrays are encoded) is none of it. Safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gockpt.errors import UsageError
+from gockpt.storage.format import array_paths, checksum, chunk_grid, manifest, zarr_metadata
+from gockpt.storage.format.manifest import GROUP_FILE
+from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gockpt.layout import ArrayLayout
+
+__all__ = ["ArrayFile", "Outline", "RawArrays"]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayFile:
+    """The document of one array.
+
+    Attributes:
+        codec: What the array's chunks are encoded with; ``None``: raw.
+        text: Its bytes.
+        entry: What the manifest says of it.
+    """
+
+    codec: str | None
+    text: bytes
+    entry: FileEntry
+
+
+@dataclass(frozen=True, slots=True)
+class RawArrays:
+    """What a manifest says of arrays none of which is encoded.
+
+    Attributes:
+        entries: Of each array.
+        text: How it says it: see :func:`~gockpt.storage.format.manifest.encode_arrays`.
+        blocks_nbytes: Length of the file of their block checksums.
+    """
+
+    entries: tuple[ArrayEntry, ...]
+    text: bytes
+    blocks_nbytes: int
+
+
+class Outline:
+    """Where each array goes, and what is written of it beside its chunks.
+
+    Attributes:
+        arrays: All arrays, in the manifest's order.
+        paths: The directory of each, by name.
+        files: The paths of all files that are neither in an array's directory nor the manifest.
+        groups: The directories that hold arrays, but for the root: parents before children.
+        vetted: Whether readers were seen to take a manifest that lists these arrays, all of them raw.
+    """
+
+    def __init__(self, arrays: Iterable[ArrayLayout]) -> None:
+        """Find a place for every array.
+
+        Raises:
+            UsageError: If names can't stand together.
+            UnsupportedState: If a name has no path.
+        """
+        self.arrays = tuple(arrays)
+        self.vetted = False
+        found = [array.spec.name for array in self.arrays]
+        array_paths.check_names(found)
+        self.paths = array_paths.escape_all(found)
+        self.files = manifest.expected_files(self.paths)
+        ends = len(GROUP_FILE) + 1
+        self.groups = [path[:-ends] for path in self.files if path.endswith(f"/{GROUP_FILE}")]
+        self._documents: dict[tuple[tuple[str, ...], str | None], ArrayFile] = {}
+        self._consolidated: tuple[tuple[str | None, ...], bytes | None] | None = None
+        self._raw: RawArrays | None = None
+
+    def document(self, array: ArrayLayout, codec: str | None) -> ArrayFile:
+        """Return the document of an array whose chunks are encoded so.
+
+        Raises:
+            UsageError: If its grid is none that readers know.
+        """
+        name = array.spec.name
+        made = self._documents.get((name, codec))
+        if made is None:
+            if not chunk_grid.is_regular(array):
+                msg = f"{array.spec.public_name!r} is not cut on a regular grid: {array}"
+                raise UsageError(msg)
+            text = zarr_metadata.dump(zarr_metadata.array_document(array.spec, array.chunk_shape, codec))
+            entry = FileEntry(f"{self.paths[name]}/{GROUP_FILE}", len(text), checksum.crc32c(text))
+            self._documents[name, codec] = made = ArrayFile(codec, text, entry)
+        return made
+
+    def consolidated(self, codecs: tuple[str | None, ...]) -> bytes | None:
+        """Return all documents in one, for the root's; ``None`` where some reader could not take that.
+
+        Args:
+            codecs: What the chunks of each array are encoded with.
+        """
+        known = self._consolidated
+        if known is None or known[0] != codecs:
+            texts = {
+                self.paths[array.spec.name]: self.document(array, codec).text
+                for array, codec in zip(self.arrays, codecs, strict=True)
+            }
+            dtypes = [array.spec.dtype for array in self.arrays]
+            known = codecs, zarr_metadata.consolidated(groups=self.groups, arrays=texts, dtypes=dtypes)
+            self._consolidated = known
+        return known[1]
+
+    def raw(self) -> RawArrays:
+        """Return what the manifest says of the arrays if all are raw."""
+        if self._raw is None:
+            entries = tuple(
+                ArrayEntry(
+                    array.spec,
+                    self.paths[array.spec.name],
+                    array.chunk_shape,
+                    self.document(array, None).entry,
+                )
+                for array in self.arrays
+            )
+            nbytes = 4 * sum(entry.block_count for entry in entries)
+            self._raw = RawArrays(entries, manifest.encode_arrays(entries), nbytes)
+        return self._raw

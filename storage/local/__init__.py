@@ -1,0 +1,1 @@
+"""Writing into a local directory: the lock, files, syncs, publication, retention."""

@@ -1,0 +1,397 @@
+"""What stands in a checkpoint path, as its writer knows it: who is newest, and what may go.
+
+Promise: newest is the highest ``seq``, and no ``seq`` is given out twice. What isn't a complete checkpoint
+by its name and its manifest is not in the catalog, so it is neither counted nor ever removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gockpt import retention
+from gockpt.errors import ManifestCorrupt
+from gockpt.runs import Run, adopted
+from gockpt.storage.format import manifest, step_names, strict_json
+from gockpt.storage.format.json_fields import MAX_INTEGER
+from gockpt.storage.local import files, verified
+from gockpt.storage.local.failures import storage_errors
+from gockpt.storage.local.filesystem import Filesystem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gockpt.options import Keep
+    from gockpt.runs import Ancestor
+    from gockpt.storage.local.writer_lock import WriterLock
+
+__all__ = ["Catalog", "Directory", "Place", "identify", "looked_through", "newest_in", "remove_entry"]
+
+_log = logging.getLogger(__name__)
+
+How = Callable[..., "manifest.Identity"]
+
+# A line of JSON and its checksum line.
+_MANIFEST_LIMIT = strict_json.MAX_BYTES + 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """Where checkpoints stand, and the means to look at them.
+
+    Attributes:
+        fs: The file system.
+        fd: The open directory.
+        path: Its path, for messages.
+    """
+
+    fs: Filesystem
+    fd: int
+    path: str
+
+    def of(self, name: str) -> str:
+        """Return the path of what stands there under a name, for messages."""
+        return os.path.join(self.path, name)
+
+    def has(self, name: str) -> bool:
+        """Whether anything stands there under a name."""
+        try:
+            self.fs.stat(name, dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Place(Directory):
+    """Where checkpoints go: also the right to write there.
+
+    Attributes:
+        lock: That right.
+    """
+
+    lock: WriterLock
+
+
+def identify(place: Directory, name: str) -> manifest.Identity | None:
+    """Return which checkpoint stands there under a name; ``None`` if it isn't a complete one.
+
+    Raises:
+        OSError: If that can't be told: no permission, a failing device.
+    """
+    return _identified(place, name, manifest.identify)
+
+
+def _identified(place: Directory, name: str, how: How) -> manifest.Identity | None:
+    try:
+        return how(_manifest_of(place, name), where=place.of(name))
+    except (files.NotSmallRegularFile, ManifestCorrupt):
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return None  # gone, a file, or a link
+
+
+def _manifest_of(place: Directory, name: str) -> bytes:
+    fs = place.fs
+    fd = fs.open(name, files.DIRECTORY, dir_fd=place.fd)
+    try:
+        return files.read_small_file(fs, fd, manifest.MANIFEST_FILE, limit=_MANIFEST_LIMIT)
+    finally:
+        fs.close(fd)
+
+
+def remove_entry(place: Place, name: str, attempt: str) -> None:
+    """Delete a directory so that no reader ever lists a half of it: rename, sync, then delete.
+
+    Raises:
+        OSError: What the system says; what is left has a name that the next pruning or sweep deletes.
+    """
+    trash = step_names.of_trash(attempt)
+    files.remove_tree(place.fs, place.fd, trash)
+    place.fs.rename(name, trash, dir_fd=place.fd)
+    place.fs.fsync(place.fd)
+    files.remove_tree(place.fs, place.fd, trash)
+
+
+class Catalog:
+    """The complete checkpoints of a place; safe to use from several threads.
+
+    Attributes:
+        turn: Held while a checkpoint gets its number and its name, and while some are removed: between a look
+            at a name and its renaming nobody else may rename it.
+    """
+
+    __slots__ = ("_entries", "_held", "_mutex", "_owns", "_place", "_read", "_seq", "_told", "turn")
+
+    def __init__(self, place: Directory) -> None:
+        """Look at every name in the directory.
+
+        Raises:
+            StorageError: If the directory or one of the manifests can't be read.
+        """
+        self._place = place
+        self._mutex = threading.Lock()
+        self.turn = threading.Lock()
+        self._entries: dict[str, manifest.Identity] = {}
+        self._seq = 0
+        self._held: set[int] = set()
+        self._read: set[str] = set()  # attempts whose manifests are known to be valid to their ends
+        self._told = False
+        self._owns: Callable[[manifest.Identity], bool] = _anybody
+        with storage_errors("look through", place.path):
+            for name in place.fs.listdir(place.fd):
+                known = step_names.parse(name)
+                if known is not None and known.kind in ("step", "old"):
+                    self._look(name, known)
+
+    def _look(self, name: str, known: step_names.DirectoryName) -> None:
+        found = identify(self._place, name)
+        if found is None:
+            return
+        self._seq = max(self._seq, found.seq)
+        # A copy under another name is not the checkpoint it was copied from.
+        if found.step == known.step and known.attempt in (None, found.attempt):
+            self._entries[name] = found
+
+    @property
+    def newest(self) -> manifest.Identity | None:
+        """The newest publication."""
+        with self._mutex:
+            return max(self._entries.values(), key=lambda entry: entry.seq, default=None)
+
+    @property
+    def unlabelled(self) -> list[Ancestor]:
+        """Run and ``seq`` of each that says nothing about its ancestors: an older gockpt wrote it."""
+        with self._mutex:
+            return [(entry.run, entry.seq) for entry in self._entries.values() if entry.ancestors is None]
+
+    def belong_to(self, owns: Callable[[manifest.Identity], bool]) -> int:
+        """Let retention count and remove only what ``owns`` names; return how many it doesn't."""
+        with self._mutex:
+            self._owns = owns
+            return sum(not owns(entry) for entry in self._entries.values())
+
+    def keep_to_newest_run(self) -> int:
+        """Let retention count and remove only what belongs to the run of the newest checkpoint.
+
+        Returns:
+            How many belong to others.
+        """
+        newest = self.newest
+        if newest is None:
+            return 0
+        run = Run(newest.run, newest.ancestors or ())
+        if newest.ancestors is None:
+            run = adopted(run, self.unlabelled)
+        return self.belong_to(lambda one: run.owns(one.run, one.seq))
+
+    def next_seq(self) -> int:
+        """Return a number higher than any seen; a number given out is used up."""
+        with self._mutex:
+            self._seq += 1
+            return self._seq
+
+    def continue_after(self, seq: int) -> None:
+        """Give out only numbers above ``seq`` from now on; not if there are none above it."""
+        with self._mutex:
+            if seq < MAX_INTEGER:
+                self._seq = max(self._seq, seq)
+
+    @contextmanager
+    def holding(self, seq: int) -> Iterator[None]:
+        """Spare a publication, whatever is pruned meanwhile; a later pruning takes it."""
+        with self._mutex:
+            self._held.add(seq)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._held.discard(seq)
+
+    def add(self, name: str, identity: manifest.Identity) -> None:
+        """Enter what was just published."""
+        with self._mutex:
+            self._entries[name] = identity
+            self._read.add(identity.attempt)
+
+    def forget(self, name: str) -> None:
+        """Strike a name off, if it is in."""
+        with self._mutex:
+            self._entries.pop(name, None)
+
+    def prune(self, place: Place, keep: Keep) -> list[int]:
+        """Delete what need not be kept; returns the steps deleted, oldest publication first.
+
+        What a newer publication of the same step replaced goes too; it neither counts nor is reported. What
+        is held is left for the next time. What an earlier pruning could not delete to its end is tried again.
+
+        Raises:
+            StorageError: If the disk refuses; what was deleted until then is deleted.
+        """
+        _empty_trash(place)
+        going = self.expendable(keep)
+        with self._mutex:
+            replaced = retention.superseded(self._publications(self._counted(keep), keep))
+        steps = []
+        for name, identity in going:
+            with self._mutex:
+                if identity.seq in self._held:
+                    continue
+            with storage_errors("delete", place.of(name)):
+                # Not what another process put in its place meanwhile.
+                if identify(place, name) == identity:
+                    remove_entry(place, name, identity.attempt)
+                    if identity.seq not in replaced:
+                        steps.append(identity.step)
+            self.forget(name)
+        return steps
+
+    def _counted(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
+        """Return the entries that retention may remove, oldest first; the caller holds the mutex."""
+        counted = [item for item in self._entries.items() if keep.other_runs or self._owns(item[1])]
+        return sorted(counted, key=lambda item: item[1].seq)
+
+    def _publications(
+        self, entries: list[tuple[str, manifest.Identity]], keep: Keep
+    ) -> list[retention.Publication]:
+        """Return what retention needs to know of each entry."""
+        return [
+            retention.Publication(
+                seq=identity.seq,
+                step=identity.step,
+                metric=None if keep.metric is None else identity.metrics.get(keep.metric),
+                verified=verified.is_known(identity.attempt),
+                finite=identity.finite,
+            )
+            for _, identity in entries
+        ]
+
+    def expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
+        """Return the names of what may go, oldest first: what :meth:`prune` removes, and a rehearsal names.
+
+        Each is looked at once more: what has no valid manifest any more neither counts nor goes.
+
+        Raises:
+            StorageError: If that can't be told.
+        """
+        with storage_errors("look through", self._place.path):
+            return self._expendable(keep)
+
+    def _expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
+        while True:
+            with self._mutex:
+                by_age = self._counted(keep)
+                numbers = Counter(identity.seq for identity in self._entries.values())
+            publications = self._publications(by_age, keep)
+            going = retention.expendable(publications, keep)
+            if publications and not self._told and retention.unjudged(publications, keep):
+                self._told = True
+                _log.warning(
+                    "no checkpoint in %s has a number named %r, so the best can't be told: all are kept "
+                    "until one has it (told once)",
+                    *(self._place.path, keep.metric),
+                )
+            # Two of one number: one was copied in from elsewhere, and which is meant can't be told.
+            going = frozenset(seq for seq in going if numbers[seq] == 1)
+            if not going:
+                return []
+            lost = [name for name, identity in by_age if not self._still_there(name, identity)]
+            if not lost:
+                return [entry for entry in by_age if entry[1].seq in going]
+            for name in lost:
+                _log.warning("%s is no complete checkpoint any more: it is not counted", self._place.of(name))
+                self.forget(name)
+
+    def _still_there(self, name: str, identity: manifest.Identity) -> bool:
+        """Whether a checkpoint stands there as it was entered, with a manifest that readers take."""
+        if identify(self._place, name) != identity:
+            return False
+        if identity.attempt not in self._read:
+            # Undamaged is not yet valid. Once is enough: with its checksum it stays the same.
+            try:
+                manifest.parse(_manifest_of(self._place, name), where=self._place.of(name))
+            except (files.NotSmallRegularFile, ManifestCorrupt, FileNotFoundError):
+                return False
+            self._read.add(identity.attempt)
+        return True
+
+
+def newest_in(path: str) -> manifest.Identity | None:
+    """Return the newest complete checkpoint of a path as a :class:`Catalog` would; nothing is locked.
+
+    ``None`` if there is none, or no such directory. Other manifests than the newest are only glanced at.
+
+    Raises:
+        StorageError: If the directory or one of the manifests can't be read.
+    """
+    fs = Filesystem()
+    with storage_errors("look through", path):
+        try:
+            fd = fs.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return _newest_of(Directory(fs, fd, path))
+        finally:
+            fs.close(fd)
+
+
+def _newest_of(place: Directory) -> manifest.Identity | None:
+    found: list[tuple[int, str]] = []
+    for name in place.fs.listdir(place.fd):
+        known = step_names.parse(name)
+        if known is not None and known.kind in ("step", "old"):
+            seen = _identified(place, name, manifest.glance)
+            if seen is not None and seen.step == known.step and known.attempt in (None, seen.attempt):
+                found.append((seen.seq, name))
+    for _, name in sorted(found, reverse=True):
+        identity = identify(place, name)
+        if identity is not None:
+            return identity
+    return None
+
+
+def _anybody(_: manifest.Identity) -> bool:
+    return True
+
+
+@contextmanager
+def looked_through(path: str) -> Iterator[Catalog]:
+    """Give the catalog of a path that this process doesn't write into; nothing is locked or changed.
+
+    Raises:
+        StorageError: If the directory or one of the manifests can't be read.
+    """
+    fs = Filesystem()
+    with storage_errors("look through", path):
+        fd = fs.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield Catalog(Directory(fs, fd, path))
+    finally:
+        fs.close(fd)
+
+
+def _empty_trash(place: Place) -> None:
+    """Delete what could not be deleted when it was set aside; what still can't be waits for the next time."""
+    try:
+        names = place.fs.listdir(place.fd)
+    except OSError as error:
+        _log.warning("%s could not be looked through for what is being deleted: %s", place.path, error)
+        return
+    for name in names:
+        known = step_names.parse(name)
+        if known is None or known.kind != "trash":
+            continue
+        try:
+            files.remove_tree(place.fs, place.fd, name)
+        except OSError as error:
+            _log.warning("%s is still not deleted: %s", place.of(name), error)

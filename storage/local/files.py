@@ -1,0 +1,127 @@
+"""Small things done with several calls: write all of it, read a small file, remove a tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gockpt.storage.local.filesystem import Filesystem
+
+__all__ = [
+    "DIRECTORY",
+    "NEW_FILE",
+    "read_small_file",
+    "remove_tree",
+    "sync_directory",
+    "write_all",
+    "write_new_file",
+]
+
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_FILES = frozenset({"c", "zarr.json", "state.json", "gockpt.json", "blocks.crc32c"})
+_PIECE = 1 << 30  # Linux writes at most 0x7ffff000 bytes at once
+
+
+class NotSmallRegularFile(Exception):
+    """What stands there is not a file that gockpt could have written."""
+
+
+def write_all(fs: Filesystem, fd: int, data: memoryview, offset: int) -> None:
+    """Write every byte of ``data`` at ``offset``, in as many calls as the system needs."""
+    done = 0
+    while done < data.nbytes:
+        try:
+            written = fs.pwrite(fd, data[done : done + _PIECE], offset + done)
+        except InterruptedError:
+            continue
+        if written <= 0:
+            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+        done += written
+
+
+def write_new_file(fs: Filesystem, dir_fd: int, name: str, data: memoryview | bytes) -> int:
+    """Create a file with these bytes; returns its open descriptor, not yet synced."""
+    fd = fs.open(name, NEW_FILE, dir_fd=dir_fd)
+    try:
+        write_all(fs, fd, memoryview(data), 0)
+    except BaseException:
+        fs.close(fd)
+        raise
+    return fd
+
+
+def read_small_file(fs: Filesystem, dir_fd: int, name: str, *, limit: int) -> bytes:
+    """Return a regular file's bytes; never follows a link, blocks on a FIFO or reads beyond ``limit``.
+
+    Raises:
+        NotSmallRegularFile: If it is larger, or no regular file.
+        OSError: What the system says.
+    """
+    try:
+        fd = fs.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        msg = f"{name} is a link or a socket"
+        raise NotSmallRegularFile(msg) from error
+    try:
+        status = fs.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            msg = f"{name} is no regular file"
+            raise NotSmallRegularFile(msg)
+        if status.st_size > limit:
+            msg = f"{name} has {status.st_size} bytes"
+            raise NotSmallRegularFile(msg)
+        data = b""
+        while piece := fs.pread(fd, status.st_size + 1 - len(data), len(data)):
+            data += piece
+    finally:
+        fs.close(fd)
+    return data
+
+
+def sync_directory(fs: Filesystem, dir_fd: int, name: str) -> None:
+    """Make the entries of one directory, by name, survive a power loss."""
+    fd = fs.open(name, DIRECTORY, dir_fd=dir_fd)
+    try:
+        fs.fsync(fd)
+    finally:
+        fs.close(fd)
+
+
+def remove_tree(fs: Filesystem, dir_fd: int, name: str) -> None:
+    """Remove a directory or file and all below it; what is gone already is fine, links aren't followed."""
+    try:
+        # A guess, which saves a refused call for each directory; where it is wrong, that is seen.
+        if (name.startswith(("c.", ".owner-")) or name in _FILES) and _unlink(fs, dir_fd, name):
+            return
+        try:
+            fd = fs.open(name, DIRECTORY, dir_fd=dir_fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            fs.unlink(name, dir_fd=dir_fd)
+            return
+        try:
+            for child in fs.listdir(fd):
+                remove_tree(fs, fd, child)
+        finally:
+            fs.close(fd)
+        fs.rmdir(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return
+
+
+def _unlink(fs: Filesystem, dir_fd: int, name: str) -> bool:
+    """Remove what isn't a directory; returns whether that is so."""
+    try:
+        fs.unlink(name, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):
+            raise
+        return False
+    return True

@@ -1,0 +1,390 @@
+"""The contents of a checkpoint that is being written: directories, chunks, documents.
+
+Promise: after :meth:`Draft.sync` returned, all of it is on the disk; after :meth:`Draft.complete`, so is
+the manifest that vouches for it. Every error is a :class:`StorageError` that names the file; after one the
+draft is of no use, and nothing of it is written or synced again.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gockpt.errors import ManifestCorrupt, UsageError
+from gockpt.layout import CHECKSUM_BYTES
+from gockpt.storage.format import checksum, chunk_grid, manifest, strict_json, zarr_metadata
+from gockpt.storage.format.codecs import Coded
+from gockpt.storage.format.json_fields import MAX_INTEGER
+from gockpt.storage.format.manifest import BLOCKS_FILE, GROUP_FILE, MANIFEST_FILE, STATE_FILE
+from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
+from gockpt.storage.local import chunk_writer, files
+from gockpt.storage.local.durability import Unsynced
+from gockpt.storage.local.failures import storage_errors
+from gockpt.storage.local.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy.typing as npt
+
+    from gockpt.layout import ArrayLayout, Slot
+    from gockpt.storage.format.zarr_outline import ArrayFile, Outline
+    from gockpt.storage.local.compression import Compression
+    from gockpt.storage.local.filesystem import Filesystem
+
+    Describe = Callable[[tuple[ArrayEntry, ...], tuple[FileEntry, ...]], manifest.Manifest]
+
+__all__ = ["Contents", "Draft"]
+
+_MANIFEST_IN_THE_MAKING = f"{MANIFEST_FILE}.tmp"
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint is to hold: everything but the bytes of its arrays.
+
+    Attributes:
+        arrays: All arrays, in the manifest's order.
+        state: The state document: a JSON object.
+        attributes: Attributes of the root group: a small JSON object.
+        exact: Whether the checkpoint equals a blocking save bit for bit.
+    """
+
+    arrays: tuple[ArrayLayout, ...]
+    state: Mapping[str, Any]
+    attributes: Mapping[str, Any]
+    exact: bool
+
+
+@dataclass(slots=True)
+class _Array:
+    """An array to be written; ``blocks`` has a key for each chunk begun.
+
+    Where it has a codec, ``stored`` has the encoded length of each chunk written.
+    """
+
+    layout: ArrayLayout
+    path: str
+    made: ArrayFile | None = None
+    blocks: dict[int, npt.NDArray[np.uint32] | None] = field(default_factory=dict)
+    stored: dict[int, int] = field(default_factory=dict)
+
+
+class Draft:
+    """One open directory that is nobody else's. Chunks and documents may be written side by side.
+
+    Attributes:
+        nbytes: Bytes written so far: real rows, checksums, documents.
+    """
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        dir_fd: int,
+        where: str,
+        compression: Compression,
+        outline: Outline,
+        contents: Contents,
+    ) -> None:
+        """Start in an empty directory.
+
+        Args:
+            fs: The file system.
+            dir_fd: The directory; stays the caller's.
+            where: Its path, for messages.
+            compression: Which arrays are encoded.
+            outline: What its arrays say of its files.
+            contents: What there will be.
+
+        Raises:
+            OSError: If the file system can't be identified.
+        """
+        self.nbytes = 0
+        self._fs = fs
+        self._fd = dir_fd
+        self._where = where
+        self._compression = compression
+        self._outline = outline
+        self._contents = contents
+        self._stopwatch = Stopwatch()
+        self._mutex = threading.Lock()
+        self._making = threading.Lock()
+        self._documenting = threading.Lock()
+        self._unsynced = Unsynced(fs, dir_fd, where)
+        self._arrays = {
+            # The save's own layouts: whoever writes a chunk hands in the same objects.
+            layout.spec.name: _Array(layout, outline.paths[layout.spec.name])
+            for layout in contents.arrays
+        }
+        self._directories: dict[str, None] = {}  # parents before children
+        self._tried: manifest.Manifest | None = None
+        self._documents: tuple[FileEntry, ...] | None = None
+        self._direct = True
+        self._known = False  # whether a chunk was written directly
+
+    def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
+        """Write one chunk; see :meth:`gockpt.storage.local.transaction.Transaction.write_chunk`."""
+        array = self._expected(layout)
+        with self._mutex:
+            if slot.chunk in array.blocks:
+                msg = f"chunk {slot.chunk} of {layout.spec.public_name!r} was written before"
+                raise UsageError(msg)
+            array.blocks[slot.chunk] = None
+        codec = (array.made or self._make(array)).codec
+        name = f"{array.path}/{chunk_grid.chunk_key(slot.chunk, len(layout.chunk_shape))}"
+        with storage_errors("write", self._where, name):
+            written = self._write_rows(name, layout, slot, buffer, codec)
+            self._unsynced.add(name, written.fd)
+        with self._mutex:
+            array.blocks[slot.chunk] = written.blocks
+            array.stored[slot.chunk] = written.nbytes - CHECKSUM_BYTES
+            self.nbytes += written.nbytes
+            self._direct = self._direct and not written.refused
+            self._known = self._known or written.direct
+
+    def _write_rows(
+        self, name: str, layout: ArrayLayout, slot: Slot, buffer: memoryview, codec: str | None
+    ) -> chunk_writer.WrittenChunk:
+        """Write a chunk's file, raw or encoded."""
+        if codec is None:
+            self._compression.sample(layout, slot, buffer)
+            with self._stopwatch:
+                return chunk_writer.write_chunk(
+                    self._fs,
+                    self._fd,
+                    name,
+                    layout=layout,
+                    slot=slot,
+                    buffer=buffer,
+                    direct=self._direct,
+                    known=self._known,
+                )
+        with self._compression.encoded(codec, layout, slot, buffer) as data, self._stopwatch:
+            return chunk_writer.write_encoded(
+                self._fs, self._fd, name, data=data, direct=self._direct, known=self._known
+            )
+
+    def restate(self, contents: Contents) -> None:
+        """Hold other documents than it was begun with: the same arrays.
+
+        Raises:
+            UsageError: If the documents are written.
+        """
+        with self._documenting:
+            if self._documents is not None:
+                msg = "what a checkpoint holds can't be said otherwise once its documents are written"
+                raise UsageError(msg)
+            self._contents = contents
+
+    def annotate(self, contents: Contents) -> None:
+        """Have other attributes than it was begun with: once all chunks are written, before :meth:`finish`.
+
+        Raises:
+            StorageError: If the disk refuses.
+        """
+        with self._documenting:
+            self._contents = contents
+            if self._documents is None:
+                return
+            with storage_errors("replace", self._where, GROUP_FILE):
+                self._fs.unlink(GROUP_FILE, dir_fd=self._fd)
+            codecs = tuple((array.made or self._make(array)).codec for array in self._arrays.values())
+            entry = self._write_file(
+                GROUP_FILE, zarr_metadata.root(contents.attributes, self._outline.consolidated(codecs))
+            )
+            self._documents = tuple(entry if old.path == GROUP_FILE else old for old in self._documents)
+            self._tried = None  # it was tried with the former attributes
+
+    def write_documents(self, describe: Describe) -> None:
+        """Write everything but the chunks, their checksums and the manifest; again is fine.
+
+        Args:
+            describe: Makes a manifest of what it says of the arrays and of the other files. It is tried here,
+                while chunks are being written: parsing takes as long as the disk for 30 MB.
+
+        Raises:
+            UsageError: If an array's grid is none that readers know, a document has no exact form, or
+                readers would refuse the manifest.
+            StorageError: If the disk refuses.
+        """
+        with self._documenting:
+            if self._documents is not None:
+                return
+            codecs = tuple((array.made or self._make(array)).codec for array in self._arrays.values())
+            others = {
+                STATE_FILE: strict_json.dumps(
+                    dict(self._contents.state), what="the state document", depth=strict_json.STATE_DEPTH
+                ),
+                GROUP_FILE: zarr_metadata.root(self._contents.attributes, self._outline.consolidated(codecs)),
+            }
+            group = zarr_metadata.dump(zarr_metadata.group_document())
+            documents = tuple(
+                self._write_file(path, others.get(path, group))
+                for path in self._outline.files
+                if path != BLOCKS_FILE
+            )
+            if not any(codecs):  # else lengths are yet to be known
+                raw = self._outline.raw()
+                blocks = FileEntry(BLOCKS_FILE, raw.blocks_nbytes, 0)
+                content = describe(raw.entries, (*documents, blocks))
+                if self._outline.vetted:
+                    _expect_readable(manifest.encode(_without_arrays(content)))
+                    manifest.encode(content, raw.text)  # for its size
+                else:
+                    _expect_readable(manifest.encode(content, raw.text))
+                    self._outline.vetted = True
+                self._tried = content
+            self._documents = documents
+
+    def finish(self, describe: Describe) -> tuple[tuple[ArrayEntry, ...], tuple[FileEntry, ...]]:
+        """Write what is left to write but the manifest: every chunk has been written.
+
+        Returns:
+            What the manifest says of the arrays and of the other files.
+
+        Raises:
+            UsageError: If chunks are missing; and as :meth:`write_documents`.
+            StorageError: If the disk refuses.
+        """
+        for array in self._arrays.values():
+            missing = [slot.chunk for slot in array.layout.slots if array.blocks.get(slot.chunk) is None]
+            if missing:
+                name = array.layout.spec.public_name
+                msg = f"{name!r} lacks the chunks {missing[:8]}; write them before commit"
+                raise UsageError(msg)
+        self.write_documents(describe)
+        blocks = b"".join(_block_checksums(array) for array in self._arrays.values())
+        entry = self._write_file(BLOCKS_FILE, blocks)
+        entries = self._entries() if self._tried is None else self._tried.arrays
+        return entries, (*(self._documents or ()), entry)
+
+    def sync(self) -> None:
+        """Make every file and every directory durable, children before parents."""
+        with self._stopwatch:
+            self._unsynced.sync(reversed(self._directories))
+            self._sync_itself()
+
+    def learn(self) -> None:
+        """Let later checkpoints profit from how fast this one, synced now, was written."""
+        layouts = [array.layout for array in self._arrays.values()]
+        self._compression.learn(layouts, nbytes=self.nbytes, seconds=self._stopwatch.seconds)
+
+    def complete(self, content: manifest.Manifest) -> None:
+        """Write the manifest: the mark that all the rest is there.
+
+        Raises:
+            UsageError: If readers would refuse it.
+            StorageError: If the disk refuses.
+        """
+        fs = self._fs
+        known = self._tried is not None and content.arrays is self._tried.arrays
+        data = manifest.encode(content, self._outline.raw().text if known else None)
+        if self._tried is None or not _is_as_good(content, self._tried):
+            _expect_readable(data)
+        with storage_errors("write", self._where, MANIFEST_FILE):
+            fd = files.write_new_file(fs, self._fd, _MANIFEST_IN_THE_MAKING, data)
+            try:
+                fs.fsync(fd)
+            finally:
+                fs.close(fd)
+            fs.rename(_MANIFEST_IN_THE_MAKING, MANIFEST_FILE, dir_fd=self._fd)
+        self._sync_itself()
+        self.nbytes += len(data)
+
+    def close(self) -> None:
+        """Let go of all open files."""
+        self._unsynced.close()
+
+    def _sync_itself(self) -> None:
+        with storage_errors("write", self._where):
+            self._fs.fsync(self._fd)
+
+    def _expected(self, layout: ArrayLayout) -> _Array:
+        array = self._arrays.get(layout.spec.name)
+        if array is None:
+            msg = f"{layout.spec.public_name!r} is not among the arrays that the checkpoint was begun with"
+            raise UsageError(msg)
+        if array.layout is not layout and array.layout != layout:
+            msg = f"{layout.spec.public_name!r} has another layout than the checkpoint was begun with"
+            raise UsageError(msg)
+        return array
+
+    def _make(self, array: _Array) -> ArrayFile:
+        """Make an array's directory and document, unless they are there."""
+        with self._making:
+            if array.made is None:
+                codec = self._compression.codec_for(array.layout)
+                document = self._outline.document(array.layout, codec)
+                self._make_directory(array.path)
+                self._write(document.entry.path, document.text)
+                array.made = document
+            return array.made
+
+    def _make_directory(self, path: str) -> None:
+        """Make a directory, its parents first."""
+        if path not in self._directories:
+            parent = path.rpartition("/")[0]
+            if parent:
+                self._make_directory(parent)
+            with storage_errors("make", self._where, path):
+                self._fs.mkdir(path, dir_fd=self._fd)
+            self._directories[path] = None
+
+    def _write(self, path: str, data: bytes) -> None:
+        with storage_errors("write", self._where, path):
+            self._unsynced.add(path, files.write_new_file(self._fs, self._fd, path, data))
+        with self._mutex:
+            self.nbytes += len(data)
+
+    def _write_file(self, path: str, data: bytes) -> FileEntry:
+        self._write(path, data)
+        return FileEntry(path, len(data), checksum.crc32c(data))
+
+    def _entries(self) -> tuple[ArrayEntry, ...]:
+        return tuple(_entry(array, array.made or self._make(array)) for array in self._arrays.values())
+
+
+def _entry(array: _Array, made: ArrayFile) -> ArrayEntry:
+    coded = None
+    if made.codec is not None:
+        coded = Coded(made.codec, tuple(array.stored[slot.chunk] for slot in array.layout.slots))
+    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, made.entry, coded)
+
+
+def _without_arrays(content: manifest.Manifest) -> manifest.Manifest:
+    """Return a manifest as short as can be that readers take if they take this one's arrays."""
+    own = (content.file(GROUP_FILE), content.file(STATE_FILE), FileEntry(BLOCKS_FILE, 0, 0))
+    return replace(content, arrays=(), files=own)
+
+
+def _block_checksums(array: _Array) -> bytes:
+    return b"".join(np.asarray(array.blocks[slot.chunk], "<u4").tobytes() for slot in array.layout.slots)
+
+
+def _expect_readable(data: bytes) -> None:
+    """Refuse a manifest that readers would refuse: better no checkpoint than one that nobody can open.
+
+    Raises:
+        UsageError: If they would.
+    """
+    try:
+        manifest.parse(data, where="the manifest")
+    except ManifestCorrupt as error:
+        msg = f"this can't be published: {error}"
+        raise UsageError(msg) from error
+
+
+def _is_as_good(content: manifest.Manifest, tried: manifest.Manifest) -> bool:
+    """Whether it differs from one that readers take in nothing but what can't make them refuse it.
+
+    That is: when it was made, a number that is still higher than the parent's, one checksum.
+    """
+    blocks = content.file(BLOCKS_FILE)
+    files = tuple(
+        replace(entry, crc32c=blocks.crc32c) if entry.path == BLOCKS_FILE else entry for entry in tried.files
+    )
+    alike = replace(tried, seq=content.seq, created=content.created, files=files)
+    return tried.seq <= content.seq <= MAX_INTEGER and alike == content

@@ -1,0 +1,117 @@
+"""The last step of a commit: give a complete partial its public name.
+
+Promise: at every moment, crash or power loss included, a reader finds the previous checkpoint of that
+step or the new one, whole; nothing is deleted before the new one is durable.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from gockpt.errors import StorageError
+from gockpt.storage.format import step_names
+from gockpt.storage.local.catalog import identify
+
+if TYPE_CHECKING:
+    from gockpt.storage.format.manifest import Identity
+    from gockpt.storage.local.catalog import Place
+
+__all__ = ["Replaced", "expect_replaceable", "publish", "set_aside"]
+
+_UNKNOWN_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+
+Replaced = tuple[str, "Identity"] | None
+"""What stood there before and is still there: its present name and which checkpoint it is."""
+
+
+Owns = Callable[["Identity"], bool]
+"""Whether a checkpoint is the writing run's own."""
+
+
+def expect_replaceable(place: Place, name: str, owns: Owns) -> Identity | None:
+    """Return the complete checkpoint that stands under a public name; ``None`` if nothing does.
+
+    Raises:
+        StorageError: If something else stands there, or another run's checkpoint. It is not ours to move.
+        OSError: If that can't be told.
+    """
+    identity = identify(place, name)
+    if identity is None and place.has(name):
+        msg = (
+            f"{place.of(name)} exists and is no complete gockpt checkpoint (damaged, or somebody else's); "
+            "move it away, or save to another path"
+        )
+        raise StorageError(msg)
+    if identity is not None and not owns(identity):
+        msg = (
+            f"{place.of(name)} is a checkpoint of another run ({identity.run}), which is never replaced; "
+            "save into another path, save other steps, or move it away"
+        )
+        raise StorageError(msg)
+    return identity
+
+
+def publish(place: Place, partial: str, step: int, owns: Owns) -> Replaced:
+    """Rename a partial to its step's name and make that durable.
+
+    Returns:
+        What it replaced, if anything.
+
+    Raises:
+        StorageError: If what stands there may not be replaced.
+        OSError: What the system says. Then the new checkpoint may or may not be published; the previous
+            one is intact either way.
+    """
+    target = step_names.of_step(step)
+    try:
+        place.fs.rename_new(partial, target, dir_fd=place.fd)
+        replaced: Replaced = None
+    except FileExistsError:
+        replaced = _replace(place, partial, target, step, owns)
+    except OSError as error:
+        if error.errno not in _UNKNOWN_FLAG:
+            raise
+        # The writer lock keeps the name free between the look and the rename.
+        replaced = _replace(place, partial, target, step, owns) if place.has(target) else None
+        if replaced is None:
+            place.fs.rename(partial, target, dir_fd=place.fd)
+    place.fs.fsync(place.fd)
+    return replaced
+
+
+def _replace(place: Place, partial: str, target: str, step: int, owns: Owns) -> Replaced:
+    previous = expect_replaceable(place, target, owns)
+    if previous is None:  # removed since
+        place.fs.rename(partial, target, dir_fd=place.fd)
+        return None
+    try:
+        place.fs.exchange(partial, target, dir_fd=place.fd)
+    except OSError as error:
+        if error.errno not in _UNKNOWN_FLAG:
+            raise
+    else:
+        return partial, previous
+    old = step_names.of_old(step, previous.attempt)
+    place.fs.rename(target, old, dir_fd=place.fd)
+    # Or a power loss could leave the new name in place of the old one, and the old one nowhere.
+    place.fs.fsync(place.fd)
+    place.fs.rename(partial, target, dir_fd=place.fd)
+    return old, previous
+
+
+def set_aside(place: Place, replaced: tuple[str, Identity], step: int) -> tuple[str, Identity]:
+    """Give what was replaced the name of a replaced checkpoint, once its successor is durable.
+
+    An error leaves it where it is, complete, and the next writer's sweep names it.
+    """
+    name, identity = replaced
+    old = step_names.of_old(step, identity.attempt)
+    if name != old:
+        with suppress(OSError):
+            place.fs.rename(name, old, dir_fd=place.fd)
+            name = old
+            place.fs.fsync(place.fd)
+    return name, identity

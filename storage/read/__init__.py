@@ -1,0 +1,1 @@
+"""Reading and verifying checkpoints, from a local directory or an object store."""
