@@ -30,7 +30,7 @@ STORAGE_TESTS = tests/storage $(wildcard tests/pure)
 STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout xarray
 
 # What is plain arithmetic and tables has every branch tested.
-PURE := gockpt/boxes.py,gockpt/cadence.py,gockpt/interval.py,gockpt/layout.py,gockpt/lifecycle.py,gockpt/retention.py,gockpt/schedule.py,gockpt/schema.py
+PURE := gockpt/core/boxes.py,gockpt/core/save_policy.py,gockpt/planning/save_interval.py,gockpt/core/arena_layout.py,gockpt/core/save_state.py,gockpt/core/retention.py,gockpt/planning/planner.py,gockpt/core/array_spec.py
 
 export HYPOTHESIS_PROFILE ?= ci
 

@@ -54,11 +54,11 @@ def measured(
     device: torch.device, wanted: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Return the milliseconds of every round of everything, and the bytes that each moves."""
-    from gockpt.arena import Arena
-    from gockpt.device.cuda import PORTABLE_AND_MAPPED
     from gockpt.kernels import reference
     from gockpt.kernels.fingerprint_numba import fingerprint
-    from gockpt.packing import Fingerprints, Packing, Quantising
+    from gockpt.staging.arena import Arena
+    from gockpt.staging.cuda import PORTABLE_AND_MAPPED
+    from gockpt.staging.pack_launch import Fingerprints, Packing, Quantising
 
     torch.manual_seed(0)
     random = np.random.default_rng(0)

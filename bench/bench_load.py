@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 import gockpt
-from gockpt.boxes import Box
+from gockpt.core.boxes import Box
 from gockpt.storage.read.checkpoint import Wanted
 from gockpt.storage.read.direct_io import ReadCalls
 from gockpt.storage.read.find import open_checkpoint

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from harness import machine_facts, settings_of, table, write_json
 
-from gockpt import replay
 from gockpt.kernels.replay import run
+from gockpt.replay import rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +81,7 @@ class Subject:
             optimizer.step()
         optimizer = self.optimizers["fused"]
         (p,) = optimizer.param_groups[0]["params"]
-        rule = replay.rule_for(optimizer, optimizer.param_groups[0], p, optimizer.state[p])
+        rule = rules.rule_for(optimizer, optimizer.param_groups[0], p, optimizer.state[p])
         if isinstance(rule, str):
             msg = f"this torch can't be replayed here: {rule}"
             raise SystemExit(msg)
@@ -94,7 +94,7 @@ class Subject:
         """Return the numbers of the fused optimizer's last update."""
         optimizer = self.optimizers["fused"]
         (p,) = optimizer.param_groups[0]["params"]
-        row = replay.scalars(self.rule, optimizer.param_groups[0], optimizer.state[p])
+        row = rules.scalars(self.rule, optimizer.param_groups[0], optimizer.state[p])
         if row is None:
             msg = "the rule does not hold for its own optimizer"
             raise SystemExit(msg)

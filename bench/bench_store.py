@@ -38,9 +38,9 @@ from bars import compared, parsed, parser
 from harness import table
 from states import STATES, filled
 
-from gockpt.arena import Arena
-from gockpt.layout import CHUNK_TARGET, lay_out
-from gockpt.schema import ArraySpec
+from gockpt.core.arena_layout import CHUNK_TARGET, lay_out
+from gockpt.core.array_spec import ArraySpec
+from gockpt.staging.arena import Arena
 from gockpt.storage.format.checksum import crc32c_blocks
 from gockpt.storage.local.filesystem import Filesystem
 from gockpt.storage.local.store import Store
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from gockpt.layout import ArrayLayout, Slot
+    from gockpt.core.arena_layout import ArrayLayout, Slot
 
 PIECE = 8 << 20
 GOCKPT = "gockpt"

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gockpt.calibration import Case
-from gockpt.device_calibration import calibrate, candidates, diagnose
-from gockpt.lab import lab_for, step_on
+from gockpt.replay.calibration import Case
+from gockpt.replay.calibration_cuda import calibrate, candidates, diagnose
+from gockpt.replay.calibration_runs import lab_for, step_on
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from gockpt.lab import Lab, Seen
+    from gockpt.replay.calibration_runs import Lab, Seen
 
 OPTIMIZERS = ((torch.optim.Adam, ("adam", "amsgrad")), (torch.optim.SGD, ("sgd", "momentum")))
 IMPLEMENTATIONS: dict[str, dict[str, bool | None]] = {

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gockpt.api import finish, save_overlapped, wait
-    from gockpt.checkpoint import Checkpoint, open
+    from gockpt.catalog import checkpoints, diff, latest, prune, steps, verify
     from gockpt.checkpointer import Checkpointer
-    from gockpt.engine.handle import SaveHandle
     from gockpt.errors import (
         CheckpointCorrupt,
         CheckpointNotFound,
@@ -50,10 +49,11 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
+    from gockpt.loading.checkpoint import Checkpoint, open
+    from gockpt.loading.load import Restored, load
     from gockpt.options import Keep, Options
-    from gockpt.overview import checkpoints, diff, latest, prune, steps, verify
     from gockpt.release import close
-    from gockpt.restore import Restored, load
+    from gockpt.saving.handle import SaveHandle
     from gockpt.uploads import upload
 
 __all__ = [
@@ -104,24 +104,24 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "Checkpoint": "gockpt.checkpoint",
+    "Checkpoint": "gockpt.loading.checkpoint",
     "Checkpointer": "gockpt.checkpointer",
     "Keep": "gockpt.options",
     "Options": "gockpt.options",
-    "Restored": "gockpt.restore",
-    "SaveHandle": "gockpt.engine.handle",
-    "checkpoints": "gockpt.overview",
+    "Restored": "gockpt.loading.load",
+    "SaveHandle": "gockpt.saving.handle",
+    "checkpoints": "gockpt.catalog",
     "close": "gockpt.release",
-    "diff": "gockpt.overview",
+    "diff": "gockpt.catalog",
     "finish": "gockpt.api",
-    "latest": "gockpt.overview",
-    "load": "gockpt.restore",
-    "open": "gockpt.checkpoint",
-    "prune": "gockpt.overview",
+    "latest": "gockpt.catalog",
+    "load": "gockpt.loading.load",
+    "open": "gockpt.loading.checkpoint",
+    "prune": "gockpt.catalog",
     "save_overlapped": "gockpt.api",
-    "steps": "gockpt.overview",
+    "steps": "gockpt.catalog",
     "upload": "gockpt.uploads",
-    "verify": "gockpt.overview",
+    "verify": "gockpt.catalog",
     "wait": "gockpt.api",
 }
 """Where the public names live; every other one is an error and lives in gockpt.errors."""
@@ -134,7 +134,7 @@ if not TYPE_CHECKING:  # a type checker sees the imports above, and a misspelt n
         if name not in __all__:
             msg = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(msg)
-        from gockpt.signals import deferred
+        from gockpt.deferred_signals import deferred
 
         with deferred():  # what is imported by halves, here or in torch, may not be importable any more
             value = getattr(import_module(_HOME.get(name, "gockpt.errors")), name)

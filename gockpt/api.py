@@ -7,19 +7,19 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from gockpt import registry
-from gockpt.arguments import checked_options, model_ids
 from gockpt.checkpointer import Checkpointer
+from gockpt.deferred_signals import deferred, uninterrupted
 from gockpt.errors import GockptError, SaveAborted, UploadError, UsageError
-from gockpt.signals import deferred, uninterrupted
 from gockpt.storage.paths import directory_to_save
+from gockpt.validation import checked_options, model_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from gockpt.arguments import Model
     from gockpt.checkpointer import Optimizers
-    from gockpt.engine.handle import SaveHandle
     from gockpt.options import Options
+    from gockpt.saving.handle import SaveHandle
+    from gockpt.validation import Model
 
 __all__ = ["finish", "save_overlapped", "wait"]
 

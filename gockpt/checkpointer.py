@@ -8,7 +8,17 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gockpt import preemption, registry
-from gockpt.arguments import (
+from gockpt.deferred_signals import uninterrupted
+from gockpt.errors import GockptError, UploadError, UsageError
+from gockpt.opening import open_path
+from gockpt.process_end import failure_now, finish_at_end
+from gockpt.ranks import Bystander, is_bystander
+from gockpt.saving.engine import Engine
+from gockpt.saving.moments import in_signal_handler
+from gockpt.state.lineage import note_run, origin_of
+from gockpt.state.optimizers import Found, find_optimizers
+from gockpt.storage.paths import directory_to_save
+from gockpt.validation import (
     anchors,
     checked_every,
     checked_extra,
@@ -18,16 +28,6 @@ from gockpt.arguments import (
     modules,
     reference,
 )
-from gockpt.engine.engine import Engine
-from gockpt.engine.moments import in_signal_handler
-from gockpt.errors import GockptError, UploadError, UsageError
-from gockpt.lineage import note_run, origin_of
-from gockpt.opening import open_path
-from gockpt.optimizers import Found, find_optimizers
-from gockpt.process_end import failure_now, finish_at_end
-from gockpt.ranks import Bystander, is_bystander
-from gockpt.signals import uninterrupted
-from gockpt.storage.paths import directory_to_save
 
 if TYPE_CHECKING:
     import os
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gockpt.arguments import Model
-    from gockpt.engine.handle import Saved, SaveHandle
-    from gockpt.lineage import Origin
     from gockpt.options import Options
+    from gockpt.saving.handle import Saved, SaveHandle
+    from gockpt.state.lineage import Origin
     from gockpt.uploads import Uploads, UploadStatus
+    from gockpt.validation import Model
 
     Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 

@@ -10,9 +10,9 @@ import os
 import secrets
 from typing import TYPE_CHECKING
 
+from gockpt.core.runs import beginning, claim
 from gockpt.errors import ExistingCheckpoints, UsageError
-from gockpt.lineage import origin_of, run_of, runs_of_process
-from gockpt.runs import beginning, claim
+from gockpt.state.lineage import origin_of, run_of, runs_of_process
 from gockpt.storage.format.manifest import MANIFEST_FILE
 from gockpt.storage.local.catalog import newest_in
 from gockpt.storage.local.filesystem import Filesystem
@@ -22,9 +22,9 @@ from gockpt.storage.read import find_objects
 from gockpt.uploads import store_at
 
 if TYPE_CHECKING:
-    from gockpt.arguments import Model
+    from gockpt.core.runs import Run
     from gockpt.options import Options
-    from gockpt.runs import Run
+    from gockpt.validation import Model
 
 __all__ = ["expect_remote", "homes", "permitted"]
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gockpt.engine.background import InThreads
-from gockpt.engine.orphans import open_store
 from gockpt.errors import PathBusy
 from gockpt.existing import expect_remote, homes, permitted
 from gockpt.storage.local.compression import Compression
 from gockpt.storage.local.store import Store
 from gockpt.uploads import Uploads
+from gockpt.workers.executor import InThreads
+from gockpt.workers.orphans import open_store
 
 if TYPE_CHECKING:
-    from gockpt.arguments import Model
-    from gockpt.engine.background import Background
-    from gockpt.lineage import Origin
+    from gockpt.core.runs import Run
     from gockpt.options import Options
-    from gockpt.runs import Run
+    from gockpt.state.lineage import Origin
     from gockpt.storage.local.store import Follow
     from gockpt.uploads import Publications
+    from gockpt.validation import Model
+    from gockpt.workers.executor import Background
 
 __all__ = ["Opened", "open_path"]
 
@@ -77,7 +77,7 @@ def _background(
 ) -> tuple[Background[Any], Publications]:
     """Take the path for writing; return who works there, and who numbers what is published."""
     if options.worker == "process":
-        from gockpt.engine.remote import InProcess
+        from gockpt.workers.process_executor import InProcess
 
         worker = InProcess(path, options, parent=parent, follow=follow)
         return worker, worker

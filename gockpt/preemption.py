@@ -16,8 +16,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from gockpt import registry
+from gockpt.deferred_signals import handler_of, kept_handlers, set_handler
 from gockpt.errors import GockptError
-from gockpt.signals import handler_of, kept_handlers, set_handler
 
 if TYPE_CHECKING:
     from gockpt.checkpointer import Checkpointer

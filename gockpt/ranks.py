@@ -18,7 +18,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from gockpt.errors import UsageError
-from gockpt.naming import TRANSPARENT, models_of
+from gockpt.state.naming import TRANSPARENT, models_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -13,10 +13,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gockpt.arguments import model_ids
 from gockpt.errors import GockptError, PathBusy, SaveAborted, UploadError
-from gockpt.lineage import origin_of
 from gockpt.reachable import in_use
+from gockpt.state.lineage import origin_of
+from gockpt.validation import model_ids
 
 if TYPE_CHECKING:
     from gockpt.checkpointer import Checkpointer

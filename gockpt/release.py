@@ -7,16 +7,16 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from gockpt import registry
-from gockpt.arguments import anchors, model_ids
+from gockpt.deferred_signals import uninterrupted
 from gockpt.errors import GockptError, SaveAborted
-from gockpt.signals import uninterrupted
 from gockpt.storage.paths import directory_to_save
+from gockpt.validation import anchors, model_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gockpt.arguments import Model
     from gockpt.checkpointer import Checkpointer
+    from gockpt.validation import Model
 
 __all__ = ["close"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
+from gockpt.catalog import checked_step
+from gockpt.core.runs import ancestors_of
+from gockpt.deferred_signals import deferred, let_through
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
-from gockpt.overview import checked_step
-from gockpt.runs import ancestors_of
-from gockpt.signals import deferred, let_through
 from gockpt.storage.format.manifest import run_of
 from gockpt.storage.object_store.client import objects_at
 from gockpt.storage.object_store.upload import Uploaded, upload_checkpoint
@@ -23,7 +23,7 @@ from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from gockpt.runs import Run
+    from gockpt.core.runs import Run
     from gockpt.storage.format.manifest import Manifest
     from gockpt.storage.object_store.client import Objects, Where
 

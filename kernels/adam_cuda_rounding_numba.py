@@ -1,6 +1,7 @@
 """Adam and AdamW in float32 as CUDA computes them, several updates in one pass: the Numba version.
 
-Contract: bit for bit ``reference_cuda.adam`` and ``reference_cuda.fused_adam`` applied once per update, with
+Contract: bit for bit ``reference_cuda_rounding.adam`` and ``reference_cuda_rounding.fused_adam`` applied once
+    per update, with
 the same *form*. Legend: K updates (oldest first), n elements, T elements per tile.
 
 On a device every element is alike: there is no tail rule. Denormals are kept. Each NaN that arithmetic gives

@@ -105,7 +105,7 @@ def reset(places, buffer, count):
     """Zero the counters of ``count`` messages, for :func:`quantise_each`.
 
     Args:
-        places: int64[S, 7], see ``encoded.plan_each``.
+        places: int64[S, 7], see ``gradient16_launch.plan_each``.
         buffer: The buffer's first byte, at a multiple of 16.
         count: S.
     """
@@ -121,7 +121,7 @@ def quantise_each(addresses, places, blocks, buffer, count, WIDTH: tl.constexpr)
 
     Args:
         addresses: int64[S], see ``blocks.BlockTable``.
-        places: int64[S, 7], see ``encoded.plan_each``.
+        places: int64[S, 7], see ``gradient16_launch.plan_each``.
         blocks: int32[B, 2].
         buffer: The buffer's first byte, at a multiple of 16; the messages' counters are zero.
         count: B.
@@ -155,7 +155,7 @@ def quantise_each(addresses, places, blocks, buffer, count, WIDTH: tl.constexpr)
 
 @triton.jit
 def _narrow(bits):
-    """Round float32 to bfloat16 as ``quantise.narrow`` does, as bits."""
+    """Round float32 to bfloat16 as ``gradient16_numba.narrow`` does, as bits."""
     upper = bits >> 16
     rounded = (bits + 0x7FFF + (upper & 1)) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, upper | 0x40, rounded).to(tl.uint16)
@@ -167,7 +167,7 @@ def narrow_each(addresses, places, blocks, buffer, count, WIDTH: tl.constexpr):
 
     Args:
         addresses: int64[S], see ``blocks.BlockTable``.
-        places: int64[S, 2], see ``encoded.plan_each``.
+        places: int64[S, 2], see ``gradient16_launch.plan_each``.
         blocks: int32[B, 2].
         buffer: The buffer's first byte, at a multiple of 16.
         count: B.

@@ -64,7 +64,7 @@ class BlockTable:
         places: int64[S, 2]: where a span goes, and its length. When packing, both are in bytes; when
             fingerprinting, they are the first word's key and the number of words. When quantising,
             int64[S, 3]: where its values go, how many there are, and where its codes go. When encoding,
-            see ``encoded.plan_each``.
+            see ``gradient16_launch.plan_each``.
         blocks: int32[B, 2]: a span of this table, and the number of the block within it.
     """
 

@@ -1,6 +1,6 @@
 """Pack scattered device memory into one buffer, and unpack it again: the Triton version.
 
-Contract: byte for byte a memcpy of every span that ``blocks.plan_pack`` was given, whatever the bytes
+Contract: byte for byte a memcpy of every span that ``launch_tables.plan_pack`` was given, whatever the bytes
 mean; not a byte beside them is read or written. A launch only launches: tables and buffer are the caller's.
 
 Legend: WIDTH what every address and offset is a multiple of (16, 8, 4, 2 or 1 bytes), WORDS words of

@@ -70,11 +70,12 @@ def run(
         kernel: A key of :data:`SHAPES`. Those that begin with ``cuda_`` follow a device's formulas.
         flags: ``(vector, root)``: fused code's vector width, whose scalar tail rounds differently, or 0
             for code without such a tail; 1 for MKL's square root, 0 for the IEEE one. For a device's
-            formulas, the form that is written down in ``cuda_adam`` and ``cuda_sgd``.
+            formulas, the form that is written down in ``adam_cuda_rounding_numba`` and
+            ``sgd_cuda_rounding_numba``.
         p: Contiguous one-dimensional float32 view of the parameter's piece, in storage order.
         states: The elementwise states' pieces in the rule's order, of the same form.
         grads: One gradient piece per update, oldest first. Never written.
-        scalars: One row per update, as ``gockpt.replay.scalars`` gave it.
+        scalars: One row per update, as ``gockpt.replay.rules.scalars`` gave it.
         tail: Whether the piece's end is the tensor's end.
 
     Raises:
@@ -99,7 +100,7 @@ def run(
     if kernel in ("adam", "amsgrad"):
         function = mkl_sqrt.address() if root else 0
         if root and not function:
-            msg = "this process does not know MKL's square root: call gockpt.replay.prepare() first"
+            msg = "this process does not know MKL's square root: call gockpt.replay.rules.prepare() first"
             raise RuntimeError(msg)
         top = states[2] if count == 3 else _NONE
         with mkl_sqrt.alone() if root else nullcontext():

@@ -1,6 +1,7 @@
 """SGD in float32 as CUDA computes it, several updates in one pass: the Numba version.
 
-Contract: bit for bit ``reference_cuda.sgd`` applied once per update, with the same *form*. Legend: K updates
+Contract: bit for bit ``reference_cuda_rounding.sgd`` applied once per update, with the same *form*. Legend: K
+    updates
 (oldest first), n elements, T elements per tile. The scalars are those of ``gockpt.kernels.sgd_numba``, in
 float64.
 

@@ -11,8 +11,8 @@ import pytest
 
 import gockpt
 from gockpt import errors
-from gockpt.engine.handle import Saved
-from gockpt.overview import Metadata
+from gockpt.catalog import Metadata
+from gockpt.saving.handle import Saved
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 API = (DOCS / "api.md").read_text()

@@ -65,4 +65,4 @@ def test_storage_works_without_torch(module):
     )
     assert module in seen["modules"]
     assert seen["threads"] == 1
-    assert not {"gockpt.checkpointer", "gockpt.engine", "gockpt.restore"} & set(seen["modules"])
+    assert not {"gockpt.checkpointer", "gockpt.saving", "gockpt.loading.load"} & set(seen["modules"])

@@ -1,4 +1,4 @@
-"""The lifecycle in docs/how-it-works.md is the one in ``gockpt.lifecycle.TABLE``.
+"""The lifecycle in docs/how-it-works.md is the one in ``gockpt.core.save_state.TABLE``.
 
 ``python tests/test_lifecycle_diagram.py`` draws it anew.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gockpt.lifecycle import TABLE, State, advance
+from gockpt.core.save_state import TABLE, State, advance
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "how-it-works.md"
 BLOCK = re.compile(r"(?<=```mermaid\n)(.*?)(?=^```$)", re.MULTILINE | re.DOTALL)

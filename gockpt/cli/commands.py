@@ -13,7 +13,7 @@ from gockpt.cli.output import byte_size, print_json, print_line, print_table, pr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gockpt.overview import Metadata
+    from gockpt.catalog import Metadata
     from gockpt.storage.read.checkpoint import StoredCheckpoint
     from gockpt.storage.read.compare import DiffReport
     from gockpt.storage.read.find import CheckpointEntry
@@ -45,7 +45,7 @@ def cli() -> None:
 @_json
 def list_all(path: str, *, superseded: bool, as_json: bool) -> int:
     """List the checkpoints in PATH, oldest publication first."""
-    from gockpt.overview import checkpoints
+    from gockpt.catalog import checkpoints
 
     found = checkpoints(path, superseded=superseded)
     if as_json:
@@ -65,7 +65,7 @@ def list_all(path: str, *, superseded: bool, as_json: bool) -> int:
 @_json
 def show(path: str, *, step: int | None, tensors: bool, as_json: bool) -> int:
     """Show what one checkpoint in PATH holds; the newest, or that of --step."""
-    from gockpt.overview import metadata_of, state_of
+    from gockpt.catalog import metadata_of, state_of
     from gockpt.storage.read.find import open_checkpoint
 
     with open_checkpoint(path, step) as stored:
@@ -102,8 +102,8 @@ def show(path: str, *, step: int | None, tensors: bool, as_json: bool) -> int:
 @_json
 def verify(path: str, *, step: int | None, every: bool, as_json: bool) -> int:
     """Read every byte of a checkpoint in PATH and compare it with what was written."""
-    from gockpt.overview import checkpoints
-    from gockpt.overview import verify as verify_one
+    from gockpt.catalog import checkpoints
+    from gockpt.catalog import verify as verify_one
 
     if every and step is not None:
         msg = "--all and --step exclude each other"
@@ -137,7 +137,7 @@ def diff(
     path_a: str, path_b: str, *, step_a: int | None, step_b: int | None, quick: bool, as_json: bool
 ) -> int:
     """Compare the checkpoints A and B: names, shapes, every byte, metadata."""
-    from gockpt.overview import diff as diff_both
+    from gockpt.catalog import diff as diff_both
 
     with progress("comparing", shown=not as_json) as moved:
         report = diff_both(path_a, path_b, step_a, step_b, quick=quick, on_progress=moved)
@@ -171,7 +171,7 @@ def prune(
     as_json: bool,
 ) -> int:
     """Remove old checkpoints from PATH, where no run may be saving."""
-    from gockpt.overview import prune as prune_path
+    from gockpt.catalog import prune as prune_path
 
     rules = gockpt.Keep(
         newest=keep, every=every, best=best or 0, metric=metric, mode=mode, other_runs=other_runs

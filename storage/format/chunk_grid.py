@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gockpt.layout import ArrayLayout, Slot, slot_bytes
+from gockpt.core.arena_layout import ArrayLayout, Slot, slot_bytes
 
 if TYPE_CHECKING:
-    from gockpt.schema import ArraySpec
+    from gockpt.core.array_spec import ArraySpec
 
 __all__ = ["chunk_key", "chunked_layout", "is_regular"]
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec
+from gockpt.core.nonfinite import nonfinite_of
+from gockpt.core.runs import Run, ancestors_of
 from gockpt.errors import ManifestCorrupt, UsageError
-from gockpt.nonfinite import nonfinite_of
-from gockpt.runs import Run, ancestors_of
-from gockpt.schema import DTYPES, MAX_NDIM, ArraySpec
 from gockpt.storage.format import array_paths, checksum, json_fields, strict_json
 from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
 from gockpt.storage.format.json_fields import Broken, expect
@@ -31,7 +31,7 @@ from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gockpt.runs import Ancestor
+    from gockpt.core.runs import Ancestor
 
 __all__ = [
     "BLOCKS_FILE",

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gockpt.layout import CHECKSUM_BYTES
+from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.storage.format import checksum
 from gockpt.storage.format.chunk_grid import chunk_key, chunked_layout
 
 if TYPE_CHECKING:
-    from gockpt.layout import ArrayLayout
-    from gockpt.schema import ArraySpec
+    from gockpt.core.arena_layout import ArrayLayout
+    from gockpt.core.array_spec import ArraySpec
     from gockpt.storage.format.codecs import Coded
 
 __all__ = ["ArrayEntry", "FileEntry"]

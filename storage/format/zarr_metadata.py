@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from gockpt.schema import DTYPES
+from gockpt.core.array_spec import DTYPES
 from gockpt.storage.format import strict_json
 from gockpt.storage.format.codecs import zarr_codec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gockpt.schema import ArraySpec
+    from gockpt.core.array_spec import ArraySpec
 
 __all__ = ["array_document", "consolidated", "dimension_names", "dump", "group_document", "root"]
 

@@ -17,7 +17,7 @@ from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gockpt.layout import ArrayLayout
+    from gockpt.core.arena_layout import ArrayLayout
 
 __all__ = ["ArrayFile", "Outline", "RawArrays"]
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gockpt import retention
+from gockpt.core import retention
+from gockpt.core.runs import Run, adopted
 from gockpt.errors import ManifestCorrupt
-from gockpt.runs import Run, adopted
 from gockpt.storage.format import manifest, step_names, strict_json
 from gockpt.storage.format.json_fields import MAX_INTEGER
 from gockpt.storage.local import files, verified
@@ -28,8 +28,8 @@ from gockpt.storage.local.filesystem import Filesystem
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from gockpt.core.runs import Ancestor
     from gockpt.options import Keep
-    from gockpt.runs import Ancestor
     from gockpt.storage.local.writer_lock import WriterLock
 
 __all__ = ["Catalog", "Directory", "Place", "identify", "looked_through", "newest_in", "remove_entry"]

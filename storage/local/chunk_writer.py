@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gockpt.layout import ALIGNMENT, CHECKSUM_BYTES
+from gockpt.core.arena_layout import ALIGNMENT, CHECKSUM_BYTES
 from gockpt.storage.format import checksum
 from gockpt.storage.local import files
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from gockpt.layout import ArrayLayout, Slot
+    from gockpt.core.arena_layout import ArrayLayout, Slot
     from gockpt.storage.local.filesystem import Filesystem
 
 __all__ = ["DIRECT_FROM", "WrittenChunk", "most_bounced", "write_chunk", "write_encoded"]

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import OptionsError
-from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, encode, most_nbytes
 from gockpt.storage.local.chunk_writer import most_bounced
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from gockpt.layout import ArrayLayout, Slot
-    from gockpt.schema import ArraySpec
+    from gockpt.core.arena_layout import ArrayLayout, Slot
+    from gockpt.core.array_spec import ArraySpec
 
 __all__ = [
     "AUTO",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import ManifestCorrupt, UsageError
-from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage.format import checksum, chunk_grid, manifest, strict_json, zarr_metadata
 from gockpt.storage.format.codecs import Coded
 from gockpt.storage.format.json_fields import MAX_INTEGER
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from gockpt.layout import ArrayLayout, Slot
+    from gockpt.core.arena_layout import ArrayLayout, Slot
     from gockpt.storage.format.zarr_outline import ArrayFile, Outline
     from gockpt.storage.local.compression import Compression
     from gockpt.storage.local.filesystem import Filesystem

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from gockpt.core.runs import Run, adopted
 from gockpt.errors import PathBusy, UsageError
 from gockpt.options import Keep
-from gockpt.runs import Run, adopted
 from gockpt.storage.format import step_names
 from gockpt.storage.format.json_fields import MAX_INTEGER
 from gockpt.storage.format.zarr_outline import Outline
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import TracebackType
 
-    from gockpt.layout import ArrayLayout
+    from gockpt.core.arena_layout import ArrayLayout
 
 __all__ = ["Follow", "Store"]
 
@@ -185,7 +185,7 @@ class Store:
         """Delete all but the newest ``keep`` checkpoints, by publication; readers survive it.
 
         What a newer publication of its step replaced is deleted as well, and doesn't count. What stays
-        beyond the newest, :mod:`gockpt.retention` says.
+        beyond the newest, :mod:`gockpt.core.retention` says.
 
         Returns:
             The steps that are gone, oldest publication first.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
-    from gockpt.layout import ArrayLayout, Slot
-    from gockpt.runs import Run
+    from gockpt.core.arena_layout import ArrayLayout, Slot
+    from gockpt.core.runs import Run
     from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
     from gockpt.storage.format.zarr_outline import Outline
     from gockpt.storage.local.catalog import Catalog, Place

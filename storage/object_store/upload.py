@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, ChunkCorrupt, RemoteError, UsageError
-from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage.format import step_names
 from gockpt.storage.format.checksum import BLOCK, block_count, chain, crc32c, crc32c_zeros
 from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, parse

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from gockpt.boxes import Box
+from gockpt.core.boxes import Box
 from gockpt.errors import (
     CheckpointCorrupt,
     CheckpointPruned,
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from gockpt.layout import ArrayLayout
-    from gockpt.schema import ArraySpec
+    from gockpt.core.arena_layout import ArrayLayout
+    from gockpt.core.array_spec import ArraySpec
     from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.local_location import Folder
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gockpt.boxes import Box
+from gockpt.core.boxes import Box
 from gockpt.storage.read.element_values import magnitudes_of_difference
 
 if TYPE_CHECKING:

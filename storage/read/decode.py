@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import ChunkCorrupt
-from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage.format.checksum import BLOCK, chain, crc32c
 from gockpt.storage.format.codecs import decode, expect_nbytes
 

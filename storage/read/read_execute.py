@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from gockpt.boxes import Box
+    from gockpt.core.boxes import Box
     from gockpt.storage.format.codecs import Coded
     from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.local_location import File, Folder

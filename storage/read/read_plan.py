@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gockpt.boxes import Box, Overlap, overlap
+from gockpt.core.boxes import Box, Overlap, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gockpt.schema import ArraySpec
+    from gockpt.core.array_spec import ArraySpec
 
 __all__ = ["ByteRange", "ChunkRead", "Grid", "plan_reads", "scatter"]
 

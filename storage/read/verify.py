@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import CheckpointCorrupt
-from gockpt.layout import CHECKSUM_BYTES
 from gockpt.storage.format import strict_json, zarr_metadata
 from gockpt.storage.format.checksum import BLOCK, crc32c
 from gockpt.storage.format.chunk_grid import chunk_key

@@ -161,7 +161,7 @@ def test_countless_problems_are_cut_short_and_counted(call, ask, monkeypatch):
     assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 6, 0, False)
     flip("ckpts/step-0000000001/gockpt.json")
     monkeypatch.setattr("gockpt.storage.read.verify.MAX_PROBLEMS", 5)
-    monkeypatch.setattr("gockpt.overview.MAX_PROBLEMS", 5)
+    monkeypatch.setattr("gockpt.catalog.MAX_PROBLEMS", 5)
     code, document = ask("verify", "ckpts")
     one = document["checkpoints"][0]
     assert (code, len(one["problems"]), one["more"], one["truncated"]) == (1, 5, 2, True)

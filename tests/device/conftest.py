@@ -24,11 +24,11 @@ import torch
 
 import gockpt
 from gockpt import checkpointer, registry
-from gockpt.device.interface import Source
-from gockpt.engine.engine import Engine
 from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.kernels.gradient16_launch import layout_of
 from gockpt.kernels.gradient16_numba import narrow, quantise
+from gockpt.saving.engine import Engine
+from gockpt.staging.device import Source
 
 RUBBISH = 0xDD
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gockpt.device.cargo import Shipment, load_up
-from gockpt.device.interface import Source
-from gockpt.device.room import COPY_BYTES, SLOTS, Room, make_room
+from gockpt.staging.copy_batches import Shipment, load_up
+from gockpt.staging.device import Source
+from gockpt.staging.device_budget import COPY_BYTES, SLOTS, Room, make_room
 
 
 def shipments_of(stretches, random):

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import replay
-from gockpt.arena import Arena
-from gockpt.device.cargo import Shipment, Urgency
-from gockpt.device.interface import Source
-from gockpt.device.room import Room
-from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveError
 from gockpt.kernels.gradient16_launch import form_of, layout_of
 from gockpt.kernels.gradient16_numba import narrow, quantise
-from gockpt.lab import lab_for
+from gockpt.replay import rules
+from gockpt.replay.calibration_runs import lab_for
+from gockpt.staging.arena import Arena
+from gockpt.staging.copy_batches import Shipment, Urgency
+from gockpt.staging.device import Source
+from gockpt.staging.device_budget import Room
+from gockpt.staging.device_stager import DeviceTransfer
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ VARIANTS = pytest.mark.parametrize("variant", ["staging", "direct", "detour"])
 def cuda():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from gockpt.device.cuda import CudaDevice
+    from gockpt.staging.cuda import CudaDevice
 
     return CudaDevice(torch.device("cuda", torch.cuda.current_device()))
 
@@ -338,7 +338,7 @@ class Training:
         """Whether a formula of this optimizer is known on this device."""
         group, p = self.optimizer.param_groups[0], self.model[0].weight
         state, lab = self.optimizer.state[p], lab_for(p.device)
-        return isinstance(replay.rule_for(self.optimizer, group, p, state, lab), replay.Rule)
+        return isinstance(rules.rule_for(self.optimizer, group, p, state, lab), rules.Rule)
 
     def moment(self):
         names = {id(p): name for name, p in self.model.named_parameters()}

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.arena import Arena
-from gockpt.device.cargo import Shipment, Urgency, load_up
-from gockpt.device.interface import Source
-from gockpt.device.room import Room
-from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveAborted, SaveError
 from gockpt.kernels.fingerprint_numba import fingerprint
+from gockpt.staging.arena import Arena
+from gockpt.staging.copy_batches import Shipment, Urgency, load_up
+from gockpt.staging.device import Source
+from gockpt.staging.device_budget import Room
+from gockpt.staging.device_stager import DeviceTransfer
 
 KB = 1024
 
@@ -712,7 +712,7 @@ def test_a_thread_and_a_cancellation_get_along(fakes, options, count):
 
 
 def test_a_thread_ends_with_its_owner(scene, monkeypatch):
-    monkeypatch.setattr("gockpt.device.transfer.IDLE", 0.01)
+    monkeypatch.setattr("gockpt.staging.device_stager.IDLE", 0.01)
     at = scene(thread=True)
     at.road.finish(at.road.send(at.tensors(3, KB), Urgency.STATE))
     thread = at.road._thread

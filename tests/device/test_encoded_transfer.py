@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.arena import Arena
-from gockpt.device.cargo import Shipment, Urgency, load_up
-from gockpt.device.interface import Source
-from gockpt.device.room import Room
-from gockpt.device.transfer import DeviceTransfer
 from gockpt.errors import SaveError
 from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.kernels.gradient16_launch import form_of, layout_of
 from gockpt.kernels.gradient16_numba import narrow, quantise
+from gockpt.staging.arena import Arena
+from gockpt.staging.copy_batches import Shipment, Urgency, load_up
+from gockpt.staging.device import Source
+from gockpt.staging.device_budget import Room
+from gockpt.staging.device_stager import DeviceTransfer
 
 KB = 1024
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.engine.roads import CudaDevices
+from gockpt.saving.device_selection import CudaDevices
 
 KB = 1024
 FEW = 1 << 16

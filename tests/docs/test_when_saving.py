@@ -27,12 +27,13 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gockpt
-from gockpt import lineage, registry
-from gockpt.engine.job import Job
-from gockpt.engine.roads import CudaDevices
+from gockpt import registry
 from gockpt.kernels import replay
+from gockpt.saving.device_selection import CudaDevices
+from gockpt.state import lineage
 from gockpt.storage.local.filesystem import Filesystem
 from gockpt.storage.object_store.client import Objects
+from gockpt.workers.save_job import Job
 
 TRIALS = {}
 

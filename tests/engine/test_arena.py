@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gockpt.arena import Arena
 from gockpt.errors import SaveError
+from gockpt.staging.arena import Arena
 
 
 def mapping_of(arena):

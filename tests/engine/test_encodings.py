@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.engine.encodings import decode, empty, encode, seal, uncertainty, usual_bytes
-from gockpt.engine.probes import choose
-from gockpt.engine.ring import Ring
+from gockpt.replay.gradient_encoding import decode, empty, encode, seal, uncertainty, usual_bytes
+from gockpt.replay.rounding_probes import choose
+from gockpt.staging.gradient_ring import Ring
 
 BROKEN = np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345], np.uint32)
 

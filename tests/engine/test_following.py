@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from gockpt.engine.following import Following
-from gockpt.engine.messages import Stretch
-from gockpt.engine.ring import Ring
+from gockpt.core.descriptors import Stretch
+from gockpt.saving.update_order import Following
+from gockpt.staging.gradient_ring import Ring
 
 
 class Flips:

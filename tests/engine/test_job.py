@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.arena import Arena
-from gockpt.engine import job as job_module
-from gockpt.engine.encodings import encode, seal
-from gockpt.engine.job import Job
-from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
-from gockpt.engine.pool import Pool
-from gockpt.engine.probes import choose, elements
-from gockpt.engine.ring import Ring
-from gockpt.engine.trace import Trace
+from gockpt.core.arena_layout import lay_out
+from gockpt.core.array_spec import ArraySpec
+from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
+from gockpt.core.nonfinite import NonFinite, attributes_with
+from gockpt.core.timeline import Trace
 from gockpt.errors import StorageError, WorkerError
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.layout import lay_out
-from gockpt.nonfinite import NonFinite, attributes_with
-from gockpt.schema import ArraySpec
+from gockpt.replay.gradient_encoding import encode, seal
+from gockpt.replay.rounding_probes import choose, elements
+from gockpt.staging.arena import Arena
+from gockpt.staging.gradient_ring import Ring
+from gockpt.workers import save_job as job_module
+from gockpt.workers.save_job import Job
+from gockpt.workers.thread_pool import Pool
 
 ELEMENTS = 48
 LR = 0.25

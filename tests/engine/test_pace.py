@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.engine.pace import Pace
+from gockpt.planning.rates import Pace
 
 
 def steps(pace, *seconds, stall=0.0):
@@ -53,7 +53,7 @@ def test_a_pace_that_changes_is_followed():
 
 def test_a_run_chooses_by_its_later_saves(tmp_path, monkeypatch):
     """Figures are injected: each save is said to expose 2 s, the first one 6000 s; a step takes 10 s."""
-    from gockpt.engine.trace import Trace
+    from gockpt.core.timeline import Trace
 
     exposed = iter([6000.0, *[2.0] * 99])
     monkeypatch.setattr(Trace, "seconds", lambda _, lane: next(exposed) if lane == "stall" else 0.0)

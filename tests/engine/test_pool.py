@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 
-from gockpt.engine.pool import WRITERS, Pool
+from gockpt.workers.thread_pool import WRITERS, Pool
 
 
 class Source:

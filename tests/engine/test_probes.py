@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.engine.encodings import encode
-from gockpt.engine.findings import Sums, summary
-from gockpt.engine.messages import Gradient, ReplayPiece
-from gockpt.engine.probes import LARGE, MANY, Probes, choose, elements, most_elements
-from gockpt.engine.replaying import TILE, replay_encoded
+from gockpt.core.descriptors import Gradient, ReplayPiece
 from gockpt.kernels import replay
+from gockpt.replay.gradient_encoding import encode
+from gockpt.replay.rounding_error import Sums, summary
+from gockpt.replay.rounding_probes import LARGE, MANY, Probes, choose, elements, most_elements
+from gockpt.replay.tiled import TILE, replay_encoded
 
 KERNELS = ("adam", "amsgrad", "momentum", "sgd")
 KINDS = ("independent", "constant", "alternating", "sparse", "wide", "drifting")

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
-from gockpt.engine.remote_job import RemoteJob
-from gockpt.engine.ring import Ring
-from gockpt.engine.trace import Trace
+from gockpt.core.nonfinite import NonFinite
+from gockpt.core.timeline import Trace
 from gockpt.errors import StorageError, WorkerError
-from gockpt.nonfinite import NonFinite
+from gockpt.staging.gradient_ring import Ring
+from gockpt.workers.process_job import RemoteJob
 
 
 class Worker:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gockpt.engine.ring import Ring
+from gockpt.staging.gradient_ring import Ring
 
 SIZE = 64 * 40
 BASE = 4096

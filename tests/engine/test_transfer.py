@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.transfer import Batch, Copy, Transfer, dense_bytes
+from gockpt.staging.host_stager import Batch, Copy, Transfer, dense_bytes
 
 DTYPES = [
     torch.float32,

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.deviation import Deviation
-from gockpt.engine import notices
-from gockpt.engine.messages import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
-from gockpt.engine.wire import Frames, decode, encode
+from gockpt.core.arena_layout import ArrayLayout, Slot
+from gockpt.core.array_spec import DTYPES, ArraySpec
+from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
+from gockpt.core.exactness import Deviation
+from gockpt.core.nonfinite import NonFinite
 from gockpt.errors import WorkerError
-from gockpt.layout import ArrayLayout, Slot
-from gockpt.nonfinite import NonFinite
-from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.local.transaction import Published
+from gockpt.workers import notices
+from gockpt.workers.channel import Frames, decode, encode
 
 counts = st.integers(0, 1 << 62)
 bits = st.integers(0, (1 << 64) - 1)
@@ -147,7 +147,7 @@ def test_a_level_of_the_log_is_a_plain_number():
 
 def test_the_worker_needs_no_torch():
     code = (
-        "import sys, gockpt.engine.worker, gockpt.engine.pool, gockpt.engine.background; "
+        "import sys, gockpt.workers.worker_main, gockpt.workers.thread_pool, gockpt.workers.executor; "
         "import gockpt.kernels.replay; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

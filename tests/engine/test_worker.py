@@ -11,13 +11,13 @@ import sys
 import pytest
 
 import gockpt
-from gockpt.arena import Arena
-from gockpt.engine import notices, wire
-from gockpt.engine.messages import ArrayPlace, Capture
-from gockpt.engine.worker import Worker
+from gockpt.core.arena_layout import lay_out
+from gockpt.core.array_spec import ArraySpec
+from gockpt.core.descriptors import ArrayPlace, Capture
 from gockpt.errors import WorkerError
-from gockpt.layout import lay_out
-from gockpt.schema import ArraySpec
+from gockpt.staging.arena import Arena
+from gockpt.workers import channel, notices
+from gockpt.workers.worker_main import Worker
 
 
 @pytest.mark.parametrize("heard", [True, False])
@@ -28,7 +28,7 @@ def test_what_a_trainer_sent_is_taken_whatever_it_had_heard(heard):
         worker = Worker(sock, os.getppid())
         if not heard:
             sock.send(b"news")
-        trainer.sendall(wire.encode(notices.Leave()))
+        trainer.sendall(channel.encode(notices.Leave()))
         trainer.close()
         assert worker._read() == [notices.Leave()]
         assert worker._read() is None
@@ -47,7 +47,7 @@ def test_descriptors_that_the_system_dropped_are_noticed(monkeypatch):
             return data, descriptors, flags | socket.MSG_CTRUNC, address
 
         monkeypatch.setattr(socket, "recv_fds", dropping)
-        trainer.sendall(wire.encode(notices.Leave()))
+        trainer.sendall(channel.encode(notices.Leave()))
         with pytest.raises(WorkerError, match="too many open files"):
             worker._read()
         worker._outbox.close()
@@ -56,7 +56,7 @@ def test_descriptors_that_the_system_dropped_are_noticed(monkeypatch):
 # A worker that begins no checkpoint before the file "go" is there.
 PROGRAM = """
 import os, sys, time
-from gockpt.engine.worker import run
+from gockpt.workers.worker_main import run
 from gockpt.storage.local.store import Store
 begin = Store.begin
 def held(*arguments, **more):
@@ -76,13 +76,13 @@ class Trainer:
         with other:
             command = [sys.executable, "-c", PROGRAM, str(other.fileno())]
             self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stderr=subprocess.PIPE)
-        self._frames = wire.Frames()
+        self._frames = channel.Frames()
         follow = {"run": {"id": "ab" * 16, "ancestors": []}, "newest": None, "here": False}
         self.send(notices.Open(str(path), follow, None, {"cpu_threads": 1}, 2))
         self.hear(notices.Opened)
 
     def send(self, message, fd=None):
-        frame = wire.encode(message)
+        frame = channel.encode(message)
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         assert self.sock.sendmsg([frame], rights) == len(frame)
 

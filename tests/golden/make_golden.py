@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from content import bits
 
-from gockpt.schema import DTYPES, ArraySpec
+from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local.compression import Compression

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gockpt.errors import UnsupportedState
 from gockpt.kernels.gradient16_launch import ROOMY, Place, fitting, form_of, layout, layout_of, plan_each
 from gockpt.kernels.gradient16_numba import narrow, quantise
-from gockpt.packing import Encoding
+from gockpt.staging.pack_launch import Encoding
 
 few = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ODD = np.array(

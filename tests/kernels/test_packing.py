@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gockpt.errors import UnsupportedState
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.packing import Fingerprints, Packing
+from gockpt.staging.pack_launch import Fingerprints, Packing
 
 # The fixture only chooses a device and its kernels; no example changes it.
 few = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])

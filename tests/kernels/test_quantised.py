@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gockpt.errors import UnsupportedState
 from gockpt.kernels import reference
 from gockpt.kernels.gradient16_format import RAW, Gradient, dequantise, plan_message
-from gockpt.packing import Quantising
+from gockpt.staging.pack_launch import Quantising
 
 few = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SPECIAL = np.array(

@@ -24,8 +24,9 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import registry, rng
+from gockpt import registry
 from gockpt.kernels import replay
+from gockpt.state import rng_state
 
 MEMORY = Path("/dev/shm")
 """Where checkpoints of most tests go, if it is there: thousands of synchronised files tire a disk."""
@@ -138,7 +139,7 @@ def take(step: int, model: Any, optimizer: Any = None, extra: dict[str, Any] | N
         optimizers=[copy.deepcopy(one.state_dict()) for one in listed(optimizer)],
         arrays=arrays,
         extra={name: copy.deepcopy(plain_extra(value)) for name, value in (extra or {}).items()},
-        random=copy.deepcopy(rng.capture()),
+        random=copy.deepcopy(rng_state.capture()),
     )
 
 
@@ -162,7 +163,7 @@ def check_load(path: Any, moment: Moment, model: Any, optimizer: Any = None, ext
     torch.manual_seed(0)
     np.random.seed(0)
     restored = gockpt.load(path, model, optimizer, step=moment.step, extra=extra, rng=True)
-    same(copy.deepcopy(rng.capture()), moment.random, "random states")
+    same(copy.deepcopy(rng_state.capture()), moment.random, "random states")
     assert restored.step == moment.step
     assert not restored.missing
     assert not restored.unexpected

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import transfer
 from gockpt.kernels import replay
-from gockpt.replay import rule_for
+from gockpt.replay.rules import rule_for
+from gockpt.staging import host_stager
 
 EVERY, WINDOW = 6, 4
 
@@ -195,8 +195,8 @@ class Torn:
     """A copy that brings wrong bytes the first ``times`` times, as if something wrote meanwhile."""
 
     def __init__(self, monkeypatch, times):
-        self.real, self.left, self.lock = transfer.copy_fingerprint, times, threading.Lock()
-        monkeypatch.setattr(transfer, "copy_fingerprint", self)
+        self.real, self.left, self.lock = host_stager.copy_fingerprint, times, threading.Lock()
+        monkeypatch.setattr(host_stager, "copy_fingerprint", self)
 
     def __call__(self, src, dst, itemsize, start=0):
         found = self.real(src, dst, itemsize, start)
@@ -205,7 +205,7 @@ class Torn:
             tear = self.left >= 0
         if tear:
             dst[: dst.size // 2] ^= 255
-            found = transfer.fingerprint(dst, itemsize, start)
+            found = host_stager.fingerprint(dst, itemsize, start)
         return found
 
 

@@ -16,8 +16,8 @@ import torch
 
 import gockpt
 from gockpt import registry
-from gockpt.engine import inside_call
-from gockpt.engine.job import Job
+from gockpt.saving import inside_call
+from gockpt.workers.save_job import Job
 
 EVERY, WINDOW = 6, 4
 

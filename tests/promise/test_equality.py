@@ -240,8 +240,8 @@ def test_windows_are_replayed_for_every_supported_optimizer(harness, kind, imple
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["for-loop", "foreach", "fused"])
 def test_arrays_of_many_chunks(harness, monkeypatch, limit, implementation):
     """The chunk rule's limits made small: pieces are cut inside chunks, whatever their row length."""
-    monkeypatch.setattr("gockpt.layout.WHOLE_LIMIT", limit)
-    monkeypatch.setattr("gockpt.layout.CHUNK_TARGET", limit * 2 // 3)
+    monkeypatch.setattr("gockpt.core.arena_layout.WHOLE_LIMIT", limit)
+    monkeypatch.setattr("gockpt.core.arena_layout.CHUNK_TARGET", limit * 2 // 3)
 
     def build():
         model = harness.Tensors(

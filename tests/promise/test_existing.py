@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import lineage, registry
+from gockpt import registry
+from gockpt.state import lineage
 from gockpt.storage.local.store import Store
 
 URL = "file://{}/bucket"

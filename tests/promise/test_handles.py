@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.engine import gathering, save
+from gockpt.saving import gradient_capture, session
 from gockpt.storage.local.store import Store
 from gockpt.storage.local.transaction import Transaction
 
@@ -114,7 +114,7 @@ def test_a_timeout_is_for_the_whole_of_result(harness, monkeypatch):
 
 def test_the_gradient_ring_has_room_for_one_update_of_any_model(harness, monkeypatch):
     """One large parameter, cut into few pieces: each of its gradients finds room."""
-    monkeypatch.setattr(gathering, "RING_PATIENCE", 0.0)
+    monkeypatch.setattr(gradient_capture, "RING_PATIENCE", 0.0)
     model = torch.nn.Linear(512, 256, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     options = gockpt.Options(window=2, when_busy="wait")
@@ -131,7 +131,7 @@ def test_the_gradient_ring_has_room_for_one_update_of_any_model(harness, monkeyp
 
 def test_large_extras_are_asked_for_once_per_save(harness, monkeypatch):
     """Asking at every tick of a window would stall them all; such a window can't be closed early."""
-    monkeypatch.setattr(save, "MOST_REMEMBERED", 1000)
+    monkeypatch.setattr(session, "MOST_REMEMBERED", 1000)
     model, optimizer = build(torch.optim.AdamW)
     calls = []
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import transfer
-from gockpt.engine.attempt import Attempt
-from gockpt.engine.job import Job
-from gockpt.engine.pace import Pace
+from gockpt.planning.rates import Pace
+from gockpt.saving.capture import Attempt
+from gockpt.staging import host_stager
 from gockpt.storage.local.transaction import Transaction
+from gockpt.workers.save_job import Job
 
 LAYERS, WIDTH = 8, 200
 
@@ -30,7 +30,7 @@ def link(monkeypatch):
     """
     found = SimpleNamespace(slow=False, in_main=None, copies=0, open=threading.Event())
     found.open.set()
-    original = transfer.copy_fingerprint
+    original = host_stager.copy_fingerprint
 
     def copy(*args):
         if threading.current_thread() is threading.main_thread():
@@ -44,7 +44,7 @@ def link(monkeypatch):
         found.copies += 1
         return original(*args)
 
-    monkeypatch.setattr(transfer, "copy_fingerprint", copy)
+    monkeypatch.setattr(host_stager, "copy_fingerprint", copy)
     return found
 
 
@@ -246,8 +246,8 @@ def test_ctrl_c_right_after_a_copy_was_lost(harness, monkeypatch):
     path = harness.directory()
     saver = gockpt.Checkpointer(model, optimizer, path, every=1, options=gockpt.Options(window=1))
     held = threading.Event()
-    original = transfer.copy_fingerprint
-    monkeypatch.setattr(transfer, "copy_fingerprint", lambda *args: (held.wait(20), original(*args))[1])
+    original = host_stager.copy_fingerprint
+    monkeypatch.setattr(host_stager, "copy_fingerprint", lambda *args: (held.wait(20), original(*args))[1])
     update(model, optimizer)
     saver.after_step(1)
     with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 
 import gockpt
 from gockpt import registry
-from gockpt.engine import last_tick
+from gockpt.saving import last_tick
 from gockpt.storage.local.transaction import Transaction
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import plain
-from gockpt.arena import Arena
-from gockpt.engine import background
+from gockpt.staging.arena import Arena
+from gockpt.state import value_encoder
 from gockpt.storage.local.compression import Compression
 from gockpt.storage.local.filesystem import Filesystem
+from gockpt.workers import executor
 
 
 class Meter:
@@ -52,7 +52,7 @@ def meter(monkeypatch):
             super().__init__(nbytes)
             meter.follow(self, self.nbytes)
 
-    copied, hold, pwrite = plain._Encoder.array, Compression._hold, Filesystem.pwrite
+    copied, hold, pwrite = value_encoder._Encoder.array, Compression._hold, Filesystem.pwrite
 
     def copy(self, tensor):
         meter.follow(tensor, tensor.nbytes)
@@ -67,8 +67,8 @@ def meter(monkeypatch):
             meter.follow(data.obj, len(data.obj))
         return pwrite(self, fd, data, offset)
 
-    monkeypatch.setattr(background, "Arena", Metered)
-    monkeypatch.setattr(plain._Encoder, "array", copy)
+    monkeypatch.setattr(executor, "Arena", Metered)
+    monkeypatch.setattr(value_encoder._Encoder, "array", copy)
     monkeypatch.setattr(Compression, "_hold", held)
     monkeypatch.setattr(Filesystem, "pwrite", write)
     return meter

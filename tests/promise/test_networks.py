@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gockpt
-from gockpt import transfer
+from gockpt.staging import host_stager
 
 EVERY, WINDOW = 5, 4
 RUN = 2 * EVERY + 1
@@ -114,14 +114,14 @@ def test_an_embedding_that_renormalises_in_forward(harness, monkeypatch):
 
     A copy behind the closing tick would lose that race, all the more over a slow link.
     """
-    original = transfer.copy_fingerprint
+    original = host_stager.copy_fingerprint
 
     def copy_fingerprint(*args):
         if threading.current_thread() is not threading.main_thread():
             sleep(0.01)
         return original(*args)
 
-    monkeypatch.setattr(transfer, "copy_fingerprint", copy_fingerprint)
+    monkeypatch.setattr(host_stager, "copy_fingerprint", copy_fingerprint)
 
     def build():
         model = nn.Sequential(nn.Embedding(200, 16, max_norm=0.5), nn.Linear(16, 1))

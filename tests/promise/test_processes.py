@@ -49,7 +49,7 @@ def options(**more):
 
 def warm():
     # What is imported, compiled and calibrated before a fork need not be in each child.
-    from gockpt.replay import rule_for
+    from gockpt.replay.rules import rule_for
     torch.set_num_threads(1)
     model, optimizer = build()
     step_once(model, optimizer)

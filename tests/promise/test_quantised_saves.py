@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.engine import gathering, replaying
-from gockpt.engine.job import Job
 from gockpt.kernels import replay
+from gockpt.replay import tiled
+from gockpt.saving import gradient_capture
+from gockpt.workers.save_job import Job
 
 KINDS = {
     "adamw": (torch.optim.AdamW, {}),
@@ -173,7 +174,7 @@ def test_inf_and_nan_stay_what_they_are(harness, kind, grad_dtype):
 
 def test_gradients_that_are_all_broken_wait_for_room_or_leave_late(harness, monkeypatch):
     """Nothing is gained where every block is raw; the ring has room for what is usual."""
-    monkeypatch.setattr(gathering, "RING_PATIENCE", 0.0)
+    monkeypatch.setattr(gradient_capture, "RING_PATIENCE", 0.0)
 
     def broken(model, optimizer, step):
         for p in model.parameters():
@@ -310,7 +311,7 @@ def test_the_ring_is_half_as_large_and_the_bound_holds(harness, monkeypatch):
             taken.append(made.nbytes)
             return made
 
-    monkeypatch.setattr(replaying, "np", Numpy())
+    monkeypatch.setattr(tiled, "np", Numpy())
 
     def large():
         model = harness.Tensors({"a": torch.randn(300, 1000)})
@@ -332,7 +333,7 @@ def test_the_ring_is_half_as_large_and_the_bound_holds(harness, monkeypatch):
         loop.run(8)
         assert all(handle.result(30).window == 4 for handle in loop.handles)
     assert taken
-    assert max(taken) <= replaying.SCRATCH_BYTES
+    assert max(taken) <= tiled.SCRATCH_BYTES
     (plain, held), *others = most
     for ring, host in others:
         assert ring < 0.53 * plain

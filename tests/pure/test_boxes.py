@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.boxes import Box, overlap
+from gockpt.core.boxes import Box, overlap
 
 
 def marked(box: Box, grid: tuple[int, ...]) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gockpt.cadence import Cadence
+from gockpt.core.save_policy import Cadence
 
 EVERY = st.integers(1, 30)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.deviation import Deviation, deviation_of
+from gockpt.core.exactness import Deviation, deviation_of
 
 sizes = st.floats(0, 1e290)
 deviations = st.builds(

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.interval import FIRST, LEAST, Interval
+from gockpt.planning.save_interval import FIRST, LEAST, Interval
 
 OVERHEAD = 0.01
 

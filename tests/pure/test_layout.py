@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt import layout as layout_module
-from gockpt.layout import ALIGNMENT, CHECKSUM_BYTES, chunk_rows, lay_out, slot_bytes
-from gockpt.schema import DTYPES, ArraySpec
+from gockpt.core import arena_layout as layout_module
+from gockpt.core.arena_layout import ALIGNMENT, CHECKSUM_BYTES, chunk_rows, lay_out, slot_bytes
+from gockpt.core.array_spec import DTYPES, ArraySpec
 
 SHAPES = st.lists(st.integers(0, 40), max_size=4).map(tuple)
 BIG = st.tuples(st.integers(1, 1 << 22), st.integers(1, 1 << 12))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gockpt.core.save_state import TABLE, Command, Event, State, advance
 from gockpt.errors import WorkerError
-from gockpt.lifecycle import TABLE, Command, Event, State, advance
 
 ILLEGAL = [pair for pair in itertools.product(State, Event) if pair not in TABLE]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.nonfinite import NonFinite, attributes_with, nonfinite_of, summary
+from gockpt.core.nonfinite import NonFinite, attributes_with, nonfinite_of, summary
 
 names = st.sampled_from(["model/", "optimizer/", "extra/"]).flatmap(
     lambda head: st.text("ab/.", max_size=4).map(lambda tail: head + tail)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gockpt.core.retention import Publication, abandoned, expendable, superseded
 from gockpt.options import Keep
-from gockpt.retention import Publication, abandoned, expendable, superseded
 
 FINITE = st.sampled_from([None, True, False])
 METRICS = st.none() | st.floats() | st.integers(-3, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gockpt.runs import MOST_ANCESTORS, Claim, Run, adopted, ancestors_of, beginning, claim
+from gockpt.core.runs import MOST_ANCESTORS, Claim, Run, adopted, ancestors_of, beginning, claim
 
 A = Run("aa")
 B = Run("bb", (("aa", 3),))

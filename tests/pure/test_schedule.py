@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from gockpt.schedule import MAX_AUTO_WINDOW, Facts, choose_every, make_plan, part_ranges
+from gockpt.planning.planner import MAX_AUTO_WINDOW, Facts, choose_every, make_plan, part_ranges
 
 SECONDS = st.floats(1e-4, 10)
 RATES = st.floats(1e6, 1e12)

@@ -22,7 +22,7 @@ from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
 import gockpt
-import gockpt.layout
+import gockpt.core.arena_layout
 from gockpt.storage.object_store.client import Objects, objects_at
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def quick(endpoint) -> Callable[..., S3Store]:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Arrays above 10 kB have several chunks."""
-    monkeypatch.setattr(gockpt.layout, "WHOLE_LIMIT", 10_000)
-    monkeypatch.setattr(gockpt.layout, "CHUNK_TARGET", 9_000)
+    monkeypatch.setattr(gockpt.core.arena_layout, "WHOLE_LIMIT", 10_000)
+    monkeypatch.setattr(gockpt.core.arena_layout, "CHUNK_TARGET", 9_000)
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

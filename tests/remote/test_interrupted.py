@@ -101,7 +101,7 @@ def test_an_error_while_reading_is_raised_as_it_is_and_makes_no_object(
     large, save, url, bucket, s3, tmp_path, monkeypatch
 ):
     if large:  # goes in parts
-        monkeypatch.setattr(gockpt.layout, "WHOLE_LIMIT", 96_000_000)
+        monkeypatch.setattr(gockpt.core.arena_layout, "WHOLE_LIMIT", 96_000_000)
         save(tmp_path, 7, rows=torch.zeros(5 << 20))
         at = 18 << 20
     else:
@@ -216,7 +216,7 @@ def test_a_checkpoint_removed_while_it_is_uploaded(save, watched, tmp_path):
 
 
 def test_parts_are_bounded(save, watched, tmp_path, monkeypatch):
-    monkeypatch.setattr(gockpt.layout, "WHOLE_LIMIT", 96_000_000)
+    monkeypatch.setattr(gockpt.core.arena_layout, "WHOLE_LIMIT", 96_000_000)
     rows = torch.arange(6 << 20, dtype=torch.float32)
     save(tmp_path, 7, rows=rows)
     seen = []

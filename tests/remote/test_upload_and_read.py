@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
 import gockpt
-import gockpt.layout
+import gockpt.core.arena_layout
+from gockpt.state.tensors import DTYPE_OF
 from gockpt.storage.object_store.client import Objects
 from gockpt.storage.read.find import list_checkpoints, open_checkpoint
-from gockpt.tensors import DTYPE_OF
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -87,7 +87,7 @@ def test_load_fills_a_model_from_a_url(url, tmp_path):
 
 
 def test_a_slice_reads_its_blocks_and_no_more(save, watched, tmp_path, monkeypatch):
-    monkeypatch.setattr(gockpt.layout, "WHOLE_LIMIT", 96_000_000)
+    monkeypatch.setattr(gockpt.core.arena_layout, "WHOLE_LIMIT", 96_000_000)
     rows = torch.arange(4 << 20, dtype=torch.float32).reshape(4096, 1024)  # 16 MiB, blocks of 256 rows
     save(tmp_path, 1, rows=rows)
     store = watched()

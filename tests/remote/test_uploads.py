@@ -15,8 +15,8 @@ import torch
 
 import gockpt
 from gockpt import registry
+from gockpt.core.runs import Run
 from gockpt.errors import RemoteError
-from gockpt.runs import Run
 from gockpt.storage.local.store import Store
 from gockpt.storage.object_store import client
 from gockpt.storage.object_store.client import Objects

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt import calibration, device_numbers, replay
 from gockpt.kernels import reference_cuda_rounding
 from gockpt.kernels import replay as kernels
-from gockpt.lab import Seen
+from gockpt.replay import calibration, device_scalars
+from gockpt.replay import rules as replay
+from gockpt.replay.calibration_runs import Seen
 
 IMPLEMENTATIONS = {
     "default": {},
@@ -163,11 +164,11 @@ class SimulatedLab:
 
     def numbers(self, group, step):
         truth = self.truth
-        known = device_numbers.row(truth.kernel, group, {"step": step})
+        known = device_scalars.row(truth.kernel, group, {"step": step})
         if truth.late is None:
             return known
         powers = [self.power(truth.late, beta, step) for beta in group["betas"]]
-        return device_numbers.filled(truth.kernel, truth.form, known, powers, None)
+        return device_scalars.filled(truth.kernel, truth.form, known, powers, None)
 
     def apply(self, arrays, gradient, numbers):
         """Update the flat arrays, the parameter first."""
@@ -192,7 +193,7 @@ class SimulatedLab:
             self.change(self.updates, after)
         powers = {
             form: tuple(self.power(form, beta, step + 1) for beta in options.get("betas", ()))
-            for form in device_numbers.POWERS
+            for form in device_scalars.POWERS
         }
         left = [g.copy() for g in gradients]
         if self.overwrites and calibration.overwriting(group):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gockpt import calibration
-from gockpt.calibration import CANDIDATES, Case, Finding, calibrate
 from gockpt.kernels import mkl_sqrt
 from gockpt.kernels import replay as kernels
+from gockpt.replay import calibration
+from gockpt.replay.calibration import CANDIDATES, Case, Finding, calibrate
 
 ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
 
@@ -130,7 +130,7 @@ def test_on_another_instruction_set_it_is_right_or_refused():
     # Torch's portable build rounds elsewhere (no fused multiply-add): nothing may claim to equal it.
     script = """
         import torch
-        from gockpt.calibration import OPTIMIZERS, STATES, Case, Finding, calibrate, finding_for
+        from gockpt.replay.calibration import OPTIMIZERS, STATES, Case, Finding, calibrate, finding_for
         from gockpt.kernels import replay
 
         print(torch.backends.cpu.get_cpu_capability())
@@ -157,7 +157,7 @@ def test_replay_starts_no_threads_of_its_own():
     script = """
         import os
         import numpy as np, torch
-        from gockpt.replay import prepare
+        from gockpt.replay.rules import prepare
         from gockpt.kernels.replay import run
 
         prepare()

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gockpt import device_calibration, replay
-from gockpt.calibration import Case
-from gockpt.device_calibration import candidates, diagnose
 from gockpt.kernels import replay as kernels
-from gockpt.lab import lab_for
-from gockpt.late_numbers import LateNumbers
+from gockpt.replay import calibration_cuda
+from gockpt.replay import rules as replay
+from gockpt.replay.calibration import Case
+from gockpt.replay.calibration_cuda import candidates, diagnose
+from gockpt.replay.calibration_runs import lab_for
+from gockpt.replay.pending_scalars import LateNumbers
 
 pytestmark = pytest.mark.gpu
 
@@ -143,7 +144,7 @@ def test_a_learning_rate_and_a_scaler_on_the_device(lab, kind):
 
 
 def test_calibration_leaves_training_alone(lab, monkeypatch):
-    monkeypatch.setattr(device_calibration, "_findings", {})
+    monkeypatch.setattr(calibration_cuda, "_findings", {})
     calls = []
     hooks = [
         register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
@@ -162,7 +163,7 @@ def test_calibration_leaves_training_alone(lab, monkeypatch):
             torch.cuda._sleep(2_000_000_000)  # about a second
             asleep = torch.cuda.Event()
             asleep.record()
-            device_calibration.finding_for(Case(SGD, "momentum", None, None), lab)
+            calibration_cuda.finding_for(Case(SGD, "momentum", None, None), lab)
             assert not asleep.query(), "it waited for what training had queued"
             assert world() == before
     finally:
@@ -173,17 +174,17 @@ def test_calibration_leaves_training_alone(lab, monkeypatch):
 
 
 def test_nothing_is_tried_while_a_graph_is_being_captured(lab, monkeypatch):
-    monkeypatch.setattr(device_calibration, "_findings", {})
+    monkeypatch.setattr(calibration_cuda, "_findings", {})
     case = Case(ADAMW, "adam", None, None)
     x = torch.ones(8, device=lab.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = x + 1
-        said = device_calibration.finding_for(case, lab)
+        said = calibration_cuda.finding_for(case, lab)
     assert "a CUDA graph is being captured" in said
     graph.replay()
     assert y.sum().item() == 16
-    assert "captured" not in str(device_calibration.finding_for(case, lab))
+    assert "captured" not in str(calibration_cuda.finding_for(case, lab))
 
 
 def test_numbers_are_taken_without_waiting(lab):

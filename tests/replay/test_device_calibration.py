@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gockpt import device_calibration
-from gockpt.calibration import Case
-from gockpt.device_calibration import Candidate, Found, calibrate, candidates, diagnose, finding_for
-from gockpt.lab import lab_for, step_on
+from gockpt.replay import calibration_cuda
+from gockpt.replay.calibration import Case
+from gockpt.replay.calibration_cuda import Candidate, Found, calibrate, candidates, diagnose, finding_for
+from gockpt.replay.calibration_runs import lab_for, step_on
 
 ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 CASES = [
@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch):
-    monkeypatch.setattr(device_calibration, "_findings", {})
+    monkeypatch.setattr(calibration_cuda, "_findings", {})
 
 
 def name(value):
@@ -236,11 +236,11 @@ def test_the_users_world_is_left_alone():
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 for case in (Case(SGD, "momentum", foreach=None, fused=None), CASES[2]):
-                    device_calibration._findings.clear()
+                    calibration_cuda._findings.clear()
                     finding_for(case, OnCpu())
                 assert torch.is_grad_enabled() is grad
         with torch.device("meta"), torch.inference_mode():
-            device_calibration._findings.clear()
+            calibration_cuda._findings.clear()
             found = finding_for(Case(SGD, "momentum", foreach=None, fused=None), OnCpu())
             assert isinstance(found, Found), found
     finally:

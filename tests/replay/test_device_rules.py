@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt import device_calibration, device_numbers, replay
-from gockpt.calibration import STATES, Case
-from gockpt.device_calibration import Candidate, candidates
 from gockpt.kernels import replay as kernels
-from gockpt.late_numbers import LateNumbers
-from gockpt.replay import Rule
+from gockpt.replay import calibration_cuda, device_scalars, rules
+from gockpt.replay.calibration import STATES, Case
+from gockpt.replay.calibration_cuda import Candidate, candidates
+from gockpt.replay.pending_scalars import LateNumbers
+from gockpt.replay.rules import Rule
 
 ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 
@@ -25,10 +25,10 @@ ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 @pytest.fixture(autouse=True, scope="module")
 def _known_apart():
     """Keep what is found of simulated devices among these trials."""
-    before = dict(device_calibration._findings)
+    before = dict(calibration_cuda._findings)
     yield
-    device_calibration._findings.clear()
-    device_calibration._findings.update(before)
+    calibration_cuda._findings.clear()
+    calibration_cuda._findings.update(before)
 
 
 def stepped(kind, p=None, **options):
@@ -64,7 +64,7 @@ def lab_like(simulated_lab):
 def rule(optimizer, lab):
     group = optimizer.param_groups[0]
     p = group["params"][0]
-    return replay.rule_for(optimizer, group, p, optimizer.state[p], lab)
+    return rules.rule_for(optimizer, group, p, optimizer.state[p], lab)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_reasons(lab_like, build, reason):
     group = optimizer.param_groups[0]
     p = group["params"][0]
     lab = lab_like(stepped(ADAMW))
-    got = replay.rule_for(optimizer, group, p, optimizer.state.get(p, {}), lab)
+    got = rules.rule_for(optimizer, group, p, optimizer.state.get(p, {}), lab)
     assert isinstance(got, str)
     assert re.search(reason, got), got
 
@@ -179,9 +179,9 @@ def test_a_rule_ends_when_options_change_under_it(lab_like, change):
     optimizer = stepped(ADAMW)
     (p,), state = optimizer.param_groups[0]["params"], optimizer.state
     good = rule(optimizer, lab_like(optimizer))
-    assert len(replay.scalars(good, optimizer.param_groups[0], state[p])) == 9
+    assert len(rules.scalars(good, optimizer.param_groups[0], state[p])) == 9
     with_options(optimizer, **change)
-    assert replay.scalars(good, optimizer.param_groups[0], state[p]) is None
+    assert rules.scalars(good, optimizer.param_groups[0], state[p]) is None
 
 
 def test_a_rule_ends_when_the_gradient_starts_to_be_overwritten(lab_like):
@@ -194,9 +194,9 @@ def test_a_rule_ends_when_the_gradient_starts_to_be_overwritten(lab_like):
         group["weight_decay"] = 0.1
         good = rule(optimizer, lab)
         assert (good.gradient_at, good.overwrites) == ("post", overwrites)
-        assert replay.scalars(good, group, optimizer.state[p]) is not None
+        assert rules.scalars(good, group, optimizer.state[p]) is not None
         group["weight_decay"] = 0
-        assert (replay.scalars(good, group, optimizer.state[p]) is None) is overwrites
+        assert (rules.scalars(good, group, optimizer.state[p]) is None) is overwrites
         assert rule(optimizer, lab).gradient_at == ("pre" if overwrites else "post")
 
 
@@ -206,11 +206,11 @@ def test_numbers_on_the_device_are_not_read_but_sent(lab_like):
     got = rule(optimizer, lab_like(optimizer))
     # As on a device: nothing may look at what stands there.
     on_device = {"step": torch.ones((), device="meta")}
-    late = device_numbers.numbers(got.kernel, got.flags, got.late, group, on_device)
+    late = device_scalars.numbers(got.kernel, got.flags, got.late, group, on_device)
     assert isinstance(late, LateNumbers)
     assert [(t.device.type, t.numel(), t.dtype) for t in late.tensors] == [("meta", 1, torch.float32)] * 2
     group["lr"] = torch.ones((), device="meta")
-    late = device_numbers.numbers(got.kernel, got.flags, got.late, group, on_device)
+    late = device_scalars.numbers(got.kernel, got.flags, got.late, group, on_device)
     assert len(late.tensors) == 3
     group["lr"] = 0.5  # what was captured stays as it was
     row = late.row((0.25, 0.5, 0.125))
@@ -224,7 +224,7 @@ def test_corrections_are_rounded_as_the_kernel_rounds_them():
     differ = 0
     for first, second in powers:
         single, double = (
-            device_numbers.filled("cuda_fused_adam", form, known, (float(first), float(second)), None)[6:8]
+            device_scalars.filled("cuda_fused_adam", form, known, (float(first), float(second)), None)[6:8]
             for form in ((0, 0, 0, 1), (1, 1, 1, 1))
         )
         one = np.float32(1)
@@ -240,9 +240,9 @@ def test_an_update_of_many_parameters_takes_few_launches(lab_like):
     optimizer = ADAMW(p, fused=True)
     states = [{"step": torch.tensor(float(i))} for i in range(5)]
     group = optimizer.param_groups[0]
-    together = device_numbers.numbers_of("cuda_fused_adam", (0, 0, 0, 1), "single", group, states)
+    together = device_scalars.numbers_of("cuda_fused_adam", (0, 0, 0, 1), "single", group, states)
     for late, state in zip(together, states, strict=True):
-        alone = device_numbers.numbers("cuda_fused_adam", (0, 0, 0, 1), "single", group, state)
+        alone = device_scalars.numbers("cuda_fused_adam", (0, 0, 0, 1), "single", group, state)
         values = [tuple(float(t) for t in numbers.tensors) for numbers in (late, alone)]
         assert values[0] == values[1]
         assert late.row(values[0]) == alone.row(values[1])
@@ -261,20 +261,20 @@ def test_numbers_of_a_group_are_those_of_each_in_few_launches(lab_like, monkeypa
     group, states = optimizer.param_groups[0], [{"step": torch.tensor(float(n))} for n in range(1, 6)]
     got = rule(optimizer, lab)
     assert got.late is not None
-    alone = [replay.scalars(got, group, state) for state in states]
-    real, launched = device_numbers.power, []
-    monkeypatch.setattr(device_numbers, "power", lambda *args: launched.append(args) or real(*args))
-    together = replay.scalars_of(got, group, states)
+    alone = [rules.scalars(got, group, state) for state in states]
+    real, launched = device_scalars.power, []
+    monkeypatch.setattr(device_scalars, "power", lambda *args: launched.append(args) or real(*args))
+    together = rules.scalars_of(got, group, states)
     assert len(launched) == 2
     assert [values_of(found) for found in together] == [values_of(found) for found in alone]
     # Counters that can't be looked at together are looked at one by one.
     states[2]["step"] = states[2]["step"].double()
-    odd = replay.scalars_of(got, group, states)
+    odd = rules.scalars_of(got, group, states)
     assert len(launched) == 2 + 10
-    alone = [replay.scalars(got, group, state) for state in states]
+    alone = [rules.scalars(got, group, state) for state in states]
     assert [values_of(found) for found in odd] == [values_of(found) for found in alone]
     group["amsgrad"] = True
-    assert replay.scalars_of(got, group, states) == [None] * 5
+    assert rules.scalars_of(got, group, states) == [None] * 5
 
 
 def test_numbers_that_are_known_here_are_those_of_each(lab_like):
@@ -282,28 +282,28 @@ def test_numbers_that_are_known_here_are_those_of_each(lab_like):
     group, states = optimizer.param_groups[0], [{"step": torch.tensor(float(n))} for n in range(1, 4)]
     got = rule(optimizer, lab_like(optimizer))
     assert got.late is None
-    expected = [replay.scalars(got, group, state) for state in states]
-    assert replay.scalars_of(got, group, states) == expected
+    expected = [rules.scalars(got, group, state) for state in states]
+    assert rules.scalars_of(got, group, states) == expected
     assert None not in expected
 
 
 def test_powers_are_the_ones_asked_for():
     steps = torch.tensor([3.0, 17.0])
     for form, kind in (("single", np.float32), ("single from a tensor", np.float32), ("double", np.float64)):
-        got = device_numbers.power(form, 0.9, steps)
+        got = device_scalars.power(form, 0.9, steps)
         assert got.numpy().dtype == kind
         assert np.allclose(got.numpy(), [0.9**3, 0.9**17], rtol=1e-6, atol=0)
     with torch.inference_mode():
-        assert device_numbers.power("single", 0.9, steps).tolist() == pytest.approx([0.9**3, 0.9**17])
+        assert device_scalars.power("single", 0.9, steps).tolist() == pytest.approx([0.9**3, 0.9**17])
 
 
 def test_gradients_must_stand_where_the_parameter_does():
     p = elsewhere()
     p.grad = torch.ones_like(p)
-    assert replay.gradient_reason(p) is None
+    assert rules.gradient_reason(p) is None
     host = torch.nn.Parameter(torch.ones(4, 6))
     host.grad = torch.ones(4, 6)
-    assert replay.gradient_reason(host) is None
+    assert rules.gradient_reason(host) is None
 
 
 FLAVOURS = [
@@ -350,7 +350,7 @@ def test_replay_equals_the_device(lab_like, draw_gradient, flavour, index, lrs, 
             state["step"] += 1
         numbers = lab.numbers({**group, "lr": float(group["lr"])}, float(state.get("step", 0)))
         lab.apply(live, gradients[-1], numbers)
-        row = replay.scalars(got, group, state)
+        row = rules.scalars(got, group, state)
         if isinstance(row, LateNumbers):
             # The device's own powers, as they would arrive; not those of this host's torch.
             assert len(row.tensors) == 2
@@ -395,7 +395,7 @@ def test_every_form_computes_what_torch_means(kind, options, maximize):
         p.grad = torch.from_numpy(gradients[-1].copy())
         optimizer.step()
         for c in every:
-            row = device_numbers.numbers(c.kernel, c.form, c.late, group, optimizer.state[p])
+            row = device_scalars.numbers(c.kernel, c.form, c.late, group, optimizer.state[p])
             if isinstance(row, LateNumbers):
                 row = row.row(tuple(float(t) for t in row.tensors))
             rows.setdefault(c, []).append(row)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt import replay
-from gockpt.replay import Rule
+from gockpt.replay import rules
+from gockpt.replay.rules import Rule
 
 
 def rule(optimizer, group=0, index=0):
     group = optimizer.param_groups[group]
     p = group["params"][index]
-    return replay.rule_for(optimizer, group, p, optimizer.state[p])
+    return rules.rule_for(optimizer, group, p, optimizer.state[p])
 
 
 def stepped(kind, p=None, **options):
@@ -150,7 +150,7 @@ def test_reasons(build, reason):
 def test_state_elsewhere_is_no_state():
     optimizer = stepped(ADAMW)
     (p,) = optimizer.param_groups[0]["params"]
-    assert "float32 on the CPU" in replay.rule_for(
+    assert "float32 on the CPU" in rules.rule_for(
         optimizer, optimizer.param_groups[0], torch.ones(4, 6, device="meta"), optimizer.state[p]
     )
 
@@ -243,28 +243,28 @@ def test_a_rule_ends_when_options_change_under_it(change):
     optimizer = stepped(ADAMW)
     (p,), state = optimizer.param_groups[0]["params"], optimizer.state
     good = rule(optimizer)
-    assert len(replay.scalars(good, optimizer.param_groups[0], state[p])) == 9
+    assert len(rules.scalars(good, optimizer.param_groups[0], state[p])) == 9
     with_options(optimizer, **change)
-    assert replay.scalars(good, optimizer.param_groups[0], state[p]) is None
+    assert rules.scalars(good, optimizer.param_groups[0], state[p]) is None
 
 
 def test_a_momentum_rule_ends_when_the_gradient_starts_to_be_overwritten():
     optimizer = stepped(SGD, momentum=0.9, nesterov=True, foreach=True, weight_decay=0.1)
     (p,), group = optimizer.param_groups[0]["params"], optimizer.param_groups[0]
     good = rule(optimizer)
-    assert replay.scalars(good, group, optimizer.state[p]) == (1.0, 0.1, 0.9, 1.0, 1.0, -0.1)
+    assert rules.scalars(good, group, optimizer.state[p]) == (1.0, 0.1, 0.9, 1.0, 1.0, -0.1)
     group["weight_decay"] = 0
-    assert replay.scalars(good, group, optimizer.state[p]) is None
+    assert rules.scalars(good, group, optimizer.state[p]) is None
     group["momentum"] = 0
-    assert replay.scalars(good, group, optimizer.state[p]) is None
+    assert rules.scalars(good, group, optimizer.state[p]) is None
 
 
 def test_gradients_that_cannot_be_replayed_are_named():
     p = torch.nn.Parameter(torch.ones(4, 6))
-    assert "no gradient" in replay.gradient_reason(p)
+    assert "no gradient" in rules.gradient_reason(p)
     p.grad = torch.ones(4, 6)
-    assert replay.gradient_reason(p) is None
+    assert rules.gradient_reason(p) is None
     p.grad = torch.ones(6, 4).t()
-    assert "row-major" in replay.gradient_reason(p)
+    assert "row-major" in rules.gradient_reason(p)
     p.grad = torch.ones(4, 6).to_sparse()
-    assert "sparse" in replay.gradient_reason(p)
+    assert "sparse" in rules.gradient_reason(p)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt import rng
-from gockpt.arena import Arena
-from gockpt.document import build_document, capture_extras
-from gockpt.layout import lay_out
-from gockpt.state import collect
+from gockpt.core.arena_layout import lay_out
+from gockpt.staging.arena import Arena
+from gockpt.state import rng_state
+from gockpt.state.collect import collect
+from gockpt.state.state_document import build_document, capture_extras
+from gockpt.state.tensors import as_bytes, spec_of, to_host
 from gockpt.storage.local.filesystem import Filesystem
 from gockpt.storage.local.store import Store
-from gockpt.tensors import as_bytes, spec_of, to_host
 
 
 class Quick(Filesystem):
@@ -36,7 +36,7 @@ def blocking_save(path, model, optimizer=None, *, step=1, optimizer_steps=0, ext
         step=step,
         optimizer_steps=optimizer_steps,
         extra=capture_extras(extra),
-        rng=rng.capture(),
+        rng=rng_state.capture(),
     )
     if change is not None:
         change(document)
@@ -64,12 +64,12 @@ def save():
 @pytest.fixture(autouse=True)
 def _generators():
     """Give each test the same random numbers, and leave the generators as they were."""
-    before = rng.capture()
+    before = rng_state.capture()
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
     yield
-    rng.restore(before)
+    rng_state.restore(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gockpt
 from gockpt import TensorNotFound, UsageError
-from gockpt.lazy import select
+from gockpt.loading.lazy_tensor import select
 
 
 def indices(shape):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gockpt
-from gockpt.lineage import origin_of
+from gockpt.state.lineage import origin_of
 from gockpt.storage.local.store import Store
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import gockpt
 from gockpt import ChunkCorrupt
-from gockpt.filling import Filler
-from gockpt.fitting import Create
-from gockpt.model_fitting import Fill
+from gockpt.loading.fill import Filler
+from gockpt.loading.fit import Create
+from gockpt.loading.fit_model import Fill
 from gockpt.storage.read.checkpoint import StoredCheckpoint
 from gockpt.storage.read.find import open_checkpoint
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import gockpt
 from gockpt import ManifestCorrupt
-from gockpt.strides import allocate, has_strides, row_major, strides_of
+from gockpt.state.strides import allocate, has_strides, row_major, strides_of
 
 
 def transposed(param):

@@ -13,7 +13,7 @@ from torch import nn, optim
 
 import gockpt
 from gockpt import StateMismatch, UnsupportedState
-from gockpt.optimizers import has_own_protocol
+from gockpt.state.optimizers import has_own_protocol
 
 
 def train(model, optimizer, steps):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gockpt
-from gockpt.tensors import DTYPE_OF, as_bytes, to_host
+from gockpt.state.tensors import DTYPE_OF, as_bytes, to_host
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 ORDERS = st.sampled_from(["contiguous", "transposed", "strided", "offset"])
@@ -83,11 +83,11 @@ def test_what_stands_between_the_elements_is_not_touched(save):
 
 @pytest.mark.parametrize("cut", ["whole", "chunks"])
 def test_large_tensors_are_cut_into_chunks_and_come_back(save, cut, monkeypatch):
-    import gockpt.layout
+    import gockpt.core.arena_layout
 
     if cut == "chunks":
-        monkeypatch.setattr(gockpt.layout, "WHOLE_LIMIT", 1000)
-        monkeypatch.setattr(gockpt.layout, "CHUNK_TARGET", 1000)
+        monkeypatch.setattr(gockpt.core.arena_layout, "WHOLE_LIMIT", 1000)
+        monkeypatch.setattr(gockpt.core.arena_layout, "CHUNK_TARGET", 1000)
     values = torch.randn(37, 33)
     save("ckpts", {"w": values})
     live = {"w": torch.zeros(37, 33)}

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import gockpt
-from gockpt.filling import Filler
-from gockpt.overview import state_of
+from gockpt.catalog import state_of
+from gockpt.loading.fill import Filler
+from gockpt.loading.stored_state_dict import Stored, StoredStateDict, saved_entries
 from gockpt.storage.read.find import open_checkpoint
-from gockpt.stored_state_dict import Stored, StoredStateDict, saved_entries
 
 VALUES = {
     "a": torch.arange(6.0).reshape(2, 3),

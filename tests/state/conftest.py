@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt.tensors import as_bytes, to_host
+from gockpt.state.tensors import as_bytes, to_host
 
 
 def word(value):

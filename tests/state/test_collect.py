@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from gockpt import once
 from gockpt.errors import UnsupportedState, UsageError
-from gockpt.state import collect
+from gockpt.state.collect import collect
 
 
 @pytest.fixture(autouse=True)

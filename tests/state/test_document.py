@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn, optim
 
-from gockpt import rng
-from gockpt.document import build_document, capture_extras
 from gockpt.errors import ManifestCorrupt, UnsupportedState, UsageError
-from gockpt.saved_state import parse
-from gockpt.state import collect
+from gockpt.state import rng_state
+from gockpt.state.collect import collect
+from gockpt.state.saved_document import parse
+from gockpt.state.state_document import build_document, capture_extras
 
 
 def document_of(model, optimizer=None, **given):
@@ -81,7 +81,7 @@ def test_the_whole_of_a_small_one():
 
 def test_it_is_read_as_it_was_written():
     model, optimizer = trained()
-    document, _ = document_of(model, optimizer, extra={"x": 1}, rng=rng.capture())
+    document, _ = document_of(model, optimizer, extra={"x": 1}, rng=rng_state.capture())
     saved = parse(json.loads(json.dumps(document, allow_nan=False)), where="x")
     assert (saved.step, saved.optimizer_steps, saved.exact) == (3, 2, True)
     assert saved.optimizers[0].groups[0].params == ("0.weight", "0.bias", "1.weight", "1.bias")

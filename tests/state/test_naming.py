@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gockpt.errors import UsageError
-from gockpt.naming import bare_module, model_entries, models_of, parameter_names
+from gockpt.state.naming import bare_module, model_entries, models_of, parameter_names
 
 
 def names(model):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gockpt.errors import UsageError
-from gockpt.optimizers import find_optimizers
+from gockpt.state.optimizers import find_optimizers
 
 
 def resolve_optimizers(given):

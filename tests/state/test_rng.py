@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt import rng
 from gockpt.errors import ManifestCorrupt, StateMismatch
-from gockpt.plain import encode
-from gockpt.unplain import decode
+from gockpt.state import rng_state
+from gockpt.state.value_decoder import decode
+from gockpt.state.value_encoder import encode
 
 
 @pytest.fixture(autouse=True)
 def _generators():
-    before, generator = rng.capture(), np.random.get_bit_generator()
+    before, generator = rng_state.capture(), np.random.get_bit_generator()
     yield
     np.random.set_bit_generator(generator)
-    rng.restore(before)
+    rng_state.restore(before)
 
 
 def draws():
@@ -44,39 +44,39 @@ def test_draws_repeat(drawn):
     for _ in range(drawn):  # a second gaussian may be kept for the next call
         random.gauss(0, 1)
         np.random.randn()
-    states = rng.capture()
+    states = rng_state.capture()
     wanted = draws()
     draws()
-    assert rng.restore(through(states)) == ()
+    assert rng_state.restore(through(states)) == ()
     assert draws() == wanted
 
 
 def test_capturing_changes_nothing():
-    states = rng.capture()
+    states = rng_state.capture()
     wanted = draws()
-    rng.restore(states)
-    rng.capture()
+    rng_state.restore(states)
+    rng_state.capture()
     assert draws() == wanted
 
 
 def test_another_generator_of_numpy():
     np.random.set_bit_generator(np.random.PCG64(3))
-    states = through(rng.capture())
+    states = through(rng_state.capture())
     wanted = draws()
-    rng.restore(states)
+    rng_state.restore(states)
     assert draws() == wanted
     np.random.set_bit_generator(np.random.MT19937(3))
     with pytest.raises(StateMismatch, match="MT19937 here and was PCG64") as caught:
-        rng.check(states)
+        rng_state.check(states)
     assert caught.value.mismatched == ("rng/numpy: saved PCG64, live MT19937",)
 
 
 def test_devices_that_are_not_there_are_named():
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    states = rng.capture()
+    states = rng_state.capture()
     held = states["cuda"] + [b""] * (count + 1 - len(states["cuda"]))
-    held[:count] = [rng._to_bytes(torch.cuda.get_rng_state(index)) for index in range(count)]
-    assert rng.restore({**states, "cuda": held}) == (f"cuda:{count}",)
+    held[:count] = [rng_state._to_bytes(torch.cuda.get_rng_state(index)) for index in range(count)]
+    assert rng_state.restore({**states, "cuda": held}) == (f"cuda:{count}",)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_devices_that_are_not_there_are_named():
 )
 def test_what_is_no_state_is_refused(states):
     with pytest.raises(ManifestCorrupt, match="rng=False"):
-        rng.check(states)
+        rng_state.check(states)
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_what_is_no_state_is_refused(states):
 )
 def test_a_state_of_the_wrong_size_is_refused(change):
     with pytest.raises(ManifestCorrupt, match="can't be set"):
-        rng.restore({**rng.capture(), **change})
+        rng_state.restore({**rng_state.capture(), **change})

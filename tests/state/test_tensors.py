@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.schema import DTYPES
-from gockpt.tensors import DTYPE_OF, NAME_OF, as_bytes, may_alias_itself, spec_of, to_host
+from gockpt.core.array_spec import DTYPES
+from gockpt.state.tensors import DTYPE_OF, NAME_OF, as_bytes, may_alias_itself, spec_of, to_host
 
 GEOMETRIES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), max_size=3)
 

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from awscrt.checksums import crc32c
 
-from gockpt.layout import ArrayLayout
-from gockpt.schema import ArraySpec
+from gockpt.core.arena_layout import ArrayLayout
+from gockpt.core.array_spec import ArraySpec
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local.filesystem import CALLS, Filesystem
 

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 
+from gockpt.core.array_spec import ArraySpec
 from gockpt.errors import CheckpointPruned, GockptError
-from gockpt.schema import ArraySpec
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local.store import Store
 from gockpt.storage.read.find import open_checkpoint

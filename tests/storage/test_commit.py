@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from gockpt.core.array_spec import DTYPES
 from gockpt.errors import ManifestCorrupt, StorageError, UsageError
-from gockpt.schema import DTYPES
 from gockpt.storage.format import manifest
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.local.store import Store

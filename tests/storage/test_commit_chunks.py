@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.schema import ArraySpec
+from gockpt.core.array_spec import ArraySpec
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local import chunk_writer, files

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from gockpt.core.arena_layout import ArrayLayout, slot_bytes
+from gockpt.core.array_spec import ArraySpec
 from gockpt.errors import SaveAborted, StorageError, UnsupportedState, UsageError
-from gockpt.layout import ArrayLayout, slot_bytes
-from gockpt.schema import ArraySpec
 from gockpt.storage.local.store import Store
 from gockpt.storage.read import find
 

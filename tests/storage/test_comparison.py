@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.layout import lay_out
-from gockpt.schema import DTYPES, ArraySpec
+from gockpt.core.arena_layout import lay_out
+from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.storage.local.store import Store
 from gockpt.storage.read import compare as comparison
 from gockpt.storage.read.compare import compare, pieces

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gockpt.core.arena_layout import lay_out
+from gockpt.core.array_spec import ArraySpec
 from gockpt.errors import OptionsError
-from gockpt.layout import lay_out
-from gockpt.schema import ArraySpec
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, most_nbytes
 from gockpt.storage.local import compression

@@ -16,7 +16,7 @@ import tensorstore
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from gockpt.schema import DTYPES, ArraySpec
+from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.storage.format import zarr_metadata
 from gockpt.storage.local.store import Store
 

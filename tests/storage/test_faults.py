@@ -162,8 +162,8 @@ def test_a_full_disk_in_the_middle_of_a_chunk(sample, faults, scratch):
 LIMITED = """if True:
     import mmap, resource, signal, sys
     from gockpt.errors import StorageError
-    from gockpt.layout import lay_out
-    from gockpt.schema import ArraySpec
+    from gockpt.core.arena_layout import lay_out
+    from gockpt.core.array_spec import ArraySpec
     from gockpt.storage.local.store import Store
 
     (array,) = lay_out([ArraySpec(("w",), (100_000,), "float32")]).arrays

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gockpt.core.arena_layout import lay_out
+from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.errors import ManifestCorrupt, UnsupportedState
-from gockpt.layout import lay_out
-from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.format import array_paths, checksum, manifest, strict_json
 from gockpt.storage.format.manifest import Manifest
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry

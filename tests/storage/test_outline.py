@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from gockpt.core.arena_layout import ArrayLayout
 from gockpt.errors import ManifestCorrupt, UnsupportedState, UsageError
-from gockpt.layout import ArrayLayout
 from gockpt.storage.format import manifest, strict_json
 from gockpt.storage.local.compression import Compression
 from gockpt.storage.local.store import Store

@@ -172,8 +172,8 @@ def test_a_store_that_failed_to_open_holds_nothing(tmp_path, faults):
 FORK = """if True:
     import os, sys
     from gockpt.errors import PathBusy, UsageError
-    from gockpt.schema import ArraySpec
-    from gockpt.layout import lay_out
+    from gockpt.core.array_spec import ArraySpec
+    from gockpt.core.arena_layout import lay_out
     from gockpt.storage import owner
     from gockpt.storage.local.store import Store
 

@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
+from gockpt.core.array_spec import ArraySpec
 from gockpt.errors import StorageError
-from gockpt.schema import ArraySpec
 from gockpt.storage.format.checksum import BLOCK, crc32c
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local import chunk_writer

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 import gockpt
-from gockpt.tensors import refusal
+from gockpt.state.tensors import refusal
 
 
 def quiet(make, *args, **kwargs):

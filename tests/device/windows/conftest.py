@@ -15,10 +15,10 @@ import torch
 
 import gockpt
 from gockpt import registry
-from gockpt.device.transfer import DeviceTransfer
-from gockpt.engine import roads
-from gockpt.engine.engine import Engine
 from gockpt.kernels import replay as kernels
+from gockpt.saving import device_selection
+from gockpt.saving.engine import Engine
+from gockpt.staging.device_stager import DeviceTransfer
 
 FEW = 1 << 16
 EVERY = 6
@@ -197,7 +197,9 @@ def waits(devices, monkeypatch):
 @pytest.fixture(params=["staging", "direct"])
 def variant(request, monkeypatch):
     if request.param == "direct":
-        monkeypatch.setattr(roads, "DeviceTransfer", functools.partial(DeviceTransfer, direct=True))
+        monkeypatch.setattr(
+            device_selection, "DeviceTransfer", functools.partial(DeviceTransfer, direct=True)
+        )
     return request.param
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gockpt import replay
-from gockpt.late_numbers import LateNumbers
+from gockpt.replay import rules
+from gockpt.replay.pending_scalars import LateNumbers
 
 FEW = 1 << 16
 PLENTY = 1 << 26
@@ -270,7 +270,7 @@ def test_steps_that_a_scaler_skips_are_not_replayed(devices, runs, replayed):
 
 def test_numbers_on_the_device_travel_with_the_gradients(devices, runs, monkeypatch, replayed):
     """What a rule for fused or capturable optimizers gives: the step's count is a tensor on the device."""
-    real, asked = replay.scalars, []
+    real, asked = rules.scalars, []
 
     def scalars(rule, group, state):
         row = real(rule, group, state)
@@ -279,10 +279,10 @@ def test_numbers_on_the_device_travel_with_the_gradients(devices, runs, monkeypa
         options = {name: value for name, value in group.items() if name != "params"}
         asked.append(rule.kernel)
         return LateNumbers(
-            (state["step"],), lambda values: replay.calibration.row(rule.kernel, options, {"step": values[0]})
+            (state["step"],), lambda values: rules.calibration.row(rule.kernel, options, {"step": values[0]})
         )
 
-    monkeypatch.setattr(replay, "scalars", scalars)
+    monkeypatch.setattr(rules, "scalars", scalars)
     run = runs.Run("adamw").ticks(2 * EVERY)
     assert [(s.window, s.attempts, set(s.late_parts)) for s in run.finish()[1:]] == 2 * [(4, 1, {"odd"})]
     assert asked
@@ -290,13 +290,13 @@ def test_numbers_on_the_device_travel_with_the_gradients(devices, runs, monkeypa
 
 
 def test_numbers_that_can_not_be_used_make_their_pieces_late(devices, runs, monkeypatch):
-    real = replay.scalars
+    real = rules.scalars
 
     def scalars(rule, group, state):
         row = real(rule, group, state)
         return row and LateNumbers((state["step"],), lambda values: None)
 
-    monkeypatch.setattr(replay, "scalars", scalars)
+    monkeypatch.setattr(rules, "scalars", scalars)
     run = runs.Run("adamw").ticks(EVERY)
     saved = run.finish()[-1]
     # It depends on when they arrive: before the closing tick, or not.

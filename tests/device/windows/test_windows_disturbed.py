@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gockpt
-from gockpt.device.transfer import DeviceTransfer
-from gockpt.engine.following import Following
-from gockpt.engine.roads import Road
+from gockpt.saving.device_selection import Road
+from gockpt.saving.update_order import Following
+from gockpt.staging.device_stager import DeviceTransfer
 
 PLACES = ("before backward", "after backward", "after step", "after tick")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import gockpt
-from gockpt.engine import following
-from gockpt.engine.encodings import decode
-from gockpt.engine.job import Job
-from gockpt.engine.replaying import SCRATCH_BYTES
-from gockpt.engine.ring import Ring
+from gockpt.replay.gradient_encoding import decode
+from gockpt.replay.tiled import SCRATCH_BYTES
+from gockpt.saving import update_order
+from gockpt.staging.gradient_ring import Ring
+from gockpt.workers.save_job import Job
 
 EVERY = 6
 BOTH = pytest.mark.parametrize("grad_dtype", ["fp16", "bf16"])
@@ -347,13 +347,13 @@ def test_inf_and_nan_stay_what_they_are(devices, runs, grad_dtype):
 def test_what_found_no_raw_slot_is_never_replayed(devices, runs, monkeypatch):
     """Known in time, the piece leaves at the close; known too late, the save is made again."""
     asked = []
-    real = following.incomplete
+    real = update_order.incomplete
 
     def incomplete(*args):
         asked.append(real(*args))
         return asked[-1]
 
-    monkeypatch.setattr(following, "incomplete", incomplete)
+    monkeypatch.setattr(update_order, "incomplete", incomplete)
 
     def update(run):
         run.gradients()
@@ -367,7 +367,7 @@ def test_what_found_no_raw_slot_is_never_replayed(devices, runs, monkeypatch):
     settled(run)
     saved = finish(run)[1]
     assert any(asked)
-    told = following.BROKEN in saved.late_parts.values()
+    told = update_order.BROKEN in saved.late_parts.values()
     assert told or saved.attempts == 2
 
 
@@ -386,7 +386,7 @@ def test_what_is_found_too_late_to_leave_at_the_close_says_why(devices, runs):
     run.ticks(4)
     devices.gate.set()
     assert settled(run).attempts == 2
-    assert f"model/a can't be replayed: {following.BROKEN}" in run.handles[-1].events
+    assert f"model/a can't be replayed: {update_order.BROKEN}" in run.handles[-1].events
     assert run.saver._engine._save.racing == frozenset()
     run.ticks(EVERY - 1)
     assert finish(run)[-1].attempts == 1
@@ -421,9 +421,11 @@ def test_probes_stand_where_the_first_gradient_is_large_if_it_has_arrived(
     devices, runs, monkeypatch, grad_dtype
 ):
     spread, chosen = [], []
-    real, seen = following.spread, following.choose_encoded
-    monkeypatch.setattr(following, "spread", lambda count: spread.append(count) or real(count))
-    monkeypatch.setattr(following, "choose_encoded", lambda *args: chosen.append(seen(*args)) or chosen[-1])
+    real, seen = update_order.spread, update_order.choose_encoded
+    monkeypatch.setattr(update_order, "spread", lambda count: spread.append(count) or real(count))
+    monkeypatch.setattr(
+        update_order, "choose_encoded", lambda *args: chosen.append(seen(*args)) or chosen[-1]
+    )
     run = runs.Run("sgd", make=rows, update=few_rows, grad_dtype=grad_dtype)
     run.ticks(2)
     devices.gate.clear()  # nothing arrives any more
@@ -510,7 +512,7 @@ def test_a_gradient_of_zeros_places_no_probes(devices, runs, grad_dtype):
 @BOTH
 def test_a_gradient_of_a_skipped_update_places_no_probes(devices, runs, monkeypatch, grad_dtype):
     seen = []
-    real = following.choose_encoded
+    real = update_order.choose_encoded
 
     def choose(encoding, data, count):
         values = np.empty(count, np.float32)
@@ -518,7 +520,7 @@ def test_a_gradient_of_a_skipped_update_places_no_probes(devices, runs, monkeypa
         seen.append(bool(np.isfinite(values).all()))
         return real(encoding, data, count)
 
-    monkeypatch.setattr(following, "choose_encoded", choose)
+    monkeypatch.setattr(update_order, "choose_encoded", choose)
 
     def update(run):
         run.gradients()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gockpt import device_calibration, replay
-from gockpt.engine import cut
-from gockpt.lab import step_on
+from gockpt.replay import calibration_cuda
+from gockpt.replay import rules as replay
+from gockpt.replay.calibration_runs import step_on
+from gockpt.saving import write_items
 
 EVERY = 6
 
@@ -31,8 +32,8 @@ class OnCpu:
 @pytest.fixture
 def rules(monkeypatch):
     """Let cuts ask the laboratory; return what they got."""
-    monkeypatch.setattr(device_calibration, "_findings", {})
-    monkeypatch.setattr(cut, "lab_for", lambda device: OnCpu())
+    monkeypatch.setattr(calibration_cuda, "_findings", {})
+    monkeypatch.setattr(write_items, "lab_for", lambda device: OnCpu())
     real, got = replay.rule_for, []
 
     def rule_for(*args):

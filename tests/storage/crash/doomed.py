@@ -18,8 +18,8 @@ import sys
 import threading
 from dataclasses import replace
 
-from gockpt.layout import ArrayLayout
-from gockpt.schema import ArraySpec
+from gockpt.core.arena_layout import ArrayLayout
+from gockpt.core.array_spec import ArraySpec
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local.filesystem import Filesystem
 from gockpt.storage.local.store import Store

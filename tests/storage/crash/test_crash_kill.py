@@ -103,8 +103,8 @@ def test_death_at_every_call(scenario, after, small_sample, checker, faults, scr
 
 PROGRAM = """
     import os, signal, sys
-    from gockpt.layout import lay_out
-    from gockpt.schema import ArraySpec
+    from gockpt.core.arena_layout import lay_out
+    from gockpt.core.array_spec import ArraySpec
     from gockpt.storage.local.filesystem import CALLS, Filesystem
     from gockpt.storage.local.store import Store
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from gockpt.schema import DTYPES, ArraySpec
+from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.storage.format import array_paths, strict_json, zarr_metadata
 from gockpt.storage.format.checksum import BLOCK, crc32c
 from gockpt.storage.format.chunk_grid import chunk_key

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gockpt.boxes import Box
+from gockpt.core.array_spec import DTYPES, ArraySpec
+from gockpt.core.boxes import Box
 from gockpt.errors import ChunkCorrupt, ManifestCorrupt
-from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.format.checksum import BLOCK, crc32c, crc32c_blocks
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.format.codecs import CODECS, Coded, decode, encode, most_nbytes

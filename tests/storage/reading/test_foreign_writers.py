@@ -16,9 +16,9 @@ import pytest
 import tensorstore
 import zarr
 
-from gockpt.boxes import Box
+from gockpt.core.array_spec import DTYPES, ArraySpec
+from gockpt.core.boxes import Box
 from gockpt.errors import ChunkCorrupt
-from gockpt.schema import DTYPES, ArraySpec
 from gockpt.storage.format import array_paths, strict_json, zarr_metadata
 from gockpt.storage.format.checksum import BLOCK, crc32c
 from gockpt.storage.format.chunk_grid import chunk_key

@@ -21,9 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gockpt.boxes import Box
+from gockpt.core.array_spec import DTYPES
+from gockpt.core.boxes import Box
 from gockpt.errors import CheckpointCorrupt, GockptError, NotACheckpoint
-from gockpt.schema import DTYPES
 from gockpt.storage.format import strict_json
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.read.find import damaged_checkpoints, list_checkpoints, open_checkpoint

@@ -13,9 +13,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from gockpt.boxes import Box
+from gockpt.core.array_spec import ArraySpec
+from gockpt.core.boxes import Box
 from gockpt.errors import CheckpointCorrupt, ChunkCorrupt, GockptError, ManifestCorrupt
-from gockpt.schema import ArraySpec
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 from gockpt.storage.read.find import list_checkpoints, open_checkpoint

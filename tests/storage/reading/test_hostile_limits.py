@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from gockpt.boxes import Box
+from gockpt.core.boxes import Box
 from gockpt.errors import CheckpointNotFound, ChunkCorrupt, ManifestCorrupt, NotACheckpoint
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.read.find import list_checkpoints, open_checkpoint

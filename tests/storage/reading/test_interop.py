@@ -15,8 +15,8 @@ import pytest
 import tensorstore
 import zarr
 
-from gockpt.boxes import Box
-from gockpt.schema import DTYPES, ArraySpec
+from gockpt.core.array_spec import DTYPES, ArraySpec
+from gockpt.core.boxes import Box
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.format.zarr_dtypes import register_zarr
 from gockpt.storage.local.compression import Compression

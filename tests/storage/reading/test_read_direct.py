@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.boxes import Box
+from gockpt.core.boxes import Box
 from gockpt.errors import CheckpointCorrupt, ChunkCorrupt
 from gockpt.storage.read.checkpoint import StoredCheckpoint, Wanted, read_manifest
 from gockpt.storage.read.direct_io import DIRECT_FROM, DirectFile, ReadCalls

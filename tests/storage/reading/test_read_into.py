@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.boxes import Box
+from gockpt.core.boxes import Box
 from gockpt.errors import ChunkCorrupt, GockptError, TensorNotFound, UsageError
 from gockpt.storage.read import checkpoint as stored
 from gockpt.storage.read import read_execute

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.boxes import Box
-from gockpt.schema import ArraySpec
+from gockpt.core.array_spec import ArraySpec
+from gockpt.core.boxes import Box
 from gockpt.storage.read.read_plan import ByteRange, Grid, plan_reads, scatter
 
 DTYPE_OF = {1: "uint8", 2: "int16", 4: "float32", 8: "int64", 16: "complex128"}

@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 
+from gockpt.core.array_spec import ArraySpec
 from gockpt.errors import CheckpointNotFound, CheckpointPruned
-from gockpt.schema import ArraySpec
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local.store import Store
 from gockpt.storage.read.find import list_checkpoints, open_checkpoint

@@ -16,7 +16,7 @@ import zarr
 from packaging.version import Version
 from zarr.dtype import data_type_registry, parse_dtype
 
-from gockpt.schema import DTYPES
+from gockpt.core.array_spec import DTYPES
 from gockpt.storage.format import zarr_dtypes
 from gockpt.storage.format.zarr_dtypes import register_zarr
 

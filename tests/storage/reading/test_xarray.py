@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xarray
 
-from gockpt.schema import DTYPES, ArraySpec
+from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.storage.format import zarr_metadata
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.format.zarr_dtypes import register_zarr

@@ -1,0 +1,127 @@
+"""Small values that tell a worker what to replay, prove and write, and where in the arenas it stands.
+
+Bytes never travel in a message: they stand in the arenas, and messages name where. So the same worker
+can run as threads beside the training loop or in a process that maps the same arenas.
+:mod:`gockpt.workers.channel` puts these values into bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gockpt.core.arena_layout import ArrayLayout
+
+__all__ = ["ArrayPlace", "Capture", "Gradient", "ReplayPiece", "Stretch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A run of consecutive elements of one array, in storage order.
+
+    Attributes:
+        name: The array's name.
+        offset: Arena offset of the first element.
+        start: Index of the first element within the array.
+        stop: Index after the last.
+        itemsize: Bytes per element.
+    """
+
+    name: tuple[str, ...]
+    offset: int
+    start: int
+    stop: int
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stretch."""
+        return (self.stop - self.start) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayPiece:
+    """A stretch of one parameter and of its states, and the kernel that replays it.
+
+    Attributes:
+        index: Identifies the piece in later messages.
+        kernel: Name of the replay kernel.
+        flags: The kernel's flags.
+        stretches: The parameter's stretch, then its states' in kernel order.
+        tail: Whether its end is the tensor's end, where fused updates round differently.
+    """
+
+    index: int
+    kernel: str
+    flags: tuple[Any, ...]
+    stretches: tuple[Stretch, ...]
+    tail: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """One update's gradient for one piece: it stands in the ring.
+
+    Attributes:
+        piece: Index of the piece.
+        offset: Arena offset of the gradient's bytes.
+        nbytes: Their number.
+        scalars: What the kernel needs of the update: learning rate, step, …
+        encoding: ``None`` for float32; else as :mod:`gockpt.replay.gradient_encoding` says.
+        probes: With the first encoded one of its piece that is not 0: where the runs of probes begin.
+        seal: What :func:`gockpt.replay.gradient_encoding.seal` says of it; ``None`` where gradients are not
+            encoded: then replay is proven by its bits.
+        number: Which of its piece it is, sealed with it. They grow, but some may be missing: those of updates
+            of which it turned out later that they were skipped.
+    """
+
+    piece: int
+    offset: int
+    nbytes: int
+    scalars: tuple[float, ...]
+    encoding: str | None = None
+    probes: tuple[int, ...] = ()
+    seal: int | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayPlace:
+    """An array as it is to be written.
+
+    Attributes:
+        layout: Its chunks and slots.
+        arena: Index of the arena its slots lie in.
+        strides: For an array that stands in another order than row-major: its element strides.
+    """
+
+    layout: ArrayLayout
+    arena: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """All that one checkpoint is: sent when every byte that is not replayed has arrived.
+
+    Attributes:
+        step: The published step.
+        arrays: Every array.
+        proofs: For each replayed piece, the live fingerprints at the boundary, one per stretch.
+        state: The state document.
+        attributes: Small attributes of the root group.
+        exact: Whether the checkpoint is bit-exact, as far as is known before replay has ended.
+        grad_dtype: How gradients were encoded, if any was.
+        samples: For each piece that an encoded gradient came for: where the live values of its probes at the
+            boundary stand in the ring's arena, stretch after stretch; and how many gradients came for it.
+    """
+
+    step: int
+    arrays: tuple[ArrayPlace, ...]
+    proofs: dict[int, tuple[int, ...]]
+    state: dict[str, Any]
+    attributes: dict[str, Any]
+    exact: bool
+    grad_dtype: str | None = None
+    samples: dict[int, tuple[int, int]] = field(default_factory=dict)

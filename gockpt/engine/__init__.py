@@ -1,1 +1,0 @@
-"""The engine: everything between a tick and a published checkpoint."""

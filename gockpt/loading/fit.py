@@ -1,0 +1,378 @@
+"""Whether a checkpoint fits live objects, and what goes where.
+
+Promise: :func:`fit` reads no tensor and changes nothing. It finds everything that is missing, left over
+or different, so that a load either starts knowing that all of it fits, or does not start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gockpt.errors import ManifestCorrupt
+from gockpt.loading.fit_model import Fill, ModelFit, fills_for
+from gockpt.state.saved_forms import reordered_groups, standard_form, torch_form
+from gockpt.state.saved_strides import order_of_state, strides_saved
+from gockpt.state.strides import has_strides
+from gockpt.state.tensors import DTYPE_OF, is_subclass
+from gockpt.state.value_decoder import array_name, is_mapping, items
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gockpt.core.array_spec import ArraySpec
+    from gockpt.loading.fit_wrapper import WrapperPlan
+    from gockpt.state.collect import LiveState, OptimizerEntry, ParamEntry
+    from gockpt.state.saved_document import SavedOptimizer, SavedState, SavedSubclass
+    from gockpt.state.strides import Strides
+    from gockpt.state.value_encoder import Json
+
+__all__ = ["Create", "FillInner", "OptimizerPlan", "ParamPlan", "Plan", "Value", "fit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Make a new tensor from an array.
+
+    Attributes:
+        source: Public name of the stored array.
+        like: The parameter whose memory order it takes, if it has the same shape.
+        device: Where it goes.
+        name: What it is called here, for messages.
+        strides: Its own memory order; ``None`` for that of ``like``.
+    """
+
+    source: str
+    like: torch.Tensor
+    device: torch.device
+    name: str
+    strides: Strides | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FillInner:
+    """Overwrite the inner tensors of a live tensor subclass."""
+
+    fills: tuple[Fill, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Decode a value. Tensors in it go to the device."""
+
+    document: Json
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class ParamPlan:
+    """The state that one parameter will have.
+
+    Attributes:
+        entry: The parameter.
+        state: Encoded key and what stands there, in order; a :class:`Value` alone where the state is no
+            mapping; ``None`` for no state at all.
+    """
+
+    entry: ParamEntry
+    state: list[tuple[Json, Fill | FillInner | Create | Value]] | Value | None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPlan:
+    """What one optimizer takes over.
+
+    Attributes:
+        index: Its index among the live ones.
+        saved: Its saved form.
+        groups: Which saved group each live group takes its options from; ``None`` for none.
+        params: The state of each parameter that fits.
+        strides: Of arrays that are not row-major, by public name.
+        subclasses: Every saved tensor subclass by public name.
+        form: What its own ``load_state_dict`` is given; ``None`` to fill its state in place.
+        beyond: Keys of the saved form that nothing live takes.
+    """
+
+    index: int
+    saved: SavedOptimizer
+    groups: list[int | None]
+    params: list[ParamPlan]
+    strides: Mapping[str, Strides] = field(default_factory=dict)
+    subclasses: Mapping[str, SavedSubclass] = field(default_factory=dict)
+    form: Json = None
+    beyond: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a load will do, and what does not fit.
+
+    Attributes:
+        model: How each part of the model fits.
+        fills: Parameters outside the model.
+        optimizers: What each optimizer takes over.
+        wrappers: What each wrapper around them does, the outermost of each first.
+        elsewhere: Public names of arrays of optimizers that were not on the CPU.
+        missing: Live names outside the model that the checkpoint lacks.
+        unexpected: Names outside the model, in the checkpoint, that nothing live takes.
+        mismatched: What both have outside the model, but differently.
+        untold: What can't be restored, and is no reason to refuse.
+    """
+
+    model: list[ModelFit] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
+    optimizers: list[OptimizerPlan] = field(default_factory=list)
+    wrappers: list[WrapperPlan] = field(default_factory=list)
+    elsewhere: frozenset[str] = frozenset()
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
+
+    def whole(self) -> ModelFit:
+        """Return the model and all outside it together, as if it were one part."""
+        rest = ModelFit(self.fills, [], self.missing, self.unexpected, self.mismatched)
+        parts = [*self.model, rest]
+        return ModelFit(
+            fills=[fill for part in parts for fill in part.fills],
+            assigns=[assign for part in parts for assign in part.assigns],
+            missing=[name for part in parts for name in part.missing],
+            unexpected=[name for part in parts for name in part.unexpected],
+            mismatched=[text for part in parts for text in part.mismatched],
+            unfit={one for part in parts for one in part.unfit},
+            taken=sum(part.taken for part in parts),
+            refused=[text for part in parts for text in part.refused],
+        )
+
+
+def fit(
+    live: LiveState,
+    saved: SavedState,
+    arrays: Mapping[str, ArraySpec],
+    *,
+    model: list[ModelFit],
+    with_optimizer: bool,
+) -> Plan:
+    """Return what goes where.
+
+    Args:
+        live: The objects to load into.
+        saved: The state document.
+        arrays: Every stored array by public name.
+        model: How each part of the model fits; none if it is not to be loaded.
+        with_optimizer: Whether optimizers are; if not, theirs are not.
+
+    Raises:
+        ManifestCorrupt: If the document refers to an array that isn't there.
+    """
+    fitter = _Fitter(live, saved, arrays, model)
+    for part in model:
+        fitter.unfit |= part.unfit
+    if with_optimizer:
+        fitter.optimizers()
+    return fitter.plan
+
+
+class _Fitter:
+    def __init__(
+        self, live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec], model: list[ModelFit]
+    ) -> None:
+        self.live = live
+        self.saved = saved
+        self.arrays = arrays
+        self.plan = Plan(model)
+        self.fitted: set[str] = set()
+        self.unfit: set[int | str] = set()
+        # From which array the memory of inner tensors in optimizer state is filled.
+        self.inner_sources: dict[int, str] = {}
+
+    def resolve(self, public: str) -> str:
+        return self.saved.aliases.get(public, public)
+
+    def fill(self, source: str, target: torch.Tensor, name: str) -> None:
+        """Plan to overwrite a parameter outside the model, or note how it differs."""
+        spec = self.saved.subclasses.get(source) or self.arrays[source]
+        fills = fills_for(source, spec, target, name, self.arrays)
+        if isinstance(fills, str):
+            self.plan.mismatched.append(f"{name}: {fills}")
+            return
+        self.plan.fills += fills
+        self.fitted.add(name)
+
+    # -- optimizers
+
+    def optimizers(self) -> None:
+        live, saved = self.live.trained, self.saved.optimizers
+        for index in range(max(len(live), len(saved))):
+            if index >= len(saved):
+                self.plan.missing.append(f"optimizer {index} ({_class(live[index].kind)})")
+            elif index >= len(live):
+                self.plan.unexpected.append(f"optimizer {index} ({_class(saved[index].kind)})")
+            elif _class(live[index].kind) != _class(saved[index].kind):
+                self.plan.mismatched.append(
+                    f"optimizer {index}: saved {saved[index].kind}, live {live[index].kind}"
+                )
+            else:
+                self.optimizer(index, live[index], saved[index])
+        self.plan.elsewhere = frozenset(self.saved.elsewhere)
+
+    def optimizer(self, index: int, live: OptimizerEntry, saved: SavedOptimizer) -> None:
+        standard = standard_form(saved)
+        beyond: tuple[str, ...] = ()
+        form: Json = None
+        if standard is not None:
+            whole, saved, beyond = saved.form, standard.saved, standard.beyond
+            form = whole if live.own else None
+        elif saved.form is not None:
+            form = saved.form
+        elif live.own:
+            form = torch_form(saved)
+        known = {fqn for group in saved.groups for fqn in group.params}
+
+        def saved_name(fqn: str) -> str | None:
+            """Return the name under which the checkpoint knows a parameter: tied ones have several."""
+            if fqn in known:
+                return fqn
+            others = (alias for alias, target in self.live.aliases.items() if target == f"model/{fqn}")
+            for public in (f"model/{fqn}", *others):
+                other = self.resolve(public).removeprefix("model/")
+                if other in known:
+                    return other
+            return None
+
+        names = {param.fqn: saved_name(param.fqn) for group in live.groups for param in group.params}
+        groups = self.groups(index, live, saved, names)
+        order = [group for group in groups if group is not None]
+        if form is not None and len(order) == len(groups) and order != sorted(order):
+            form = reordered_groups(form, order)
+            if form is None:
+                self.plan.mismatched.append(f"param groups of optimizer {index}: they have another order")
+                return
+        strides, subclasses = self.saved.strides or {}, self.saved.subclasses
+        plan = OptimizerPlan(index, saved, groups, [], strides, subclasses, form, beyond)
+        for group, source in zip(live.groups, groups, strict=True):
+            options = dict(items(saved.groups[source].options)) if source is not None else {}
+            for param in group.params:
+                name = names[param.fqn]
+                if name is not None and self.holds(param, name, saved):
+                    plan.params.append(ParamPlan(param, self.state(param, name, saved, options)))
+        if form is not None and len(plan.params) < sum(len(group.params) for group in live.groups):
+            return  # it takes all or nothing, and what doesn't fit was noted
+        self.plan.optimizers.append(plan)
+
+    def groups(
+        self, index: int, live: OptimizerEntry, saved: SavedOptimizer, names: Mapping[str, str | None]
+    ) -> list[int | None]:
+        """Match groups by the names of their parameters; note what can't be matched."""
+        left = dict(enumerate(group.params for group in saved.groups))
+        matched: list[int | None] = []
+        for group in live.groups:
+            wanted = tuple(names[param.fqn] or param.fqn for param in group.params)
+            found = next((at for at, params in left.items() if params == wanted), None)
+            matched.append(found)
+            if found is not None:
+                del left[found]
+        if left or None in matched:
+            here = [fqn for fqn, name in names.items() if name is None]
+            there = [fqn for group in saved.groups for fqn in group.params if fqn not in names.values()]
+            how = [f"only here: {_some(here)}"] if here else []
+            how += [f"only in the checkpoint: {_some(there)}"] if there else []
+            how = how or ["the same parameters, in other groups or in another order"]
+            self.plan.mismatched.append(f"param groups of optimizer {index}: {'; '.join(how)}")
+        return matched
+
+    def holds(self, param: ParamEntry, name: str, saved: SavedOptimizer) -> bool:
+        """Whether the checkpoint holds this very parameter, so that its state is of use."""
+        public = "/".join(param.name)
+        if param.name[0] == "model":
+            return id(param.param) not in self.unfit and public not in self.unfit
+        if name not in saved.outside:
+            self.plan.missing.append(public)
+            return False
+        if public not in self.fitted:
+            self.fill(self.stored(saved.outside[name]), self.live.tensors()[param.name], public)
+        return public in self.fitted
+
+    def stored(self, name: tuple[str, ...]) -> str:
+        public = "/".join(name)
+        if public not in self.arrays and public not in self.saved.subclasses:
+            msg = f"the state document refers to an array {public!r} that the checkpoint does not hold"
+            raise ManifestCorrupt(msg)
+        return public
+
+    def state(
+        self, param: ParamEntry, name: str, saved: SavedOptimizer, options: Mapping[Any, Json]
+    ) -> list[tuple[Json, Fill | FillInner | Create | Value]] | Value | None:
+        document = saved.states.get(name)
+        device = param.param.device
+        if document is None:
+            return None
+        if not is_mapping(document):
+            return Value(document, device)
+        planned: list[tuple[Json, Fill | FillInner | Create | Value]] = []
+        for key, value in items(document):
+            array = array_name(value)
+            if array is None:
+                planned.append((key, Value(value, device)))
+                continue
+            source = self.stored(array)
+            if source in self.saved.subclasses:
+                planned.append((key, self.subclass_state(key, value, source, param)))
+                continue
+            spec = self.arrays[source]
+            label = f"optimizer/{param.owner}/{key}"
+            there = _device(key, spec, param.param, options)
+            tensor = param.state.get(key) if isinstance(key, str) else None
+            of_param = self.resolve("/".join(param.name))
+            order = order_of_state(self.saved, self.arrays, source, param.param, of_param)
+            if (
+                tensor is not None
+                and not is_subclass(tensor)
+                and tuple(tensor.shape) == spec.shape
+                and tensor.dtype == DTYPE_OF[spec.dtype]
+                and tensor.device == there
+                and (order is None or has_strides(tensor, order))
+            ):
+                planned.append((key, Fill(source, tensor, label)))
+            else:
+                planned.append((key, Create(source, param.param, there, label, order)))
+        return planned
+
+    def in_order(self, fill: Fill) -> bool:
+        """Whether an inner tensor lies in memory as the saved one did."""
+        strides = strides_saved(self.saved.strides or {}, fill.source, self.arrays[fill.source])
+        return has_strides(fill.target, strides)
+
+    def shared(self, fills: list[Fill]) -> bool:
+        """Whether memory that these fill is filled from other arrays as well."""
+        places = [(fill.target.data_ptr(), fill.source) for fill in fills if fill.target.numel()]
+        return any(self.inner_sources.setdefault(place, source) != source for place, source in places)
+
+    def subclass_state(self, key: Json, document: Json, source: str, param: ParamEntry) -> FillInner | Value:
+        """Plan to fill a live state that is a subclass, or to make it if it isn't there as it was saved."""
+        saved = self.saved.subclasses[source]
+        label = f"optimizer/{param.owner}/{key}"
+        tensor = param.state.get(key) if isinstance(key, str) else None
+        if tensor is not None and tensor.device == param.param.device:
+            fills = fills_for(source, saved, tensor, label, self.arrays)
+            if not isinstance(fills, str) and not self.shared(fills) and all(map(self.in_order, fills)):
+                return FillInner(tuple(fills))
+        return Value(document, param.param.device)
+
+
+def _device(key: Json, spec: ArraySpec, param: torch.Tensor, options: Mapping[Any, Json]) -> torch.device:
+    """Return where torch's optimizers keep a state: step counters on the CPU unless a kernel reads them."""
+    if key == "step" and not spec.shape and not (options.get("capturable") or options.get("fused")):
+        return torch.device("cpu")
+    return param.device
+
+
+def _class(kind: str) -> str:
+    return kind.rpartition(".")[2]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,0 +1,63 @@
+"""Which saved wrapper around optimizers goes to which live one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gockpt.state.optimizer_forms import adds_to_live
+
+if TYPE_CHECKING:
+    from gockpt.loading.fit import Plan
+    from gockpt.state.collect import LiveState, WrapperEntry
+    from gockpt.state.saved_document import SavedState
+    from gockpt.state.value_encoder import Json
+
+__all__ = ["WrapperPlan", "fit_wrappers"]
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperPlan:
+    """What a wrapper around optimizers is given.
+
+    Attributes:
+        entry: The live wrapper.
+        form: What its own ``load_state_dict`` is given.
+    """
+
+    entry: WrapperEntry
+    form: Json
+
+
+def fit_wrappers(live: LiveState, saved: SavedState, plan: Plan) -> None:
+    """Match wrappers by their class, in order, and add to a plan what each is given, or how it differs.
+
+    A wrapper that adds nothing to the state of the optimizers in it may be absent on either side. Call it
+    when the optimizers have been matched.
+    """
+    groups = {one.index: one.groups for one in plan.optimizers}
+    left = list(saved.wrappers or ())
+    for entry in live.wrappers:
+        if not entry.own:
+            continue
+        kind = _class(entry.kind)
+        found = next((one for one in left if _class(one.kind) == kind), None)
+        if found is not None:
+            left.remove(found)
+            orders = [groups.get(index, [None]) for index in entry.inside]
+            if any(order != [*range(len(order))] for order in orders):
+                # Its form may hold theirs, which it alone could take apart.
+                plan.mismatched.append(
+                    f"optimizer wrapper {kind}: the optimizers in it do not fit as they are"
+                )
+            else:
+                plan.wrappers.append(WrapperPlan(entry, found.form))
+        elif saved.wrappers is None:
+            plan.untold.append(f"what {entry.kind} keeps itself: the checkpoint is of a version without it")
+        elif adds_to_live(entry, live):
+            plan.missing.append(f"optimizer wrapper {kind}")
+    plan.unexpected += [f"optimizer wrapper {_class(one.kind)}" for one in left if one.adds]
+
+
+def _class(kind: str) -> str:
+    return kind.rpartition(".")[2]

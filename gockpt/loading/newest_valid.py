@@ -1,0 +1,191 @@
+"""The newest checkpoint that verifies or is finite, and what had to be passed over to get there.
+
+Promise: with ``whole``, nothing is handed on that was not read as a whole and found right just before; with
+``finite``, nothing of which parameters or optimizer state have NaN or Inf. What is passed over is logged and
+named with what is wrong with it, never skipped in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gockpt.catalog import state_of
+from gockpt.core.boxes import Box
+from gockpt.core.nonfinite import NonFinite, is_judged, nonfinite_of, summary
+from gockpt.errors import (
+    CheckpointCorrupt,
+    CheckpointNotFound,
+    CheckpointPruned,
+    ManifestCorrupt,
+    NonFiniteCheckpoint,
+)
+from gockpt.storage.format import step_names
+from gockpt.storage.paths import located
+from gockpt.storage.read.find import damaged_checkpoints, list_checkpoints, open_checkpoint, open_listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gockpt.core.array_spec import ArraySpec
+    from gockpt.state.saved_document import SavedState
+    from gockpt.storage.object_store.client import Where
+    from gockpt.storage.read.checkpoint import StoredCheckpoint
+
+__all__ = ["PassedOver", "expect_finite", "newest_good"]
+
+_log = logging.getLogger("gockpt")
+
+SHOWN = 3
+"""Problems of one checkpoint that are told before the rest is counted."""
+
+PART = 32 << 20
+"""Bytes read at a time to count in a checkpoint that does not say what is in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A checkpoint that was not loaded since it is damaged or not finite.
+
+    Attributes:
+        step: Its step.
+        path: Its directory or URL.
+        why: What is wrong with it.
+    """
+
+    step: int
+    path: str
+    why: str
+
+
+def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckpoint, tuple[PassedOver, ...]]:
+    """Open the newest checkpoint that is as asked for.
+
+    Args:
+        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
+        whole: Whether every byte has to be as written; reads all of each that it tries.
+        finite: Whether parameters and optimizer state must have no NaN or Inf; reads them where a checkpoint
+            does not say.
+
+    Returns:
+        The open checkpoint, and what was passed over: first what has no valid manifest, which may be newer
+        or older, then the others, newest first.
+
+    Raises:
+        CheckpointNotFound: If there is none at all.
+        CheckpointCorrupt: If none is whole; says what is wrong with each.
+        NonFiniteCheckpoint: If none is as asked for, and some for want of being finite.
+        CheckpointPruned: If one was removed while it was being read: a newer one may be there.
+    """
+    passed = list(_without_manifest(path))
+    entries = list_checkpoints(path, superseded=True)
+    if not entries and not passed:
+        return open_checkpoint(path), ()  # raises, and says what is there instead
+    infinite = False
+    for entry in reversed(entries):
+        try:
+            stored = open_listed(path, entry)
+        except CheckpointNotFound as error:
+            msg = f"{entry.path} was removed while a newer checkpoint was being read; try again"
+            raise CheckpointPruned(msg) from error
+        try:
+            why = _wrong(stored) if whole else None
+            what = "damaged"
+            if why is None and finite and (why := _infinite(stored, state_of(stored))) is not None:
+                infinite, what = True, "not finite"
+        except BaseException:
+            stored.close()
+            raise
+        if why is None:
+            return stored, tuple(passed)
+        stored.close()
+        passed.append(PassedOver(entry.step, entry.path, why))
+        at = (entry.step, entry.path, what, why)
+        _log.warning("passing over the checkpoint of step %d, %s, which is %s: %s", *at)
+    each = "; ".join(f"step {one.step} ({one.path}): {one.why}" for one in passed)
+    if infinite:
+        msg = (
+            f"no checkpoint in {path!s} is finite, and nothing was changed; load without finite=True. {each}"
+        )
+        raise NonFiniteCheckpoint(msg)
+    msg = f"no checkpoint in {path!s} is whole, and nothing was changed. {each}"
+    raise CheckpointCorrupt(msg)
+
+
+def expect_finite(stored: StoredCheckpoint) -> None:
+    """Refuse a checkpoint of which parameters or optimizer state have NaN or Inf.
+
+    Raises:
+        NonFiniteCheckpoint: If they have.
+    """
+    why = _infinite(stored, state_of(stored))
+    if why is not None:
+        msg = (
+            f"the checkpoint of step {stored.step} is not finite, and nothing was changed: {why}. "
+            "Load another step, the newest that is finite (without step), or this one without finite=True"
+        )
+        raise NonFiniteCheckpoint(msg)
+
+
+def _without_manifest(path: Where) -> Iterator[PassedOver]:
+    objects = located(path)
+    where = objects.rstrip("/") if isinstance(objects, str) else objects.url
+    for name, error in damaged_checkpoints(path).items():
+        known = step_names.parse(name) or step_names.parse_uploaded(name)
+        if known is not None and known.step is not None:
+            yield PassedOver(known.step, f"{where}/{name}", str(error))
+
+
+def _wrong(stored: StoredCheckpoint) -> str | None:
+    """Say what is wrong with a checkpoint, after reading all of it; ``None`` if nothing is."""
+    report = stored.verify()
+    if not report.ok:
+        left = len(report.problems) - SHOWN + report.more
+        more = f"; and {left} more" if left > 0 else ""
+        return "; ".join(str(problem) for problem in report.problems[:SHOWN]) + more
+    try:
+        state_of(stored)
+    except ManifestCorrupt as error:
+        return str(error)
+    return None
+
+
+def _infinite(stored: StoredCheckpoint, saved: SavedState) -> str | None:
+    """Say what NaN and Inf parameters and optimizer state have; ``None`` if they have none."""
+    found = nonfinite_of(stored.manifest.attributes)
+    if found is None:
+        _log.info("step %d does not say whether it is finite: reading it", stored.step)
+        found = _counted(stored, saved)
+    return None if found.finite else str(found)
+
+
+def _counted(stored: StoredCheckpoint, saved: SavedState) -> NonFinite:
+    """Read parameters and optimizer state, a part at a time, and count NaN and Inf in them."""
+    from gockpt.kernels.nonfinite_numba import count, is_counted
+
+    buffers = frozenset(saved.buffers)
+    counts: dict[str, tuple[int, int]] = {}
+    for name, array in stored.arrays.items():
+        if is_counted(array.spec.dtype) and is_judged(name, buffers):
+            nan = inf = 0
+            for box in _parts(array.spec):
+                data = np.empty(box.numel * array.spec.itemsize, np.uint8)
+                stored.read_into(name, box, data)
+                more = count(data, array.spec.dtype)
+                nan, inf = nan + more[0], inf + more[1]
+            counts[name] = (nan, inf)
+    return summary(counts, buffers)
+
+
+def _parts(spec: ArraySpec) -> Iterator[Box]:
+    """Yield boxes of whole rows of about :data:`PART` bytes that make up an array."""
+    if not spec.shape:
+        yield Box((), ())
+        return
+    rows = max(1, PART * spec.shape[0] // max(1, spec.nbytes))
+    for first in range(0, spec.shape[0], rows):
+        many = min(rows, spec.shape[0] - first)
+        yield Box((first, *([0] * (len(spec.shape) - 1))), (many, *spec.shape[1:]))

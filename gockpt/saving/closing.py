@@ -1,0 +1,72 @@
+"""What a closing tick adds to the live state: extras, random states, options. Refuses what can't be saved."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gockpt.core.arena_layout import lay_out
+from gockpt.core.array_spec import ArraySpec
+from gockpt.core.descriptors import ArrayPlace
+from gockpt.errors import SaveError, UnsupportedState, UsageError
+from gockpt.saving.at_once import copy_at_once
+from gockpt.state import rng_state
+from gockpt.state.state_document import build_document, capture_extras
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any
+
+    import torch
+
+    from gockpt.saving.memory import Memory
+    from gockpt.saving.session import Boundary
+    from gockpt.state.collect import LiveState
+
+__all__ = ["added_at", "refusing", "write_additions"]
+
+
+def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memory) -> tuple[ArrayPlace, ...]:
+    """Copy the tensors of extras and random states into their own arena, now.
+
+    They are laid out at the close because only then is it known which there are.
+    """
+    specs = [
+        ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in added.items()
+    ]
+    layout = lay_out(specs)
+    arena = memory.additions(layout)
+    for array, tensor in zip(layout.arrays, added.values(), strict=True):
+        copy_at_once(tensor, array, arena)
+    return tuple(ArrayPlace(array, 2) for array in layout.arrays)
+
+
+def added_at(
+    live: LiveState, moment: Boundary, admit: Callable[[int], None]
+) -> tuple[dict[str, Any], dict[tuple[str, ...], torch.Tensor]]:
+    """Copy what is no entry of the live state; return the state document, and the arrays by name.
+
+    Raises:
+        UnsupportedState: If an extra, an option or a state has no exact form; names it.
+        StateTooLarge: If ``admit`` raises it.
+    """
+    with refusing():
+        return build_document(
+            live,
+            step=moment.step,
+            optimizer_steps=moment.updates,
+            extra=capture_extras(moment.extra),
+            rng=rng_state.capture(),
+            admit=admit,
+        )
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raise a ``UsageError`` about the state as ``UnsupportedState``, which is a ``SaveError`` as well."""
+    try:
+        yield
+    except UsageError as error:
+        if isinstance(error, SaveError):
+            raise
+        raise UnsupportedState(str(error)) from error

@@ -1,0 +1,206 @@
+"""What is known of the last tick, so that its state can still be saved under its own step.
+
+At every tick the engine notes *marks* of the state: addresses and version counters of all tensors, and
+fingerprints of their bytes in host memory, of all of them where they are few (:data:`MOST_BYTES` in
+:data:`MOST_TENSORS`), else of three places in some. A state that no longer fits its marks is not saved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gockpt.errors import StateTooLarge
+from gockpt.kernels.fingerprint_numba import fingerprint
+from gockpt.saving.closing import added_at
+from gockpt.staging.host_stager import dense_bytes
+from gockpt.state.tensors import is_subclass, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gockpt.saving.memory import Memory
+    from gockpt.saving.session import Boundary
+    from gockpt.state.collect import LiveState
+
+__all__ = ["MOST_REMEMBERED", "Addition", "LastTick"]
+
+MOST_BYTES = 4 << 20
+MOST_TENSORS = 32
+PLACE = 4096
+"""Bytes of one place of a tensor that is looked at in places."""
+MOST_REMEMBERED = 16 << 20
+"""Extras up to this many bytes are remembered at a tick at which nothing is saved."""
+
+Addition = tuple[dict[str, Any], dict[tuple[str, ...], torch.Tensor]]
+"""A state document, and the arrays that come with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """Marks of a state at one moment.
+
+    Attributes:
+        memory: Address and version counter of each tensor; ``None`` where that can't be told.
+        bits: Fingerprints of the bytes looked at.
+        whole: Whether ``bits`` are of all of the state.
+    """
+
+    memory: tuple[tuple[int, int] | None, ...]
+    bits: tuple[int, ...]
+    whole: bool
+
+
+class LastTick:
+    """The last tick: its boundary, marks of its state, and what else only it knew.
+
+    Attributes:
+        boundary: The last tick; ``None`` before the first.
+        left_out: The last tick at which a due save was left out, until a later state is saved.
+    """
+
+    def __init__(self) -> None:
+        self.boundary: Boundary | None = None
+        self.left_out: Boundary | None = None
+        self._tensors: list[weakref.ref[torch.Tensor]] = []
+        self._shape: tuple[int, ...] = ()
+        self._marks: _Marks | None = None
+        self._addition: Addition | None = None
+
+    def forget_state(self) -> None:
+        """Forget everything about the state: the model is gone."""
+        self._tensors, self._marks, self._addition = [], None, None
+
+    def note(self, boundary: Boundary, model: Any, optimizers: Sequence[Any]) -> None:
+        """Note marks of the state, which must be that of ``boundary``. Copies nothing."""
+        self.boundary, self._addition, self._marks = boundary, None, None
+        shape = _shape(optimizers)
+        if shape != self._shape or not self._tensors:
+            self._tensors = [weakref.ref(tensor) for tensor in _tensors(model, optimizers)]
+            self._shape = shape
+        self._marks = self._look()
+
+    def remember(self, boundary: Boundary, live: LiveState, memory: Memory) -> None:
+        """Remember extras, random states and options too, unless they take more than is allowed."""
+        most = min(MOST_REMEMBERED, memory.spare)
+        taken = 0
+
+        def admit(nbytes: int) -> None:
+            nonlocal taken
+            taken += nbytes
+            if taken > most:
+                raise StateTooLarge
+
+        with suppress(StateTooLarge):
+            self._addition = added_at(live, boundary, admit)
+
+    @property
+    def addition(self) -> Addition | None:
+        """Extras, random states and options as of the last tick, if they were remembered."""
+        return self._addition
+
+    def moved(self, model: Any, optimizers: Sequence[Any]) -> str | None:
+        """Return what shows that the state is no longer that of the last tick; ``None`` if nothing does."""
+        marks = self._marks
+        if marks is None:
+            return "nothing is known of the state at the last call"
+        known = [reference() for reference in self._tensors]
+        now = list(_tensors(model, optimizers))
+        if len(known) != len(now) or any(a is not b for a, b in zip(known, now, strict=True)):
+            return "tensors were added, removed or replaced"
+        found = self._look()
+        if found.bits != marks.bits:
+            return "tensors have other values"
+        if not marks.whole and found.memory != marks.memory:
+            return "tensors were written or moved"
+        return None
+
+    def _look(self) -> _Marks:
+        tensors = [tensor for reference in self._tensors if (tensor := reference()) is not None]
+        memory = tuple(map(_memory, tensors))
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        whole = total <= MOST_BYTES and len(tensors) <= MOST_TENSORS
+        bits: list[int] = []
+        for tensor in tensors if whole else tensors[:: -(-len(tensors) // MOST_TENSORS)]:
+            found = _bits(tensor, whole=whole)
+            whole = whole and found is not None
+            bits += found or ()
+        return _Marks(memory, tuple(bits), whole)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int] | None:
+    try:
+        return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
+    except (RuntimeError, NotImplementedError):  # such as a subclass without memory of its own
+        return None
+
+
+def _bits(tensor: torch.Tensor, *, whole: bool) -> list[int] | None:
+    """Fingerprint all of a tensor in host memory, or three places; ``None`` if it can't be looked at."""
+    try:
+        found = dense_bytes(tensor)
+    except (RuntimeError, NotImplementedError):
+        return None
+    if found is None:
+        return None
+    if whole or found.size <= 3 * PLACE:
+        return [fingerprint(found, 1, 0)]
+    middle = found.size // 2
+    places = (found[:PLACE], found[middle : middle + PLACE], found[-PLACE:])
+    return [fingerprint(place, 1, 0) for place in places]
+
+
+def _shape(optimizers: Sequence[Any]) -> tuple[int, ...]:
+    """Return numbers that change when optimizers get other parameters or new state."""
+    groups = [len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups]
+    return *groups, *(len(optimizer.state) for optimizer in optimizers)
+
+
+def _tensors(model: Any, optimizers: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """Yield the live tensors that a model and its optimizers are made of, tied ones once."""
+    seen: set[int] = set()
+    for tensor in (*_of_model(model), *_of_optimizers(optimizers)):
+        for part in _inner(tensor):
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield part
+
+
+def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or those that a subclass is made of; nothing where a save would refuse it."""
+    if is_subclass(tensor):
+        try:
+            parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+        except Exception:  # noqa: BLE001 - code of the class's own: a save names it, and refuses the tensor
+            return
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                yield from _inner(part)
+    elif refusal(tensor) is None:
+        yield tensor
+
+
+def _of_model(model: Any) -> Iterator[torch.Tensor]:
+    if isinstance(model, Mapping):
+        yield from model.values()
+        return
+    for part in [model] if isinstance(model, torch.nn.Module) else model or ():
+        for module in part.modules():
+            yield from (p for p in module._parameters.values() if p is not None)  # noqa: SLF001
+            left_out = module._non_persistent_buffers_set  # noqa: SLF001
+            yield from (b for n, b in module._buffers.items() if b is not None and n not in left_out)  # noqa: SLF001
+
+
+def _of_optimizers(optimizers: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                yield param
+                state = optimizer.state.get(param)
+                if isinstance(state, Mapping):
+                    yield from (value for value in state.values() if isinstance(value, torch.Tensor))

@@ -1,0 +1,333 @@
+"""The host memory of saves: the arenas, and what else a save takes, counted before any of it is taken."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING, Any
+
+from gockpt.errors import StateTooLarge
+from gockpt.kernels.gradient16_launch import fitting
+from gockpt.planning.planner import RING_GRADIENTS
+from gockpt.replay.rounding_probes import PROBE_COPIES
+from gockpt.replay.tiled import SCRATCH_BYTES
+from gockpt.saving.capture import Attempt
+from gockpt.saving.facts import ring_bytes_of, sample_bytes_of
+from gockpt.saving.write_items import cut
+from gockpt.staging.arena import whole_pages
+from gockpt.staging.gradient_ring import Ring
+from gockpt.storage.local.compression import largest_encoded, memory_bound
+from gockpt.workers.thread_pool import WRITERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gockpt.core.arena_layout import ArenaLayout
+    from gockpt.core.timeline import Trace
+    from gockpt.options import Options
+    from gockpt.planning.planner import Plan
+    from gockpt.saving.device_selection import Road, Roads
+    from gockpt.saving.facts import Shape
+    from gockpt.saving.write_items import Cut
+    from gockpt.staging.arena import Arena
+    from gockpt.staging.host_stager import Transfer
+    from gockpt.state.collect import LiveState
+    from gockpt.workers.executor import Background, Work
+    from gockpt.workers.save_job import Outcome
+
+__all__ = ["Memory"]
+
+STATE, RING, EXTRA = range(3)
+
+
+class Memory:
+    """The arenas of one engine: state, gradient ring, and what a closing tick adds. Kept between saves.
+
+    Promise: the arenas, the copies of extras on their way into theirs, what the last copies are compared by,
+    what arrays in storage order are reordered in, what encoding and writing the encoded takes, and what
+    replay from gradients in 16 bits takes, never come to more than ``Options.host_memory`` at a time; what
+    would is refused before it is taken. Not counted are what the user's own ``state_dict()`` and callables
+    make, and the JSON documents and checksums.
+    """
+
+    def __init__(self, options: Options, background: Background[Any], roads: Roads) -> None:
+        self._options = options
+        self._background = background
+        self._roads = roads
+        self._held: list[Arena | None] = [None, None, None]
+        self._passing = 0
+        self._reordering = 0
+        self._encoded = 0
+        self._replaying = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory held."""
+        return sum(a.nbytes for a in self._held if a is not None)
+
+    @property
+    def spare(self) -> int:
+        """Bytes of host memory that may be taken beside the arenas and what a save takes beside them."""
+        limit = self._options.host_memory
+        return 1 << 62 if limit is None else max(0, limit - self.nbytes - self._beside())
+
+    @property
+    def arenas(self) -> tuple[Arena, ...]:
+        """State, ring and additions."""
+        return tuple(self._arena(use, 0) for use in (STATE, RING, EXTRA))
+
+    def prepare(self, live: LiveState, shape: Shape, transfer: Transfer) -> None:
+        """Reserve the state's arena and take its pages behind the caller, and make the road into it."""
+        self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+        self._make_room({STATE: shape.layout.nbytes, RING: 0, EXTRA: 0})
+        arena = self._arena(STATE, shape.layout.nbytes)
+        transfer.submit([arena.prefault])
+        self._roads.prepare(live, arena, transfer)
+
+    def admission(self) -> Callable[[int], None]:
+        """Return what is to be told of each array of the extras before it is copied.
+
+        It raises ``StateTooLarge`` once they can't fit.
+        """
+        copied = 0
+
+        def admit(nbytes: int) -> None:
+            nonlocal copied
+            copied += nbytes
+            self._make_room({EXTRA: copied}, copies=copied)
+
+        return admit
+
+    def additions(self, layout: ArenaLayout) -> Arena:
+        """Return an arena for what the closing tick adds (extras, random states).
+
+        Raises:
+            StateTooLarge: If that takes more than is allowed.
+        """
+        encoded = largest_encoded(self._options.compression, layout.arrays)
+        copies = sum(array.spec.nbytes for array in layout.arrays)
+        self._make_room({EXTRA: layout.nbytes}, copies=copies, encoded=encoded)
+        return self._arena(EXTRA, layout.nbytes)
+
+    def road(self, live: LiveState) -> Road | None:
+        """Return the road into the state's arena, if there is one that the state may take."""
+        return self._roads.ready(live, self._held[STATE])
+
+    def obstacle(self, live: LiveState) -> str | None:
+        """Return why no state leaves a device behind training; ``None`` if some does or none is on one."""
+        return None if self.road(live) is not None else self._roads.obstacle(live)
+
+    def most_aboard(self, road: Road | None) -> int | None:
+        """Return the most elements of which an encoded gradient leaves by the road; ``None`` if none is."""
+        encodes = road is not None and self._options.grad_dtype is not None
+        return fitting(road.slot_bytes) if road is not None and encodes else None
+
+    def hindrance(self, road: Road) -> str | None:
+        """Return why gradients could not follow by the road when they were to; ``None`` if they could."""
+        return self._roads.hindrance(road)
+
+    def reach(
+        self, road: Road, shape: Shape, plans: Sequence[tuple[Cut, Plan]], transfer: Transfer
+    ) -> str | None:
+        """Return why gradients can't follow off a device in any of these plans; ``None`` if they can.
+
+        Raises:
+            StateTooLarge: If the ring takes more than is allowed.
+        """
+        nbytes = max(
+            self._ring_bytes(pieces, plan, shape) + sample_bytes_of(pieces, plan, self._options.grad_dtype)
+            for pieces, plan in plans
+        )
+        self._make_room({STATE: shape.layout.nbytes, RING: nbytes, EXTRA: 0})
+        if self._held[STATE] is not road.arena:
+            return "the road has to be made anew"
+        return self._roads.reach(road, self._arena(RING, nbytes), transfer)
+
+    def attempt(
+        self,
+        live: LiveState,
+        shape: Shape,
+        plan: Plan,
+        *,
+        barred: frozenset[str],
+        racing: frozenset[tuple[str, ...]] | None,
+        transfer: Transfer,
+        outcome: Outcome,
+        trace: Trace,
+        afresh: bool,
+    ) -> tuple[Attempt, Work]:
+        """Set up one attempt and its background job; ``afresh`` if nothing that was added is needed any more.
+
+        Raises:
+            StateTooLarge: If that takes more than is allowed.
+        """
+        road, stay = self.road(live), None
+        while True:
+            aboard = None if road is None else road.holds
+            pieces = cut(
+                live,
+                shape.layout,
+                window=plan.window,
+                barred=barred,
+                racing=racing,
+                aboard=aboard,
+                stay=stay,
+                most_aboard=self.most_aboard(road),
+            )
+            samples = sample_bytes_of(pieces, plan, self._options.grad_dtype)
+            # With a helper for saves that are late.
+            threads = self._options.worker_threads + 1
+            self._replaying = threads * SCRATCH_BYTES + PROBE_COPIES * samples if samples else 0
+            self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
+            self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+            ring_bytes = self._ring_bytes(pieces, plan, shape)
+            needs = {STATE: shape.layout.nbytes, RING: ring_bytes + samples}
+            self._make_room(needs | {EXTRA: 0} if afresh else needs)
+            arena = self._arena(STATE, shape.layout.nbytes)
+            ring = self._held[RING] if self._kept(RING) >= ring_bytes + samples else None
+            if road is not None and road.arena is not arena:
+                road = None  # it led to an arena that was too small, or too large
+            elif (
+                road is not None
+                and stay is None
+                and (ring is None or road.ring is not ring)
+                and _early(pieces)
+            ):
+                stay = "its gradients can't follow now"
+            else:
+                break
+        self._roads.prepare(live, arena, transfer)
+        if self._kept(RING) < ring_bytes + samples:
+            transfer.submit([self._arena(RING, ring_bytes + samples).prefault])
+        room = Ring(0, ring_bytes)
+        job = self._background.job(
+            # Not the third: what is added may yet need a larger one, and the job would keep this one alive.
+            arenas=self.arenas[:EXTRA],
+            pieces=[p.message() for p in pieces.pieces],
+            ring=room,
+            outcome=outcome,
+            trace=trace,
+        )
+        attempt = Attempt(
+            live=live,
+            shape=shape,
+            cut=pieces,
+            plan=plan,
+            arena=arena,
+            ring=room,
+            ring_arena=self._arena(RING, ring_bytes + samples),
+            transfer=transfer,
+            options=self._options,
+            racing=racing,
+            job=job,
+            trace=trace,
+            road=road,
+        )
+        return attempt, job
+
+    def release(self) -> None:
+        """Let the memory go."""
+        self._roads.leave(join=True)
+        self._held = [None, None, None]
+
+    def _ring_bytes(self, pieces: Cut, plan: Plan, shape: Shape) -> int:
+        """Return the room for gradients; as much as for a state on the host where there is no more."""
+        most = ring_bytes_of(pieces, plan, self._options.grad_dtype)
+        limit = self._options.host_memory
+        extras = max(self._kept(EXTRA), whole_pages(0))
+        taken = whole_pages(shape.layout.nbytes) + extras + self._beside()
+        if limit is None or taken + whole_pages(most) <= limit:
+            return most
+        return ring_bytes_of(pieces, plan, self._options.grad_dtype, of_device=RING_GRADIENTS)
+
+    def _let_go(self, use: int) -> None:
+        """Let one arena go; the road into it ends first."""
+        if use == STATE and self._held[use] is not None:
+            self._roads.leave()
+        if use == RING and self._held[use] is not None:
+            self._roads.leave_ring()
+        self._held[use] = None
+
+    def _kept(self, use: int) -> int:
+        arena = self._held[use]
+        return 0 if arena is None else arena.nbytes
+
+    def _arena(self, use: int, nbytes: int) -> Arena:
+        """Return the arena of one use, at least that large; a smaller one goes first."""
+        arena = self._held[use]
+        if arena is None or arena.nbytes < nbytes:
+            arena = None  # never both at a time
+            self._let_go(use)
+            arena = self._held[use] = self._background.arena(nbytes)
+        return arena
+
+    def _make_room(self, needs: dict[int, int], *, copies: int = 0, encoded: int = 0) -> None:
+        """Refuse what can't fit; arenas that are larger than they need to be go first.
+
+        Args:
+            needs: Bytes of the arenas that may be replaced, by use; the others stay as they are.
+            copies: Bytes of extras that are copied before they stand in their arena.
+            encoded: The largest chunk of theirs that is encoded.
+        """
+        limit = self._options.host_memory
+        if limit is None:
+            return
+        beside = self._beside(copies, encoded)
+
+        def total() -> int:
+            uses = (max(self._kept(use), whole_pages(needs.get(use, 0))) for use in (STATE, RING, EXTRA))
+            return sum(uses) + beside
+
+        if total() > limit:
+            for use, nbytes in needs.items():
+                if self._kept(use) > whole_pages(nbytes):
+                    self._let_go(use)
+        nbytes = total()
+        if nbytes > limit:
+            extras = copies and copies + needs[EXTRA]
+            self._refuse(nbytes, limit, extras=extras, encoding=self._encoding(encoded))
+
+    def _beside(self, copies: int = 0, encoded: int = 0) -> int:
+        """Return what a save takes beside the arenas; see :meth:`_make_room`."""
+        # One after the other: extras are copied, the closing tick is compared, chunks are written.
+        return max(copies, self._passing, self._reordering + self._encoding(encoded)) + self._replaying
+
+    def _encoding(self, encoded: int) -> int:
+        """Return what encoding takes if a chunk of ``encoded`` bytes is among what is encoded."""
+        return memory_bound(max(self._encoded, encoded), self._options.worker_threads)
+
+    def _refuse(self, nbytes: int, limit: int, *, extras: int, encoding: int) -> None:
+        msg = (
+            f"saving this state takes {nbytes} bytes of host memory and host_memory={limit} allows less; "
+            "raise host_memory or use window=1, which needs no gradient ring"
+        )
+        if encoding:
+            msg += f", or compression=None ({encoding} of these bytes)"
+        if extras:
+            msg += f", or save less along with it: copies of extras take {extras} bytes"
+        raise StateTooLarge(msg)
+
+
+def _early(pieces: Cut) -> bool:
+    """Whether something leaves a device before the closing tick."""
+    return any(piece.aboard for piece in pieces.pieces)
+
+
+def _rearranged(live: LiveState, layout: ArenaLayout, pieces: Cut, options: Options) -> tuple[int, int]:
+    """Return what comparing, and then reordering, arrays that are not row-major takes at the most.
+
+    A closing without a tick compares what was copied at once, chunk by chunk, by way of copies of it. Writing
+    reorders a chunk in a copy of it, on as many threads as write.
+    """
+    at_once = set(pieces.at_once)
+    compared = 0
+    reordered: list[int] = []
+    for array in layout.arrays:
+        tensor = live.entries[array.spec.name]
+        if array.spec.name in at_once:
+            lazy = tensor.is_conj() or tensor.is_neg()
+            if lazy or not tensor.is_contiguous():
+                compared = max(compared, (1 + lazy) * max(slot.nbytes for slot in array.slots))
+        elif not tensor.is_contiguous():
+            reordered.extend(slot.nbytes for slot in array.slots)
+    # With a helper for saves that are late.
+    return compared, sum(heapq.nlargest(options.worker_threads + WRITERS + 1, reordered))

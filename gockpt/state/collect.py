@@ -1,0 +1,446 @@
+"""What there is to save right now: every tensor of a model and its optimizers, by name.
+
+:func:`collect` is taken at each save's start and close, because all of it may have been replaced in between
+(``load_state_dict``, late optimizer state, unfrozen layers). Nothing is copied: entries are
+detached aliases of the live memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gockpt.errors import UnsupportedState
+from gockpt.once import warn_once
+from gockpt.state.known_classes import class_name
+from gockpt.state.naming import loading_entries, model_state, parameter_names
+from gockpt.state.optimizer_forms import states_in_form
+from gockpt.state.optimizers import check_wrapper, find_optimizers, has_own_protocol, wrapper_protocol
+from gockpt.state.parameters_outside import check_outside, remember_held
+from gockpt.state.tensor_subclasses import Flattened, Inner, check_rebuild, context_text, flatten
+from gockpt.state.tensors import is_subclass, refusal
+from gockpt.state.value_encoder import is_ordinary_key
+
+__all__ = [
+    "Computed",
+    "GroupEntry",
+    "LiveState",
+    "Name",
+    "OptimizerEntry",
+    "ParamEntry",
+    "Subclassed",
+    "WrapperEntry",
+    "collect",
+]
+
+Name = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamEntry:
+    """One parameter in one optimizer.
+
+    Attributes:
+        fqn: Natural name, unique within its optimizer; ``group<g>.param<i>`` for one outside the model.
+        param: The optimizer's own tensor object.
+        optimizer_index: Index into :attr:`LiveState.optimizers`.
+        group_index: Index of its param group.
+        state: Its optimizer state as far as it is tensors, by key (live objects, not detached).
+        name: The entry that holds the parameter itself.
+        state_names: The entry that holds each tensor of ``state``.
+        owner: The component that stands for it in the names of its states: ``fqn``, or ``fqn~<n>``
+            where another optimizer holds the same parameter.
+        raw: All of its optimizer state as the optimizer holds it; ``None`` when it has none yet.
+    """
+
+    fqn: str
+    param: torch.Tensor
+    optimizer_index: int
+    group_index: int
+    state: dict[str, torch.Tensor]
+    name: Name
+    state_names: dict[str, Name]
+    owner: str
+    raw: Any
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEntry:
+    """One param group: the live dict, and its parameters in order."""
+
+    options: dict[str, Any]
+    params: list[ParamEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerEntry:
+    """One optimizer that holds state.
+
+    Attributes:
+        optimizer: The live object, out of its wrappers.
+        kind: Its class: module and qualified name.
+        groups: Its param groups.
+        values: State that it keeps under keys that are no tensors.
+        own: Whether it has saving or loading code of its own, which then decides what its state is. Only
+            tensors that its ``state_dict()`` hands out as they are have entries.
+    """
+
+    optimizer: Any
+    kind: str
+    groups: list[GroupEntry]
+    values: dict[Any, Any]
+    own: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperEntry:
+    """An object around optimizers that holds no state under ``state``.
+
+    Attributes:
+        wrapper: The live object.
+        kind: Its class: module and qualified name.
+        inside: Indices of the optimizers in it.
+        own: Whether it saves and loads itself: by methods of its own, or with hooks.
+    """
+
+    wrapper: Any
+    kind: str
+    inside: tuple[int, ...]
+    own: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """An entry of a model's state that is no live memory: made when asked for.
+
+    Attributes:
+        value: What the module's ``state_dict()`` gave.
+        model: Index of the model it belongs to.
+        key: Its key in that model's own ``state_dict()``.
+    """
+
+    value: Any
+    model: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subclassed:
+    """A tensor subclass that is saved as its inner tensors.
+
+    Attributes:
+        flat: The tensor, taken apart.
+        arrays: The entry that holds each inner tensor.
+    """
+
+    flat: Flattened
+    arrays: dict[Inner, Name]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveState:
+    """A model and its optimizers as they are now.
+
+    Attributes:
+        entries: Every array by name: ``("model", fqn)``, ``("optimizer", fqn, state)``. Detached
+            aliases of the live memory; tensors that share memory and geometry stand here once.
+        aliases: Public names of the others, each with the public name of the entry it shares.
+        params: Every parameter of every optimizer.
+        buffers: Names of entries that are buffers (due before the next forward), or of which nothing
+            is known. Never a parameter that an optimizer owns.
+        optimizers: The live optimizers that hold state, out of their wrappers.
+        trained: What each of them holds, in the same order.
+        computed: Model state that is no live memory, by natural name.
+        metadata: What ``state_dict()._metadata`` says of each module, by natural name.
+        keys: Natural names of all model state, in the order of its state dict.
+        subclassed: Tensor subclasses by name; their inner tensors are entries, they themselves are not.
+        inside: Names of these inner tensors.
+        wrappers: What stands around the optimizers, the outermost of each first.
+    """
+
+    entries: dict[Name, torch.Tensor]
+    aliases: dict[str, str]
+    params: list[ParamEntry]
+    buffers: set[Name]
+    optimizers: list[Any]
+    trained: list[OptimizerEntry]
+    computed: dict[str, Computed]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    subclassed: dict[Name, Subclassed] = field(default_factory=dict)
+    inside: set[Name] = field(default_factory=set)
+    wrappers: list[WrapperEntry] = field(default_factory=list)
+
+    def arrays_of(self, name: Name) -> tuple[Name, ...]:
+        """Return the entries that hold what has a name: itself, or the inner tensors of a subclass."""
+        known = self.subclassed.get(name)
+        return (name,) if known is None else tuple(known.arrays.values())
+
+    def tensors(self) -> dict[Name, torch.Tensor]:
+        """Return every tensor as torch has it, by name: a subclass in place of its inner tensors."""
+        found = {name: tensor for name, tensor in self.entries.items() if name not in self.inside}
+        found.update({name: known.flat.tensor for name, known in self.subclassed.items()})
+        return found
+
+
+def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
+    """Return what there is to save. Copies no tensor and changes nothing.
+
+    Args:
+        model: A module, a list of modules, a ``{name: tensor}`` mapping, or ``None``.
+        optimizers: An optimizer, several of them, or ``None``; wrappers are looked into.
+        loading: Whether it is only to be loaded into: then tensors of a module that can't be saved as they
+            are (not initialised yet) are left to the module, and nothing is asked of it that saving would.
+
+    Raises:
+        UsageError: If an argument is of no such kind, or an optimizer trains tensors that the model
+            has lost (``load_state_dict(assign=True)``).
+        UnsupportedState: If a tensor has no exact form as an array; names it and the way out.
+    """
+    collector = _Collector()
+    if loading:
+        entries = loading_entries(model, with_optimizer=optimizers is not None)
+    else:
+        entries, collector.metadata = model_state(model)
+    collector.keys = [entry.fqn for entry in entries]
+    # Subclasses last: their inner tensors may be tied to ordinary ones, but not these to them.
+    for entry in sorted(entries, key=lambda entry: is_subclass(entry.value)):
+        if loading and entry.kind != "computed" and not isinstance(model, Mapping) and refusal(entry.value):
+            collector.model_names.setdefault(id(entry.value), ("model", entry.fqn))
+            continue
+        if entry.kind == "computed":
+            collector.computed[entry.fqn] = Computed(entry.value, entry.model, entry.key)
+            continue
+        name = collector.add(("model", entry.fqn), entry.value)
+        collector.model_names.setdefault(id(entry.value), name)
+        if entry.kind == "buffer":
+            collector.buffers.update(collector.arrays_of(name))
+    found = find_optimizers(optimizers)
+    collector.optimizers = found.optimizers
+    for index, live in enumerate(collector.optimizers):
+        collector.add_optimizer(model, index, live, loading=loading)
+    for wrapper, inside in found.wrappers:
+        if not loading:
+            check_wrapper(wrapper, inside)
+        indices = tuple(at for at, live in enumerate(found.optimizers) if any(live is one for one in inside))
+        own = all(wrapper_protocol(wrapper, inside))
+        collector.wrappers.append(WrapperEntry(wrapper, class_name(type(wrapper)), indices, own))
+    if collector.outside:
+        check_outside(model, entries, collector.params, collector.outside, collector.optimizers)
+    return collector.result()
+
+
+@dataclass(slots=True)
+class _Collector:
+    entries: dict[Name, torch.Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    buffers: set[Name] = field(default_factory=set)
+    params: list[ParamEntry] = field(default_factory=list)
+    optimizers: list[Any] = field(default_factory=list)
+    trained: list[OptimizerEntry] = field(default_factory=list)
+    computed: dict[str, Computed] = field(default_factory=dict)
+    # The entry of each model tensor, by id; and, once needed, names of parameters that are no entries.
+    model_names: dict[int, Name] = field(default_factory=dict)
+    registered: dict[int, str] | None = None
+    outside: list[ParamEntry] = field(default_factory=list)
+    owners: set[str] = field(default_factory=set)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    wrappers: list[WrapperEntry] = field(default_factory=list)
+    # Entries by the address of their first element.
+    by_address: dict[int, list[Name]] = field(default_factory=dict)
+    subclassed: dict[Name, Subclassed] = field(default_factory=dict)
+    # Entries that are inner tensors of subclasses.
+    inside: set[Name] = field(default_factory=set)
+    # Names of subclasses by the tensor's id, and by what they are made of.
+    subclass_names: dict[int | tuple[object, ...], Name] = field(default_factory=dict)
+
+    def add(self, name: Name, tensor: torch.Tensor, *, inner: bool = False) -> Name:
+        """Enter a live tensor; return the name of the entry that holds it, another's if it is tied.
+
+        An inner tensor of a subclass may be tied to any entry, but nothing else to an inner tensor.
+        """
+        if is_subclass(tensor):
+            return self.add_subclass(name, flatten(tensor, "/".join(name)))
+        if why := refusal(tensor):
+            msg = f"{'/'.join(name)} can't be saved: {why}"
+            raise UnsupportedState(msg)
+        known = self.held(tensor, inner=inner)
+        if known is not None:
+            self.aliases["/".join(name)] = "/".join(known)
+            return known
+        self.entries[name] = tensor.detach()
+        if tensor.numel():
+            self.by_address.setdefault(tensor.data_ptr(), []).append(name)
+        return name
+
+    def add_subclass(self, name: Name, flat: Flattened) -> Name:
+        """Enter the inner tensors of a subclass; return its name, another's if it is tied."""
+        known = self.find_subclass(flat)
+        if known is not None:
+            self.aliases["/".join(name)] = "/".join(known)
+            return known
+        arrays = {inner: self.add((*name, *inner), leaf, inner=True) for inner, leaf in flat.leaves()}
+        self.inside.update(array for array in arrays.values() if array[: len(name)] == name)
+        self.subclassed[name] = Subclassed(flat, arrays)
+        self.subclass_names[id(flat.tensor)] = name
+        self.subclass_names[_parts_key(flat, arrays)] = name
+        return name
+
+    def find_subclass(self, flat: Flattened) -> Name | None:
+        """Return the name of the subclass that is this one, or made of the same memory in the same way."""
+        known = self.subclass_names.get(id(flat.tensor))
+        if known is not None:
+            return known
+        arrays = {inner: self.held(leaf, inner=True) for inner, leaf in flat.leaves()}
+        return None if None in arrays.values() else self.subclass_names.get(_parts_key(flat, arrays))
+
+    def arrays_of(self, name: Name) -> tuple[Name, ...]:
+        known = self.subclassed.get(name)
+        return (name,) if known is None else tuple(known.arrays.values())
+
+    def find(self, tensor: torch.Tensor) -> Name | None:
+        """Return the entry or subclass that holds exactly this memory; ``None`` if it can't be saved."""
+        if not is_subclass(tensor):
+            return self.held(tensor) if refusal(tensor) is None else None
+        try:
+            return self.find_subclass(flatten(tensor, "it"))
+        except UnsupportedState:  # whoever adds it says so by its name
+            return None
+
+    def held(self, tensor: torch.Tensor, *, inner: bool = False) -> Name | None:
+        """Return the entry that holds exactly this memory in this geometry, for an ordinary tensor."""
+        if not tensor.numel():
+            return None
+        for name in self.by_address.get(tensor.data_ptr(), ()):
+            if name in self.inside and not inner:
+                continue
+            other = self.entries[name]
+            if (
+                other.shape == tensor.shape
+                and other.stride() == tensor.stride()
+                and other.dtype == tensor.dtype
+                and other.device == tensor.device
+            ):
+                return name
+        return None
+
+    def add_optimizer(self, model: Any, index: int, optimizer: Any, *, loading: bool) -> None:
+        kind = type(optimizer)
+        own = has_own_protocol(optimizer)
+        states: frozenset[Any] | None = None
+        if own:
+            states = frozenset() if loading else states_in_form(optimizer)
+        groups: list[GroupEntry] = []
+        used: set[str] = set()
+        ids: set[int] = set()
+        for g, group in enumerate(optimizer.param_groups):
+            params = []
+            for i, param in enumerate(group["params"]):
+                ids.add(id(param))
+                given = group.get("param_names")
+                fallback = given[i] if given else f"{f'optimizer{index}.' if index else ''}group{g}.param{i}"
+                params.append(self.parameter(model, optimizer, param, fallback, used, index, g, states))
+            groups.append(GroupEntry(group, params))
+            self.params += params
+        remember_held(model, optimizer, [param for group in groups for param in group.params])
+        values = {}
+        for key, value in optimizer.state.items():
+            if not isinstance(key, torch.Tensor):
+                values[key] = value
+            elif id(key) not in ids and not own:
+                warn_once(
+                    ("stale", kind.__qualname__),
+                    "%s keeps state for a tensor that is in none of its param groups; it is not saved",
+                    kind.__qualname__,
+                )
+        self.trained.append(OptimizerEntry(optimizer, class_name(type(optimizer)), groups, values, own))
+
+    def parameter(
+        self,
+        model: Any,
+        optimizer: Any,
+        param: torch.Tensor,
+        fallback: str,
+        used: set[str],
+        index: int,
+        group: int,
+        states: frozenset[Any] | None,
+    ) -> ParamEntry:
+        known = self.model_names.get(id(param))
+        if known is None:
+            known = self.find(param)
+        fqn = known[1] if known and known[0] == "model" else self.registered_name(model, param)
+        outside = fqn is None
+        if fqn is None:
+            fqn = _unused(fallback, {*used, *(name[1] for name in self.model_names.values())})
+        fqn = _unused(fqn, used)
+        used.add(fqn)
+        owner = _unused(fqn, self.owners)
+        self.owners.add(owner)
+        name = known or self.add(("optimizer", owner, "param"), param)
+        self.buffers.difference_update(self.arrays_of(name))
+        raw = optimizer.state.get(param)
+        state: dict[str, torch.Tensor] = {}
+        state_names: dict[str, Name] = {}
+        if isinstance(raw, Mapping):
+            for key, value in raw.items():
+                if (
+                    isinstance(value, torch.Tensor)
+                    and is_ordinary_key(key)
+                    and (states is None or key in states)
+                ):
+                    state[key] = value
+                    state_names[key] = self.add_state(("optimizer", owner, key), value)
+        entry = ParamEntry(fqn, param, index, group, state, name, state_names, owner, raw)
+        if outside:
+            self.outside.append(entry)
+        return entry
+
+    def registered_name(self, model: Any, param: torch.Tensor) -> str | None:
+        """Return the name of a parameter that the model has, but leaves out of its state dict."""
+        if self.registered is None:
+            self.registered = parameter_names(model)
+        return self.registered.get(id(param))
+
+    def add_state(self, name: Name, value: torch.Tensor) -> Name:
+        """Enter a tensor of an optimizer's state, which may have to be made again on loading."""
+        while name in self.entries or name in self.subclassed:
+            name = (*name[:-1], f"{name[-1]}~")
+        if not is_subclass(value):
+            return self.add(name, value)
+        flat = flatten(value, "/".join(name))
+        check_rebuild(flat, "/".join(name))
+        return self.add_subclass(name, flat)
+
+    def result(self) -> LiveState:
+        return LiveState(
+            self.entries,
+            self.aliases,
+            self.params,
+            self.buffers,
+            self.optimizers,
+            self.trained,
+            self.computed,
+            self.metadata,
+            self.keys,
+            self.subclassed,
+            self.inside,
+            self.wrappers,
+        )
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    if name not in taken:
+        return name
+    number = 1
+    while f"{name}~{number}" in taken:
+        number += 1
+    return f"{name}~{number}"
+
+
+def _parts_key(flat: Flattened, arrays: Mapping[Inner, Name | None]) -> tuple[object, ...]:
+    return (flat.kind, tuple(flat.tensor.shape), context_text(flat.context), *sorted(arrays.items()))

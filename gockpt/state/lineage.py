@@ -1,0 +1,85 @@
+"""Which checkpoint a model's state came from, and as which run it is saved, remembered beside the model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gockpt.state.naming import bare_module, models_of
+
+if TYPE_CHECKING:
+    from gockpt.core.runs import Run
+
+__all__ = ["Origin", "note_run", "origin_of", "remember", "run_of", "runs_of_process"]
+
+_origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_saved: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_of_process: dict[int, dict[str, Run]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which checkpoint a model's state came from.
+
+    Attributes:
+        step: Its step.
+        optimizer_steps: Optimizer updates its run had seen.
+        seq: Its place in the order of publications.
+        path: The directory it was published in, links resolved; or the URL it was uploaded to.
+        run: The training run that it is of.
+    """
+
+    step: int
+    optimizer_steps: int
+    seq: int
+    path: str
+    run: Run
+
+
+def origin_of(model: Any) -> Origin | None:
+    """Return what was last loaded into this very model; ``None`` if nothing was."""
+    for anchor in _anchors(model):
+        found = _origins.get(anchor)  # type: ignore[no-untyped-call]
+        if found is not None:
+            return cast("Origin", found)
+    return None
+
+
+def remember(model: Any, origin: Origin) -> None:
+    """Note that ``model`` holds the state of a checkpoint from now on."""
+    for anchor in _anchors(model):
+        _origins[anchor] = origin
+        _saved.pop(anchor, None)  # type: ignore[no-untyped-call]
+
+
+def run_of(model: Any) -> Run | None:
+    """Return as which run this very model was saved since it was loaded; ``None`` if it wasn't."""
+    for anchor in _anchors(model):
+        found = _saved.get(anchor)  # type: ignore[no-untyped-call]
+        if found is not None:
+            return cast("Run", found)
+    return None
+
+
+def note_run(model: Any, run: Run) -> None:
+    """Note that ``model`` is saved as part of a run, in this process."""
+    for anchor in _anchors(model):
+        _saved[anchor] = run
+    _of_process.setdefault(os.getpid(), {})[run.id] = run
+
+
+def runs_of_process() -> dict[str, Run]:
+    """Return the runs that this process has saved, by id; a forked child has none of its parent's."""
+    return dict(_of_process.get(os.getpid(), {}))
+
+
+def _anchors(model: Any) -> list[Any]:
+    """Return the objects by which a model is known again, also inside another wrapper."""
+    anchors: list[Any] = []
+    for _, part in models_of(model):
+        anchors += [bare_module(part)] if isinstance(part, nn.Module) else part.values()
+    return anchors

@@ -1,0 +1,260 @@
+"""The state document: everything about a checkpoint that is no array. Written as ``state.json``.
+
+::
+
+    {"version": 2,
+     "step": 1200, "optimizer_steps": 1200,          the user's step; updates seen by the run
+     "exact": true, "inexact": {name: ...},          whether every bit is a blocking save's; where not
+     "aliases": {alias: name},                       public names that share another's memory
+     "buffers": [name, ...],                         which of the model's names are buffers
+     "computed": {fqn: value},                       model state made for the state dict (extra_state)
+     "metadata": {module: version or value},         of each module: state_dict()._metadata
+     "keys": [fqn, ...],                             the state dict's order, if aliases or computed hide it
+     "subclasses": {name: {...}},                    tensor subclasses, saved as their inner tensors
+     "optimizers": [
+        {"class": "torch.optim.adamw.AdamW",
+         "groups": [{"params": [fqn, ...], "options": value}],
+         "states": {fqn: value},                     {"exp_avg": {"$tensor": ["optimizer", fqn, "exp_avg"]}}
+         "outside": {fqn: [name components]},        parameters that no entry of the model holds
+         "values": value,                            state under keys that are no parameters
+         "state_dict": value}],                      instead of states and values: its own state_dict()
+     "wrappers": [{"class": ..., "optimizers": [index, ...], "adds": bool, "state_dict": value}],
+     "elsewhere": [name, ...],                       arrays out of "state_dict" that were not on the CPU
+     "strides": {name: [stride, ...]},               of what optimizers hold, where it is not row-major
+     "extra": {name: value},                         the user's extras
+     "rng": value}                                   of gockpt.state.rng_state, or null
+
+``value`` is the form of :mod:`gockpt.state.value_encoder`, in which arrays are referred to by name. Names of
+arrays: ``model/<fqn>``, ``optimizer/<fqn>/<state>``, ``optimizer_options/<i>/...`` for tensors among an
+optimizer's options, ``extra/<name>/...``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gockpt.errors import UnsupportedState, UsageError
+from gockpt.state.optimizer_forms import Forms
+from gockpt.state.saved_document import VERSION
+from gockpt.state.strides import strides_of
+from gockpt.state.tensor_subclasses import Flattened
+from gockpt.state.tensors import is_subclass
+from gockpt.state.value_encoder import Json, encode, is_ordinary_key, join
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gockpt.state.collect import LiveState, Name, OptimizerEntry, ParamEntry
+    from gockpt.state.tensor_subclasses import Inner
+    from gockpt.state.value_encoder import Place
+
+__all__ = ["build_document", "capture_extras", "metrics_of"]
+
+OPTIONS = "optimizer_options"
+
+Arrays = dict[tuple[str, ...], torch.Tensor]
+
+
+def capture_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the plain value of each extra as of now, by name.
+
+    An object with ``state_dict()`` gives that, another callable what it returns, all else itself. The
+    result may refer to live memory: encode it (:func:`build_document`) before anything changes.
+
+    Raises:
+        UsageError: If ``extra`` is no mapping with ordinary text as names.
+    """
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        msg = f"extra is a {type(extra).__name__}; pass a mapping of names, as in extra={{'sched': sched}}"
+        raise UsageError(msg)
+    values = {}
+    for name, source in extra.items():
+        if not is_ordinary_key(name):
+            msg = f"extra has the name {name!r}; use non-empty text without '/' that does not start with '#'"
+            raise UsageError(msg)
+        if hasattr(source, "state_dict") and not isinstance(source, type):
+            values[name] = source.state_dict()
+        else:
+            values[name] = source() if callable(source) else source
+    return values
+
+
+def metrics_of(document: Mapping[str, Any]) -> dict[str, float]:
+    """Return the plain finite numbers among the extras of a state document, by name."""
+    found: dict[str, float] = {}
+    for name, value in document["extra"].items():
+        number: Any = value.get("value") if isinstance(value, dict) and "$numpy" in value else value
+        if type(number) in (int, float):
+            found[name] = number
+    return found
+
+
+def build_document(
+    live: LiveState,
+    *,
+    step: int,
+    optimizer_steps: int,
+    extra: Mapping[str, Any] | None = None,
+    rng: Mapping[str, Any] | None = None,
+    exact: bool = True,
+    inexact: Mapping[str, Any] | None = None,
+    admit: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[str, Json], Arrays]:
+    """Return the document of the live state, and the arrays that come with it.
+
+    Everything that is no entry of ``live`` is copied here and now: call it at the boundary.
+
+    Args:
+        live: Collected at this boundary.
+        step: The user's step.
+        optimizer_steps: Updates seen.
+        extra: Plain values, from :func:`capture_extras`.
+        rng: From :func:`gockpt.state.rng_state.capture`.
+        exact: Whether every bit equals a blocking save's.
+        inexact: What is known about names that don't, by public name; JSON values.
+        admit: Told how many bytes each of these arrays takes before it is copied; may raise.
+
+    Returns:
+        The JSON document, and CPU tensors by name to store beside ``live.entries``; no name of them is
+        among the entries, and they share memory with nothing.
+
+    Raises:
+        UnsupportedState: If an extra, an option or a state has no exact form; names it.
+    """
+    arrays: Arrays = {}
+
+    strides: dict[str, Json] = {}
+
+    def plain(value: Any, *prefix: str, place: Place = lambda _, __: None) -> Json:
+        # Extras are decoded by every load, so they are to need no class; optimizers bring theirs.
+        enums = prefix[0] in ("optimizer", OPTIONS)
+        document, found = encode(value, prefix=prefix, admit=admit, place=place, enums=enums)
+        arrays.update(found)
+        return document
+
+    def note_strides(name: tuple[str, ...], tensor: torch.Tensor) -> None:
+        if not is_subclass(tensor) and (order := strides_of(tensor)) is not None:
+            strides["/".join(name)] = list(order)
+
+    for name in _held_by_optimizers(live):
+        note_strides(name, live.entries[name])
+    forms = Forms(live, plain, note_strides)
+    noting = partial(plain, place=note_strides)
+    optimizers: list[Json] = [
+        _optimizer(index, entry, noting, forms) for index, entry in enumerate(live.trained)
+    ]
+    document: dict[str, Json] = {
+        "version": VERSION,
+        "step": step,
+        "optimizer_steps": optimizer_steps,
+        "exact": exact,
+        "inexact": dict(inexact or {}),
+        "aliases": dict(live.aliases),
+        "buffers": [*sorted("/".join(name) for name in live.buffers)],
+        "computed": {fqn: plain(made.value, "model", fqn) for fqn, made in live.computed.items()},
+        "optimizers": optimizers,
+        "wrappers": forms.wrappers(),
+        "elsewhere": [*forms.elsewhere],
+        "strides": strides,
+        "extra": {name: plain(value, "extra", name) for name, value in (extra or {}).items()},
+        "rng": None if rng is None else plain(dict(rng), "rng"),
+        "metadata": {name: _metadata(name, value, plain) for name, value in live.metadata.items()},
+    }
+    if live.aliases or live.computed:
+        document["keys"] = [*live.keys]
+    if live.subclassed:
+        document["subclasses"] = {
+            "/".join(name): _subclass(known.flat, known.arrays) for name, known in live.subclassed.items()
+        }
+    _check_names(live, arrays)
+    return document, arrays
+
+
+def _held_by_optimizers(live: LiveState) -> Iterator[tuple[str, ...]]:
+    yield from (name for name in live.entries if name[0] == "optimizer")
+    in_model = (param.name for param in live.params if param.name[0] == "model")
+    yield from dict.fromkeys(array for name in in_model for array in live.arrays_of(name))
+
+
+def _subclass(flat: Flattened, arrays: Mapping[Inner, Name]) -> Json:
+    """Return what is saved of a tensor subclass, given where each of its inner tensors is."""
+    inner: dict[str, Json] = {}
+    for attribute, part in flat.inner.items():
+        if isinstance(part, Flattened):
+            below = {path[1:]: name for path, name in arrays.items() if path[0] == attribute}
+            inner[attribute] = _subclass(part, below)
+        else:
+            inner[attribute] = {"$tensor": list(arrays[attribute,])}
+    return {
+        "class": flat.kind,
+        "context": flat.context,
+        "shape": list(flat.tensor.shape),
+        "stride": list(flat.tensor.stride()),
+        "dtype": str(flat.tensor.dtype).removeprefix("torch."),
+        "inner": inner,
+    }
+
+
+def _metadata(name: str, value: Any, plain: Any) -> Json:
+    """Return a module's metadata: its version alone, where that is all there is."""
+    if type(value) is dict and list(value) == ["version"] and type(value["version"]) is int:
+        return value["version"]
+    return plain(value, "module_metadata", name)  # type: ignore[no-any-return]
+
+
+def _optimizer(index: int, entry: OptimizerEntry, plain: Any, forms: Forms) -> dict[str, Json]:
+    options = (OPTIONS, str(index))
+    groups: list[Json] = []
+    states: dict[str, Json] = {}
+    outside: dict[str, Json] = {}
+    for g, group in enumerate(entry.groups):
+        rest = {key: value for key, value in group.options.items() if key != "params" and not entry.own}
+        names: list[Json] = [param.fqn for param in group.params]
+        groups.append({"params": names, "options": plain(rest, *options, f"group{g}")})
+        for param in group.params:
+            if param.name[0] != "model":
+                outside[param.fqn] = list(param.name)
+            if param.raw is not None and not entry.own:
+                states[param.fqn] = _state(param, plain)
+    document: dict[str, Json] = {
+        "class": entry.kind,
+        "groups": groups,
+        "states": states,
+        "outside": outside,
+        "values": {} if entry.own else plain(entry.values, *options, "values"),
+    }
+    if entry.own:
+        document["state_dict"] = forms.of(index)
+    return document
+
+
+def _state(param: ParamEntry, plain: Any) -> Json:
+    prefix = ("optimizer", param.owner)
+    if not isinstance(param.raw, Mapping):
+        return plain(param.raw, *prefix, "state")  # type: ignore[no-any-return]
+    pairs: list[tuple[Json, Json]] = []
+    for position, (key, value) in enumerate(param.raw.items()):
+        name = param.state_names.get(key)
+        if name is not None:
+            pairs.append((key, {"$tensor": list(name)}))
+        elif is_ordinary_key(key):
+            pairs.append((key, plain(value, *prefix, key)))
+        else:
+            pairs.append((plain(key, *prefix, f"#{position}"), plain(value, *prefix, f"#{position}")))
+    return join(pairs)
+
+
+def _check_names(live: LiveState, arrays: Arrays) -> None:
+    seen: set[str] = set()
+    for name in (*live.entries, *live.subclassed, *arrays):
+        public = "/".join(name)
+        if public in seen or public in live.aliases:
+            msg = f"two arrays would have the name {public!r}; rename one of them"
+            raise UnsupportedState(msg)
+        seen.add(public)

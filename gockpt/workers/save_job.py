@@ -1,0 +1,535 @@
+"""One save's background work: replay, proof, writing, commit.
+
+Threads of the pool call :meth:`Job.take`; the training side posts messages. Every task is small, so
+the order in which threads take them does not matter. Nothing is published unless every replayed
+piece was proven equal to the live state of the boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import compress
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gockpt.core.nonfinite import NonFinite, attributes_with
+from gockpt.errors import WorkerError, as_background_error
+from gockpt.kernels import replay
+from gockpt.kernels.fingerprint_numba import fingerprint
+from gockpt.replay.gradient_encoding import empty, seal
+from gockpt.replay.rounding_error import Findings
+from gockpt.replay.rounding_probes import Probes
+from gockpt.replay.tiled import replay_encoded
+from gockpt.workers.nonfinite_counts import Counter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from gockpt.core.arena_layout import Slot
+    from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
+    from gockpt.core.exactness import Deviation
+    from gockpt.replay.rounding_error import Sums
+    from gockpt.staging.arena import Arena
+    from gockpt.storage.local.store import Store
+    from gockpt.storage.local.transaction import Published, Transaction
+    from gockpt.workers.executor import Work
+
+__all__ = ["Job", "Outcome"]
+
+_log = logging.getLogger("gockpt")
+
+LARGE = 1 << 20
+"""Chunks from this many bytes on are also written by threads that do nothing else, several at once."""
+
+SMALL = 64 << 10
+"""Chunks below this many bytes are written several in a row: taking them one by one costs as much again."""
+
+SMALL_BATCH = 16
+
+BATCH = 2
+"""Gradients of one piece that are replayed in one pass while the window is open."""
+
+
+class Outcome(Protocol):
+    """What a job reports; called on a worker thread, at most one of the three, once."""
+
+    def published(self, job: Work, result: Published) -> None:
+        """The checkpoint is durable."""
+
+    def mismatched(self, job: Work, pieces: Sequence[int]) -> None:
+        """Replayed pieces differ from the live state; nothing was published."""
+
+    def failed(self, job: Work, error: BaseException) -> None:
+        """The background failed; nothing was published."""
+
+
+class Room(Protocol):
+    """Where gradients come from: :class:`gockpt.staging.gradient_ring.Ring`."""
+
+    def free(self, offset: int) -> None:
+        """Give a block back."""
+
+
+class Lanes(Protocol):
+    """What keeps a record: :class:`gockpt.core.timeline.Trace`."""
+
+    def span(self, lane: str, start: float, end: float) -> None:
+        """Record a span given in ``perf_counter`` seconds."""
+
+
+Report = Callable[[], None]
+Task = Callable[[], Report | None]
+
+
+@dataclass(slots=True)
+class _Piece:
+    piece: ReplayPiece
+    pending: list[Gradient] = field(default_factory=list)
+    busy: bool = False
+    proven: bool = False
+    probes: Probes | None = None
+    gradients: int = 0
+    last: int = 0
+    intact: bool = True
+
+
+class Job:
+    """The background half of one attempt of one save."""
+
+    def __init__(
+        self,
+        *,
+        arenas: tuple[Arena, ...],
+        pieces: Iterable[ReplayPiece],
+        ring: Room,
+        store: Store,
+        outcome: Outcome,
+        trace: Lanes,
+    ) -> None:
+        self._arenas = arenas
+        self._pieces = {p.index: _Piece(p) for p in pieces}
+        self._ring = ring
+        self._store = store
+        self._outcome = outcome
+        self._trace = trace
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # Writers wait apart: waking them all whenever a small chunk is done would cost more than the chunk.
+        self._large = threading.Condition(lock)
+        self._capture: Capture | None = None
+        self._transaction: Transaction | None = None
+        self._chunks: list[tuple[ArrayPlace, Slot]] = []
+        self._waiting: dict[tuple[str, ...], set[int]] = {}
+        self._wrong: list[int] = []
+        self._unproven = 0
+        self._findings = Findings()
+        self._running = 0
+        self._documents_taken = False
+        self._commit_taken = False
+        self._ended = False
+        self._hurry = False
+        self.total_bytes = 0
+        self.written_bytes = 0
+        self.deviation: Deviation | None = None
+        self.nonfinite = NonFinite()
+        self._counter = Counter()
+        self._attributes: dict[str, Any] = {}
+
+    # -- the training side -------------------------------------------------------------------
+
+    def gradients(self, gradients: Iterable[Gradient]) -> None:
+        """Queue one update's gradients for replay, in the order of updates."""
+        with self._changed:
+            for gradient in gradients:
+                state = self._pieces.get(gradient.piece)
+                if state is None:
+                    self._ring.free(gradient.offset)
+                    # A job that failed has forgotten them; the training side has yet to hear of it.
+                    if not self._ended:
+                        msg = f"a gradient came for piece {gradient.piece}, which is not replayed"
+                        raise WorkerError(msg)
+                else:
+                    state.pending.append(gradient)
+            self._changed.notify_all()
+
+    def hurry(self, *, on: bool) -> None:
+        """Replay what is pending without gathering more, while the ring is full."""
+        with self._changed:
+            self._hurry = on
+            self._changed.notify_all()
+
+    def discard(self, pieces: Iterable[int]) -> None:
+        """Forget these pieces' replay and return when nothing touches their memory any more."""
+        with self._changed:
+            for index in pieces:
+                # Looked up again after each wait: a job that failed has forgotten all of them.
+                while (state := self._pieces.get(index)) is not None and state.busy:
+                    self._changed.wait()
+                if state is None:
+                    continue
+                for gradient in state.pending:
+                    self._ring.free(gradient.offset)
+                del self._pieces[index]
+
+    def close(
+        self, capture: Capture, arenas: tuple[Arena, ...], taken: Callable[[], None] = lambda: None
+    ) -> None:
+        """All has arrived: finish the replay, prove it, write, commit.
+
+        Args:
+            capture: The checkpoint.
+            arenas: State arena, ring arena, and the arena of what the closing tick added.
+            taken: Called once nothing but this process is needed any more: at once, unless it has failed.
+        """
+        with self._changed:
+            if self._ended:  # it has failed meanwhile, and its outcome is on the way
+                self._capture = capture
+                return
+            if capture.proofs.keys() != self._pieces.keys():
+                msg = "what is to be proven is not what is replayed"
+                raise WorkerError(msg)
+            self._arenas = arenas
+            owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
+            for index, state in self._pieces.items():
+                for stretch in state.piece.stretches:
+                    owners[stretch.name].add(index)
+            self._waiting = owners
+            self._unproven = len(self._pieces)
+            chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
+            # By size, so that the largest go first on one side and the smallest on the other.
+            self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes)
+            self.total_bytes = sum(slot.nbytes for _, slot in self._chunks)
+            self._capture = capture
+            self._notify_all()
+        taken()
+
+    def abort(self) -> None:
+        """Give up. Returns when no task touches the arena any more; the partial is removed."""
+        with self._changed:
+            self._ended = True
+            self._notify_all()
+            while self._running:
+                self._changed.wait()
+            for state in self._pieces.values():
+                for gradient in state.pending:
+                    self._ring.free(gradient.offset)
+            self._pieces.clear()
+            self._changed.notify_all()
+            self._arenas = ()
+            transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.abort()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the capture was handed over."""
+        return self._capture is not None
+
+    @property
+    def replaying(self) -> bool:
+        """Whether gradients wait for replay or are being replayed, so that ring room will be freed."""
+        with self._changed:
+            return not self._ended and any(p.pending or p.busy for p in self._pieces.values())
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more tasks."""
+        return self._ended
+
+    # -- the worker side ---------------------------------------------------------------------
+
+    def take(self) -> Callable[[], None] | None:
+        """Return the next task, waiting for one; ``None`` once the job ended."""
+        return self._take(self._next, self._changed)
+
+    def take_write(self) -> Callable[[], None] | None:
+        """Do as :meth:`take`, but only for large chunks that are to be written: the disk is waited for."""
+        return self._take(self._next_large, self._large)
+
+    def _take(
+        self, find: Callable[[], Task | None], changed: threading.Condition
+    ) -> Callable[[], None] | None:
+        with changed:
+            while True:
+                if self._ended:
+                    return None
+                task = find()
+                if task is not None:
+                    self._running += 1
+                    return lambda: self._run(task)
+                changed.wait()
+
+    def _notify_all(self) -> None:
+        """Wake every thread, with the lock held: chunks may be written now, or nothing any more."""
+        self._changed.notify_all()
+        self._large.notify_all()
+
+    def _next_large(self) -> Task | None:
+        # By size: most of the time none is left, or all that are wait for their replay.
+        if not self._chunks or self._chunks[-1][1].nbytes < LARGE:
+            return None
+        return self._next_chunk(reversed(range(len(self._chunks))), LARGE)
+
+    def _next(self) -> Task | None:
+        closed = self._capture is not None
+        threshold = 1 if closed or self._hurry else BATCH
+        # Looked through for each task, and so not any more when all are proven.
+        for state in self._pieces.values() if self._unproven or not closed else ():
+            if state.busy or state.proven:
+                continue
+            if closed or len(state.pending) >= threshold:
+                gradients, state.pending = state.pending, []
+                state.busy = True
+                return lambda: self._replay(state, gradients, prove=closed)
+        if not closed or self._wrong:
+            return self._end_wrong() if closed and not self._running else None
+        # Whether it is exact is known once all is replayed, and the documents say it.
+        if not self._documents_taken and not self._undecided:
+            self._documents_taken = True
+            return self._write_documents
+        task = self._next_chunk(range(len(self._chunks)), 0)
+        if task is not None or self._chunks or self._running or self._commit_taken:
+            return task
+        self._commit_taken = True
+        return self._commit
+
+    @property
+    def _undecided(self) -> bool:
+        """Whether it is yet to be seen if what is replayed is exact."""
+        return self._unproven > 0 and self._capture is not None and bool(self._capture.samples)
+
+    def _next_chunk(self, positions: Iterable[int], least: int) -> Task | None:
+        """Return the writing of the first chunk of that size whose replay, if any, is proven."""
+        if self._wrong:
+            return None
+        for position in positions:
+            if self._is_ready(position, least):
+                end = position + 1
+                if self._chunks[position][1].nbytes < SMALL:
+                    most = min(len(self._chunks), position + SMALL_BATCH)
+                    while end < most and self._chunks[end][1].nbytes < SMALL and self._is_ready(end, least):
+                        end += 1
+                chosen = self._chunks[position:end]
+                del self._chunks[position:end]
+                return lambda: self._write(chosen)
+        return None
+
+    def _is_ready(self, position: int, least: int) -> bool:
+        place, slot = self._chunks[position]
+        return slot.nbytes >= least and not self._waiting.get(place.layout.spec.name)
+
+    def _run(self, task: Task) -> None:
+        error: BaseException | None = None
+        report: Report | None = None
+        try:
+            report = task()
+        except BaseException as caught:  # noqa: BLE001 - reported through the handle
+            error = caught
+        with self._changed:
+            self._running -= 1
+            failed = error is not None and not self._ended
+            if failed:
+                self._ended = True
+                self._notify_all()
+            elif not self._running:
+                self._changed.notify_all()  # who gives up waits for this, and so does the commit
+        # Reported only now that this task no longer counts as running: whoever hears of it may
+        # hold a lock that the training side holds while it waits for running tasks.
+        if failed and error is not None:
+            self._fail(error)
+        elif report is not None:
+            try:
+                report()
+            except BaseException as caught:  # noqa: BLE001 - a waiting caller must hear of it
+                self._fail(caught)
+
+    def _fail(self, error: BaseException) -> None:
+        try:
+            self.abort()
+        except Exception:  # noqa: BLE001 - the failure must be told, or whoever waits would wait for ever
+            _log.warning("what a failed save had written could not be removed", exc_info=True)
+        self._outcome.failed(self, as_background_error(error))
+
+    def _replay(self, state: _Piece, gradients: list[Gradient], *, prove: bool) -> Report | None:
+        piece = state.piece
+        arena, ring = self._arenas[:2]
+        began = perf_counter()
+        try:
+            if gradients:
+                views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in piece.stretches]
+                data = [ring.view(g.offset, g.nbytes) for g in gradients]
+                _unseal(state, gradients, data)
+                starts = next((g.probes for g in gradients if g.probes), ())
+                if starts and state.probes is None:
+                    state.probes = Probes(starts, views)
+                if state.probes is None and not _exact(state.piece, gradients, data):
+                    state.intact = False  # the one that says where its probes are is missing
+                elif state.probes is None and all(g.encoding is None for g in gradients):
+                    grads = [encoded.view(np.float32) for encoded in data]
+                    rows = [g.scalars for g in gradients]
+                    replay.run(piece.kernel, piece.flags, views[0], views[1:], grads, rows, tail=piece.tail)
+                else:
+                    replay_encoded(piece, views, gradients, data, state.probes)
+        except BaseException:
+            with self._changed:
+                state.busy = False
+            raise
+        finally:
+            for gradient in gradients:
+                self._ring.free(gradient.offset)
+        self._trace.span("replay", began, perf_counter())
+        right = True
+        sums: list[tuple[Stretch, Sums]] = []
+        if prove and self._capture is not None:
+            expected = self._capture.proofs[piece.index]
+            got = tuple(
+                fingerprint(arena.view(s.offset, s.nbytes), s.itemsize, s.start) for s in piece.stretches
+            )
+            if got != expected:
+                wrong = [a != b for a, b in zip(got, expected, strict=True)]
+                found = self._measure(state, arena, ring, wrong)
+                right = found is not None
+                sums = list(compress(zip(piece.stretches, found or (), strict=False), wrong))
+        with self._changed:
+            state.busy = False
+            if prove:
+                state.proven = True
+                self._unproven -= 1
+                for stretch, measured in sums:
+                    self._findings.add(stretch.name, measured)
+                if not right:
+                    self._wrong.append(piece.index)
+                for stretch in piece.stretches:
+                    self._waiting[stretch.name].discard(piece.index)
+                if self._chunks and self._chunks[-1][1].nbytes >= LARGE:
+                    self._large.notify_all()
+            self._changed.notify_all()
+        return None
+
+    def _measure(self, state: _Piece, arena: Arena, ring: Arena, wrong: Sequence[bool]) -> list[Sums] | None:
+        """Return how far a piece is off, with what arrays are ``wrong``; ``None`` if it must not be."""
+        sample = None if self._capture is None else self._capture.samples.get(state.piece.index)
+        if sample is None or state.probes is None:
+            return None
+        offset, posted = sample
+        # Rounding explains only what was made of the very gradients that were posted, of all of them.
+        if not state.intact or state.gradients != posted:
+            return None
+        live = ring.view(offset, state.probes.nbytes).view(np.float32)
+        views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in state.piece.stretches]
+        found = state.probes.judge(views, live)
+        # Nor does it where no probe saw any.
+        return found if found is not None and state.probes.saw(found, wrong) else None
+
+    def _end_wrong(self) -> Task | None:
+        if self._commit_taken:
+            return None
+        self._commit_taken = True
+        return self._report_wrong
+
+    def _report_wrong(self) -> Report:
+        wrong = tuple(sorted(self._wrong))
+        with self._changed:
+            self._ended = True
+            self._arenas = ()
+            transaction, self._transaction = self._transaction, None
+            self._notify_all()
+        try:
+            if transaction is not None:
+                transaction.abort()
+        except Exception:  # noqa: BLE001 - the partial is in nobody's way, and the mismatch must be told
+            _log.warning("what a void save had written could not be removed", exc_info=True)
+        return lambda: self._outcome.mismatched(self, wrong)
+
+    def _write(self, chunks: Sequence[tuple[ArrayPlace, Slot]]) -> Report | None:
+        began = perf_counter()
+        arenas, transaction = self._arenas, self._begun()
+        for place, slot in chunks:
+            arena = arenas[place.arena]
+            if place.strides is not None:
+                _to_row_major(arena.view(slot.offset, slot.nbytes), place.layout.spec.shape, place.strides)
+            self._counter.look(place.layout.spec, arena.view(slot.offset, slot.nbytes))
+            transaction.write_chunk(place.layout, slot, arena.view(slot.offset, slot.capacity).data)
+        with self._changed:
+            self.written_bytes += sum(slot.nbytes for _, slot in chunks)
+        self._trace.span("write", began, perf_counter())
+        return None
+
+    def _write_documents(self) -> Report | None:
+        began = perf_counter()
+        transaction, capture = self._begun(), self._capture
+        found = None if capture is None else self._findings.documents(capture)
+        if found is not None:
+            self.deviation, state, self._attributes = found
+            # What was counted is said as if nothing were found: most often that stays true.
+            attributes = attributes_with(self._attributes, NonFinite())
+            transaction.restate(state=state, attributes=attributes, exact=False)
+        transaction.write_documents()
+        self._trace.span("write", began, perf_counter())
+        return None
+
+    def _begun(self) -> Transaction:
+        capture = self._capture
+        if capture is None:
+            msg = "a chunk can't be written before the capture"
+            raise WorkerError(msg)
+        with self._changed:
+            if self._transaction is None:
+                self._attributes = capture.attributes
+                self._transaction = self._store.begin(
+                    capture.step,
+                    [place.layout for place in capture.arrays],
+                    state=capture.state,
+                    attributes=attributes_with(capture.attributes, NonFinite()),
+                    exact=capture.exact,
+                )
+            return self._transaction
+
+    def _commit(self) -> Report:
+        began = perf_counter()
+        transaction, capture = self._begun(), self._capture
+        if capture is not None:
+            self.nonfinite = self._counter.found(capture.state)
+        if self.nonfinite.arrays:
+            transaction.annotate(attributes_with(self._attributes, self.nonfinite))
+        result = transaction.commit()
+        self._trace.span("commit", began, perf_counter())
+        with self._changed:
+            self._transaction = None
+            self._ended = True
+            # The next save may need a larger one; threads of this job may hold on to the job for a while.
+            self._arenas = ()
+            self._notify_all()
+        return lambda: self._outcome.published(self, result)
+
+
+def _unseal(state: _Piece, gradients: list[Gradient], data: list[np.ndarray]) -> None:
+    """Count the gradients that are sealed, and note if one is not what was posted."""
+    for gradient, encoded in zip(gradients, data, strict=True):
+        if gradient.seal is not None:
+            state.gradients += 1
+            found = seal(state.piece.index, gradient.encoding, encoded, gradient.number, gradient.scalars)
+            state.intact &= found == gradient.seal and gradient.number > state.last
+            state.last = gradient.number
+
+
+def _exact(piece: ReplayPiece, gradients: list[Gradient], data: list[np.ndarray]) -> bool:
+    """Whether nothing of these gradients is rounded: they are as they were, or 0."""
+    count = piece.stretches[0].stop - piece.stretches[0].start
+    pairs = zip(gradients, data, strict=True)
+    return all(g.encoding is None or empty(g.encoding, encoded, count) for g, encoded in pairs)
+
+
+def _to_row_major(data: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Reorder a dense array in place from storage order to row-major order."""
+    itemsize = data.nbytes // int(np.prod(shape, dtype=np.int64))
+    stored = np.ndarray(
+        shape, dtype=f"V{itemsize}", buffer=data.data, strides=tuple(s * itemsize for s in strides)
+    )
+    data[:] = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
