@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-TRITON = ("pack_triton", "quantise_triton", "fingerprint_triton")
+TRITON = ("pack_triton", "gradient16_triton", "fingerprint_triton")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ SCRIPT = """
     logging.getLogger("gockpt").addHandler(Collect())
     {before}
     import numpy as np
-    from gockpt.kernels import fingerprint as f, quantise, reference
+    from gockpt.kernels import fingerprint_numba as f, gradient16_numba as quantise, reference
     data = np.arange(4096, dtype=np.uint8)
     for size in (1, 4):  # it calls other kernels, which have three signatures
         assert f.fingerprint(data, size, 7) == reference.fingerprint(data, size, 7)
@@ -137,8 +137,8 @@ def test_damaged_files_are_compiled_again(package, tmp_path):
     places = {"NUMBA_CACHE_DIR": str(tmp_path / "c")}
     run(package, **places)
     files = sorted((tmp_path / "c").rglob("*.kernel"))  # those that are loaded, and the inner ones
-    assert files[0].name.startswith("fingerprint._fingerprint-")
-    assert files[-1].name.startswith("quantise._widen-")
+    assert files[0].name.startswith("fingerprint_numba._fingerprint-")
+    assert files[-1].name.startswith("gradient16_numba._widen-")
     for file, damage in zip(files, (*DAMAGE[:4], flip), strict=True):
         damage(file)
     hits, said = run(package, **places)
@@ -152,7 +152,7 @@ def test_a_change_of_any_source_makes_all_of_them_stale(package, tmp_path):
     places = {"NUMBA_CACHE_DIR": str(tmp_path / "c")}
     run(package, **places)
     before = set((tmp_path / "c").rglob("*.kernel"))
-    native = package / "gockpt" / "kernels" / "intrinsics.py"
+    native = package / "gockpt" / "kernels" / "numba_intrinsics.py"
     text = native.read_text()
     native.unlink()
     native.write_text(text + "\n# another version\n")
@@ -177,7 +177,7 @@ def test_where_nothing_is_compiled_fingerprints_are_numpys_and_other_kernels_ref
         if {gone}:
             sys.modules["numba"] = None
         import numpy as np
-        from gockpt.kernels import fingerprint as f, quantise, reference, replay
+        from gockpt.kernels import fingerprint_numba as f, gradient16_numba as quantise, reference, replay
         for size in (1, 2, 4, 8, 16):
             data = np.random.default_rng(size).integers(0, 256, 70_000 // size * size, np.uint8)
             for start in (0, 3, (1 << 32) - 5, 1 << 40):

@@ -174,7 +174,7 @@ FORK = """if True:
     from gockpt.errors import PathBusy, UsageError
     from gockpt.core.array_spec import ArraySpec
     from gockpt.core.arena_layout import lay_out
-    from gockpt.storage import owner
+    from gockpt.storage.local import owner
     from gockpt.storage.local.store import Store
 
     (array,) = lay_out([ArraySpec(("w",), (5,), "float32")]).arrays
