@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.errors import StateMismatch, UnsupportedState
-from gockpt.state.known_classes import class_name, enum_document, enum_member, known_subclasses
+from gockpt.state.known_classes import class_name, known_subclasses
 from gockpt.state.saved_document import MAX_DEPTH
 from gockpt.state.tensors import is_subclass, refusal
-from gockpt.state.value_decoder import decode
-from gockpt.state.value_encoder import encode, is_ordinary_key
+from gockpt.state.value_decoder import decode, enum_member
+from gockpt.state.value_encoder import encode, enum_document, is_ordinary_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import enum
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import PosixPath, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from gockpt.errors import GockptError, ManifestCorrupt
-from gockpt.state.known_classes import enum_member
+from gockpt.errors import GockptError, ManifestCorrupt, StateMismatch
+from gockpt.state.known_classes import known_subclasses
 from gockpt.state.value_encoder import FACTORIES, NUMPY_SCALARS
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from gockpt.state.value_encoder import Json
 
-__all__ = ["array_name", "decode", "is_mapping", "items"]
+__all__ = ["array_name", "decode", "enum_member", "is_mapping", "items"]
 
 Read: TypeAlias = "Callable[[tuple[str, ...]], torch.Tensor]"
 
@@ -83,6 +84,25 @@ def array_name(document: Json) -> tuple[str, ...] | None:
         except TypeError as error:
             raise ManifestCorrupt(str(error)) from error
     return None
+
+
+def enum_member(content: Any, where: str) -> enum.Enum:
+    """Return the member that a document names.
+
+    Args:
+        content: What stands under ``$enum``.
+        where: What holds it, for the message.
+
+    Raises:
+        StateMismatch: If no enum of that name exists in this process, or it has no such member.
+    """
+    if isinstance(content, list) and len(content) == 2:
+        for kind in known_subclasses(enum.Enum, str(content[0])):
+            if str(content[1]) in kind.__members__:
+                return kind.__members__[str(content[1])]  # type: ignore[no-any-return]
+    named = ".".join(map(str, content)) if isinstance(content, list) else str(content)
+    msg = f"{where} holds {named[:120]}, of an enum that is not imported here; import its module first"
+    raise StateMismatch(msg, mismatched=(where,))
 
 
 def _decode(document: Any, read: Read) -> Any:

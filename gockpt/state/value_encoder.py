@@ -46,13 +46,22 @@ import torch
 
 from gockpt.core.array_spec import DTYPES
 from gockpt.errors import UnsupportedState
-from gockpt.state.known_classes import enum_document
+from gockpt.state.known_classes import class_name
 from gockpt.state.tensors import is_subclass, refusal, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-__all__ = ["FACTORIES", "MAX_DEPTH", "NUMPY_SCALARS", "Json", "encode", "is_ordinary_key", "join"]
+__all__ = [
+    "FACTORIES",
+    "MAX_DEPTH",
+    "NUMPY_SCALARS",
+    "Json",
+    "encode",
+    "enum_document",
+    "is_ordinary_key",
+    "join",
+]
 
 Place: TypeAlias = "Callable[[tuple[str, ...], torch.Tensor], tuple[str, ...] | None]"
 
@@ -112,6 +121,13 @@ def join(items: Iterable[tuple[Json, Json]]) -> Json:
     if all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs):
         return {str(key): value for key, value in pairs}
     return {"$dict": [[key, value] for key, value in pairs]}
+
+
+def enum_document(member: enum.Enum) -> dict[str, Json] | None:
+    """Return ``{"$enum": [class, name]}``; ``None`` for a combination of flags, which has no such name."""
+    if member.name not in type(member).__members__:
+        return None
+    return {"$enum": [class_name(type(member)), member.name]}
 
 
 @lru_cache(maxsize=4096)
