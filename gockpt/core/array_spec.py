@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["DTYPES", "MAX_NDIM", "ArraySpec", "DType"]
+__all__ = ["DTYPES", "MAX_NDIM", "ArraySpec", "DType", "Name"]
+
+Name = tuple[str, ...]
+"""Components of an array's name, outermost first: ``("model", fqn)``, ``("optimizer", fqn, state)``."""
 
 MAX_NDIM = 32
 
@@ -64,13 +67,12 @@ class ArraySpec:
     """One stored array.
 
     Attributes:
-        name: Components, outermost first: ``("model", fqn)``, ``("optimizer", fqn, state)``.
-            A component may hold any text, ``/`` included; the public name joins them by ``/``.
+        name: A component may hold any text, ``/`` included; the public name joins them by ``/``.
         shape: Global shape.
         dtype: A key of :data:`DTYPES`.
     """
 
-    name: tuple[str, ...]
+    name: Name
     shape: tuple[int, ...]
     dtype: str
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from gockpt.core.array_spec import ArraySpec
     from gockpt.loading.fit_wrapper import WrapperPlan
-    from gockpt.state.collect import LiveState, OptimizerEntry, ParamEntry
+    from gockpt.state.live_state import LiveState, OptimizerEntry, ParamEntry
     from gockpt.state.saved_document import SavedOptimizer, SavedState, SavedSubclass
     from gockpt.state.strides import Strides
     from gockpt.state.value_encoder import Json

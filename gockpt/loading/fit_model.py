@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from gockpt.core.array_spec import ArraySpec
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
     from gockpt.state.saved_document import SavedState
 
 __all__ = [

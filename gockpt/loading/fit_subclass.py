@@ -14,8 +14,7 @@ from gockpt.state.tensors import NAME_OF, is_subclass
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from gockpt.core.array_spec import ArraySpec
-    from gockpt.state.collect import Name
+    from gockpt.core.array_spec import ArraySpec, Name
 
     Read = Callable[[Name], torch.Tensor]
 

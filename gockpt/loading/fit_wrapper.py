@@ -9,7 +9,7 @@ from gockpt.state.optimizer_forms import adds_to_live
 
 if TYPE_CHECKING:
     from gockpt.loading.fit import Plan
-    from gockpt.state.collect import LiveState, WrapperEntry
+    from gockpt.state.live_state import LiveState, WrapperEntry
     from gockpt.state.saved_document import SavedState
     from gockpt.state.value_encoder import Json
 

@@ -17,9 +17,9 @@ from gockpt.state.value_decoder import decode
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from gockpt.core.array_spec import Name
     from gockpt.loading.fill import Filler
     from gockpt.loading.fit import OptimizerPlan, ParamPlan
-    from gockpt.state.collect import Name
     from gockpt.state.value_encoder import Json
 
 __all__ = ["OptimizerRestore", "OptionsReport"]

@@ -18,9 +18,10 @@ from gockpt.state.value_decoder import decode
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from gockpt.core.array_spec import Name
     from gockpt.loading.fill import Filler
     from gockpt.loading.fit import OptimizerPlan, Plan
-    from gockpt.state.collect import LiveState, Name
+    from gockpt.state.live_state import LiveState
     from gockpt.state.value_encoder import Json
 
     Read = Callable[[Name], torch.Tensor]

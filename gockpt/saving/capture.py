@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from gockpt.core.array_spec import Name
     from gockpt.core.descriptors import Stretch
     from gockpt.core.timeline import Trace
     from gockpt.options import Options
@@ -37,10 +38,8 @@ if TYPE_CHECKING:
     from gockpt.staging.arena import Arena
     from gockpt.staging.gradient_ring import Ring
     from gockpt.staging.host_stager import Transfer
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Work
-
-    Name = tuple[str, ...]
 
 __all__ = ["Attempt"]
 

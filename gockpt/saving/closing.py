@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gockpt.saving.memory import Memory
     from gockpt.saving.session import Boundary
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["added_at", "refusing", "write_additions"]
 

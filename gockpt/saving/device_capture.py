@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from gockpt.core.arena_layout import ArenaLayout
+    from gockpt.core.array_spec import Name
     from gockpt.core.timeline import Trace
     from gockpt.saving.device_selection import Road
     from gockpt.saving.write_items import Cut, Piece, Unit
@@ -33,10 +34,8 @@ if TYPE_CHECKING:
     from gockpt.staging.copy_batches import Shipment
     from gockpt.staging.gradient_ring import Ring
     from gockpt.staging.in_flight import Consignment
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Work
-
-    Name = tuple[str, ...]
 
 __all__ = ["Aboard"]
 

@@ -22,6 +22,7 @@ from gockpt.staging.device_stager import DeviceTransfer
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
+    from gockpt.core.array_spec import Name
     from gockpt.kernels.gradient16_launch import Form
     from gockpt.options import Options
     from gockpt.saving.write_items import Piece
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
     from gockpt.staging.device import Device
     from gockpt.staging.host_stager import Transfer
     from gockpt.staging.in_flight import Consignment
-    from gockpt.state.collect import LiveState
-
-    Name = tuple[str, ...]
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["CudaDevices", "Devices", "Road", "Roads", "sources_of", "to_ring"]
 

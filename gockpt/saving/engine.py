@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gockpt.saving.capture import Attempt
     from gockpt.saving.device_selection import Devices
     from gockpt.saving.handle import Saved, SaveHandle
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Background
 
     Extra = Mapping[str, Any] | None

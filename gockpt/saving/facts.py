@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gockpt.planning.planner import Plan
     from gockpt.saving.write_items import Cut, Piece
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["Shape", "facts_of", "ring_bytes_of", "sample_bytes_of", "shape_of"]
 

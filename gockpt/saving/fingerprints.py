@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from gockpt.core.array_spec import Name
     from gockpt.saving.write_items import Cut, Piece
     from gockpt.staging.host_stager import Transfer
-    from gockpt.state.collect import LiveState
-
-    Name = tuple[str, ...]
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["Evidence", "take"]
 

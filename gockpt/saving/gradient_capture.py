@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gockpt.saving.write_items import Cut, Piece, Unit
     from gockpt.staging.arena import Arena
     from gockpt.staging.gradient_ring import Ring
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Work
 
 __all__ = ["INSIDE", "Gathering", "bar", "make_late"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gockpt.saving.last_tick import Addition
     from gockpt.saving.lock import Lock
     from gockpt.saving.session import Boundary, Save
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["save_inside_call", "wait_until_free"]
 

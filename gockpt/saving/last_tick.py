@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gockpt.saving.memory import Memory
     from gockpt.saving.session import Boundary
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["MOST_REMEMBERED", "Addition", "LastTick"]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gockpt.saving.write_items import Cut
     from gockpt.staging.arena import Arena
     from gockpt.staging.host_stager import Transfer
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Background, Work
     from gockpt.workers.save_job import Outcome
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from gockpt.core.array_spec import Name
 from gockpt.core.descriptors import Capture
 from gockpt.core.save_state import Command, Event, State, advance
 from gockpt.core.timeline import Trace
@@ -27,8 +28,6 @@ from gockpt.saving.memory import Memory
 from gockpt.saving.window_plan import plan_for
 from gockpt.state.state_document import metrics_of
 
-Name = tuple[str, ...]
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from gockpt.saving.last_tick import Addition
     from gockpt.saving.lock import Lock
     from gockpt.staging.host_stager import Transfer
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
     from gockpt.storage.local.transaction import Published
     from gockpt.workers.executor import Background, Work
 

@@ -23,6 +23,7 @@ from gockpt.replay.rounding_probes import choose_encoded, spread
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from gockpt.core.array_spec import Name
     from gockpt.replay.pending_scalars import LateNumbers
     from gockpt.saving.write_items import Piece
     from gockpt.staging.arena import Arena
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from gockpt.staging.in_flight import Consignment
     from gockpt.workers.executor import Work
 
-    Name = tuple[str, ...]
     Row = tuple[float, ...]
 
 __all__ = ["CHANGED", "OVERTAKEN", "Follow", "Following", "Numbers", "Role", "Update"]

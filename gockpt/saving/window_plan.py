@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gockpt.saving.facts import Shape
     from gockpt.saving.memory import Memory
     from gockpt.staging.host_stager import Transfer
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["plan_for"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gockpt.saving.lock import Lock
     from gockpt.saving.optimizer_hooks import Hooks
     from gockpt.saving.session import Boundary, Save
-    from gockpt.state.collect import LiveState
+    from gockpt.state.live_state import LiveState
 
 __all__ = ["WithoutTick"]
 

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gockpt.core.arena_layout import ArenaLayout, ArrayLayout
+    from gockpt.core.array_spec import Name
     from gockpt.replay.rules import Rule
-    from gockpt.state.collect import LiveState, ParamEntry
-
-    Name = tuple[str, ...]
+    from gockpt.state.live_state import LiveState, ParamEntry
 
 __all__ = ["Cut", "Piece", "Unit", "cut"]
 

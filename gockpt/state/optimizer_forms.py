@@ -15,7 +15,8 @@ from gockpt.state.tensors import refusal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gockpt.state.collect import LiveState, Name, WrapperEntry
+    from gockpt.core.array_spec import Name
+    from gockpt.state.live_state import LiveState, WrapperEntry
     from gockpt.state.value_encoder import Json
 
 __all__ = ["Forms", "adds_something", "adds_to_live", "states_in_form"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from gockpt.state.collect import ParamEntry
+    from gockpt.state.live_state import ParamEntry
     from gockpt.state.naming import ModelEntry
 
 __all__ = ["check_outside", "remember_held"]

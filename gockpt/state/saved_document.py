@@ -14,7 +14,7 @@ from gockpt.errors import ManifestCorrupt
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from gockpt.state.collect import Name
+    from gockpt.core.array_spec import Name
     from gockpt.state.value_encoder import Json
 
 __all__ = [

@@ -48,7 +48,8 @@ from gockpt.state.value_encoder import Json, encode, is_ordinary_key, join
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gockpt.state.collect import LiveState, Name, OptimizerEntry, ParamEntry
+    from gockpt.core.array_spec import Name
+    from gockpt.state.live_state import LiveState, OptimizerEntry, ParamEntry
     from gockpt.state.tensor_subclasses import Inner
     from gockpt.state.value_encoder import Place
 

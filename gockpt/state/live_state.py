@@ -1,0 +1,173 @@
+"""State of a model and its optimizers at one moment, by name, as live objects.
+
+Made by :func:`gockpt.state.collect.collect`, which copies no tensor: entries are detached aliases of the live
+memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from gockpt.core.array_spec import Name
+    from gockpt.state.tensor_subclasses import Flattened, Inner
+
+__all__ = [
+    "Computed",
+    "GroupEntry",
+    "LiveState",
+    "OptimizerEntry",
+    "ParamEntry",
+    "Subclassed",
+    "WrapperEntry",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamEntry:
+    """One parameter in one optimizer.
+
+    Attributes:
+        fqn: Natural name, unique within its optimizer; ``group<g>.param<i>`` for one outside the model.
+        param: The optimizer's own tensor object.
+        optimizer_index: Index into :attr:`LiveState.optimizers`.
+        group_index: Index of its param group.
+        state: Its optimizer state as far as it is tensors, by key (live objects, not detached).
+        name: The entry that holds the parameter itself.
+        state_names: The entry that holds each tensor of ``state``.
+        owner: The component that stands for it in the names of its states: ``fqn``, or ``fqn~<n>``
+            where another optimizer holds the same parameter.
+        raw: All of its optimizer state as the optimizer holds it; ``None`` when it has none yet.
+    """
+
+    fqn: str
+    param: torch.Tensor
+    optimizer_index: int
+    group_index: int
+    state: dict[str, torch.Tensor]
+    name: Name
+    state_names: dict[str, Name]
+    owner: str
+    raw: Any
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEntry:
+    """One param group: the live dict, and its parameters in order."""
+
+    options: dict[str, Any]
+    params: list[ParamEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerEntry:
+    """One optimizer that holds state.
+
+    Attributes:
+        optimizer: The live object, out of its wrappers.
+        kind: Its class: module and qualified name.
+        groups: Its param groups.
+        values: State that it keeps under keys that are no tensors.
+        own: Whether it has saving or loading code of its own, which then decides what its state is. Only
+            tensors that its ``state_dict()`` hands out as they are have entries.
+    """
+
+    optimizer: Any
+    kind: str
+    groups: list[GroupEntry]
+    values: dict[Any, Any]
+    own: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperEntry:
+    """An object around optimizers that holds no state under ``state``.
+
+    Attributes:
+        wrapper: The live object.
+        kind: Its class: module and qualified name.
+        inside: Indices of the optimizers in it.
+        own: Whether it saves and loads itself: by methods of its own, or with hooks.
+    """
+
+    wrapper: Any
+    kind: str
+    inside: tuple[int, ...]
+    own: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """An entry of a model's state that is no live memory: made when asked for.
+
+    Attributes:
+        value: What the module's ``state_dict()`` gave.
+        model: Index of the model it belongs to.
+        key: Its key in that model's own ``state_dict()``.
+    """
+
+    value: Any
+    model: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subclassed:
+    """A tensor subclass that is saved as its inner tensors.
+
+    Attributes:
+        flat: The tensor, taken apart.
+        arrays: The entry that holds each inner tensor.
+    """
+
+    flat: Flattened
+    arrays: dict[Inner, Name]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveState:
+    """A model and its optimizers as they are now.
+
+    Attributes:
+        entries: Every array by name: ``("model", fqn)``, ``("optimizer", fqn, state)``. Detached
+            aliases of the live memory; tensors that share memory and geometry stand here once.
+        aliases: Public names of the others, each with the public name of the entry it shares.
+        params: Every parameter of every optimizer.
+        buffers: Names of entries that are buffers (due before the next forward), or of which nothing
+            is known. Never a parameter that an optimizer owns.
+        optimizers: The live optimizers that hold state, out of their wrappers.
+        trained: What each of them holds, in the same order.
+        computed: Model state that is no live memory, by natural name.
+        metadata: What ``state_dict()._metadata`` says of each module, by natural name.
+        keys: Natural names of all model state, in the order of its state dict.
+        subclassed: Tensor subclasses by name; their inner tensors are entries, they themselves are not.
+        inside: Names of these inner tensors.
+        wrappers: What stands around the optimizers, the outermost of each first.
+    """
+
+    entries: dict[Name, torch.Tensor]
+    aliases: dict[str, str]
+    params: list[ParamEntry]
+    buffers: set[Name]
+    optimizers: list[Any]
+    trained: list[OptimizerEntry]
+    computed: dict[str, Computed]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    subclassed: dict[Name, Subclassed] = field(default_factory=dict)
+    inside: set[Name] = field(default_factory=set)
+    wrappers: list[WrapperEntry] = field(default_factory=list)
+
+    def arrays_of(self, name: Name) -> tuple[Name, ...]:
+        """Return the entries that hold what has a name: itself, or the inner tensors of a subclass."""
+        known = self.subclassed.get(name)
+        return (name,) if known is None else tuple(known.arrays.values())
+
+    def tensors(self) -> dict[Name, torch.Tensor]:
+        """Return every tensor as torch has it, by name: a subclass in place of its inner tensors."""
+        found = {name: tensor for name, tensor in self.entries.items() if name not in self.inside}
+        found.update({name: known.flat.tensor for name, known in self.subclassed.items()})
+        return found
