@@ -1,4 +1,4 @@
-"""What is under way: consignments, each sent by one call, and the flights of their loads."""
+"""Copies under way: consignments, each sent by one call, flights of their loads, and slots they take."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from gockpt.kernels.fingerprint_numba import MODULUS
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from gockpt.staging.copy_batches import Load, Shipment, Urgency
     from gockpt.staging.device import Event, Prints
-    from gockpt.staging.staging_buffers import Slot
 
-__all__ = ["Consignment", "Flight"]
+    Bytes = npt.NDArray[np.uint8]
+
+__all__ = ["Consignment", "Flight", "Slot"]
 
 
 class Consignment:
@@ -129,6 +133,21 @@ class Consignment:
             self.expected = [0] * len(self.shipments)
         rows = zip(self.shipments, self.expected, self._arrived, strict=True)
         self.lost = [shipment for shipment, expected, arrived in rows if expected != arrived]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One place of the staging ring.
+
+    Attributes:
+        memory: Device memory that a load is packed into.
+        bounce: Pinned memory that it goes to, where the arena itself is not registered.
+        flight: The load that it was given to last, until that has landed.
+    """
+
+    memory: Any
+    bounce: Bytes | None = None
+    flight: Flight | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+from gockpt.staging.in_flight import Slot
 
+if TYPE_CHECKING:
     from gockpt.staging.device import Device
     from gockpt.staging.device_budget import Room
     from gockpt.staging.in_flight import Flight
 
-    Bytes = npt.NDArray[np.uint8]
-
-__all__ = ["Slot", "Staging"]
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One place of the ring.
-
-    Attributes:
-        memory: Device memory that a load is packed into.
-        bounce: Pinned memory that it goes to, where the arena itself is not registered.
-        flight: The load that it was given to last, until that has landed.
-    """
-
-    memory: Any
-    bounce: Bytes | None = None
-    flight: Flight | None = None
+__all__ = ["Staging"]
 
 
 class Staging:
