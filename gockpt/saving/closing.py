@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from gockpt.saving.boundary import Boundary
     from gockpt.saving.memory import Memory
-    from gockpt.saving.session import Boundary
     from gockpt.state.live_state import LiveState
 
 __all__ = ["added_at", "refusing", "write_additions"]

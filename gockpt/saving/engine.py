@@ -22,6 +22,7 @@ from gockpt.planning.planner import make_plan
 from gockpt.planning.rates import Pace
 from gockpt.planning.save_interval import FIRST, Interval
 from gockpt.replay.gradient_encoding import warm
+from gockpt.saving.boundary import Boundary
 from gockpt.saving.closing import refusing
 from gockpt.saving.device_selection import Roads
 from gockpt.saving.facts import facts_of
@@ -29,7 +30,7 @@ from gockpt.saving.inside_call import POLL, save_inside_call, wait_until_free
 from gockpt.saving.last_tick import LastTick
 from gockpt.saving.lock import Lock
 from gockpt.saving.optimizer_hooks import Hooks
-from gockpt.saving.session import Boundary, Save, as_save_error
+from gockpt.saving.session import Save, as_save_error
 from gockpt.saving.without_tick import WithoutTick
 from gockpt.staging.host_stager import Transfer
 from gockpt.state.collect import collect

@@ -13,9 +13,10 @@ from gockpt.deferred_signals import let_through
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gockpt.saving.boundary import Boundary
     from gockpt.saving.last_tick import Addition
     from gockpt.saving.lock import Lock
-    from gockpt.saving.session import Boundary, Save
+    from gockpt.saving.session import Save
     from gockpt.state.live_state import LiveState
 
 __all__ = ["save_inside_call", "wait_until_free"]

@@ -24,8 +24,8 @@ from gockpt.state.tensors import is_subclass, refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from gockpt.saving.boundary import Boundary
     from gockpt.saving.memory import Memory
-    from gockpt.saving.session import Boundary
     from gockpt.state.live_state import LiveState
 
 __all__ = ["MOST_REMEMBERED", "Addition", "LastTick"]

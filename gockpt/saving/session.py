@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -29,12 +28,13 @@ from gockpt.saving.window_plan import plan_for
 from gockpt.state.state_document import metrics_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from gockpt.core.descriptors import ArrayPlace
     from gockpt.options import Options
     from gockpt.planning.planner import Plan
     from gockpt.planning.rates import Pace
+    from gockpt.saving.boundary import Boundary
     from gockpt.saving.capture import Attempt
     from gockpt.saving.device_selection import Roads
     from gockpt.saving.last_tick import Addition
@@ -46,28 +46,11 @@ if TYPE_CHECKING:
 
     Distrust = tuple[frozenset[str], frozenset[Name], str]
 
-__all__ = ["Boundary", "Save", "as_save_error"]
+__all__ = ["Save", "as_save_error"]
 
 _log = logging.getLogger("gockpt")
 
 MAX_ATTEMPTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Boundary:
-    """One tick.
-
-    Attributes:
-        step: The user's step.
-        updates: Optimizer updates seen so far.
-        extra: The user's extras.
-        began: When the call began, in ``perf_counter`` seconds.
-    """
-
-    step: int
-    updates: int
-    extra: Mapping[str, Any] | None
-    began: float
 
 
 class Save:

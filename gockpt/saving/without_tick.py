@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Any
 
+    from gockpt.saving.boundary import Boundary
     from gockpt.saving.handle import SaveHandle
     from gockpt.saving.last_tick import LastTick
     from gockpt.saving.lock import Lock
     from gockpt.saving.optimizer_hooks import Hooks
-    from gockpt.saving.session import Boundary, Save
+    from gockpt.saving.session import Save
     from gockpt.state.live_state import LiveState
 
 __all__ = ["WithoutTick"]
