@@ -17,7 +17,7 @@ from gockpt.storage.read.checkpoint import Wanted
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gockpt.loading.fit import Create
+    from gockpt.loading.load_plan import Create
     from gockpt.state.strides import Strides
     from gockpt.state.tensors import Bytes
     from gockpt.storage.read.checkpoint import StoredCheckpoint

@@ -6,13 +6,13 @@ or different, so that a load either starts knowing that all of it fits, or does 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gockpt.errors import ManifestCorrupt
 from gockpt.loading.fit_model import Fill, ModelFit, fills_for
+from gockpt.loading.load_plan import Create, FillInner, LoadPlan, OptimizerPlan, ParamPlan, Value
 from gockpt.state.saved_forms import reordered_groups, standard_form, torch_form
 from gockpt.state.saved_strides import order_of_state, strides_saved
 from gockpt.state.strides import has_strides
@@ -23,128 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gockpt.core.array_spec import ArraySpec
-    from gockpt.loading.fit_wrapper import WrapperPlan
     from gockpt.state.live_state import LiveState, OptimizerEntry, ParamEntry
-    from gockpt.state.saved_document import SavedOptimizer, SavedState, SavedSubclass
-    from gockpt.state.strides import Strides
+    from gockpt.state.saved_document import SavedOptimizer, SavedState
     from gockpt.state.value_encoder import Json
 
-__all__ = ["Create", "FillInner", "OptimizerPlan", "ParamPlan", "Plan", "Value", "fit"]
-
-
-@dataclass(frozen=True, slots=True)
-class Create:
-    """Make a new tensor from an array.
-
-    Attributes:
-        source: Public name of the stored array.
-        like: The parameter whose memory order it takes, if it has the same shape.
-        device: Where it goes.
-        name: What it is called here, for messages.
-        strides: Its own memory order; ``None`` for that of ``like``.
-    """
-
-    source: str
-    like: torch.Tensor
-    device: torch.device
-    name: str
-    strides: Strides | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FillInner:
-    """Overwrite the inner tensors of a live tensor subclass."""
-
-    fills: tuple[Fill, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """Decode a value. Tensors in it go to the device."""
-
-    document: Json
-    device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class ParamPlan:
-    """The state that one parameter will have.
-
-    Attributes:
-        entry: The parameter.
-        state: Encoded key and what stands there, in order; a :class:`Value` alone where the state is no
-            mapping; ``None`` for no state at all.
-    """
-
-    entry: ParamEntry
-    state: list[tuple[Json, Fill | FillInner | Create | Value]] | Value | None
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerPlan:
-    """What one optimizer takes over.
-
-    Attributes:
-        index: Its index among the live ones.
-        saved: Its saved form.
-        groups: Which saved group each live group takes its options from; ``None`` for none.
-        params: The state of each parameter that fits.
-        strides: Of arrays that are not row-major, by public name.
-        subclasses: Every saved tensor subclass by public name.
-        form: What its own ``load_state_dict`` is given; ``None`` to fill its state in place.
-        beyond: Keys of the saved form that nothing live takes.
-    """
-
-    index: int
-    saved: SavedOptimizer
-    groups: list[int | None]
-    params: list[ParamPlan]
-    strides: Mapping[str, Strides] = field(default_factory=dict)
-    subclasses: Mapping[str, SavedSubclass] = field(default_factory=dict)
-    form: Json = None
-    beyond: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class Plan:
-    """What a load will do, and what does not fit.
-
-    Attributes:
-        model: How each part of the model fits.
-        fills: Parameters outside the model.
-        optimizers: What each optimizer takes over.
-        wrappers: What each wrapper around them does, the outermost of each first.
-        elsewhere: Public names of arrays of optimizers that were not on the CPU.
-        missing: Live names outside the model that the checkpoint lacks.
-        unexpected: Names outside the model, in the checkpoint, that nothing live takes.
-        mismatched: What both have outside the model, but differently.
-        untold: What can't be restored, and is no reason to refuse.
-    """
-
-    model: list[ModelFit] = field(default_factory=list)
-    fills: list[Fill] = field(default_factory=list)
-    optimizers: list[OptimizerPlan] = field(default_factory=list)
-    wrappers: list[WrapperPlan] = field(default_factory=list)
-    elsewhere: frozenset[str] = frozenset()
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    untold: list[str] = field(default_factory=list)
-
-    def whole(self) -> ModelFit:
-        """Return the model and all outside it together, as if it were one part."""
-        rest = ModelFit(self.fills, [], self.missing, self.unexpected, self.mismatched)
-        parts = [*self.model, rest]
-        return ModelFit(
-            fills=[fill for part in parts for fill in part.fills],
-            assigns=[assign for part in parts for assign in part.assigns],
-            missing=[name for part in parts for name in part.missing],
-            unexpected=[name for part in parts for name in part.unexpected],
-            mismatched=[text for part in parts for text in part.mismatched],
-            unfit={one for part in parts for one in part.unfit},
-            taken=sum(part.taken for part in parts),
-            refused=[text for part in parts for text in part.refused],
-        )
+__all__ = ["fit"]
 
 
 def fit(
@@ -154,7 +37,7 @@ def fit(
     *,
     model: list[ModelFit],
     with_optimizer: bool,
-) -> Plan:
+) -> LoadPlan:
     """Return what goes where.
 
     Args:
@@ -182,7 +65,7 @@ class _Fitter:
         self.live = live
         self.saved = saved
         self.arrays = arrays
-        self.plan = Plan(model)
+        self.plan = LoadPlan(model)
         self.fitted: set[str] = set()
         self.unfit: set[int | str] = set()
         # From which array the memory of inner tensors in optimizer state is filled.

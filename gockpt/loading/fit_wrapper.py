@@ -1,35 +1,21 @@
-"""Which saved wrapper around optimizers goes to which live one."""
+"""Match saved wrappers around optimizers to live ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gockpt.loading.load_plan import WrapperPlan
 from gockpt.state.optimizer_forms import adds_to_live
 
 if TYPE_CHECKING:
-    from gockpt.loading.fit import Plan
-    from gockpt.state.live_state import LiveState, WrapperEntry
+    from gockpt.loading.load_plan import LoadPlan
+    from gockpt.state.live_state import LiveState
     from gockpt.state.saved_document import SavedState
-    from gockpt.state.value_encoder import Json
 
-__all__ = ["WrapperPlan", "fit_wrappers"]
-
-
-@dataclass(frozen=True, slots=True)
-class WrapperPlan:
-    """What a wrapper around optimizers is given.
-
-    Attributes:
-        entry: The live wrapper.
-        form: What its own ``load_state_dict`` is given.
-    """
-
-    entry: WrapperEntry
-    form: Json
+__all__ = ["fit_wrappers"]
 
 
-def fit_wrappers(live: LiveState, saved: SavedState, plan: Plan) -> None:
+def fit_wrappers(live: LiveState, saved: SavedState, plan: LoadPlan) -> None:
     """Match wrappers by their class, in order, and add to a plan what each is given, or how it differs.
 
     A wrapper that adds nothing to the state of the optimizers in it may be absent on either side. Call it

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from gockpt.loading.fit import Create, Plan
     from gockpt.loading.fit_model import Fill
+    from gockpt.loading.load_plan import Create, LoadPlan
     from gockpt.loading.module import ModuleRestore
     from gockpt.loading.newest_valid import PassedOver
     from gockpt.state.saved_document import SavedState
@@ -275,7 +275,7 @@ class _Load:
             _log.warning("loaded step %d; not restored, as it was not asked for: %s", self.stored.step, left)
         return self.report(saved, plan, extras, absent)
 
-    def refuse(self, plan: Plan, *, finished: bool = False) -> None:
+    def refuse(self, plan: LoadPlan, *, finished: bool = False) -> None:
         """Raise if what is known so far does not fit.
 
         Args:
@@ -294,7 +294,7 @@ class _Load:
         if plan.model and amiss and not any(part.taken for part in plan.model):
             raise nothing_fits(self.stored.step, found, changed=changed)
 
-    def values(self, saved: SavedState, plan: Plan) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def values(self, saved: SavedState, plan: LoadPlan) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Return the decoded extras, and random states if they are to be set."""
         extras = {name: decode(document, self.filler.read) for name, document in saved.extra.items()}
         wanted = bool(plan.optimizers) if self.rng is None else self.rng
@@ -311,7 +311,7 @@ class _Load:
                 # A copy, so that .extra stays as saved whatever the object does with its own.
                 _hand_over(target, copy.deepcopy(extras[name]))
 
-    def run_modules(self, plan: Plan) -> None:
+    def run_modules(self, plan: LoadPlan) -> None:
         """Run the modules' own loading code, and plan anew what it left to be filled."""
         if not any(module.runs_code for module in self.modules):
             return
@@ -322,7 +322,7 @@ class _Load:
         self.refuse(plan)
         self.filler.stage(plan.whole().fills)
 
-    def fill_model(self, plan: Plan, others: list[Fill | Create]) -> None:
+    def fill_model(self, plan: LoadPlan, others: list[Fill | Create]) -> None:
         """Overwrite the live tensors, then run the modules' hooks after loading.
 
         Args:
@@ -342,7 +342,7 @@ class _Load:
             self.refuse(plan, finished=True)
             self.filler.fill_many(others)
 
-    def fill_and_feed(self, plan: Plan, others: list[Fill | Create], feeding: Feeding) -> None:
+    def fill_and_feed(self, plan: LoadPlan, others: list[Fill | Create], feeding: Feeding) -> None:
         """Overwrite the live tensors, and have optimizers load by code of their own.
 
         That code finds the model loaded, as after ``model.load_state_dict``. If it refuses, the model's
@@ -369,7 +369,7 @@ class _Load:
         self.filler.fill_many(others)
 
     def report(
-        self, saved: SavedState, plan: Plan, extras: dict[str, Any], absent: tuple[str, ...]
+        self, saved: SavedState, plan: LoadPlan, extras: dict[str, Any], absent: tuple[str, ...]
     ) -> Restored:
         found = plan.whole()
         return Restored(

@@ -9,9 +9,9 @@ import torch
 
 from gockpt.errors import ManifestCorrupt
 from gockpt.loading.fill import copy_into
-from gockpt.loading.fit import Create, FillInner, Value
 from gockpt.loading.fit_model import Fill
 from gockpt.loading.fit_subclass import make_subclass
+from gockpt.loading.load_plan import Create, FillInner, Value
 from gockpt.state.value_decoder import decode
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gockpt.core.array_spec import Name
     from gockpt.loading.fill import Filler
-    from gockpt.loading.fit import OptimizerPlan, ParamPlan
+    from gockpt.loading.load_plan import OptimizerPlan, ParamPlan
     from gockpt.state.value_encoder import Json
 
 __all__ = ["OptimizerRestore", "OptionsReport"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gockpt.loading.fit import Create
 from gockpt.loading.fit_model import Fill
 from gockpt.loading.fit_subclass import make_subclass
+from gockpt.loading.load_plan import Create
 from gockpt.state.known_classes import class_name
 from gockpt.state.state_document import OPTIONS
 from gockpt.state.value_decoder import decode
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gockpt.core.array_spec import Name
     from gockpt.loading.fill import Filler
-    from gockpt.loading.fit import OptimizerPlan, Plan
+    from gockpt.loading.load_plan import LoadPlan, OptimizerPlan
     from gockpt.state.live_state import LiveState
     from gockpt.state.value_encoder import Json
 
@@ -32,7 +32,7 @@ SHARED = ("param_groups", "state")
 """What a wrapper may share with the optimizer in it."""
 
 
-def not_restored(plan: Plan) -> list[str]:
+def not_restored(plan: LoadPlan) -> list[str]:
     """Say what was saved of optimizers and wrappers, or is there, that a load leaves as it is."""
     told = list(plan.untold)
     for optimizer in plan.optimizers:
@@ -62,7 +62,7 @@ class _Form:
 class Feeding:
     """All optimizers and wrappers of a load that have loading code of their own."""
 
-    def __init__(self, plan: Plan, live: LiveState, filler: Filler) -> None:
+    def __init__(self, plan: LoadPlan, live: LiveState, filler: Filler) -> None:
         """Decode what each is given and read its arrays; nothing live is touched."""
         self._plan = plan
         self._live = live

@@ -13,8 +13,8 @@ from torch import nn
 import gockpt
 from gockpt import ChunkCorrupt
 from gockpt.loading.fill import Filler
-from gockpt.loading.fit import Create
 from gockpt.loading.fit_model import Fill
+from gockpt.loading.load_plan import Create
 from gockpt.storage.read.checkpoint import StoredCheckpoint
 from gockpt.storage.read.find import open_checkpoint
 
