@@ -10,14 +10,15 @@ from gockpt import registry
 from gockpt.checkpointer import Checkpointer
 from gockpt.deferred_signals import deferred, uninterrupted
 from gockpt.errors import GockptError, SaveAborted, UploadError, UsageError
+from gockpt.saver import Saver
 from gockpt.storage.paths import directory_to_save
 from gockpt.validation import checked_options, model_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from gockpt.checkpointer import Optimizers
     from gockpt.options import Options
+    from gockpt.saver import Optimizers
     from gockpt.saving.handle import SaveHandle
     from gockpt.validation import Model
 
@@ -83,7 +84,7 @@ def wait() -> None:
         SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
     """
     savers = registry.open_here()
-    _each(savers, Checkpointer.wait)
+    _each(savers, Saver.wait)
 
 
 def finish(path_or_model: str | os.PathLike[str] | Model | None = None) -> SaveHandle | None:
@@ -114,12 +115,12 @@ def finish(path_or_model: str | os.PathLike[str] | Model | None = None) -> SaveH
         if not savers:
             msg = f"nothing is being saved for {_shown(path_or_model)}; this process saves into: {known}"
             raise UsageError(msg)
-    _each(savers, Checkpointer.finish)
+    _each(savers, Saver.finish)
     latest = max(savers, key=lambda saver: saver.last_told, default=None)
     return None if latest is None else latest.handle
 
 
-def _matching(path_or_model: str | os.PathLike[str] | Model) -> Callable[[Checkpointer], bool]:
+def _matching(path_or_model: str | os.PathLike[str] | Model) -> Callable[[Saver], bool]:
     if isinstance(path_or_model, (str, os.PathLike)):
         path = directory_to_save(path_or_model)
         return lambda saver: saver.path == path
@@ -132,7 +133,7 @@ def _shown(path_or_model: object) -> str:
     return repr(path_or_model) if is_path else f"this {type(path_or_model).__name__}"
 
 
-def _each(savers: Iterable[Checkpointer], finish: Callable[[Checkpointer], object]) -> None:
+def _each(savers: Iterable[Saver], finish: Callable[[Saver], object]) -> None:
     """Finish all of them; raise the first error, the others added to it."""
     first: GockptError | None = None
     for saver in savers:
@@ -158,7 +159,7 @@ def _saver_for(
     every: int | Literal["auto"] | None,
     options: Options,
     step: int | None,
-) -> Checkpointer:
+) -> Saver:
     key = (model_ids(model), directory_to_save(path))
     with registry.lock:
         registry.close_orphans()

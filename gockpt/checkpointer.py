@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from gockpt import preemption, registry
 from gockpt.deferred_signals import uninterrupted
-from gockpt.errors import GockptError, UploadError, UsageError
-from gockpt.opening import open_path
-from gockpt.process_end import failure_now, finish_at_end
-from gockpt.ranks import Bystander, is_bystander
-from gockpt.saving.engine import Engine
-from gockpt.saving.moments import in_signal_handler
-from gockpt.state.lineage import note_run, origin_of
-from gockpt.state.optimizers import Found, find_optimizers
-from gockpt.storage.paths import directory_to_save
-from gockpt.validation import (
-    anchors,
-    checked_every,
-    checked_extra,
-    checked_options,
-    checked_step,
-    model_ids,
-    modules,
-    reference,
-)
+from gockpt.process_end import finish_at_end
+from gockpt.saver import Saver
+from gockpt.validation import modules
 
 if TYPE_CHECKING:
     import os
-    import threading
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
     from types import TracebackType
 
-    import torch
-
     from gockpt.options import Options
-    from gockpt.saving.handle import Saved, SaveHandle
-    from gockpt.state.lineage import Origin
-    from gockpt.uploads import Uploads, UploadStatus
+    from gockpt.saver import Optimizers
     from gockpt.validation import Model
-
-    Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 __all__ = ["Checkpointer"]
 
-_log = logging.getLogger("gockpt")
 
-
-class Checkpointer:
+class Checkpointer(Saver):
     """Saves one model and its optimizers into one directory, while training goes on.
 
     A checkpoint published for step t holds, bit for bit, what a blocking save at that point of the
@@ -101,161 +74,23 @@ class Checkpointer:
             StorageError: If ``path`` can't be made or written.
             RemoteError: If ``options.remote`` can't be reached.
         """
-        self.options = checked_options(options)
-        self.every = checked_every(every, self.options)
-        self._extra = checked_extra(extra)
-        self.path = directory_to_save(path)
-        self._optimizers = find_optimizers(optimizer)
-        self.model_ids = model_ids(model)
-        self._uploads: Uploads | None = None
-        self._calls = 0
-        self._engine: Engine | Bystander
-        self.taken = False
-        self.comes_back = False
-        self._waiting_for_step: set[str] = set()
-        origin = origin_of(model)
-        stands_by = is_bystander(model, optimizer)
         with registry.lock:
             registry.close_orphans()
-            self._engine = Bystander() if stands_by else self._begin(model, optimizer, origin)
+            super().__init__(model, optimizer, path, every=every, extra=extra, options=options)
             registry.opened.add(self)
-            self.failure_before = failure_now()
             finish_at_end(self)
             preemption.watch(self)
-            self._model = reference(model)
-            self._origin = origin
             self._farewells = [weakref.finalize(m, registry.model_gone, self) for m in modules(model)]
 
-    def _begin(self, model: Model, optimizer: Optimizers, origin: Origin | None) -> Engine:
-        """Take the path, and return what saves into it."""
-        resumed = origin is not None and origin.path == self.path
+    def _take_over(self, *, resumed: bool) -> None:
         registry.take_over(self.path, self, resumed=resumed)
-        opened = open_path(self.path, model, origin, self.options)
-        self._uploads = opened.uploads
-        try:
-            engine = Engine(
-                reference(model),
-                optimizer,
-                opened.background,
-                every=self.every,
-                options=self.options,
-                last_step=0 if origin is None else origin.step,
-                updates=0 if origin is None else origin.optimizer_steps,
-                on_published=self._upload,
-            )
-        except BaseException:
-            opened.background.close()
-            raise
-        note_run(model, opened.run)
-        return engine
 
-    @uninterrupted
-    def after_step(
-        self, step: int | None = None, extra: Mapping[str, Any] | None = None
-    ) -> SaveHandle | None:
-        """Tell that a training step is complete: the one call in the loop.
+    def _refuse_step(self) -> NoReturn:
+        registry.expect_not_taken(self)
+        super()._refuse_step()
 
-        Call it after ``optimizer.step()`` and ``scheduler.step()``. Whatever the state is at this call
-        is what a save of this step holds. With ``every`` it never waits for storage. With ``every=None``
-        it waits until the former save is durable, and copies the state before it returns.
-
-        Args:
-            step: The step just completed; ``None`` counts calls.
-            extra: Replaces the extras given at construction, from this call on.
-
-        Returns:
-            With ``every=None`` the save of this call; else the newest one, or ``None`` before the first.
-
-        Raises:
-            SaveError: If a save failed in the background since the last call. Training may go on.
-        """
-        if self._engine.closed:
-            registry.expect_not_taken(self)
-            msg = f"the checkpointer of {self.path} is closed; make a new one"
-            raise UsageError(msg)
-        if extra is not None:
-            self._extra = checked_extra(extra)
-        number = checked_step(step)
-        if self._put_off("save", harmless=self._engine.at_rest):
-            return self.handle
-        self._calls += 1
-        self.failure_before = failure_now()
-        # Calls and updates are counted on from what was loaded meanwhile.
-        origin = origin_of(self._model())
-        if origin is not None and origin is not self._origin:
-            self._engine.count_from(origin.step, origin.optimizer_steps)
-        self._origin = origin
-        try:
-            self._engine.tick(number, self._extra)
-        finally:
-            preemption.after_step(self)
-        self._do_what_was_put_off()
-        return self.handle
-
-    def wait(self) -> None:
-        """Finish what is in flight, uploads too; an open window closes at the last step told."""
-        if not self._put_off("wait", harmless=self._engine.only_waits):
-            self._finish(self._engine.wait)
-
-    def finish(self) -> SaveHandle | None:
-        """Save the last step's state if it isn't saved, and return when all is durable, uploads too.
-
-        See :func:`gockpt.finish`.
-
-        Returns:
-            The newest save; ``None`` if there is none.
-
-        Raises:
-            SaveError: If the state changed after the last call and so can't be saved under its step; or
-                if a save failed.
-        """
-        if not self._put_off("finish", harmless=self._engine.finishes):
-            self._finish(self._engine.finish)
-        return self.handle
-
-    def finish_until(self, deadline: float) -> None:
-        """As :meth:`finish`, but wait for disk and uploads until ``deadline`` at most (``monotonic``)."""
-        try:
-            self._engine.finish(max(0.0, deadline - monotonic()))
-        finally:
-            if self._uploads is not None:
-                self._uploads.wait(max(0.0, deadline - monotonic()))
-
-    def stands(self) -> bool:
-        """Whether the state is that of the last step, with all that belongs to it."""
-        return self._engine.stands()
-
-    @property
-    def step_seconds(self) -> float:
-        """How long a step takes, measured; 0 before two were told."""
-        return self._engine.step_seconds
-
-    def _put_off(self, what: str, *, harmless: Callable[[], bool]) -> bool:
-        """Leave a call to the next step, if it comes where the state may be torn; return whether it is left.
-
-        That is in the middle of an update, and in a signal handler also while a step is told, or where the
-        state is not that of the last step; but not where the call is ``harmless`` all the same.
-        """
-        engine = self._engine
-        if not engine.updating and not in_signal_handler():
-            return False  # also an extra that calls the library, which is told so
-        if not engine.inside and harmless():
-            return False
-        _log.warning(
-            "%s() was called in the middle of an update: it is done when the next step is told", what
-        )
-        self._waiting_for_step.add(what)
-        return True
-
-    def _do_what_was_put_off(self) -> None:
-        """After a step was told: do what was asked for in the middle of one."""
-        asked, self._waiting_for_step = self._waiting_for_step, set()
-        if "finish" in asked:
-            self._finish(self._engine.finish)
-        elif "save" in asked:
-            self._engine.finish(0.0)
-        elif "wait" in asked:
-            self._finish(self._engine.wait)
+    def _stepped(self) -> None:
+        preemption.after_step(self)
 
     @uninterrupted
     def close(self) -> None:
@@ -265,187 +100,20 @@ class Checkpointer:
         call of the library, the next to use the path or the end of the program closes it.
         """
         try:
-            self._finish(self._engine.close)
+            super().close()
         except BaseException as error:
             if not self.closed and not isinstance(error, Exception):
                 registry.close_later(self)
             raise
-        finally:
-            self._leave()
-
-    def retire_with_error(self) -> GockptError | None:
-        """Close it if there is nothing to wait for; return what a save or upload of it failed of, if one did.
-
-        Whether it could be closed, :attr:`closed` says.
-        """
-        if self.busy or self.closed:
-            return None
-        failure: GockptError | None = None
-        try:
-            if self._uploads is not None and not self._uploads.settle():
-                return None
-        except UploadError as error:
-            failure = error
-        try:
-            self._engine.close()
-        except GockptError as error:
-            failure = error
-        finally:
-            self._leave()
-        return failure
-
-    def retire(self) -> bool:
-        """Close it, now that its model is gone, if there is nothing to wait for; return whether it is closed.
-
-        A failed upload is tried once more behind the caller, and waited for like one under way. What fails
-        is logged: nobody is left to hear of it.
-        """
-        if not self.of_this_process:
-            return True
-        error = self.retire_with_error()
-        if error is not None:
-            whose = "a model that is gone" if self.model_is_gone else "a close() that was interrupted"
-            _log.warning("of %s: %s", whose, error)
-        return self.closed
 
     def _leave(self) -> None:
         """Let go of everything that knows this checkpointer, once it is closed."""
         if self.closed:
             registry.opened.discard(self)
             preemption.let_go(self)
-            self.let_go()
+            super()._leave()
             if self not in registry.by_call.values():
                 self.forget_model()
-
-    def _finish(self, saves: Callable[[], object]) -> None:
-        """Finish the saves, then the uploads. A failed save is raised, a failed upload added to it."""
-        try:
-            saves()
-        except Exception as error:
-            if self._uploads is not None:
-                try:
-                    self._uploads.wait()
-                except UploadError as also:
-                    error.add_note(f"and {also}")
-            raise
-        if self._uploads is not None:
-            self._uploads.wait()
-
-    @uninterrupted
-    def abort(self, why: str = "abort() was called") -> None:
-        """Give an open window up; what was captured already goes on to disk."""
-        self._engine.abort_window(why)
-
-    @property
-    def training_thread(self) -> threading.Thread:
-        """The thread that told the last step."""
-        return self._engine.training_thread
-
-    @property
-    def last_told(self) -> float:
-        """When the last step was told, in seconds of a clock that only goes on."""
-        return self._engine.last_told
-
-    @property
-    def busy(self) -> bool:
-        """Whether a save is in flight."""
-        return self._engine.busy
-
-    @property
-    def uploads(self) -> UploadStatus | None:
-        """How far the copies in the object store are; ``None`` without ``Options.remote``."""
-        return None if self._uploads is None else self._uploads.status
-
-    @property
-    def model(self) -> Any:
-        """The model, or ``None`` if it does not exist any more."""
-        return self._model()
-
-    def modules(self) -> list[torch.nn.Module]:
-        """Return the modules of the model; none if it does not exist any more."""
-        return modules(self._model() or {})
-
-    @property
-    def model_is_gone(self) -> bool:
-        """Whether the model does not exist any more."""
-        return self._model() is None
-
-    @property
-    def window_open(self) -> bool:
-        """Whether a window of several steps is open, or a save waits for the next step."""
-        return self._engine.window_open
-
-    @property
-    def of_this_process(self) -> bool:
-        """Whether it was made in this process, not in the one that forked it."""
-        return self._engine.of_this_process
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._engine.closed
-
-    @property
-    def handle(self) -> SaveHandle | None:
-        """The newest save."""
-        return self._engine.handle
-
-    def serves(self, model: Model, optimizer: Optimizers, every: int | str | None, options: Options) -> bool:
-        """Whether this checkpointer was made for exactly these arguments."""
-        return (
-            not self.closed
-            and self.model_ids == model_ids(model)
-            and self._optimizers.same_as(find_optimizers(optimizer))
-            and self.every == every
-            and self.options == options
-        )
-
-    def rebind(self, model: Model) -> None:
-        """Save from this object from now on: a mapping or list may be made anew for each call."""
-        self._model = reference(model)
-        self._engine.rebind(self._model)
-
-    def let_go(self) -> None:
-        """Forget the optimizers of a model that is gone, and with them its parameters."""
-        self._optimizers = Found()
-        self._engine.let_go()
-
-    def forget_model(self) -> None:
-        """Take no notice of the model's end any more: as long as it lives, it would keep this alive."""
-        for farewell in self._farewells:
-            farewell.detach()
-
-    def saves_model_of(self, other: Checkpointer) -> bool:
-        """Whether both save the same model."""
-        return bool(anchors(self._model()) & anchors(other.model))
-
-    def when_model_goes(self, call: Callable[..., object], *given: object) -> None:
-        """Have something called when the model is collected."""
-        for module in self.modules():
-            weakref.finalize(module, call, *given)
-
-    @property
-    def serves_single_saves(self) -> bool:
-        """Whether it was called once only, for a save of that very state, and nobody has come back to it."""
-        return self.every in (None, 1) and self._calls <= 1 and not self.comes_back
-
-    @property
-    def trained_elsewhere(self) -> bool:
-        """Whether another living thread makes the calls."""
-        return self._engine.trained_elsewhere
-
-    @property
-    def counted(self) -> tuple[int, int]:
-        """The last step, and the updates seen so far."""
-        return self._engine.counted
-
-    def continue_after(self, counted: tuple[int, int]) -> None:
-        """Count calls on from another checkpointer of the same model and path."""
-        self._engine.count_from(*counted)
-
-    def _upload(self, saved: Saved) -> None:
-        if self._uploads is not None:
-            self._uploads.offer(saved.step, saved.seq, str(saved.path))
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,7 @@ from gockpt.deferred_signals import handler_of, kept_handlers, set_handler
 from gockpt.errors import GockptError
 
 if TYPE_CHECKING:
-    from gockpt.checkpointer import Checkpointer
+    from gockpt.saver import Saver
 
 __all__ = ["after_step", "let_go", "watch"]
 
@@ -48,7 +48,7 @@ class _Request:
 
     number: int
     deadline: float
-    waiting: list[Checkpointer]
+    waiting: list[Saver]
     saving: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -60,7 +60,7 @@ _looks: set[int] = set()
 """Signals that the waiting thread has sent, to have the main thread look."""
 
 
-def watch(saver: Checkpointer) -> None:
+def watch(saver: Saver) -> None:
     """Install the handlers that a checkpointer's options ask for."""
     for number in _numbers(saver):
         if number in _former:
@@ -76,7 +76,7 @@ def watch(saver: Checkpointer) -> None:
         set_handler(number, _arrived)
 
 
-def let_go(saver: Checkpointer) -> None:
+def let_go(saver: Saver) -> None:
     """Put the former handlers back where no open checkpointer asks for others any more."""
     if _request is not None and saver in _request.waiting:
         _request.waiting.remove(saver)
@@ -91,7 +91,7 @@ def let_go(saver: Checkpointer) -> None:
             set_handler(number, signal.SIG_DFL if former is None else former)
 
 
-def after_step(saver: Checkpointer) -> None:
+def after_step(saver: Saver) -> None:
     """Save the state of the step that was just told, if a signal asked for it, and pass the signal on."""
     request = _request
     if request is None or request.saving or saver not in request.waiting:
@@ -103,7 +103,7 @@ def after_step(saver: Checkpointer) -> None:
     _pass_on_if_done()
 
 
-def _numbers(saver: Checkpointer) -> list[int]:
+def _numbers(saver: Saver) -> list[int]:
     return [int(signal.Signals[name]) for name in saver.options.on_signal]
 
 
@@ -162,7 +162,7 @@ def _look() -> None:
     _pass_on_if_done()
 
 
-def _save(saver: Checkpointer, request: _Request) -> None:
+def _save(saver: Saver, request: _Request) -> None:
     request.saving = True
     try:
         saver.finish_until(request.deadline)

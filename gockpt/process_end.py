@@ -18,11 +18,12 @@ from multiprocessing import util
 from typing import TYPE_CHECKING, Any
 
 from gockpt import registry
+from gockpt.saver import failure_now
 
 if TYPE_CHECKING:
-    from gockpt.checkpointer import Checkpointer
+    from gockpt.saver import Saver
 
-__all__ = ["failure_now", "finish_at_end"]
+__all__ = ["finish_at_end"]
 
 _log = logging.getLogger("gockpt")
 
@@ -33,7 +34,7 @@ _prepared: set[int] = set()
 """The process in which the end is prepared: its id."""
 
 
-def finish_at_end(saver: Checkpointer) -> None:
+def finish_at_end(saver: Saver) -> None:
     """Make sure that the end of this process finishes this checkpointer's saves."""
     if multiprocessing.parent_process() is None:
         return
@@ -49,12 +50,6 @@ def finish_at_end(saver: Checkpointer) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
-
-
-def failure_now() -> int:
-    """Identify the uncaught exception that was reported last; 0 if there was none."""
-    failure = getattr(sys, "last_value", None)
-    return 0 if failure is None else id(failure)
 
 
 @atexit.register
@@ -73,7 +68,7 @@ def _at_end_of_child() -> None:
     _finish_all(lambda _: failed)
 
 
-def _after_training(saver: Checkpointer) -> None:
+def _after_training(saver: Saver) -> None:
     """Finish what is in flight once the thread that trains in a child has ended."""
     while (thread := saver.training_thread).is_alive():
         thread.join()

@@ -19,7 +19,7 @@ from gockpt.state.lineage import origin_of
 from gockpt.validation import model_ids
 
 if TYPE_CHECKING:
-    from gockpt.checkpointer import Checkpointer
+    from gockpt.saver import Saver
 
 __all__ = [
     "Key",
@@ -48,26 +48,26 @@ _WAYS_OUT = "Save one of them into another path, or both together as one list of
 _log = logging.getLogger("gockpt")
 
 lock = threading.RLock()
-opened: set[Checkpointer] = set()
+opened: set[Saver] = set()
 """Every checkpointer that was not closed: the exit of the interpreter finishes them."""
-by_call: dict[Key, Checkpointer] = {}
+by_call: dict[Key, Saver] = {}
 """Those that ``save_overlapped`` made, by model and path."""
-_orphans: deque[Checkpointer] = deque()
+_orphans: deque[Saver] = deque()
 """Those whose models were collected; closed at the next call of the library."""
 
 
-def open_here() -> list[Checkpointer]:
+def open_here() -> list[Saver]:
     """Return the checkpointers that this process made and did not close; other threads may change the set."""
     return [saver for saver in list(opened) if not saver.closed and saver.of_this_process]
 
 
-def model_gone(saver: Checkpointer) -> None:
+def model_gone(saver: Saver) -> None:
     """Let go of the optimizers at once; takes no lock, since a finalizer may run anywhere."""
     saver.let_go()
     _orphans.append(saver)
 
 
-def close_later(saver: Checkpointer) -> None:
+def close_later(saver: Saver) -> None:
     """Close a checkpointer whose closing was interrupted, as soon as nothing has to be waited for."""
     if saver not in _orphans:
         _orphans.append(saver)
@@ -90,7 +90,7 @@ def close_orphans() -> None:
         saver.forget_model()
 
 
-def take_over(path: str, by: Checkpointer, *, resumed: bool) -> None:
+def take_over(path: str, by: Saver, *, resumed: bool) -> None:
     """Let the checkpointer of this process that has a path hand it to the next one.
 
     That is meant for the same model, for one that was loaded from this very path, and when the other's model
@@ -150,7 +150,7 @@ def expect_alone(path: str, model: Any, step: int | None) -> None:
             raise PathBusy(msg)
 
 
-def release(saver: Checkpointer, why: str) -> GockptError | None:
+def release(saver: Saver, why: str) -> GockptError | None:
     """Close a checkpointer: publish what was captured, give an open window up.
 
     Returns:
@@ -166,7 +166,7 @@ def release(saver: Checkpointer, why: str) -> GockptError | None:
     return None
 
 
-def expect_not_taken(saver: Checkpointer) -> None:
+def expect_not_taken(saver: Saver) -> None:
     """Refuse to go on with a checkpointer whose path another living model's has taken over.
 
     Raises:
@@ -198,12 +198,12 @@ class Retired:
 
 retired: dict[Key, Retired] = {}
 """By model and path, for as long as the model lives."""
-_leaving: list[Checkpointer] = []
+_leaving: list[Saver] = []
 """Those that are closed as soon as nothing has to be waited for."""
 _failures: deque[GockptError] = deque()
 
 
-def retire_others(by: Checkpointer) -> None:
+def retire_others(by: Saver) -> None:
     """Close what the same model has saved once into other paths: a new path for each save leaks nothing.
 
     What is still being written is closed at a later call. A path that is come back to stays open.

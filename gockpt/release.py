@@ -15,7 +15,7 @@ from gockpt.validation import anchors, model_ids
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gockpt.checkpointer import Checkpointer
+    from gockpt.saver import Saver
     from gockpt.validation import Model
 
 __all__ = ["close"]
@@ -62,7 +62,7 @@ def close(path_or_model: str | os.PathLike[str] | Model | None = None) -> None:
     registry.raise_failure()
 
 
-def _close(saver: Checkpointer) -> None:
+def _close(saver: Saver) -> None:
     given_up = saver.handle if saver.window_open else None
     if given_up is not None:
         saver.abort("gockpt.close() was called")
@@ -74,7 +74,7 @@ def _close(saver: Checkpointer) -> None:
         _log.warning("%s", error)
 
 
-def _chooser(path_or_model: Any) -> Callable[[Checkpointer], bool]:
+def _chooser(path_or_model: Any) -> Callable[[Saver], bool]:
     if path_or_model is None:
         return lambda _: True
     if isinstance(path_or_model, (str, bytes, os.PathLike)):

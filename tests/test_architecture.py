@@ -27,8 +27,8 @@ LAYERS = (
     ("workers",),
     ("catalog", "loading", "saving", "uploads"),
     (
-        *("validation", "existing", "opening", "ranks", "reachable", "registry", "preemption", "process_end"),
-        *("checkpointer", "api", "release"),
+        *("validation", "existing", "opening", "ranks", "reachable", "saver", "registry"),
+        *("preemption", "process_end", "checkpointer", "api", "release"),
     ),
     ("cli", "integrations"),
 )

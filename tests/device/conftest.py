@@ -23,7 +23,8 @@ import pytest
 import torch
 
 import gockpt
-from gockpt import checkpointer, registry
+from gockpt import registry
+from gockpt import saver as saver_module
 from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.kernels.gradient16_launch import layout_of
 from gockpt.kernels.gradient16_numba import narrow, quantise
@@ -571,7 +572,7 @@ def devices(fakes, monkeypatch):
             self.made.clear()
 
     found = Devices()
-    monkeypatch.setattr(checkpointer, "Engine", functools.partial(Engine, devices=found))
+    monkeypatch.setattr(saver_module, "Engine", functools.partial(Engine, devices=found))
     yield found
     found.gate.set()
     for saver in list(registry.opened):
