@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gockpt.staging.gradient_ring import Ring
     from gockpt.staging.host_stager import Transfer
     from gockpt.state.live_state import LiveState
-    from gockpt.workers.executor import Work
+    from gockpt.workers.job_client import JobClient
 
 __all__ = ["Attempt"]
 
@@ -74,7 +74,7 @@ class Attempt:
         transfer: Transfer,
         options: Options,
         racing: frozenset[Name] | None,
-        job: Work,
+        job: JobClient,
         trace: Trace,
         road: Road | None = None,
     ) -> None:

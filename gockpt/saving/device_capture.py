@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from gockpt.staging.gradient_ring import Ring
     from gockpt.staging.in_flight import Consignment
     from gockpt.state.live_state import LiveState
-    from gockpt.workers.executor import Work
+    from gockpt.workers.job_client import JobClient
 
 __all__ = ["Aboard"]
 
@@ -59,7 +59,7 @@ class Aboard:
         arena: Arena,
         ring: Ring,
         ring_arena: Arena,
-        job: Work,
+        job: JobClient,
         trace: Trace,
         full: bool,
         grad_dtype: str | None,

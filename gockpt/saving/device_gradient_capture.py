@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gockpt.saving.write_items import Piece, Unit
     from gockpt.staging.copy_batches import Shipment
     from gockpt.staging.gradient_ring import Ring
-    from gockpt.workers.executor import Work
+    from gockpt.workers.job_client import JobClient
 
 __all__ = ["GatheringAboard"]
 
@@ -51,7 +51,7 @@ class GatheringAboard:
         following: Following,
         *,
         ring: Ring,
-        job: Work,
+        job: JobClient,
         arrived: Callable[[], None],
         full: bool,
         grad_dtype: str | None,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gockpt.staging.arena import Arena
     from gockpt.staging.gradient_ring import Ring
     from gockpt.state.live_state import LiveState
-    from gockpt.workers.executor import Work
+    from gockpt.workers.job_client import JobClient
 
 __all__ = ["INSIDE", "Gathering", "bar", "make_late"]
 
@@ -40,14 +40,14 @@ RING_PATIENCE = 30.0
 """Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
 
 
-def make_late(piece: Piece, why: str, job: Work) -> None:
+def make_late(piece: Piece, why: str, job: JobClient) -> None:
     """Let a piece leave at the closing tick, whatever was planned; what was sent of it is forgotten."""
     if piece.late is None:
         piece.late = why
         job.discard([piece.index])
 
 
-def bar(unit: Unit, why: str, job: Work) -> None:
+def bar(unit: Unit, why: str, job: JobClient) -> None:
     """Let all of a unit leave at the closing tick, from now on."""
     unit.barred = why
     for piece in unit.pieces:
@@ -61,7 +61,7 @@ class Gathering:
         samples_end: Where, in the ring's arena, live values of probes that were copied end.
     """
 
-    def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: Work, grad_dtype: str | None) -> None:
+    def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: JobClient, grad_dtype: str | None) -> None:
         """Gather for the pieces of ``cut``.
 
         Args:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from gockpt.staging.arena import Arena
     from gockpt.staging.host_stager import Transfer
     from gockpt.state.live_state import LiveState
-    from gockpt.workers.executor import Background, Work
-    from gockpt.workers.save_job import Outcome
+    from gockpt.workers.executor import Background
+    from gockpt.workers.job_client import JobClient, Outcome
 
 __all__ = ["Memory"]
 
@@ -154,7 +154,7 @@ class Memory:
         outcome: Outcome,
         trace: Trace,
         afresh: bool,
-    ) -> tuple[Attempt, Work]:
+    ) -> tuple[Attempt, JobClient]:
         """Set up one attempt and its background job; ``afresh`` if nothing that was added is needed any more.
 
         Raises:

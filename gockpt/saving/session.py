@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from gockpt.staging.host_stager import Transfer
     from gockpt.state.live_state import LiveState
     from gockpt.storage.local.transaction import Published
-    from gockpt.workers.executor import Background, Work
+    from gockpt.workers.executor import Background
+    from gockpt.workers.job_client import JobClient
 
     Distrust = tuple[frozenset[str], frozenset[Name], str]
 
@@ -83,7 +84,7 @@ class Save:
     ) -> None:
         self.state = State.IDLE
         self.attempt: Attempt | None = None
-        self.job: Work | None = None
+        self.job: JobClient | None = None
         self.handle: SaveHandle | None = None
         self.error: BaseException | None = None
         self.trace = Trace()
@@ -425,7 +426,7 @@ class Save:
         if self.handle is not None:
             self.handle.events.append(event)
 
-    def _started(self) -> tuple[Attempt, Work, SaveHandle]:
+    def _started(self) -> tuple[Attempt, JobClient, SaveHandle]:
         if self.attempt is None or self.job is None or self.handle is None:
             msg = "no save is under way"
             raise WorkerError(msg)
@@ -511,7 +512,7 @@ class Save:
 
     # -- outcomes, on worker threads ---------------------------------------------------------
 
-    def published(self, job: Work, result: Published) -> None:
+    def published(self, job: JobClient, result: Published) -> None:
         """The checkpoint is durable: resolve the handle, and prune what is too old."""
         defect = None
         try:
@@ -548,7 +549,7 @@ class Save:
             )
         self._told_of_nonfinite = not saved.nonfinite.finite
 
-    def mismatched(self, job: Work, pieces: Sequence[int]) -> None:
+    def mismatched(self, job: JobClient, pieces: Sequence[int]) -> None:
         """A replay did not arrive at the live state: distrust it and wait for the next tick."""
         with self._lock:
             if job is not self.job:
@@ -561,13 +562,13 @@ class Save:
                 why += ", or no probe saw what rounding did"
             self._run(Event.MISMATCHED, (names, frozenset[Name](), why))
 
-    def failed(self, job: Work, error: BaseException) -> None:
+    def failed(self, job: JobClient, error: BaseException) -> None:
         """The background failed: the handle and the next call say so."""
         with self._lock:
             if job is self.job and self.state is not State.IDLE:
                 self.fail(error, Event.FAILED)
 
-    def _saved(self, handle: SaveHandle, attempt: Attempt, job: Work, result: Published) -> Saved:
+    def _saved(self, handle: SaveHandle, attempt: Attempt, job: JobClient, result: Published) -> Saved:
         trace = self.trace
         return Saved(
             step=result.step,

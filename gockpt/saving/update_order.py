@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gockpt.staging.arena import Arena
     from gockpt.staging.gradient_ring import Ring
     from gockpt.staging.in_flight import Consignment
-    from gockpt.workers.executor import Work
+    from gockpt.workers.job_client import JobClient
 
     Row = tuple[float, ...]
 
@@ -188,7 +188,7 @@ class Following:
         error: Why something did not arrive at all; ``None`` if all has, or still may.
     """
 
-    def __init__(self, ring: Ring, arena: Arena, job: Work) -> None:
+    def __init__(self, ring: Ring, arena: Arena, job: JobClient) -> None:
         """Follow pieces.
 
         Args:

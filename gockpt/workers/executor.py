@@ -3,95 +3,39 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, Unpack
 
 from gockpt.errors import GockptError
 from gockpt.staging.arena import Arena
+from gockpt.workers.job_client import JobClient
 from gockpt.workers.save_job import Job
 from gockpt.workers.thread_pool import Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from gockpt.core.descriptors import Capture, Gradient, ReplayPiece
-    from gockpt.core.exactness import Deviation
-    from gockpt.core.nonfinite import NonFinite
-    from gockpt.core.timeline import Trace
     from gockpt.options import Options
-    from gockpt.staging.gradient_ring import Ring
     from gockpt.storage.local.store import Store
-    from gockpt.workers.save_job import Outcome
+    from gockpt.workers.job_client import JobParts
 
-__all__ = ["Background", "InThreads", "Work"]
+__all__ = ["Background", "InThreads"]
 
 _log = logging.getLogger("gockpt")
 
-W = TypeVar("W", bound="Work")
+J = TypeVar("J", bound=JobClient)
 
 
-class Work(Protocol):
-    """The background half of one attempt, as the training side sees it: :class:`gockpt.workers.save_job.Job`.
-
-    Attributes:
-        total_bytes: Bytes to be written, once it is closed.
-        written_bytes: Bytes written so far.
-        deviation: Once it is published: how far that is from exact; ``None`` if it is.
-        nonfinite: Once it is published: the NaN and Inf in it.
-    """
-
-    total_bytes: int
-    written_bytes: int
-    deviation: Deviation | None
-    nonfinite: NonFinite
-
-    def gradients(self, gradients: Iterable[Gradient]) -> None:
-        """Queue one update's gradients for replay, in the order of updates."""
-
-    def hurry(self, *, on: bool) -> None:
-        """Replay what is pending without gathering more, while the ring is full."""
-
-    def discard(self, pieces: Iterable[int]) -> None:
-        """Forget these pieces' replay and return when nothing touches their memory any more."""
-
-    def close(self, capture: Capture, arenas: tuple[Arena, ...], taken: Callable[[], None]) -> None:
-        """All has arrived: finish, write, commit. ``taken`` is called once that no longer depends on us.
-
-        One that has failed meanwhile takes no notice: its outcome is on the way.
-        """
-
-    def abort(self) -> None:
-        """Give up. Returns when no task touches the arenas any more; the partial is removed."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether the capture was handed over."""
-
-    @property
-    def replaying(self) -> bool:
-        """Whether ring room will be freed."""
-
-
-class Background(Protocol[W]):
+class Background(Protocol[J]):
     """Takes the background halves of attempts, one after the other."""
 
     def arena(self, nbytes: int) -> Arena:
         """Return memory that it can work on."""
 
-    def job(
-        self,
-        *,
-        arenas: tuple[Arena, ...],
-        pieces: Iterable[ReplayPiece],
-        ring: Ring,
-        outcome: Outcome,
-        trace: Trace,
-    ) -> W:
+    def job(self, **parts: Unpack[JobParts]) -> J:
         """Return the background half of an attempt, which :meth:`serve` starts."""
 
-    def serve(self, job: W) -> None:
+    def serve(self, job: J) -> None:
         """Work on a job behind the caller until it ends."""
 
-    def boost(self, job: W) -> None:
+    def boost(self, job: J) -> None:
         """Add a thread of normal priority."""
 
     def prune(self) -> None:
@@ -116,17 +60,9 @@ class InThreads:
         """Return memory of this process."""
         return Arena(nbytes)
 
-    def job(
-        self,
-        *,
-        arenas: tuple[Arena, ...],
-        pieces: Iterable[ReplayPiece],
-        ring: Ring,
-        outcome: Outcome,
-        trace: Trace,
-    ) -> Job:
+    def job(self, **parts: Unpack[JobParts]) -> Job:
         """Return a job that writes into the store."""
-        return Job(arenas=arenas, pieces=pieces, ring=ring, store=self._store, outcome=outcome, trace=trace)
+        return Job(store=self._store, **parts)
 
     def serve(self, job: Job) -> None:
         """Start the threads that work on it."""

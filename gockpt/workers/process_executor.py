@@ -9,7 +9,7 @@ import threading
 import weakref
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from gockpt.errors import OptionsError, WorkerError
 from gockpt.kernels import mkl_sqrt
@@ -20,14 +20,11 @@ from gockpt.workers.process_handle import WorkerProcess
 from gockpt.workers.process_job import RemoteJob
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from gockpt.core.descriptors import ReplayPiece
-    from gockpt.core.timeline import Trace
     from gockpt.options import Options
-    from gockpt.staging.gradient_ring import Ring
     from gockpt.storage.local.store import Follow
-    from gockpt.workers.save_job import Outcome
+    from gockpt.workers.job_client import JobParts
 
 __all__ = ["InProcess"]
 
@@ -75,30 +72,14 @@ class InProcess:
             self._numbers[arena] = self._last_number
         return arena
 
-    def job(
-        self,
-        *,
-        arenas: tuple[Arena, ...],
-        pieces: Iterable[ReplayPiece],
-        ring: Ring,
-        outcome: Outcome,
-        trace: Trace,
-    ) -> RemoteJob:
+    def job(self, **parts: Unpack[JobParts]) -> RemoteJob:
         """Return a job for the worker; a new worker if there is none any more."""
         with self._lock:
             if self._worker.error is not None:
                 # Not ended by end(): that waits for outcomes, which wait for the lock of whoever calls this.
                 self._worker = self._start()
             self._jobs += 1
-            return RemoteJob(
-                self._worker,
-                self._jobs,
-                arenas=arenas,
-                pieces=pieces,
-                ring=ring,
-                outcome=outcome,
-                trace=trace,
-            )
+            return RemoteJob(self._worker, self._jobs, **parts)
 
     def serve(self, job: RemoteJob) -> None:
         """Let the worker start on it."""

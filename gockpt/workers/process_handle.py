@@ -16,7 +16,7 @@ import weakref
 from contextlib import suppress
 from functools import cache
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gockpt import errors
 from gockpt.deferred_signals import let_through
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     from gockpt.core.descriptors import Capture
     from gockpt.staging.arena import Arena
-    from gockpt.workers.process_job import RemoteJob
 
-__all__ = ["WorkerProcess"]
+__all__ = ["WorkerProcess", "error_of"]
 
 _log = logging.getLogger("gockpt")
 
@@ -46,6 +45,25 @@ _LOOK = 0.1
 
 _LAST_MOMENTS = 10.0
 """Seconds after which a process that was killed is not waited for any more: its disk doesn't answer."""
+
+
+class Listener(Protocol):
+    """A job whose messages arrive on the connection's thread: :class:`gockpt.workers.process_job.RemoteJob`.
+
+    Attributes:
+        number: The job's number.
+    """
+
+    number: int
+
+    def hear(self, message: Any) -> None:
+        """Take a message about the job."""
+
+    def failed(self, error: BaseException) -> None:
+        """Take that the process has ended."""
+
+    def join(self) -> None:
+        """Wait until all was reported."""
 
 
 class WorkerProcess:
@@ -68,7 +86,7 @@ class WorkerProcess:
         self._numbers = numbers
         self._on_published = on_published
         self._lock = threading.Lock()
-        self._jobs: dict[int, RemoteJob] = {}
+        self._jobs: dict[int, Listener] = {}
         self._given: set[int] = set()
         self._replies: dict[int, threading.Event] = {}
         self._asked = 0
@@ -118,7 +136,7 @@ class WorkerProcess:
                 self.post(notices.GiveArena(number, arena.nbytes, tuple(self._numbers.values())), arena)
         return tuple(found)
 
-    def expect(self, job: RemoteJob) -> None:
+    def expect(self, job: Listener) -> None:
         """Hand on what it tells of a job."""
         with self._lock:
             self._jobs[job.number] = job
@@ -130,7 +148,7 @@ class WorkerProcess:
         """Hand a capture over."""
         self.post(notices.Close(number, self.give(arenas), verified.known(), capture))
 
-    def forget(self, job: RemoteJob) -> None:
+    def forget(self, job: Listener) -> None:
         """There is nothing more to be heard of a job."""
         with self._lock:
             self._jobs.pop(job.number, None)
@@ -191,7 +209,7 @@ class WorkerProcess:
             case notices.Opened():
                 self._opened.set()
             case notices.Refused():
-                self.error = _error(message.kind, message.text)
+                self.error = error_of(message.kind, message.text)
             case notices.Done():
                 with self._lock:
                     answered = self._replies.pop(message.reply, None)
@@ -207,7 +225,7 @@ class WorkerProcess:
                 with self._lock:
                     job = self._jobs.get(message.job)
                 if job is not None:
-                    _tell(job, message)
+                    job.hear(message)
 
     def _finish(self, why: BaseException | None) -> None:
         """It has ended, or must: nobody waits for it any more."""
@@ -279,26 +297,7 @@ class WorkerProcess:
                 os.close(self._pidfd)
 
 
-def _tell(job: RemoteJob, message: Any) -> None:
-    match message:
-        case notices.Freed():
-            job.freed(message.offsets)
-        case notices.Spans():
-            job.saw(message.written, message.spans)
-        case notices.Taken():
-            job.taken()
-        case notices.Publication():
-            job.published(message.published, message.deviation, message.nonfinite)
-        case notices.Mismatched():
-            job.mismatched(message.pieces)
-        case notices.Failed():
-            error = _error(message.kind, message.text)
-            for note in message.notes:
-                error.add_note(note)
-            job.failed(error)
-
-
-def _error(kind: str, text: str) -> GockptError:
+def error_of(kind: str, text: str) -> GockptError:
     """Return an error of the worker's as this process would have made it."""
     found: type[GockptError] = getattr(errors, kind) if kind in errors.__all__ else WorkerError
     return found(text)

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import threading
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
-from gockpt.core.nonfinite import NonFinite
-from gockpt.errors import WorkerError, as_background_error
+from gockpt.errors import as_background_error
 from gockpt.workers import notices
+from gockpt.workers.job_client import JobClient
+from gockpt.workers.process_handle import error_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gockpt.core.descriptors import Capture, Gradient, ReplayPiece
-    from gockpt.core.exactness import Deviation
-    from gockpt.core.timeline import Trace
-    from gockpt.staging.arena import Arena
-    from gockpt.staging.gradient_ring import Ring
-    from gockpt.storage.local.transaction import Published
+    from gockpt.workers.job_client import JobParts
     from gockpt.workers.process_handle import WorkerProcess
-    from gockpt.workers.save_job import Outcome
 
 __all__ = ["RemoteJob"]
 
 
-class RemoteJob:
+class RemoteJob(JobClient):
     """Does for a worker process what :class:`gockpt.workers.save_job.Job` does for threads.
 
     The training side calls it under the engine's lock; what the worker tells arrives on the connection's
@@ -33,34 +29,15 @@ class RemoteJob:
     told that the capture is taken may wait for the outcome.
     """
 
-    def __init__(
-        self,
-        worker: WorkerProcess,
-        number: int,
-        *,
-        arenas: tuple[Arena, ...],
-        pieces: Iterable[ReplayPiece],
-        ring: Ring,
-        outcome: Outcome,
-        trace: Trace,
-    ) -> None:
+    def __init__(self, worker: WorkerProcess, number: int, **parts: Unpack[JobParts]) -> None:
+        self._pieces: dict[int, ReplayPiece] = {p.index: p for p in parts["pieces"]}
+        # Its arenas are kept until it has ended: an arena that nobody has here is nobody's anywhere.
+        super().__init__(threading.Lock(), **parts)
         self.number = number
-        self.total_bytes = 0
-        self.written_bytes = 0
-        self.deviation: Deviation | None = None
-        self.nonfinite = NonFinite()
         self._worker = worker
-        self._arenas = arenas  # kept until it has ended: an arena that nobody has here is nobody's anywhere
-        self._pieces = {p.index: p for p in pieces}
-        self._ring = ring
-        self._outcome = outcome
-        self._trace = trace
-        self._lock = threading.Lock()
         self._under_way: set[int] = set()
         self._touched: set[int] = set()
         self._taken: Callable[[], None] | None = None
-        self._closed = False
-        self._ended = False
         self._reports: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._report, name=f"gockpt-worker-outcome-{n}", daemon=True)
@@ -84,23 +61,10 @@ class RemoteJob:
         """Add a thread of normal priority."""
         self._worker.post(notices.Boost(self.number))
 
-    def gradients(self, gradients: Iterable[Gradient]) -> None:
-        """Queue one update's gradients for replay, in the order of updates."""
-        chosen = tuple(gradients)
-        with self._lock:
-            unknown = [g for g in chosen if g.piece not in self._pieces]
-            if not self._ended and not unknown:
-                self._under_way.update(g.offset for g in chosen)
-                self._touched.update(g.piece for g in chosen)
-                # Posted under the lock: updates must not overtake each other.
-                self._worker.post(notices.Gradients(self.number, chosen))
-                return
-            ended = self._ended
-        for gradient in chosen:
-            self._ring.free(gradient.offset)
-        if not ended:
-            msg = f"a gradient came for piece {unknown[0].piece}, which is not replayed"
-            raise WorkerError(msg)
+    def _queue(self, gradients: tuple[Gradient, ...]) -> None:
+        self._under_way.update(g.offset for g in gradients)
+        self._touched.update(g.piece for g in gradients)
+        self._worker.post(notices.Gradients(self.number, gradients))
 
     def hurry(self, *, on: bool) -> None:
         """Replay what is pending without gathering more, while the ring is full."""
@@ -120,23 +84,9 @@ class RemoteJob:
         else:
             self._worker.post(notices.Discard(self.number, chosen, 0))
 
-    def close(self, capture: Capture, arenas: tuple[Arena, ...], taken: Callable[[], None]) -> None:
-        """All has arrived: finish the replay, prove it, write, commit.
-
-        ``taken`` is called once the worker has all that it takes to do so alone.
-        """
-        with self._lock:
-            if self._ended:  # it has failed meanwhile, and its outcome is on the way
-                self._closed = True
-                return
-            if capture.proofs.keys() != self._pieces.keys():
-                msg = "what is to be proven is not what is replayed"
-                raise WorkerError(msg)
-            self._closed = True
-            self._taken = taken
-            self._arenas = arenas
-        self.total_bytes = sum(slot.nbytes for place in capture.arrays for slot in place.layout.slots)
-        self._worker.close_job(self.number, capture, arenas)
+    def _accept(self, capture: Capture, taken: Callable[[], None]) -> Callable[[], None]:
+        self._taken, arenas = taken, self._arenas
+        return lambda: self._worker.close_job(self.number, capture, arenas)
 
     def abort(self) -> None:
         """Give up. Returns when no task touches the arenas any more; the partial is removed."""
@@ -146,11 +96,6 @@ class RemoteJob:
             self._worker.ask(lambda reply: notices.Abort(self.number, reply))
             self._no_more()
         self._let_go()
-
-    @property
-    def closed(self) -> bool:
-        """Whether the capture was handed over."""
-        return self._closed
 
     @property
     def replaying(self) -> bool:
@@ -165,7 +110,31 @@ class RemoteJob:
 
     # -- what the worker tells ---------------------------------------------------------------
 
-    def freed(self, offsets: Iterable[int]) -> None:
+    def hear(self, message: Any) -> None:
+        """Take what the worker tells of this job."""
+        match message:
+            case notices.Freed():
+                self._freed(message.offsets)
+            case notices.Spans():
+                self.written_bytes = max(self.written_bytes, message.written)
+                for lane, start, end in message.spans:
+                    self._trace.span(lane, start, end)
+            case notices.Taken():
+                self._report_taken()
+            case notices.Publication():
+                self.deviation, self.nonfinite = message.deviation, message.nonfinite
+                self.written_bytes = self.total_bytes
+                self._report_taken()
+                self._end(lambda: self._outcome.published(self, message.published))
+            case notices.Mismatched():
+                self._end(lambda: self._outcome.mismatched(self, message.pieces))
+            case notices.Failed():
+                error = error_of(message.kind, message.text)
+                for note in message.notes:
+                    error.add_note(note)
+                self.failed(error)
+
+    def _freed(self, offsets: Iterable[int]) -> None:
         """Replay has consumed the gradients that stand there."""
         for offset in offsets:
             with self._lock:
@@ -174,28 +143,11 @@ class RemoteJob:
             if known:
                 self._ring.free(offset)
 
-    def saw(self, written: int, spans: Iterable[tuple[str, float, float]]) -> None:
-        """Something was done."""
-        self.written_bytes = max(self.written_bytes, written)
-        for lane, start, end in spans:
-            self._trace.span(lane, start, end)
-
-    def taken(self) -> None:
+    def _report_taken(self) -> None:
         """The capture does not depend on this process any more."""
         taken, self._taken = self._taken, None
         if taken is not None:
             self._reports.put(taken)
-
-    def published(self, result: Published, deviation: Deviation | None, nonfinite: NonFinite) -> None:
-        """The checkpoint is durable."""
-        self.deviation, self.nonfinite = deviation, nonfinite
-        self.written_bytes = self.total_bytes
-        self.taken()
-        self._end(lambda: self._outcome.published(self, result))
-
-    def mismatched(self, pieces: tuple[int, ...]) -> None:
-        """Nothing was published."""
-        self._end(lambda: self._outcome.mismatched(self, pieces))
 
     def failed(self, error: BaseException) -> None:
         """The worker says so, or it has ended."""

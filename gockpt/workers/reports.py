@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gockpt.storage.local.transaction import Published
-    from gockpt.workers.executor import Work
+    from gockpt.workers.job_client import JobClient
     from gockpt.workers.save_job import Job
     from gockpt.workers.send_queue import Outbox
 
@@ -90,7 +90,7 @@ class Told:
         self._outbox = outbox
         self._prune = prune
 
-    def published(self, job: Work, result: Published) -> None:
+    def published(self, job: JobClient, result: Published) -> None:
         """The checkpoint is durable: prune here, since the trainer may be gone."""
         defect = ""
         try:
@@ -100,11 +100,11 @@ class Told:
             defect = f"{type(error).__name__}: {error}"
         self._tell(notices.Publication(self._number, result, defect, job.deviation, job.nonfinite))
 
-    def mismatched(self, job: Work, pieces: Sequence[int]) -> None:  # noqa: ARG002
+    def mismatched(self, job: JobClient, pieces: Sequence[int]) -> None:  # noqa: ARG002
         """Nothing was published."""
         self._tell(notices.Mismatched(self._number, tuple(pieces)))
 
-    def failed(self, job: Work, error: BaseException) -> None:  # noqa: ARG002
+    def failed(self, job: JobClient, error: BaseException) -> None:  # noqa: ARG002
         """Nothing was published."""
         self._tell(failure(self._number, error))
 

@@ -11,36 +11,28 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import compress
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from gockpt.core.nonfinite import NonFinite, attributes_with
 from gockpt.errors import WorkerError, as_background_error
-from gockpt.kernels import replay
-from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.replay.gradient_encoding import empty, seal
 from gockpt.replay.rounding_error import Findings
-from gockpt.replay.rounding_probes import Probes
-from gockpt.replay.tiled import replay_encoded
+from gockpt.workers.job_client import JobClient
 from gockpt.workers.nonfinite_counts import Counter
+from gockpt.workers.piece_replay import PieceReplay
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gockpt.core.arena_layout import Slot
-    from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
-    from gockpt.core.exactness import Deviation
-    from gockpt.replay.rounding_error import Sums
-    from gockpt.staging.arena import Arena
+    from gockpt.core.descriptors import ArrayPlace, Capture, Gradient
     from gockpt.storage.local.store import Store
-    from gockpt.storage.local.transaction import Published, Transaction
-    from gockpt.workers.executor import Work
+    from gockpt.storage.local.transaction import Transaction
+    from gockpt.workers.job_client import JobParts
 
-__all__ = ["Job", "Outcome"]
+__all__ = ["Job"]
 
 _log = logging.getLogger("gockpt")
 
@@ -56,72 +48,21 @@ BATCH = 2
 """Gradients of one piece that are replayed in one pass while the window is open."""
 
 
-class Outcome(Protocol):
-    """What a job reports; called on a worker thread, at most one of the three, once."""
-
-    def published(self, job: Work, result: Published) -> None:
-        """The checkpoint is durable."""
-
-    def mismatched(self, job: Work, pieces: Sequence[int]) -> None:
-        """Replayed pieces differ from the live state; nothing was published."""
-
-    def failed(self, job: Work, error: BaseException) -> None:
-        """The background failed; nothing was published."""
-
-
-class Room(Protocol):
-    """Where gradients come from: :class:`gockpt.staging.gradient_ring.Ring`."""
-
-    def free(self, offset: int) -> None:
-        """Give a block back."""
-
-
-class Lanes(Protocol):
-    """What keeps a record: :class:`gockpt.core.timeline.Trace`."""
-
-    def span(self, lane: str, start: float, end: float) -> None:
-        """Record a span given in ``perf_counter`` seconds."""
-
-
 Report = Callable[[], None]
 Task = Callable[[], Report | None]
 
 
-@dataclass(slots=True)
-class _Piece:
-    piece: ReplayPiece
-    pending: list[Gradient] = field(default_factory=list)
-    busy: bool = False
-    proven: bool = False
-    probes: Probes | None = None
-    gradients: int = 0
-    last: int = 0
-    intact: bool = True
+class Job(JobClient):
+    """The background half of one attempt of one save, on threads that call :meth:`take`."""
 
-
-class Job:
-    """The background half of one attempt of one save."""
-
-    def __init__(
-        self,
-        *,
-        arenas: tuple[Arena, ...],
-        pieces: Iterable[ReplayPiece],
-        ring: Room,
-        store: Store,
-        outcome: Outcome,
-        trace: Lanes,
-    ) -> None:
-        self._arenas = arenas
-        self._pieces = {p.index: _Piece(p) for p in pieces}
-        self._ring = ring
-        self._store = store
-        self._outcome = outcome
-        self._trace = trace
+    def __init__(self, *, store: Store, **parts: Unpack[JobParts]) -> None:
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         # Writers wait apart: waking them all whenever a small chunk is done would cost more than the chunk.
         self._large = threading.Condition(lock)
+        self._pieces: dict[int, PieceReplay] = {p.index: PieceReplay(p) for p in parts["pieces"]}
+        super().__init__(self._changed, **parts)
+        self._store = store
         self._capture: Capture | None = None
         self._transaction: Transaction | None = None
         self._chunks: list[tuple[ArrayPlace, Slot]] = []
@@ -132,31 +73,16 @@ class Job:
         self._running = 0
         self._documents_taken = False
         self._commit_taken = False
-        self._ended = False
         self._hurry = False
-        self.total_bytes = 0
-        self.written_bytes = 0
-        self.deviation: Deviation | None = None
-        self.nonfinite = NonFinite()
         self._counter = Counter()
         self._attributes: dict[str, Any] = {}
 
     # -- the training side -------------------------------------------------------------------
 
-    def gradients(self, gradients: Iterable[Gradient]) -> None:
-        """Queue one update's gradients for replay, in the order of updates."""
-        with self._changed:
-            for gradient in gradients:
-                state = self._pieces.get(gradient.piece)
-                if state is None:
-                    self._ring.free(gradient.offset)
-                    # A job that failed has forgotten them; the training side has yet to hear of it.
-                    if not self._ended:
-                        msg = f"a gradient came for piece {gradient.piece}, which is not replayed"
-                        raise WorkerError(msg)
-                else:
-                    state.pending.append(gradient)
-            self._changed.notify_all()
+    def _queue(self, gradients: tuple[Gradient, ...]) -> None:
+        for gradient in gradients:
+            self._pieces[gradient.piece].pending.append(gradient)
+        self._changed.notify_all()
 
     def hurry(self, *, on: bool) -> None:
         """Replay what is pending without gathering more, while the ring is full."""
@@ -177,40 +103,22 @@ class Job:
                     self._ring.free(gradient.offset)
                 del self._pieces[index]
 
-    def close(
-        self, capture: Capture, arenas: tuple[Arena, ...], taken: Callable[[], None] = lambda: None
-    ) -> None:
-        """All has arrived: finish the replay, prove it, write, commit.
-
-        Args:
-            capture: The checkpoint.
-            arenas: State arena, ring arena, and the arena of what the closing tick added.
-            taken: Called once nothing but this process is needed any more: at once, unless it has failed.
-        """
-        with self._changed:
-            if self._ended:  # it has failed meanwhile, and its outcome is on the way
-                self._capture = capture
-                return
-            if capture.proofs.keys() != self._pieces.keys():
-                msg = "what is to be proven is not what is replayed"
-                raise WorkerError(msg)
-            self._arenas = arenas
-            owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
-            for index, state in self._pieces.items():
-                for stretch in state.piece.stretches:
-                    owners[stretch.name].add(index)
-            self._waiting = owners
-            self._unproven = len(self._pieces)
-            chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
-            # By size, so that the largest go first on one side and the smallest on the other.
-            self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes)
-            self.total_bytes = sum(slot.nbytes for _, slot in self._chunks)
-            self._capture = capture
-            self._notify_all()
-        taken()
+    def _accept(self, capture: Capture, taken: Callable[[], None]) -> Callable[[], None]:
+        owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        for index, state in self._pieces.items():
+            for stretch in state.piece.stretches:
+                owners[stretch.name].add(index)
+        self._waiting = owners
+        self._unproven = len(self._pieces)
+        chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
+        # By size, so that the largest go first on one side and the smallest on the other.
+        self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes)
+        self._capture = capture
+        self._notify_all()
+        return taken
 
     def abort(self) -> None:
-        """Give up. Returns when no task touches the arena any more; the partial is removed."""
+        """Give up. Returns when no task touches the arenas any more; the partial is removed."""
         with self._changed:
             self._ended = True
             self._notify_all()
@@ -225,11 +133,6 @@ class Job:
             transaction, self._transaction = self._transaction, None
         if transaction is not None:
             transaction.abort()
-
-    @property
-    def closed(self) -> bool:
-        """Whether the capture was handed over."""
-        return self._capture is not None
 
     @property
     def replaying(self) -> bool:
@@ -277,7 +180,8 @@ class Job:
         return self._next_chunk(reversed(range(len(self._chunks))), LARGE)
 
     def _next(self) -> Task | None:
-        closed = self._capture is not None
+        capture = self._capture
+        closed = capture is not None
         threshold = 1 if closed or self._hurry else BATCH
         # Looked through for each task, and so not any more when all are proven.
         for state in self._pieces.values() if self._unproven or not closed else ():
@@ -286,7 +190,7 @@ class Job:
             if closed or len(state.pending) >= threshold:
                 gradients, state.pending = state.pending, []
                 state.busy = True
-                return lambda: self._replay(state, gradients, prove=closed)
+                return lambda: self._replay(state, gradients, capture)
         if not closed or self._wrong:
             return self._end_wrong() if closed and not self._running else None
         # Whether it is exact is known once all is replayed, and the documents say it.
@@ -356,26 +260,15 @@ class Job:
             _log.warning("what a failed save had written could not be removed", exc_info=True)
         self._outcome.failed(self, as_background_error(error))
 
-    def _replay(self, state: _Piece, gradients: list[Gradient], *, prove: bool) -> Report | None:
-        piece = state.piece
+    def _replay(
+        self, state: PieceReplay, gradients: list[Gradient], capture: Capture | None
+    ) -> Report | None:
+        """Replay a piece's gradients; prove it as well if there was a capture when this was taken."""
         arena, ring = self._arenas[:2]
         began = perf_counter()
         try:
             if gradients:
-                views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in piece.stretches]
-                data = [ring.view(g.offset, g.nbytes) for g in gradients]
-                _unseal(state, gradients, data)
-                starts = next((g.probes for g in gradients if g.probes), ())
-                if starts and state.probes is None:
-                    state.probes = Probes(starts, views)
-                if state.probes is None and not _exact(state.piece, gradients, data):
-                    state.intact = False  # the one that says where its probes are is missing
-                elif state.probes is None and all(g.encoding is None for g in gradients):
-                    grads = [encoded.view(np.float32) for encoded in data]
-                    rows = [g.scalars for g in gradients]
-                    replay.run(piece.kernel, piece.flags, views[0], views[1:], grads, rows, tail=piece.tail)
-                else:
-                    replay_encoded(piece, views, gradients, data, state.probes)
+                state.run(arena, ring, gradients)
         except BaseException:
             with self._changed:
                 state.busy = False
@@ -384,48 +277,22 @@ class Job:
             for gradient in gradients:
                 self._ring.free(gradient.offset)
         self._trace.span("replay", began, perf_counter())
-        right = True
-        sums: list[tuple[Stretch, Sums]] = []
-        if prove and self._capture is not None:
-            expected = self._capture.proofs[piece.index]
-            got = tuple(
-                fingerprint(arena.view(s.offset, s.nbytes), s.itemsize, s.start) for s in piece.stretches
-            )
-            if got != expected:
-                wrong = [a != b for a, b in zip(got, expected, strict=True)]
-                found = self._measure(state, arena, ring, wrong)
-                right = found is not None
-                sums = list(compress(zip(piece.stretches, found or (), strict=False), wrong))
+        found = None if capture is None else state.prove(arena, ring, capture)
         with self._changed:
             state.busy = False
-            if prove:
+            if capture is not None:
                 state.proven = True
                 self._unproven -= 1
-                for stretch, measured in sums:
+                for stretch, measured in found or ():
                     self._findings.add(stretch.name, measured)
-                if not right:
-                    self._wrong.append(piece.index)
-                for stretch in piece.stretches:
-                    self._waiting[stretch.name].discard(piece.index)
+                if found is None:
+                    self._wrong.append(state.piece.index)
+                for stretch in state.piece.stretches:
+                    self._waiting[stretch.name].discard(state.piece.index)
                 if self._chunks and self._chunks[-1][1].nbytes >= LARGE:
                     self._large.notify_all()
             self._changed.notify_all()
         return None
-
-    def _measure(self, state: _Piece, arena: Arena, ring: Arena, wrong: Sequence[bool]) -> list[Sums] | None:
-        """Return how far a piece is off, with what arrays are ``wrong``; ``None`` if it must not be."""
-        sample = None if self._capture is None else self._capture.samples.get(state.piece.index)
-        if sample is None or state.probes is None:
-            return None
-        offset, posted = sample
-        # Rounding explains only what was made of the very gradients that were posted, of all of them.
-        if not state.intact or state.gradients != posted:
-            return None
-        live = ring.view(offset, state.probes.nbytes).view(np.float32)
-        views = [arena.view(s.offset, s.nbytes).view(np.float32) for s in state.piece.stretches]
-        found = state.probes.judge(views, live)
-        # Nor does it where no probe saw any.
-        return found if found is not None and state.probes.saw(found, wrong) else None
 
     def _end_wrong(self) -> Task | None:
         if self._commit_taken:
@@ -507,23 +374,6 @@ class Job:
             self._arenas = ()
             self._notify_all()
         return lambda: self._outcome.published(self, result)
-
-
-def _unseal(state: _Piece, gradients: list[Gradient], data: list[np.ndarray]) -> None:
-    """Count the gradients that are sealed, and note if one is not what was posted."""
-    for gradient, encoded in zip(gradients, data, strict=True):
-        if gradient.seal is not None:
-            state.gradients += 1
-            found = seal(state.piece.index, gradient.encoding, encoded, gradient.number, gradient.scalars)
-            state.intact &= found == gradient.seal and gradient.number > state.last
-            state.last = gradient.number
-
-
-def _exact(piece: ReplayPiece, gradients: list[Gradient], data: list[np.ndarray]) -> bool:
-    """Whether nothing of these gradients is rounded: they are as they were, or 0."""
-    count = piece.stretches[0].stop - piece.stretches[0].start
-    pairs = zip(gradients, data, strict=True)
-    return all(g.encoding is None or empty(g.encoding, encoded, count) for g, encoded in pairs)
 
 
 def _to_row_major(data: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from gockpt.replay.gradient_encoding import encode, seal
 from gockpt.replay.rounding_probes import choose, elements
 from gockpt.staging.arena import Arena
 from gockpt.staging.gradient_ring import Ring
+from gockpt.workers import piece_replay
 from gockpt.workers import save_job as job_module
 from gockpt.workers.save_job import Job
 from gockpt.workers.thread_pool import Pool
@@ -38,7 +39,7 @@ def plain_sgd(kernel, flags, p, states, grads, scalars, *, tail):
 
 @pytest.fixture
 def plain_kernel(monkeypatch):
-    monkeypatch.setattr(job_module.replay, "run", plain_sgd)
+    monkeypatch.setattr(piece_replay.replay, "run", plain_sgd)
 
 
 class Bench:
@@ -172,7 +173,7 @@ def test_what_is_written_is_the_live_state_after_all_updates(bench, threads, upd
 def test_any_pattern_of_updates_by_any_number_of_threads(doubles, pattern, threads):
     """Hypothesis: some pieces get no gradient in some updates (``grad is None``)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_module.replay, "run", plain_sgd)
+        patch.setattr(piece_replay.replay, "run", plain_sgd)
         made, pool = Bench(doubles), Pool(threads, 0)
         pool.serve(made.job)
         rng = np.random.default_rng(0)
@@ -412,7 +413,7 @@ def test_any_other_error_is_a_worker_error_with_its_cause(bench, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("in a kernel")
 
-    monkeypatch.setattr(job_module.replay, "run", broken)
+    monkeypatch.setattr(piece_replay.replay, "run", broken)
     made = bench(threads=2)
     made.update(np.random.default_rng(0))
     made.close()
@@ -481,7 +482,7 @@ def test_after_a_kernel_failed_in_the_window_the_training_side_is_never_stuck(be
     def broken(*_, **__):
         raise ZeroDivisionError("in a kernel")
 
-    monkeypatch.setattr(job_module.replay, "run", broken)
+    monkeypatch.setattr(piece_replay.replay, "run", broken)
     made = bench(threads=1, ring_gradients=40)
     rng = np.random.default_rng(0)
     made.update(rng)
@@ -507,7 +508,7 @@ def test_discard_waits_while_a_piece_is_replayed(bench, monkeypatch):
         plain_sgd(*args, **kwargs)
         left.set()
 
-    monkeypatch.setattr(job_module.replay, "run", slow)
+    monkeypatch.setattr(piece_replay.replay, "run", slow)
     made = bench(threads=1, ring_gradients=20)
     rng = np.random.default_rng(0)
     made.update(rng, made.pieces[:1])
@@ -529,7 +530,7 @@ def test_abort_returns_when_nothing_touches_the_arena_any_more(bench, monkeypatc
         assert go_on.wait(30)
         left.set()
 
-    monkeypatch.setattr(job_module.replay, "run", slow)
+    monkeypatch.setattr(piece_replay.replay, "run", slow)
     made = bench(threads=1, ring_gradients=20)
     rng = np.random.default_rng(0)
     made.update(rng)
@@ -552,7 +553,7 @@ def test_gradients_are_gathered_unless_the_ring_is_full(bench):
     passes = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            job_module.replay, "run", lambda *a, **k: (passes.append(len(a[4])), plain_sgd(*a, **k))
+            piece_replay.replay, "run", lambda *a, **k: (passes.append(len(a[4])), plain_sgd(*a, **k))
         )
         rng = np.random.default_rng(0)
         made.update(rng)
