@@ -1,1 +1,1 @@
-"""From a checkpoint to live modules, optimizers, random states and extras."""
+"""Loading: from a checkpoint to live modules, optimizers, random states and extras."""

@@ -1,1 +1,1 @@
-"""How a save is spread over its window: arithmetic over sizes and measured rates."""
+"""Arithmetic over sizes and measured rates: the window of a save, and the interval between saves."""

@@ -1,1 +1,1 @@
-"""What a training run holds: tensors, optimizer state, random states and extras, and how each is named."""
+"""State of a training run: tensors, optimizer state, random states and extras, and their names."""
