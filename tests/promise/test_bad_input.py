@@ -58,7 +58,11 @@ def test_a_model_that_is_none(run, model):
     run.check_nothing_lost()
 
 
-@pytest.mark.parametrize("optimizer", [3, "adam", [None], [object()], torch.optim.AdamW], ids=repr)
+@pytest.mark.parametrize(
+    "optimizer",
+    [3, "adam", [None], [object()], torch.optim.AdamW],
+    ids=["number", "text", "nothing in a list", "object in a list", "class"],
+)
 def test_an_optimizer_that_is_none(run, optimizer):
     with pytest.raises(gockpt.UsageError, match="optimizer"):
         gockpt.save_overlapped(run.model, optimizer, run.path, step=5)

@@ -119,7 +119,7 @@ def test_close_of_a_mapping():
     assert not registry.opened
 
 
-@pytest.mark.parametrize("wrong", [3, [3], b"x", "", object()], ids=repr)
+@pytest.mark.parametrize("wrong", [3, [3], b"x", "", object()], ids=lambda wrong: type(wrong).__name__)
 def test_close_of_what_is_neither(wrong):
     with pytest.raises(gockpt.UsageError):
         gockpt.close(wrong)

@@ -13,6 +13,9 @@ from gockpt.storage.paths import directory_to_save, local_path, located
 
 
 class OfBytes:
+    def __repr__(self):
+        return "OfBytes()"
+
     def __fspath__(self):
         return b"ckpts"
 
