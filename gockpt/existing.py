@@ -22,7 +22,7 @@ from gockpt.storage.read import find_objects
 from gockpt.uploads import store_at
 
 if TYPE_CHECKING:
-    from gockpt.core.runs import Run
+    from gockpt.core.runs import Claim, Run
     from gockpt.options import Options
     from gockpt.validation import Model
 
@@ -49,22 +49,14 @@ def permitted(path: str, model: Model, options: Options) -> Follow:
         msg = f"{path} is one checkpoint's own directory; pass the one above it, or another path"
         raise UsageError(msg)
     origin, run = origin_of(model), run_of(model)
-    loaded = None if origin is None else (origin.run, origin.seq)
     here = origin is not None and origin.path == path
     new_id = secrets.token_hex(16)
     newest = newest_in(path)
     if newest is None:
         home = origin is not None and origin.path in homes(path, options)
+        loaded = None if origin is None else (origin.run, origin.seq)
         return Follow(beginning(new_id=new_id, run=run, loaded=loaded, home=home), None, here)
-    found = claim(
-        (newest.run, newest.seq),
-        new_id=new_id,
-        run=run,
-        loaded=loaded,
-        here=here,
-        process=runs_of_process(),
-        anyway=options.existing == "continue",
-    )
+    found = _claimed(model, path, (newest.run, newest.seq), run, new_id, options)
     if found is None:
         expect_free(Filesystem(), path)
         raise ExistingCheckpoints(
@@ -84,22 +76,28 @@ def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
     manifest = find_objects.newest_manifest(store_at(url))
     if manifest is None:
         return
-    origin = origin_of(model)
-    here = origin is not None and origin.path == url.rstrip("/")
-    found = claim(
-        (manifest.run, manifest.seq),
-        new_id=run.id,
-        run=run,
-        loaded=None if origin is None else (origin.run, origin.seq),
-        here=here,
-        process=runs_of_process(),
-        anyway=options.existing == "continue",
-    )
+    found = _claimed(model, url.rstrip("/"), (manifest.run, manifest.seq), run, run.id, options)
     if found is None:
         load = f"gockpt.load({url!r}, ...)"
         raise ExistingCheckpoints(_refusal(url, manifest.step, manifest.run, "URL as Options(remote=)", load))
     if found.foreign:
         _log.warning("%s holds checkpoints of other runs, the newest of step %d", url, manifest.step)
+
+
+def _claimed(
+    model: Model, home: str, newest: tuple[str, int], run: Run | None, new_id: str, options: Options
+) -> Claim | None:
+    """Return as which run a model may be saved beside the newest (run, seq) of ``home``; else ``None``."""
+    origin = origin_of(model)
+    return claim(
+        newest,
+        new_id=new_id,
+        run=run,
+        loaded=None if origin is None else (origin.run, origin.seq),
+        here=origin is not None and origin.path == home,
+        process=runs_of_process(),
+        anyway=options.existing == "continue",
+    )
 
 
 def _refusal(where: str, step: int, run: str, other: str, load: str) -> str:

@@ -7,10 +7,9 @@ would save a part of it, or all ranks would want the same path.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from time import monotonic
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +17,13 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from gockpt.errors import UsageError
+from gockpt.once import warn_once
 from gockpt.state.naming import TRANSPARENT, models_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 __all__ = ["Bystander", "is_bystander"]
-
-_log = logging.getLogger("gockpt")
-
-_told: set[int] = set()
 
 _WAY_OUT = (
     "Wrap the model in DistributedDataParallel and make the call on every rank with the wrapped model: then "
@@ -51,13 +47,12 @@ def is_bystander(model: Any, optimizer: Any) -> bool:
         msg = f"the process group has {ranks} ranks, and {found}, which gockpt can't save yet. {_WAY_OUT}"
         raise UsageError(msg)
     rank = distributed.get_rank()
-    if os.getpid() not in _told:
-        _told.add(os.getpid())
-        _log.warning(
-            "rank 0 of %d saves the DistributedDataParallel model, with its own extras and random states; on "
-            "the other ranks save calls return None (this is rank %d; told once)",
-            *(ranks, rank),
-        )
+    warn_once(
+        "rank 0 saves",
+        "rank 0 of %d saves the DistributedDataParallel model, with its own extras and random states; on the "
+        "other ranks save calls return None (this is rank %d; told once)",
+        *(ranks, rank),
+    )
     return rank != 0
 
 
@@ -143,7 +138,7 @@ class Bystander:
         """Count a step."""
         del extra
         last, updates = self.counted
-        self.last_told = monotonic()
+        self.last_told = perf_counter()
         self.counted = (last + 1 if step is None else step, updates)
 
     def count_from(self, step: int, updates: int) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a model's state came from, and as which run it is saved, remembered beside the model."""
+"""The lineage of live models: the checkpoint that one was loaded from, and the run that it is saved as."""
 
 from __future__ import annotations
 
@@ -42,11 +42,7 @@ class Origin:
 
 def origin_of(model: Any) -> Origin | None:
     """Return what was last loaded into this very model; ``None`` if nothing was."""
-    for anchor in _anchors(model):
-        found = _origins.get(anchor)  # type: ignore[no-untyped-call]
-        if found is not None:
-            return cast("Origin", found)
-    return None
+    return cast("Origin | None", _noted(_origins, model))
 
 
 def remember(model: Any, origin: Origin) -> None:
@@ -58,11 +54,7 @@ def remember(model: Any, origin: Origin) -> None:
 
 def run_of(model: Any) -> Run | None:
     """Return as which run this very model was saved since it was loaded; ``None`` if it wasn't."""
-    for anchor in _anchors(model):
-        found = _saved.get(anchor)  # type: ignore[no-untyped-call]
-        if found is not None:
-            return cast("Run", found)
-    return None
+    return cast("Run | None", _noted(_saved, model))
 
 
 def note_run(model: Any, run: Run) -> None:
@@ -75,6 +67,12 @@ def note_run(model: Any, run: Run) -> None:
 def runs_of_process() -> dict[str, Run]:
     """Return the runs that this process has saved, by id; a forked child has none of its parent's."""
     return dict(_of_process.get(os.getpid(), {}))
+
+
+def _noted(table: WeakIdKeyDictionary, model: Any) -> object:
+    """Return what a table has for a model; ``None`` if it has nothing."""
+    entries = (table.get(anchor) for anchor in _anchors(model))  # type: ignore[no-untyped-call]
+    return next((entry for entry in entries if entry is not None), None)
 
 
 def _anchors(model: Any) -> list[Any]:
