@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gockpt import registry
 from gockpt.checkpointer import Checkpointer
-from gockpt.deferred_signals import deferred, uninterrupted
-from gockpt.errors import GockptError, SaveAborted, UploadError, UsageError
+from gockpt.deferred_signals import uninterrupted
+from gockpt.errors import SaveAborted, UploadError, UsageError
 from gockpt.saver import Saver
 from gockpt.storage.paths import directory_to_save
 from gockpt.validation import checked_options, model_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Mapping
 
     from gockpt.options import Options
     from gockpt.saver import Optimizers
@@ -83,8 +83,7 @@ def wait() -> None:
     Raises:
         SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
     """
-    savers = registry.open_here()
-    _each(savers, Saver.wait)
+    registry.each(registry.open_here(), Saver.wait)
 
 
 def finish(path_or_model: str | os.PathLike[str] | Model | None = None) -> SaveHandle | None:
@@ -109,47 +108,20 @@ def finish(path_or_model: str | os.PathLike[str] | Model | None = None) -> SaveH
     """
     savers = registry.open_here()
     if path_or_model is not None:
-        wanted = _matching(path_or_model)
+        chosen = registry.chosen_by(path_or_model)
         known = ", ".join(sorted({saver.path for saver in savers})) or "none"
-        savers = [saver for saver in savers if wanted(saver)]
+        savers = [saver for saver in savers if chosen(saver)]
         if not savers:
             msg = f"nothing is being saved for {_shown(path_or_model)}; this process saves into: {known}"
             raise UsageError(msg)
-    _each(savers, Saver.finish)
+    registry.each(savers, Saver.finish)
     latest = max(savers, key=lambda saver: saver.last_told, default=None)
     return None if latest is None else latest.handle
-
-
-def _matching(path_or_model: str | os.PathLike[str] | Model) -> Callable[[Saver], bool]:
-    if isinstance(path_or_model, (str, os.PathLike)):
-        path = directory_to_save(path_or_model)
-        return lambda saver: saver.path == path
-    ids = model_ids(path_or_model)
-    return lambda saver: saver.model_ids == ids
 
 
 def _shown(path_or_model: object) -> str:
     is_path = isinstance(path_or_model, (str, os.PathLike))
     return repr(path_or_model) if is_path else f"this {type(path_or_model).__name__}"
-
-
-def _each(savers: Iterable[Saver], finish: Callable[[Saver], object]) -> None:
-    """Finish all of them; raise the first error, the others added to it."""
-    first: GockptError | None = None
-    for saver in savers:
-        try:
-            finish(saver)
-        except GockptError as error:
-            if first is None:
-                first = error
-            else:
-                first.add_note(f"and, of {saver.path}: {error}")
-    with deferred(), registry.lock:
-        registry.close_orphans()
-        registry.close_leaving()
-    if first is not None:
-        raise first
-    registry.raise_failure()
 
 
 def _saver_for(

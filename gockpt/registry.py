@@ -13,22 +13,29 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gockpt.deferred_signals import deferred
 from gockpt.errors import GockptError, PathBusy, SaveAborted, UploadError
 from gockpt.reachable import in_use
 from gockpt.state.lineage import origin_of
-from gockpt.validation import model_ids
+from gockpt.storage.paths import directory_to_save
+from gockpt.validation import anchors, model_ids
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from gockpt.saver import Saver
 
 __all__ = [
     "Key",
     "by_call",
+    "chosen_by",
     "close_later",
     "close_leaving",
     "close_orphans",
+    "each",
     "expect_alone",
     "expect_not_taken",
+    "forget_call",
     "lock",
     "model_gone",
     "open_here",
@@ -85,9 +92,55 @@ def close_orphans() -> None:
             continue
         if not saver.model_is_gone:  # its close was interrupted: the next call still counts on from it
             continue
-        for key in [key for key, known in by_call.items() if known is saver]:
-            del by_call[key]
+        forget_call(saver)
         saver.forget_model()
+
+
+def forget_call(saver: Saver) -> list[Key]:
+    """Let no later ``save_overlapped`` go on with a checkpointer; return the keys that it was found by."""
+    keys = [key for key, known in by_call.items() if known is saver]
+    for key in keys:
+        del by_call[key]
+    return keys
+
+
+def each(savers: Iterable[Saver], do: Callable[[Saver], object]) -> None:
+    """Do something with each checkpointer, and close what can be closed without waiting.
+
+    Raises:
+        SaveError: The first error, after all were done; the others are notes of it.
+    """
+    first: GockptError | None = None
+    for saver in savers:
+        try:
+            do(saver)
+        except GockptError as error:
+            if first is None:
+                first = error
+            else:
+                first.add_note(f"and, of {saver.path}: {error}")
+    with deferred(), lock:
+        close_orphans()
+        close_leaving()
+    if first is not None:
+        raise first
+    raise_failure()
+
+
+def chosen_by(path_or_model: Any) -> Callable[[Saver], bool]:
+    """Return whether a checkpointer is that of a path, or of a model (or what it wraps); all are of ``None``.
+
+    Raises:
+        UsageError: If it is neither a path nor a model.
+    """
+    if path_or_model is None:
+        return lambda _: True
+    if isinstance(path_or_model, (str, bytes, os.PathLike)):
+        path = directory_to_save(path_or_model)
+        return lambda saver: saver.path == path
+    model_ids(path_or_model)  # refuses what is no model
+    wanted = anchors(path_or_model)
+    return lambda saver: bool(wanted & anchors(saver.model))
 
 
 def take_over(path: str, by: Saver, *, resumed: bool) -> None:
@@ -232,8 +285,7 @@ def close_leaving() -> None:
         if error is not None:
             _failures.append(error)
         _leaving.remove(saver)
-        for key in [key for key, known in by_call.items() if known is saver]:
-            del by_call[key]
+        for key in forget_call(saver):
             retired[key] = Retired(saver.counted)
             saver.when_model_goes(retired.pop, key, None)
         saver.forget_model()

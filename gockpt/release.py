@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gockpt import registry
 from gockpt.deferred_signals import uninterrupted
-from gockpt.errors import GockptError, SaveAborted
-from gockpt.storage.paths import directory_to_save
-from gockpt.validation import anchors, model_ids
+from gockpt.errors import SaveAborted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import os
 
     from gockpt.saver import Saver
     from gockpt.validation import Model
@@ -29,7 +26,7 @@ def close(path_or_model: str | os.PathLike[str] | Model | None = None) -> None:
 
     What was captured is published first, uploads included; an open window is given up, which is logged.
     Then another process or model may save into the path. Saving again afterwards takes the path afresh. A
-    :class:`Checkpointer` of the user's own is not closed: it has ``close()``. Again is fine.
+    A :class:`Checkpointer` of the user's own is not closed: it has ``close()``. Again is fine.
 
     Args:
         path_or_model: A path, a model as it was passed (or what it wraps), or ``None`` for all.
@@ -38,28 +35,10 @@ def close(path_or_model: str | os.PathLike[str] | Model | None = None) -> None:
         SaveError: If a save or an upload failed; all the same everything is released.
         UsageError: If it is neither a path nor a model.
     """
-    wanted = _chooser(path_or_model)
-    first: GockptError | None = None
+    chosen = registry.chosen_by(path_or_model)
     with registry.lock:
-        for key, saver in list(registry.by_call.items()):
-            if not saver.of_this_process or not wanted(saver):
-                continue
-            try:
-                _close(saver)
-            except GockptError as error:
-                if first is None:
-                    first = error
-                else:
-                    first.add_note(f"and, of {saver.path}: {error}")
-            finally:
-                if saver.closed:
-                    registry.by_call.pop(key, None)
-                    saver.forget_model()
-        registry.close_orphans()
-        registry.close_leaving()
-    if first is not None:
-        raise first
-    registry.raise_failure()
+        savers = [saver for saver in registry.by_call.values() if saver.of_this_process and chosen(saver)]
+        registry.each(savers, _close)
 
 
 def _close(saver: Saver) -> None:
@@ -72,14 +51,7 @@ def _close(saver: Saver) -> None:
         if given_up is None or given_up.exception() is not error:
             raise
         _log.warning("%s", error)
-
-
-def _chooser(path_or_model: Any) -> Callable[[Saver], bool]:
-    if path_or_model is None:
-        return lambda _: True
-    if isinstance(path_or_model, (str, bytes, os.PathLike)):
-        path = directory_to_save(path_or_model)
-        return lambda saver: saver.path == path
-    model_ids(path_or_model)  # refuses what is no model
-    wanted = anchors(path_or_model)
-    return lambda saver: bool(wanted & anchors(saver.model))
+    finally:
+        if saver.closed:
+            registry.forget_call(saver)
+            saver.forget_model()
