@@ -27,7 +27,7 @@ PIP    := -m pip --disable-pip-version-check install --quiet --constraint constr
 # A second environment proves that storage and the pure modules need no torch, with a newer zarr.
 VENV_STORAGE := .venv-storage
 STORAGE_TESTS = tests/storage $(wildcard tests/pure)
-STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout xarray
+STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes obstore tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout xarray
 
 # What is plain arithmetic and tables has every branch tested.
 PURE := gockpt/core/boxes.py,gockpt/core/save_policy.py,gockpt/planning/save_interval.py,gockpt/core/arena_layout.py,gockpt/core/save_state.py,gockpt/core/retention.py,gockpt/planning/planner.py,gockpt/core/array_spec.py
@@ -141,7 +141,7 @@ test-storage-newest: $(VENV)/.installed
 	echo "== $@: $$($(VENV_STORAGE)/bin/python --version), without torch"; \
 	$(VENV_STORAGE)/bin/python -m pytest $(STORAGE_TESTS)
 
-$(VENV_STORAGE)/.installed: pyproject.toml constraints.txt
+$(VENV_STORAGE)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "== $(VENV_STORAGE): installing with $(NEWER), once"
 	$(NEWER) -m venv $(VENV_STORAGE)
 	$(VENV_STORAGE)/bin/python $(PIP) setuptools $(STORAGE_NEEDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,13 @@ from gockpt.state.saved_document import SavedState, parse
 from gockpt.storage.format.manifest import MANIFEST_FILE, STATE_FILE
 from gockpt.storage.local.catalog import looked_through
 from gockpt.storage.local.store import Store
-from gockpt.storage.paths import located
 from gockpt.storage.read.compare import DiffReport, compare
 from gockpt.storage.read.find import (
     CheckpointEntry,
     damaged_checkpoints,
     latest_step,
     list_checkpoints,
+    location_at,
     open_checkpoint,
 )
 from gockpt.storage.read.verify import MAX_PROBLEMS, Problem, VerifyReport
@@ -256,11 +257,11 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
             which the best are chosen.
     """
     rules = keep if isinstance(keep, Keep) else Keep(newest=keep)
-    at = located(path)
-    if not isinstance(at, str):
-        msg = f"{at.url} is in an object store, where gockpt deletes nothing; use the store's own tools"
-        raise UsageError(msg)
-    path = at
+    with closing(location_at(path)) as location:
+        path = location.path
+        if location.kind != "directory":
+            msg = f"{path} is in an object store, where gockpt deletes nothing; use the store's own tools"
+            raise UsageError(msg)
     with open_checkpoint(path) as stored:
         itself = list_checkpoints(path)[-1:]
         if itself and os.path.realpath(itself[0].path) == os.path.realpath(path):
@@ -346,8 +347,8 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
     if step is None:
         # One of these may be the newest: a path with such a checkpoint in it is not well.
         damaged = tuple(
-            Problem(f"{name}/{MANIFEST_FILE}", None, str(error))
-            for name, error in damaged_checkpoints(path).items()
+            Problem(f"{child.name}/{MANIFEST_FILE}", None, str(error))
+            for child, error in damaged_checkpoints(path).items()
         )
         problems = (*report.problems, *damaged)
         more = report.more + len(problems[MAX_PROBLEMS:])

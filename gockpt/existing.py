@@ -18,8 +18,9 @@ from gockpt.storage.local.catalog import newest_in
 from gockpt.storage.local.filesystem import Filesystem
 from gockpt.storage.local.store import Follow
 from gockpt.storage.local.writer_lock import expect_free
-from gockpt.storage.read import find_objects
-from gockpt.uploads import store_at
+from gockpt.storage.paths import store_to_write
+from gockpt.storage.read.find import newest_manifest
+from gockpt.storage.read.object_location import ObjectLocation
 
 if TYPE_CHECKING:
     from gockpt.core.runs import Claim, Run
@@ -73,7 +74,7 @@ def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
         UsageError: If the URL can't be used.
         RemoteError: If the store refuses or can't be reached.
     """
-    manifest = find_objects.newest_manifest(store_at(url))
+    manifest = newest_manifest(ObjectLocation(store_to_write(url)))
     if manifest is None:
         return
     found = _claimed(model, url.rstrip("/"), (manifest.run, manifest.seq), run, run.id, options)

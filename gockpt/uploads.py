@@ -15,10 +15,10 @@ from gockpt.core.runs import ancestors_of
 from gockpt.deferred_signals import deferred, let_through
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
 from gockpt.storage.format.manifest import run_of
-from gockpt.storage.object_store.client import objects_at
 from gockpt.storage.object_store.upload import Uploaded, upload_checkpoint
-from gockpt.storage.read import find_objects
-from gockpt.storage.read.find import list_checkpoints, open_checkpoint
+from gockpt.storage.paths import store_to_write
+from gockpt.storage.read.find import list_checkpoints, newest_manifest, open_checkpoint
+from gockpt.storage.read.object_location import ObjectLocation
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -53,14 +53,14 @@ def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
         UsageError: If the URL can't be used, or holds checkpoints of another run.
     """
     with open_checkpoint(path, checked_step(step)) as stored:
-        objects = store_at(url)
+        objects = store_to_write(url)
         _expect_related(stored.manifest, objects)
         return upload_checkpoint(stored, objects)
 
 
 def _expect_related(manifest: Manifest, objects: Objects) -> None:
     """Refuse to mix the checkpoints of two runs, of which none descends from the other."""
-    newest = find_objects.newest_manifest(objects)
+    newest = newest_manifest(ObjectLocation(objects))
     if newest is None or any(ancestors_of(one.attributes) is None for one in (manifest, newest)):
         return  # an older gockpt wrote one of them, and it can't be told
     if not run_of(manifest).owns(newest.run, newest.seq) and not run_of(newest).owns(
@@ -71,19 +71,6 @@ def _expect_related(manifest: Manifest, objects: Objects) -> None:
             f"{newest.run}), and nothing was changed; use a URL of its own for each run"
         )
         raise UsageError(msg)
-
-
-def store_at(url: Where) -> Objects:
-    """Return the objects below a URL that can be written to.
-
-    Raises:
-        UsageError: If it is no such URL.
-    """
-    objects = objects_at(url, make=True)
-    if objects is None:
-        msg = f"{url!r} is no URL of an object store, such as 's3://bucket/run' or 'gs://bucket/run'"
-        raise UsageError(msg)
-    return objects
 
 
 class Publications(Protocol):
@@ -144,7 +131,7 @@ class Uploads:
             UsageError: If the URL can't be used.
             RemoteError: If the store refuses or can't be reached.
         """
-        self._objects = store_at(url)
+        self._objects = store_to_write(url)
         self._store = store
         self._nice = nice
         self._pid = os.getpid()
@@ -155,8 +142,8 @@ class Uploads:
         self._failure: BaseException | None = None
         self._newest: Uploaded | None = None
         self._progress = (0, 0)
-        there = find_objects.candidates(self._objects)
-        highest = max((other.seq for other in there), default=0)
+        there = ObjectLocation(self._objects).children()
+        highest = max((other.seq or 0 for other in there), default=0)
         store.continue_after(highest)
         mine = list_checkpoints(path)[-1:]
         for entry in mine:

@@ -16,7 +16,7 @@ from gockpt.storage.object_store.client import objects_at
 if TYPE_CHECKING:
     from gockpt.storage.object_store.client import Objects
 
-__all__ = ["directory_to_save", "local_path", "located"]
+__all__ = ["directory_to_save", "local_path", "store_to_write"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """How a URL begins; ``pathlib`` makes ``s3:/bucket`` of ``s3://bucket``."""
@@ -78,14 +78,14 @@ def directory_to_save(path: Any) -> str:
     return os.path.realpath(local_path(path))
 
 
-def located(where: Any, *, make: bool = False) -> Objects | str:
-    """Return the objects below a URL or of an obstore store; or else the path, as :func:`local_path`.
+def store_to_write(where: Any) -> Objects:
+    """Return the objects below a URL, or of an obstore store, that checkpoints are to be uploaded to.
 
     Raises:
-        UsageError: If it is neither a usable URL nor a path.
-        CheckpointNotFound: If a ``file://`` URL leads nowhere.
+        UsageError: If it is no usable URL of an object store.
     """
-    if isinstance(where, os.PathLike) and not isinstance(os.fspath(where), str):
-        return local_path(where)  # raises
-    objects = objects_at(where, make=make)
-    return local_path(where) if objects is None else objects
+    objects = objects_at(where, make=True)
+    if objects is None:
+        msg = f"{where!r} is no URL of an object store, such as 's3://bucket/run' or 'gs://bucket/run'"
+        raise UsageError(msg)
+    return objects

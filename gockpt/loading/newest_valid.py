@@ -23,8 +23,6 @@ from gockpt.errors import (
     ManifestCorrupt,
     NonFiniteCheckpoint,
 )
-from gockpt.storage.format import step_names
-from gockpt.storage.paths import located
 from gockpt.storage.read.find import damaged_checkpoints, list_checkpoints, open_checkpoint, open_listed
 
 if TYPE_CHECKING:
@@ -80,7 +78,9 @@ def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckp
         NonFiniteCheckpoint: If none is as asked for, and some for want of being finite.
         CheckpointPruned: If one was removed while it was being read: a newer one may be there.
     """
-    passed = list(_without_manifest(path))
+    passed = [
+        PassedOver(child.step, child.path, str(error)) for child, error in damaged_checkpoints(path).items()
+    ]
     entries = list_checkpoints(path, superseded=True)
     if not entries and not passed:
         return open_checkpoint(path), ()  # raises, and says what is there instead
@@ -128,15 +128,6 @@ def expect_finite(stored: StoredCheckpoint) -> None:
             "Load another step, the newest that is finite (without step), or this one without finite=True"
         )
         raise NonFiniteCheckpoint(msg)
-
-
-def _without_manifest(path: Where) -> Iterator[PassedOver]:
-    objects = located(path)
-    where = objects.rstrip("/") if isinstance(objects, str) else objects.url
-    for name, error in damaged_checkpoints(path).items():
-        known = step_names.parse(name) or step_names.parse_uploaded(name)
-        if known is not None and known.step is not None:
-            yield PassedOver(known.step, f"{where}/{name}", str(error))
 
 
 def _wrong(stored: StoredCheckpoint) -> str | None:

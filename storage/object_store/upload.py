@@ -22,10 +22,9 @@ from gockpt.storage.format import step_names
 from gockpt.storage.format.checksum import BLOCK, block_count, chain, crc32c, crc32c_zeros
 from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, parse
 from gockpt.storage.object_store.client import TakenError
-from gockpt.storage.read import find_objects
-from gockpt.storage.read.local_location import read_small
+from gockpt.storage.read.location import GONE, read_small
+from gockpt.storage.read.object_location import ObjectLocation
 from gockpt.storage.read.read_execute import Source, first_bad_block
-from gockpt.storage.read.safe_open import GONE
 from gockpt.storage.read.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from gockpt.storage.format.manifest_entries import FileEntry
     from gockpt.storage.object_store.client import Objects
     from gockpt.storage.read.checkpoint import StoredCheckpoint
-    from gockpt.storage.read.local_location import Folder
+    from gockpt.storage.read.location import Files
 
 __all__ = ["Uploaded", "upload_checkpoint"]
 
@@ -108,16 +107,16 @@ def upload_checkpoint(
         UsageError: If another checkpoint there has the same ``seq``: it came from another path.
         RemoteError: If the store refuses or can't be reached.
     """
-    manifest, folder = stored.manifest, stored.folder
+    manifest, files = stored.manifest, stored.files
     base = step_names.of_uploaded(manifest.step, manifest.seq, manifest.attempt)
     url = objects.url_of(base)
-    with _explained(folder, stored.path):
-        whole = read_small(folder, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    with _explained(files, stored.path):
+        whole = read_small(files, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
         if parse(whole, where=f"{stored.path}/{MANIFEST_FILE}") != manifest:
             msg = f"{stored.path}: its manifest is not the one it was opened with"
             raise CheckpointCorrupt(msg)
-        blocks = _document(folder, manifest.file(BLOCKS_FILE))
-    todo = list(_objects(folder, stored.path, manifest, np.frombuffer(blocks, "<u4")))
+        blocks = _document(files, manifest.file(BLOCKS_FILE))
+    todo = list(_objects(files, stored.path, manifest, np.frombuffer(blocks, "<u4")))
     nbytes = sum(item.nbytes for item in todo) + len(whole)
     there = _existing(objects, f"{base}/{MANIFEST_FILE}", len(whole))
     if there is not None:
@@ -149,14 +148,12 @@ def upload_checkpoint(
     return Uploaded(manifest.step, manifest.seq, manifest.attempt, url, nbytes, sent + len(whole))
 
 
-def _objects(
-    folder: Folder, path: str, manifest: Manifest, crcs: npt.NDArray[np.uint32]
-) -> Iterator[_Object]:
+def _objects(files: Files, path: str, manifest: Manifest, crcs: npt.NDArray[np.uint32]) -> Iterator[_Object]:
     """Yield every object but the manifest, with what it must be."""
     for file in (*manifest.files, *(entry.meta for entry in manifest.arrays)):
-        yield _Object(file.path, file.size, file.crc32c, partial(_file_data, folder, path, file))
+        yield _Object(file.path, file.size, file.crc32c, partial(_file_data, files, path, file))
     for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False):
-        source = Source(folder, entry, None)
+        source = Source(files, entry, None)
         for chunk in range(entry.chunks):
             nbytes, real = entry.file_nbytes(chunk), entry.covered_nbytes(chunk)
             at = first + entry.first_block(chunk)
@@ -167,9 +164,9 @@ def _objects(
             yield _Object(entry.chunk_path(chunk), nbytes, crc32c(stored, content), data)
 
 
-def _file_data(folder: Folder, path: str, file: FileEntry) -> bytes:
-    with _explained(folder, path):
-        return _document(folder, file)
+def _file_data(files: Files, path: str, file: FileEntry) -> bytes:
+    with _explained(files, path):
+        return _document(files, file)
 
 
 def _chunk_data(
@@ -185,7 +182,7 @@ def _chunk_pieces(
 ) -> Iterator[bytearray]:
     """Yield a chunk file's bytes, each piece once it agrees with the manifest."""
     real, whole = source.entry.covered_nbytes(chunk), source.entry.file_nbytes(chunk)
-    with _explained(source.folder, path), source.open(chunk) as file:
+    with _explained(source.files, path), source.open(chunk) as file:
         for start in range(0, whole, PART):
             data = bytearray(min(PART, whole - start))
             file.read_into([memoryview(data)], start)
@@ -207,8 +204,8 @@ def _chunk_pieces(
             yield data
 
 
-def _document(folder: Folder, file: FileEntry) -> bytes:
-    data = read_small(folder, file.path, limit=MAX_BLOCKS_BYTES, nbytes=file.size)
+def _document(files: Files, file: FileEntry) -> bytes:
+    data = read_small(files, file.path, limit=MAX_BLOCKS_BYTES, nbytes=file.size)
     found = crc32c(data)
     if found != file.crc32c:
         msg = f"{file.path} is damaged: its checksum is {found:08x} instead of {file.crc32c:08x}"
@@ -240,7 +237,7 @@ def _expect_same(there: bytes | None, whole: bytes, url: str) -> None:
 
 def _expect_own_number(objects: Objects, manifest: Manifest, base: str) -> None:
     """Refuse to mix the checkpoints of two paths, whose numbers say nothing about each other."""
-    for other in find_objects.candidates(objects):
+    for other in ObjectLocation(objects).children():
         if other.seq == manifest.seq and other.name != base:
             msg = (
                 f"{objects.url} has another checkpoint with the number {manifest.seq} ({other.name}), from "
@@ -250,7 +247,7 @@ def _expect_own_number(objects: Objects, manifest: Manifest, base: str) -> None:
 
 
 @contextmanager
-def _explained(folder: Folder, path: str) -> Iterator[None]:
+def _explained(files: Files, path: str) -> Iterator[None]:
     """Turn what goes wrong with the checkpoint's own files into an error that says what it means."""
     try:
         yield
@@ -260,7 +257,7 @@ def _explained(folder: Folder, path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in GONE:
             raise
-        if folder.is_gone():
+        if files.is_gone():
             msg = f"{path} was removed before it was uploaded"
             raise CheckpointPruned(msg) from error
         msg = f"{error.filename or 'a file'} is missing (in {path}); it was not uploaded"

@@ -29,10 +29,9 @@ from gockpt.storage.format import strict_json
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
 from gockpt.storage.local import verified
-from gockpt.storage.read.local_location import LocalFolder, read_small
+from gockpt.storage.read.location import GONE, read_small
 from gockpt.storage.read.read_execute import PIECE, Source, Task, execute
 from gockpt.storage.read.read_plan import plan_reads
-from gockpt.storage.read.safe_open import GONE
 from gockpt.storage.read.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES, VerifyReport, verify_files
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from gockpt.core.arena_layout import ArrayLayout
     from gockpt.core.array_spec import ArraySpec
     from gockpt.storage.format.manifest_entries import ArrayEntry
-    from gockpt.storage.read.local_location import Folder
+    from gockpt.storage.read.location import Files
 
 __all__ = ["StoredArray", "StoredCheckpoint", "Wanted", "manifest_bytes", "read_manifest"]
 
@@ -91,7 +90,7 @@ class Wanted:
 
 
 class StoredCheckpoint:
-    """A complete checkpoint, by an open directory; a context manager that closes it.
+    """A complete checkpoint, by its open files; a context manager that closes them.
 
     Reads may come from several threads at once. It stays readable when its directory is renamed.
 
@@ -101,8 +100,8 @@ class StoredCheckpoint:
         arrays: Every stored array by its public name, in the manifest's order.
     """
 
-    def __init__(self, folder: Folder, path: str, manifest: Manifest, *, threads: int) -> None:
-        """Take over the folder of a checkpoint; large reads use up to ``threads``."""
+    def __init__(self, files: Files, path: str, manifest: Manifest, *, threads: int) -> None:
+        """Take over the files of a checkpoint; large reads use up to ``threads``."""
         self.path = path
         self.manifest = manifest
         self.arrays: Mapping[str, StoredArray] = MappingProxyType(
@@ -111,9 +110,9 @@ class StoredCheckpoint:
                 for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False)
             }
         )
-        self._folder = folder
-        # Most callers never close a checkpoint they look into; its folder is closed with it.
-        self._close = weakref.finalize(self, folder.close)
+        self._files = files
+        # Most callers never close a checkpoint they look into; its files are closed with it.
+        self._close = weakref.finalize(self, files.close)
         self._threads = threads
         self._lock = threading.Lock()
         self._crcs: npt.NDArray[np.uint32] | None = None
@@ -133,13 +132,13 @@ class StoredCheckpoint:
         )
 
     def close(self) -> None:
-        """Close the folder. Not while another thread reads; again does nothing."""
+        """Close the files. Not while another thread reads; again does nothing."""
         self._close()
 
     @property
-    def folder(self) -> Folder:
-        """Where its files are read from."""
-        return self._open_folder()
+    def files(self) -> Files:
+        """The files of which it consists."""
+        return self._opened()
 
     @property
     def step(self) -> int:
@@ -223,7 +222,7 @@ class StoredCheckpoint:
         Raises:
             GockptError: As for :meth:`read_into`; the content of all that was begun is undefined then.
         """
-        folder = self._open_folder()
+        files = self._opened()
         fitting = []
         for one in wanted:
             array = self._array(one.name)
@@ -234,7 +233,7 @@ class StoredCheckpoint:
         tasks = []
         for array, box, out in fitting:
             crcs = None if blocks is None else blocks[array.first_block :][: array.entry.block_count]
-            source = Source(folder, array.entry, crcs)
+            source = Source(files, array.entry, crcs)
             plan = plan_reads(source.grid, box, verify=verify, piece=PIECE, max_gap=MAX_GAP)
             tasks.append(Task(array.spec.public_name, source, box, plan, out))
         got = execute(
@@ -256,13 +255,11 @@ class StoredCheckpoint:
         Raises:
             CheckpointPruned: If the checkpoint was removed meanwhile.
         """
-        folder = self._open_folder()
-        report = verify_files(
-            folder, self.path, self.manifest, threads=self._threads, on_progress=on_progress
-        )
-        if report.problems and folder.is_gone():
+        files = self._opened()
+        report = verify_files(files, self.path, self.manifest, threads=self._threads, on_progress=on_progress)
+        if report.problems and files.is_gone():
             raise CheckpointPruned(self._pruned())
-        if isinstance(folder, LocalFolder):  # a copy in an object store says nothing about the one on disk
+        if not files.is_copy:
             verified.remember(self.manifest.attempt, ok=report.ok)
         return report
 
@@ -276,11 +273,11 @@ class StoredCheckpoint:
         array = self._array(name)
         return self._block_crcs()[array.first_block :][: array.entry.block_count]
 
-    def _open_folder(self) -> Folder:
+    def _opened(self) -> Files:
         if not self._close.alive:
             msg = f"the checkpoint {self.path!r} is closed; open it again"
             raise UsageError(msg)
-        return self._folder
+        return self._files
 
     def _array(self, name: str) -> StoredArray:
         try:
@@ -302,9 +299,9 @@ class StoredCheckpoint:
     def _document(self, path: str, *, limit: int) -> bytes:
         """Return a file that the manifest vouches for, checked."""
         entry = self.manifest.file(path)
-        folder = self._open_folder()
+        files = self._opened()
         with self._explained(path, ManifestCorrupt):
-            data = read_small(folder, path, limit=limit, nbytes=entry.size)
+            data = read_small(files, path, limit=limit, nbytes=entry.size)
             found = crc32c(data)
             if found != entry.crc32c:
                 msg = f"{path} is damaged: its checksum is {found:08x} instead of {entry.crc32c:08x}"
@@ -324,7 +321,7 @@ class StoredCheckpoint:
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            if self._folder.is_gone():
+            if self._files.is_gone():
                 raise CheckpointPruned(self._pruned()) from error
             msg = f"{what}: {error.filename or 'a file'} is missing (in {self.path})"
             raise kind(msg) from error
@@ -336,17 +333,17 @@ class StoredCheckpoint:
         )
 
 
-def read_manifest(folder: Folder, path: str) -> Manifest:
-    """Return the manifest of the checkpoint in a folder.
+def read_manifest(files: Files, path: str) -> Manifest:
+    """Return the manifest of the checkpoint in a files.
 
     Raises:
         FileNotFoundError: If there is none: the directory is no complete checkpoint.
         ManifestCorrupt: If it is damaged, not valid, or no regular file.
     """
-    return parse(manifest_bytes(folder, path), where=f"{path}/{MANIFEST_FILE}")
+    return parse(manifest_bytes(files, path), where=f"{path}/{MANIFEST_FILE}")
 
 
-def manifest_bytes(folder: Folder, path: str) -> bytes:
+def manifest_bytes(files: Files, path: str) -> bytes:
     """Return what stands in the manifest's file.
 
     Raises:
@@ -354,7 +351,7 @@ def manifest_bytes(folder: Folder, path: str) -> bytes:
         ManifestCorrupt: If it is no regular file, or too large.
     """
     try:
-        return read_small(folder, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+        return read_small(files, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     except CheckpointCorrupt as error:
         msg = f"{path}: {error}"
         raise ManifestCorrupt(msg) from error

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gockpt.storage.format.codecs import Coded
     from gockpt.storage.format.manifest_entries import ArrayEntry
-    from gockpt.storage.read.local_location import File
+    from gockpt.storage.read.location import File
 
 __all__ = ["read_chunk"]
 

@@ -1,4 +1,4 @@
-"""Find complete checkpoints in a path, and open one.
+"""Find complete checkpoints in a path or below a URL, and open one.
 
 Promise: what is returned was complete and had a valid manifest when it was looked at. The newest is
 the one with the highest ``seq``, whatever its step. What is incomplete is passed over in silence,
@@ -9,30 +9,34 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
-from gockpt.storage.format import step_names
-from gockpt.storage.format.manifest import GROUP_FILE, MANIFEST_FILE, finite_of, glance, metrics_of, parse
-from gockpt.storage.paths import located
-from gockpt.storage.read import find_objects
+from gockpt.errors import CheckpointNotFound, ManifestCorrupt, NotACheckpoint
+from gockpt.storage.format.manifest import MANIFEST_FILE, Manifest, finite_of, glance, metrics_of, parse
+from gockpt.storage.object_store.client import objects_at
+from gockpt.storage.paths import local_path
 from gockpt.storage.read.checkpoint import StoredCheckpoint, manifest_bytes, read_manifest
-from gockpt.storage.read.local_location import LocalFolder
-from gockpt.storage.read.safe_open import GONE, open_below, open_directory
+from gockpt.storage.read.local_location import LocalLocation
+from gockpt.storage.read.location import GONE
+from gockpt.storage.read.object_location import ObjectLocation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from gockpt.storage.format.manifest import Identity, Manifest
-    from gockpt.storage.object_store.client import Objects, Where
-    from gockpt.storage.read.local_location import Folder
+    from gockpt.storage.object_store.client import Where
+    from gockpt.storage.read.location import Child, Files, Location
 
 __all__ = [
     "CheckpointEntry",
     "damaged_checkpoints",
     "latest_step",
     "list_checkpoints",
+    "location_at",
+    "newest_manifest",
     "open_checkpoint",
     "open_listed",
 ]
@@ -41,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 THREADS = 4
 _SHOWN = 20  # steps named in a message
-_TRIES = 8  # how often all that was found may be pruned before it could be opened
+_TRIES = 8  # how often checkpoints may be pruned between listing and opening before that is taken as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,20 @@ class CheckpointEntry:
     finite: bool | None = None
 
 
+def location_at(where: Where) -> Location:
+    """Open what the user named: a path of this machine, a URL, or an obstore store.
+
+    Raises:
+        UsageError: If it is neither a usable URL nor a path.
+        CheckpointNotFound: If there is no such directory.
+        NotACheckpoint: If it is a file.
+    """
+    if isinstance(where, os.PathLike) and not isinstance(os.fspath(where), str):
+        return LocalLocation(local_path(where))  # raises
+    objects = objects_at(where)
+    return LocalLocation(local_path(where)) if objects is None else ObjectLocation(objects)
+
+
 def list_checkpoints(path: Where, *, superseded: bool = False) -> list[CheckpointEntry]:
     """Return the complete checkpoints in a path, oldest publication first.
 
@@ -84,26 +102,18 @@ def list_checkpoints(path: Where, *, superseded: bool = False) -> list[Checkpoin
 
     Raises:
         NotACheckpoint: If ``path`` is no directory.
+        RemoteError: If the store of a URL refuses or can't be reached.
     """
     try:
-        at = located(path)
-        if not isinstance(at, str):
-            return _list_remote(at, superseded=superseded)
-        path = at
-        directory = _open_path(path)
+        location = location_at(path)
     except CheckpointNotFound:
         return []
-    try:
-        if _has_manifest(directory):
-            with _open_itself(directory, path, None, threads=1) as stored:
-                return [_entry(path, stored.manifest)]
-        entries = [
-            replace(_entry(seen.path, seen.manifest), superseded=seen.superseded)
-            for seen in _survey(directory, path, thorough=True)[0]
-            if seen.manifest is not None
-        ]
-    finally:
-        os.close(directory)
+    with closing(location):
+        itself = _open_itself(location)
+        if itself is not None:
+            with itself:
+                return [_entry(itself.path, itself.manifest)]
+        entries = _survey(location)[0]
     return [entry for entry in entries if superseded or not entry.superseded]
 
 
@@ -114,51 +124,52 @@ def latest_step(path: Where) -> int | None:
 
     Raises:
         NotACheckpoint: If ``path`` is no directory.
+        ManifestCorrupt: If ``path`` is one checkpoint's own, and damaged.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
     try:
-        at = located(path)
-        if not isinstance(at, str):
-            return find_objects.newest_step(at)
-        path = at
-        directory = _open_path(path)
+        location = location_at(path)
     except CheckpointNotFound:
         return None
+    with closing(location):
+        itself = _open_itself(location)
+        if itself is not None:
+            with itself:
+                return itself.step
+        newest = newest_manifest(location)
+        return None if newest is None else newest.step
+
+
+def newest_manifest(location: Location) -> Manifest | None:
+    """Return the manifest of the newest complete checkpoint below a location, ``None`` if there is none.
+
+    Raises:
+        RemoteError: If the store of a URL refuses or can't be reached.
+    """
     try:
-        itself = _has_manifest(directory)
-        found = (
-            _open_itself(directory, path, None, threads=1)
-            if itself
-            else _open_newest(directory, path, None, threads=1)
-        )
+        found = _open_newest(location)
     except ManifestCorrupt:
-        if itself:
-            raise
         return None
-    finally:
-        os.close(directory)
     if found is None:
         return None
     with found:
-        return found.step
+        return found.manifest
 
 
-def damaged_checkpoints(path: Where) -> dict[str, ManifestCorrupt]:
-    """Return what is wrong with each checkpoint of a path whose manifest can't be believed, by directory.
+def damaged_checkpoints(path: Where) -> dict[Child, ManifestCorrupt]:
+    """Return each published checkpoint in a path whose manifest can't be believed, and the damage.
 
     Raises:
         CheckpointNotFound: If there is no such directory.
         NotACheckpoint: If ``path`` is no directory.
+        RemoteError: If the store of a URL refuses or can't be reached.
     """
-    at = located(path)
-    if not isinstance(at, str):
-        return find_objects.damaged(at)
-    path = at
-    directory = _open_path(path)
-    try:
-        return {} if _has_manifest(directory) else _survey(directory, path, thorough=True)[1]
-    finally:
-        os.close(directory)
+    with closing(location_at(path)) as location:
+        itself = location.open_itself()
+        if itself is None:
+            return _survey(location)[1]
+        itself.close()
+        return {}
 
 
 def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THREADS) -> StoredCheckpoint:
@@ -173,21 +184,19 @@ def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THRE
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         NotACheckpoint: If ``path`` is a file, or a directory that gockpt didn't write.
         ManifestCorrupt: If that step's is damaged; without a step, if every one is.
+        RemoteError: If the store of a URL refuses or can't be reached.
     """
-    at = located(path)
-    if not isinstance(at, str):
-        return find_objects.open_at(at, step)
-    path = at
-    directory = _open_path(path)
-    try:
-        if _has_manifest(directory):
-            return _open_itself(directory, path, step, threads=threads)
-        found = _open_newest(directory, path, step, threads=threads)
+    with closing(location_at(path)) as location:
+        found = _open_itself(location, threads)
         if found is None:
-            raise _nothing_found(directory, path, step)
+            found = _open_newest(location, step, threads)
+            if found is None:
+                raise _nothing_found(location, step)
+        elif step not in (None, found.step):
+            found.close()
+            msg = f"{found.path!r} is the checkpoint of step {found.step}, not of {step}"
+            raise CheckpointNotFound(msg)
         return found
-    finally:
-        os.close(directory)
 
 
 def open_listed(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:
@@ -198,94 +207,221 @@ def open_listed(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:
         ManifestCorrupt: If it is damaged now.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
-    objects = located(path)
-    if isinstance(objects, str):
-        return open_checkpoint(entry.path)
-    if entry.path == objects.url:
-        return find_objects.open_at(objects, entry.step)
-    return find_objects.open_upload(objects, entry.step, entry.seq, entry.attempt)
+    with closing(location_at(path)) as location:
+        if entry.path == location.path:
+            return open_checkpoint(path)
+        for child in location.children():
+            found = _look(location, child) if child.path == entry.path else None
+            if found is not None:
+                return found.checkpoint(location, THREADS)
+    msg = f"{entry.path} is no checkpoint any more"
+    raise CheckpointNotFound(msg)
 
 
-def _open_newest(directory: int, path: str, step: int | None, *, threads: int) -> StoredCheckpoint | None:
-    """Open the newest complete checkpoint in a path, or that of one step; ``None`` if there is none.
+@dataclass(frozen=True, slots=True)
+class _Glanced:
+    """One published checkpoint that is complete as far as a glance at its manifest tells.
+
+    Attributes:
+        child: Its name.
+        files: Its open files.
+        seq: Which publication it is.
+        data: Its manifest, undamaged.
+    """
+
+    child: Child
+    files: Files
+    seq: int
+    data: bytes
+
+    def checkpoint(self, location: Location, threads: int) -> StoredCheckpoint:
+        """Return it once its manifest has been read to its end.
+
+        Raises:
+            ManifestCorrupt: If that is not valid; the files are closed then.
+        """
+        with _closed_on_error(self.files):
+            manifest = parse(self.data, where=f"{self.child.path}/{MANIFEST_FILE}")
+        threads = max(threads, location.parallel)
+        return StoredCheckpoint(self.files, self.child.path, manifest, threads=threads)
+
+
+def _look(location: Location, child: Child) -> _Glanced | None:
+    """Open one published checkpoint and glance at its manifest; ``None`` if it is incomplete or gone.
+
+    Raises:
+        ManifestCorrupt: If it is damaged, a link, or another checkpoint than its name says.
+    """
+    try:
+        files = location.open(child)
+        with _closed_on_error(files):
+            data = manifest_bytes(files, child.path)
+            found = glance(data, where=f"{child.path}/{MANIFEST_FILE}")
+            seq = found.seq if child.seq is None else child.seq
+            if (child.step, seq, child.attempt or found.attempt) != (found.step, found.seq, found.attempt):
+                number = "" if child.seq is None else f"seq {found.seq}, "
+                msg = f"{child.path} holds step {found.step}, {number}attempt {found.attempt}: it was renamed"
+                raise ManifestCorrupt(msg)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+        return None
+    return _Glanced(child, files, found.seq, data)
+
+
+def _open_itself(location: Location, threads: int = THREADS) -> StoredCheckpoint | None:
+    """Open the checkpoint that the location itself is; ``None`` if it is none."""
+    files = location.open_itself()
+    if files is None:
+        return None
+    with _closed_on_error(files):
+        manifest = read_manifest(files, location.path)
+    return StoredCheckpoint(files, location.path, manifest, threads=max(threads, location.parallel))
+
+
+def _open_newest(
+    location: Location, step: int | None = None, threads: int = THREADS
+) -> StoredCheckpoint | None:
+    """Open the newest complete checkpoint below a location, or that of one step; ``None`` if there is none.
+
+    Manifests are glanced at, as few as the names allow; only that of the newest is read to its end.
 
     Raises:
         ManifestCorrupt: If that step's is damaged; without a step, if every one is.
     """
-    thorough = False
-    for _ in range(_TRIES):
-        entries, damaged = _survey(directory, path, step, thorough=thorough)
-        if step is not None and step_names.of_step(step) in damaged:
-            raise damaged[step_names.of_step(step)]
-        wanted = [entry for entry in entries if not entry.superseded]
-        for entry in reversed(wanted):
-            found = _open_child(directory, path, os.path.basename(entry.path))
-            if found is None:
+    damaged: dict[Child, ManifestCorrupt] = {}
+
+    def pass_over(child: Child, error: ManifestCorrupt) -> None:
+        _log.warning("passing over a damaged checkpoint: %s", error)
+        if step is not None and not child.replaced:
+            raise error
+        damaged[child] = error
+
+    children, tries = location.children(), 0
+    while True:
+        wanted = [child for child in children if step in (None, child.step) and child not in damaged]
+        newest, missing = _newest_of(location, wanted, pass_over)
+        if missing and tries < _TRIES:
+            # One was pruned before it could be looked at: then a newer one may have come that wasn't listed.
+            tries, before, children = tries + 1, children, location.children()
+            if children != before:
+                if newest is not None:
+                    newest.files.close()
                 continue
-            try:
-                manifest = parse(found.data, where=f"{entry.path}/{MANIFEST_FILE}")
-            except ManifestCorrupt:
-                found.folder.close()
-                if thorough:
-                    raise
-                thorough = True  # undamaged and yet not valid: now each has to be looked at
-                break
-            return StoredCheckpoint(found.folder, entry.path, manifest, threads=threads)
-        if not wanted:
+        if newest is None:
             break
-        # Each was pruned or replaced since it was found, so something newer may be there.
+        try:
+            return newest.checkpoint(location, threads)
+        except ManifestCorrupt as error:
+            pass_over(newest.child, error)  # undamaged and yet not valid
     if step is None and damaged:
-        raise next(reversed(damaged.values()))
+        raise next(iter(damaged.values()))
     return None
 
 
-def _list_remote(objects: Objects, *, superseded: bool) -> list[CheckpointEntry]:
-    """Return the complete checkpoints below a URL, oldest publication first."""
-    if find_objects.has_manifest(objects):
-        with find_objects.open_at(objects, None) as stored:
-            return [_entry(objects.url, stored.manifest)]
-    found = [_entry(objects.url_of(at.name), manifest) for at, manifest in find_objects.manifests(objects)[0]]
-    newest = {entry.step: entry.path for entry in found}
-    entries = [replace(entry, superseded=entry.path != newest[entry.step]) for entry in found]
-    return [entry for entry in entries if superseded or not entry.superseded]
+def _newest_of(
+    location: Location, children: list[Child], pass_over: Callable[[Child, ManifestCorrupt], None]
+) -> tuple[_Glanced | None, bool]:
+    """Return the newest complete checkpoint of some, and whether any was incomplete or gone.
+
+    Args:
+        location: Where they stand.
+        children: What to look at, in the location's order.
+        pass_over: Called for each that is damaged; may raise.
+    """
+    newest: _Glanced | None = None
+    complete, missing = set[int](), False
+    with ExitStack() as opened:
+        for child in children:
+            if newest is not None and child.seq is not None:
+                break  # the names say that all others are older
+            if child.replaced and child.step in complete:
+                continue
+            try:
+                found = _look(location, child)
+            except ManifestCorrupt as error:
+                pass_over(child, error)
+                continue
+            if found is None:
+                missing = True
+                continue
+            if not child.replaced:
+                complete.add(child.step)
+            if newest is not None and newest.seq >= found.seq:
+                found.files.close()
+                continue
+            opened.close()
+            newest = found
+            opened.callback(newest.files.close)
+        opened.pop_all()
+    return newest, missing
 
 
-def _open_path(path: str) -> int:
-    """Open the directory that the user named."""
+def _survey(location: Location) -> tuple[list[CheckpointEntry], dict[Child, ManifestCorrupt]]:
+    """Read every manifest below a location to its end: that takes many times as long as a glance.
+
+    Returns:
+        The complete checkpoints, oldest publication first, and the damaged ones.
+    """
+    children = looked_at = location.children()
+    results: list[Manifest | ManifestCorrupt | None] = []
+    for _ in range(_TRIES):
+        looked_at, results = children, _read_all(location, children)
+        children = looked_at if None not in results else location.children()
+        if children == looked_at:
+            break
+        # One was pruned before it could be looked at: then a newer one may have come that wasn't listed.
+    pairs = list(zip(looked_at, results, strict=True))[::-1]
+    entries = [(child, _entry(child.path, found)) for child, found in pairs if isinstance(found, Manifest)]
+    # What was replaced counts only where its successor isn't there: a crash between two renames.
+    entries.sort(key=lambda pair: (not pair[0].replaced, pair[1].seq))
+    newest = {entry.step: entry.path for _, entry in entries}
+    found = [replace(entry, superseded=entry.path != newest[entry.step]) for _, entry in entries]
+    damaged = {child: error for child, error in pairs if isinstance(error, ManifestCorrupt)}
+    return sorted(found, key=lambda entry: entry.seq), damaged
+
+
+def _read_all(location: Location, children: list[Child]) -> list[Manifest | ManifestCorrupt | None]:
+    read = partial(_read, location)
+    if location.parallel == 1:
+        return list(map(read, children))
+    with ThreadPoolExecutor(location.parallel, thread_name_prefix="gockpt-list") as pool:
+        return list(pool.map(read, children))
+
+
+def _read(location: Location, child: Child) -> Manifest | ManifestCorrupt | None:
+    """Return a child's manifest, the damage to it, or ``None`` if it is incomplete or gone."""
     try:
-        return open_directory(path)
-    except FileNotFoundError as error:
-        msg = f"no checkpoint in {path!r}: there is no such directory"
-        raise CheckpointNotFound(msg) from error
-    except NotADirectoryError as error:
-        msg = f"{path!r} is not a directory; give the path that checkpoints are saved into"
-        raise NotACheckpoint(msg) from error
+        found = _look(location, child)
+        if found is None:
+            return None
+        with closing(found.files):
+            return parse(found.data, where=f"{child.path}/{MANIFEST_FILE}")
+    except ManifestCorrupt as error:
+        _log.warning("passing over a damaged checkpoint: %s", error)
+        return error
 
 
-def _has_manifest(directory: int) -> bool:
+@contextmanager
+def _closed_on_error(files: Files) -> Iterator[None]:
     try:
-        os.stat(MANIFEST_FILE, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _open_itself(directory: int, path: str, step: int | None, *, threads: int) -> StoredCheckpoint:
-    """Open the checkpoint that the user's path itself is; its directory may have been renamed."""
-    known = step_names.parse(os.path.basename(os.path.realpath(path)))
-    if known is not None and known.kind in ("partial", "trash"):
-        msg = f"{path!r} is a checkpoint that was never published, or is being deleted"
-        raise NotACheckpoint(msg)
-    folder = LocalFolder(os.dup(directory))
-    try:
-        manifest = read_manifest(folder, path)
-        if step not in (None, manifest.step):
-            msg = f"{path!r} is the checkpoint of step {manifest.step}, not of {step}"
-            raise CheckpointNotFound(msg)
+        yield
     except BaseException:
-        folder.close()
+        files.close()
         raise
-    return StoredCheckpoint(folder, path, manifest, threads=threads)
+
+
+def _nothing_found(location: Location, step: int | None) -> CheckpointNotFound | NotACheckpoint:
+    """Return the error that says what is there instead."""
+    path, steps = location.path, sorted({entry.step for entry in _survey(location)[0]})
+    if steps and step is None:
+        msg = f"every checkpoint in {path!r} was removed before it could be opened; try again"
+        return CheckpointNotFound(msg)
+    if steps:
+        shown = ", ".join(str(n) for n in steps[-_SHOWN:])
+        there = f"the last {_SHOWN} of {len(steps)} are" if len(steps) > _SHOWN else "there are"
+        return CheckpointNotFound(f"no checkpoint of step {step} in {path!r}; {there} {shown}")
+    return location.not_found()
 
 
 def _entry(path: str, manifest: Manifest) -> CheckpointEntry:
@@ -301,144 +437,3 @@ def _entry(path: str, manifest: Manifest) -> CheckpointEntry:
         finite=finite_of(manifest.attributes),
         run=manifest.run,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """One complete checkpoint as a survey sees it.
-
-    Attributes:
-        path: Its directory.
-        step: The user's step.
-        seq: Which publication it was.
-        manifest: What a thorough survey read.
-        superseded: Whether a newer complete checkpoint of the same step stands beside it.
-    """
-
-    path: str
-    step: int
-    seq: int
-    manifest: Manifest | None
-    superseded: bool = False
-
-
-def _survey(
-    directory: int, path: str, step: int | None = None, *, thorough: bool = False
-) -> tuple[list[_Seen], dict[str, ManifestCorrupt]]:
-    """Look at everything in a path that by its name is a published checkpoint (of that step, if given).
-
-    Args:
-        directory: The open path.
-        path: Its name.
-        step: The only step to look at.
-        thorough: Whether manifests are read to their ends: that takes many times as long. Without it,
-            one that agrees with its checksum and says who it is counts as valid.
-
-    Returns:
-        The complete ones, oldest publication first, and what is wrong with the damaged ones, by name.
-    """
-    names = _candidates(directory, step)
-    for _ in range(_TRIES):
-        published: list[_Seen] = []
-        replaced: list[_Seen] = []
-        damaged: dict[str, ManifestCorrupt] = {}
-        for name, kind in names.items():
-            child, manifest = os.path.join(path, name), None
-            try:
-                found = _open_child(directory, path, name)
-                if found is not None:
-                    found.folder.close()
-                    if thorough:
-                        manifest = parse(found.data, where=f"{child}/{MANIFEST_FILE}")
-            except ManifestCorrupt as error:
-                _log.warning("passing over a damaged checkpoint: %s", error)
-                damaged[name] = error
-                continue
-            if found is not None:
-                seen = _Seen(child, found.identity.step, found.identity.seq, manifest)
-                (published if kind == "step" else replaced).append(seen)
-        looked_at, names = names, _candidates(directory, step)
-        if names == looked_at or len(published) + len(replaced) + len(damaged) == len(looked_at):
-            break
-        # One was pruned before it could be looked at: then a newer one may have come that wasn't listed.
-    # What was replaced counts only where its successor isn't there: a crash between two renames.
-    replaced.sort(key=lambda entry: entry.seq)
-    newest = {entry.step: entry.path for entry in replaced + published}
-    entries = [replace(entry, superseded=entry.path != newest[entry.step]) for entry in replaced + published]
-    return sorted(entries, key=lambda entry: entry.seq), damaged
-
-
-def _candidates(directory: int, step: int | None) -> dict[str, str]:
-    """Return the names in a path that stand for published checkpoints, with their kind."""
-    names = {name: step_names.parse(name) for name in sorted(os.listdir(directory))}
-    return {
-        name: known.kind
-        for name, known in names.items()
-        if known is not None and known.kind in ("step", "old") and step in (None, known.step)
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _Child:
-    """One published checkpoint of a path.
-
-    Attributes:
-        folder: Its open directory.
-        identity: Which one it is; its name says the same.
-        data: Its manifest, undamaged.
-    """
-
-    folder: Folder
-    identity: Identity
-    data: bytes
-
-
-def _open_child(directory: int, path: str, name: str) -> _Child | None:
-    """Open one published checkpoint of a path; ``None`` if it is incomplete or gone.
-
-    Raises:
-        ManifestCorrupt: If it is damaged, a link, or another checkpoint than its name says.
-    """
-    child = os.path.join(path, name)
-    try:
-        folder = LocalFolder(open_below(directory, name, is_directory=True))
-    except CheckpointCorrupt as error:
-        msg = f"{child}: {error}; to read it, give its own path"
-        raise ManifestCorrupt(msg) from error
-    except OSError as error:
-        if error.errno in GONE:
-            return None
-        raise
-    try:
-        data = manifest_bytes(folder, child)
-        found = glance(data, where=f"{child}/{MANIFEST_FILE}")
-        known = step_names.parse(name)
-        if known is None or known.step != found.step or known.attempt not in (None, found.attempt):
-            msg = f"{child} holds step {found.step}, attempt {found.attempt}: it was renamed"
-            raise ManifestCorrupt(msg)
-    except BaseException as error:
-        folder.close()
-        if isinstance(error, OSError) and error.errno in GONE:
-            return None
-        raise
-    return _Child(folder, found, data)
-
-
-def _nothing_found(directory: int, path: str, step: int | None) -> CheckpointNotFound | NotACheckpoint:
-    """Return the error that says what is there instead."""
-    steps = sorted({entry.step for entry in _survey(directory, path, thorough=True)[0]})
-    if steps and step is None:
-        return CheckpointNotFound(
-            f"every checkpoint in {path!r} was removed before it could be opened; try again"
-        )
-    if steps:
-        shown = ", ".join(str(n) for n in steps[-_SHOWN:])
-        there = f"the last {_SHOWN} of {len(steps)} are" if len(steps) > _SHOWN else "there are"
-        return CheckpointNotFound(f"no checkpoint of step {step} in {path!r}; {there} {shown}")
-    names = sorted(os.listdir(directory))
-    if GROUP_FILE in names:
-        why = f"has no {MANIFEST_FILE}: it was never completed, or gockpt didn't write it"
-        return NotACheckpoint(f"{path!r} {why}")
-    if names and not any(name == step_names.LOCK_FILE or step_names.parse(name) for name in names):
-        return NotACheckpoint(f"{path!r} holds no checkpoints, but {names[0]!r} and the like")
-    return CheckpointNotFound(f"no complete checkpoint in {path!r}")

@@ -1,93 +1,35 @@
-"""One checkpoint's directory as its readers see it, wherever it lies.
-
-Contract for every :class:`Folder`: paths are relative and of plain components; what is not there raises an
-``OSError`` whose ``errno`` is in :data:`~gockpt.storage.read.safe_open.GONE`; what is there and can't be a
-file of gockpt's raises :class:`~gockpt.errors.CheckpointCorrupt`; calls may come from several threads.
-"""
+"""Checkpoints in a directory of a mounted file system, read by file descriptors; no link is followed."""
 
 from __future__ import annotations
 
 import os
 import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Literal
 
-from gockpt.errors import CheckpointCorrupt
+from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
+from gockpt.storage.format import step_names
+from gockpt.storage.format.manifest import GROUP_FILE, MANIFEST_FILE
 from gockpt.storage.read.direct_io import DirectFile, ReadCalls
-from gockpt.storage.read.pruned import is_gone
-from gockpt.storage.read.safe_open import open_below, open_regular
+from gockpt.storage.read.location import GONE, Child, Names
+from gockpt.storage.read.safe_open import open_below, open_directory, open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
-
+    from gockpt.storage.read.location import File
     from gockpt.storage.read.scratch import Scratch
 
-__all__ = ["File", "Folder", "LocalFolder", "Names", "read_small"]
+__all__ = ["LocalFiles", "LocalLocation", "is_gone"]
 
 
-class File(Protocol):
-    """A file of known size; a context manager that closes it."""
-
-    @property
-    def path(self) -> str:
-        """Its path inside the checkpoint, for messages."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size when it was opened."""
-
-    def read_into(self, views: Sequence[memoryview], offset: int) -> int:
-        """Fill every view, in order, from ``offset`` on; returns the bytes read, never less than wanted.
-
-        It may read more than wanted, by up to two pages, where only whole pages can be had.
-
-        Raises:
-            CheckpointCorrupt: If the file ends too early or can't be read there.
-        """
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class Names(list[str]):
-    """The names in a directory.
-
-    Attributes:
-        linked: How many of them are files that have other names as well.
-    """
-
-    linked: int = 0
-
-
-class Folder(Protocol):
-    """Where the files of one checkpoint are read from."""
-
-    def open(self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None) -> File:
-        """Open a file, which must have that size if one is given.
-
-        With ``scratch`` much of it will be read, by one thread; the file may use what that has left.
-        """
-
-    def names(self, path: str) -> Names:
-        """Return what stands in a directory; ``""`` is the checkpoint's own."""
-
-    def is_gone(self) -> bool:
-        """Whether the checkpoint was removed, or set aside to be, since it was opened."""
-
-    def close(self) -> None:
-        """Let go of it; again does nothing."""
-
-
-class LocalFolder:
-    """A directory of a mounted file system, by an open descriptor that it takes over.
+class LocalFiles:
+    """The files below a directory, by an open descriptor that it takes over.
 
     Attributes:
         fd: The descriptor; -1 once it is closed.
+        is_copy: Never: this is where checkpoints are saved.
     """
+
+    is_copy = False
 
     def __init__(self, fd: int, *, calls: ReadCalls | None = None) -> None:
         """Take over a descriptor; ``calls`` is how files are read past the page cache."""
@@ -100,7 +42,7 @@ class LocalFolder:
         return file if scratch is None else DirectFile(file, scratch, self._calls)
 
     def names(self, path: str) -> Names:
-        """Return what stands in a directory below."""
+        """Return the names in a directory below."""
         fd = open_below(self.fd, path, is_directory=True) if path else os.dup(self.fd)
         try:
             names = Names(os.listdir(fd))
@@ -113,7 +55,7 @@ class LocalFolder:
         return names
 
     def is_gone(self) -> bool:
-        """Whether its parent lists it no more, or as trash; see :mod:`gockpt.storage.read.pruned`."""
+        """Whether its parent lists it under no name any more, or under the name of trash."""
         return is_gone(self.fd)
 
     def close(self) -> None:
@@ -123,17 +65,109 @@ class LocalFolder:
             os.close(fd)
 
 
-def read_small(folder: Folder, path: str, *, limit: int, nbytes: int | None = None) -> bytes:
-    """Return the whole content of a file that must not be larger than ``limit`` bytes.
+class LocalLocation:
+    """A directory into which checkpoints are saved, or one checkpoint's own.
 
-    Raises:
-        CheckpointCorrupt: If it is larger, and as for :meth:`Folder.open`; nothing is allocated then.
-        OSError: If it isn't there, or can't be opened.
+    Attributes:
+        path: The directory, as the user named it.
+        kind: A directory.
+        parallel: One file at a time: manifests come from the page cache.
     """
-    with folder.open(path, nbytes=nbytes) as file:
-        if file.nbytes > limit:
-            msg = f"{path} has {file.nbytes} bytes; more than {limit} can't be right"
-            raise CheckpointCorrupt(msg)
-        data = bytearray(file.nbytes)
-        file.read_into([memoryview(data)], 0)
-    return bytes(data)
+
+    kind: Literal["directory"] = "directory"
+    parallel = 1
+
+    def __init__(self, path: str) -> None:
+        """Open the directory.
+
+        Raises:
+            CheckpointNotFound: If there is none.
+            NotACheckpoint: If it is something else.
+        """
+        self.path = path
+        try:
+            self._fd = open_directory(path)
+        except FileNotFoundError as error:
+            msg = f"no checkpoint in {path!r}: there is no such directory"
+            raise CheckpointNotFound(msg) from error
+        except NotADirectoryError as error:
+            msg = f"{path!r} is not a directory; give the path that checkpoints are saved into"
+            raise NotACheckpoint(msg) from error
+
+    def children(self) -> list[Child]:
+        """Return the published checkpoints by their names, highest step first."""
+        found = []
+        for name in os.listdir(self._fd):
+            known = step_names.parse(name)
+            if known is not None and known.step is not None and known.kind in ("step", "old"):
+                path = os.path.join(self.path, name)
+                found.append(Child(name, path, known.step, None, known.attempt, known.kind == "old"))
+        return sorted(found, key=lambda child: (not child.replaced, child.step, child.name), reverse=True)
+
+    def open(self, child: Child) -> LocalFiles:
+        """Open a child's directory, which must be no link."""
+        try:
+            return LocalFiles(open_below(self._fd, child.name, is_directory=True))
+        except CheckpointCorrupt as error:
+            msg = f"{child.path}: {error}; to read it, give its own path"
+            raise ManifestCorrupt(msg) from error
+
+    def open_itself(self) -> LocalFiles | None:
+        """Open the directory's own files if it has a manifest; it may have been renamed."""
+        try:
+            os.stat(MANIFEST_FILE, dir_fd=self._fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        known = step_names.parse(os.path.basename(os.path.realpath(self.path)))
+        if known is not None and known.kind in ("partial", "trash"):
+            msg = f"{self.path!r} is a checkpoint that was never published, or is being deleted"
+            raise NotACheckpoint(msg)
+        return LocalFiles(os.dup(self._fd))
+
+    def not_found(self) -> CheckpointNotFound | NotACheckpoint:
+        """Return the error that says what stands there instead."""
+        names = sorted(os.listdir(self._fd))
+        if GROUP_FILE in names:
+            why = f"has no {MANIFEST_FILE}: it was never completed, or gockpt didn't write it"
+            return NotACheckpoint(f"{self.path!r} {why}")
+        if names and not any(name == step_names.LOCK_FILE or step_names.parse(name) for name in names):
+            return NotACheckpoint(f"{self.path!r} holds no checkpoints, but {names[0]!r} and the like")
+        return CheckpointNotFound(f"no complete checkpoint in {self.path!r}")
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def is_gone(directory: int) -> bool:
+    """Return whether an open directory was removed, or set aside to be removed.
+
+    That is so when its parent lists it under no name any more, or under the name of trash.
+    """
+    status = os.fstat(directory)
+    if status.st_nlink == 0:
+        return True
+    try:
+        parent = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        return error.errno in GONE
+    try:
+        return not any(_is(status, parent, name) for name in os.listdir(parent))
+    except PermissionError:
+        return False  # it can't be told; then what is missing counts as damage
+    finally:
+        os.close(parent)
+
+
+def _is(status: os.stat_result, parent: int, name: str) -> bool:
+    """Return whether a name in the parent, other than one of trash, stands for that directory."""
+    known = step_names.parse(name)
+    if known is not None and known.kind == "trash":
+        return False
+    try:
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except OSError:
+        return False
+    return os.path.samestat(status, found)

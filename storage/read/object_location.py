@@ -1,28 +1,35 @@
-"""A checkpoint in an object store, as its readers see it: one range request per read."""
+"""Checkpoints in an object store: one range request per read.
+
+Names there say everything: the newest is found by one listing and one manifest, however many there are.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from gockpt.errors import CheckpointCorrupt
+from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, NotACheckpoint
+from gockpt.storage.format import step_names
 from gockpt.storage.format.manifest import MANIFEST_FILE
-from gockpt.storage.read.local_location import Names
-from gockpt.storage.read.read_execute import PIECE
+from gockpt.storage.read.location import Child, Names, expect_plain, expect_size
+from gockpt.storage.read.scratch import PIECE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
     from gockpt.storage.object_store.client import Objects
-    from gockpt.storage.read.local_location import File
+    from gockpt.storage.read.location import File
     from gockpt.storage.read.scratch import Scratch
 
-__all__ = ["RemoteFolder"]
+__all__ = ["ObjectFiles", "ObjectLocation"]
+
+PARALLEL = 16
+"""Requests in flight: a connection to an object store is slow, many are not."""
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
+class ObjectFile:
     """An object of known size.
 
     Attributes:
@@ -58,9 +65,7 @@ class RemoteFile:
         while total < wanted:
             n = min(PIECE, wanted - total)
             data, size = self.objects.read(self.key, offset + total, n)
-            if size != self.nbytes:
-                msg = f"{self.path} has {size} bytes instead of {self.nbytes}"
-                raise CheckpointCorrupt(msg)
+            expect_size(self.path, size, self.nbytes)
             if data.nbytes != n:
                 msg = f"{self.path} ends at byte {offset + total + data.nbytes}; there should be more"
                 raise CheckpointCorrupt(msg)
@@ -74,8 +79,14 @@ class RemoteFile:
         return total
 
 
-class RemoteFolder:
-    """The objects below one prefix, as the files of one checkpoint."""
+class ObjectFiles:
+    """The objects below one prefix, as the files of one checkpoint.
+
+    Attributes:
+        is_copy: Always: checkpoints are saved into directories, and uploaded from there.
+    """
+
+    is_copy = True
 
     def __init__(self, objects: Objects, base: str) -> None:
         """See what is below ``base``; ``""`` is the URL's own prefix."""
@@ -85,20 +96,16 @@ class RemoteFolder:
 
     def open(self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None) -> File:  # noqa: ARG002 - the contract's
         """Open an object. With a size given nothing is asked of the store before the first read."""
-        if any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
-            msg = f"{path!r} is not a plain path inside the checkpoint"
-            raise CheckpointCorrupt(msg)
+        expect_plain(path)
         key = self._key(path)
         if not nbytes:
             size, _ = self._objects.stat(key)
-            if nbytes is not None and size != nbytes:
-                msg = f"{path} has {size} bytes instead of {nbytes}"
-                raise CheckpointCorrupt(msg)
+            expect_size(path, size, nbytes)
             nbytes = size
-        return RemoteFile(self._objects, key, path, nbytes)
+        return ObjectFile(self._objects, key, path, nbytes)
 
     def names(self, path: str) -> Names:
-        """Return what stands in a directory. Asked for the root, it lists all that is below it once."""
+        """Return the names in a directory. Asked for the root, it lists all that is below it once."""
         if not path:
             self._tree = {"": set()}
             for key in self._objects.tree(self._base):
@@ -122,3 +129,58 @@ class RemoteFolder:
 
     def _key(self, path: str) -> str:
         return f"{self._base}/{path}" if self._base else path
+
+
+class ObjectLocation:
+    """A URL below which checkpoints were uploaded, or one checkpoint's own.
+
+    Attributes:
+        path: The URL.
+        kind: An object store.
+        parallel: Many requests at once.
+    """
+
+    kind: Literal["object store"] = "object store"
+    parallel = PARALLEL
+
+    def __init__(self, objects: Objects) -> None:
+        """Look below the URL of ``objects``; nothing is asked of the store yet."""
+        self._objects = objects
+        self.path = objects.url
+
+    def children(self) -> list[Child]:
+        """Return the uploaded checkpoints by their names, newest publication first.
+
+        Raises:
+            RemoteError: If the store refuses or can't be reached.
+        """
+        found = []
+        for name in self._objects.children()[0]:
+            known = step_names.parse_uploaded(name)
+            if known is not None:
+                url = self._objects.url_of(name)
+                found.append(Child(name, url, known.step, known.seq, known.attempt))
+        return sorted(found, key=lambda child: (child.seq, child.step, child.attempt), reverse=True)
+
+    def open(self, child: Child) -> ObjectFiles:
+        """Return a child's objects; nothing is asked of the store yet."""
+        return ObjectFiles(self._objects, child.name)
+
+    def open_itself(self) -> ObjectFiles | None:
+        """Return the objects below the URL if a manifest is among them."""
+        try:
+            self._objects.stat(MANIFEST_FILE)
+        except FileNotFoundError:
+            return None
+        return ObjectFiles(self._objects, "")
+
+    def not_found(self) -> CheckpointNotFound | NotACheckpoint:
+        """Return the error that says what stands there instead."""
+        prefixes, names = self._objects.children()
+        if names or any(step_names.parse_uploaded(name) is None for name in prefixes):
+            other = (names or prefixes)[0]
+            return NotACheckpoint(f"{self.path!r} holds no uploaded checkpoints, but {other!r} and the like")
+        return CheckpointNotFound(f"no complete checkpoint in {self.path!r}")
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gockpt.core.boxes import Box
     from gockpt.storage.format.codecs import Coded
     from gockpt.storage.format.manifest_entries import ArrayEntry
-    from gockpt.storage.read.local_location import File, Folder
+    from gockpt.storage.read.location import File, Files
 
 __all__ = ["PARALLEL_FROM", "PARALLEL_JOBS", "PIECE", "Source", "Task", "execute", "first_bad_block"]
 
@@ -42,12 +42,12 @@ class Source:
     """Where an array's chunk files are, and what their blocks must hash to.
 
     Attributes:
-        folder: The checkpoint's directory.
+        files: The files of its checkpoint.
         entry: The array, from the manifest.
         crcs: The checksum of every block of the array, or ``None`` to take the bytes as they are.
     """
 
-    folder: Folder
+    files: Files
     entry: ArrayEntry
     crcs: npt.NDArray[np.uint32] | None
 
@@ -62,7 +62,7 @@ class Source:
         With the calling thread's ``scratch`` it is read past the page cache where that is sooner.
         """
         nbytes = self.entry.file_nbytes(chunk)
-        return self.folder.open(self.entry.chunk_path(chunk), nbytes=nbytes, scratch=scratch)
+        return self.files.open(self.entry.chunk_path(chunk), nbytes=nbytes, scratch=scratch)
 
 
 @dataclass(frozen=True, slots=True)

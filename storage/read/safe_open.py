@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from gockpt.errors import CheckpointCorrupt
+from gockpt.storage.read.location import expect_plain, expect_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-__all__ = ["GONE", "RegularFile", "open_below", "open_directory", "open_regular"]
-
-GONE = frozenset({errno.ENOENT, errno.ESTALE})
-"""The errors that say "no such file (any more)", the network file systems' one included."""
+__all__ = ["RegularFile", "open_below", "open_directory", "open_regular"]
 
 _REFUSED = {
     errno.ELOOP: "a symbolic link is in its path, and links are not followed",
@@ -115,9 +113,7 @@ def open_below(directory: int, path: str, *, is_directory: bool = False) -> int:
         CheckpointCorrupt: If the path has a link, an empty, ``.`` or ``..`` component, or leads out.
         OSError: What the system says, with the path: not there, no permission, too many open files.
     """
-    if any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
-        msg = f"{path!r} is not a plain path inside the checkpoint"
-        raise CheckpointCorrupt(msg)
+    expect_plain(path)
     flags = _DIRECTORY if is_directory else _FILE
     try:
         fd = open_at_once(directory, path, flags)
@@ -199,9 +195,7 @@ def open_regular(directory: int, path: str, *, nbytes: int | None = None) -> Reg
         if not stat.S_ISREG(status.st_mode):
             msg = f"{path}: not a regular file"
             raise CheckpointCorrupt(msg)
-        if nbytes is not None and status.st_size != nbytes:
-            msg = f"{path} has {status.st_size} bytes instead of {nbytes}"
-            raise CheckpointCorrupt(msg)
+        expect_size(path, status.st_size, nbytes)
     except BaseException:
         os.close(fd)
         raise

@@ -24,9 +24,8 @@ from gockpt.storage.format.checksum import BLOCK, crc32c
 from gockpt.storage.format.chunk_grid import chunk_key
 from gockpt.storage.format.manifest import BLOCKS_FILE, GROUP_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
 from gockpt.storage.read.decode import read_chunk
-from gockpt.storage.read.local_location import Folder, read_small
+from gockpt.storage.read.location import GONE, Files, read_small
 from gockpt.storage.read.read_execute import PIECE, Source, first_bad_block
-from gockpt.storage.read.safe_open import GONE
 from gockpt.storage.read.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -120,17 +119,17 @@ class _Task:
 
 
 def verify_files(
-    folder: Folder,
+    files: Files,
     path: str,
     manifest: Manifest,
     *,
     threads: int,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> VerifyReport:
-    """Check the checkpoint in a folder against the manifest it was opened with.
+    """Check the files of a checkpoint against the manifest it was opened with.
 
     Args:
-        folder: Where it is.
+        files: The files of the checkpoint.
         path: Where it is, for the report.
         manifest: Its manifest.
         threads: How many files are read at once; each thread takes one piece of memory, or one encoded chunk.
@@ -138,7 +137,7 @@ def verify_files(
     """
     problems = _Problems()
     foreign: list[str] = []
-    for found in _surplus(folder, path, manifest):
+    for found in _surplus(files, path, manifest):
         if isinstance(found, Problem):
             problems.add(found)
         else:
@@ -146,10 +145,10 @@ def verify_files(
     blocks = manifest.file(BLOCKS_FILE)
     crcs: npt.NDArray[np.uint32] | None = None
     try:
-        crcs = np.frombuffer(_checked_bytes(folder, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
+        crcs = np.frombuffer(_checked_bytes(files, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
     except (CheckpointCorrupt, OSError) as error:
         problems.add(Problem(BLOCKS_FILE, None, _words(error, BLOCKS_FILE)))
-    tasks = _tasks(folder, manifest, crcs)
+    tasks = _tasks(files, manifest, crcs)
     lock = threading.Lock()
     done, total = 0, sum(entry.nbytes for entry in manifest.arrays)
 
@@ -217,7 +216,7 @@ def _words(error: CheckpointCorrupt | OSError, path: str) -> str:
     return "missing" if error.errno in GONE else f"can't be read: {error.strerror}"
 
 
-def _surplus(root: Folder, where: str, manifest: Manifest) -> Iterator[Problem | str]:
+def _surplus(root: Files, where: str, manifest: Manifest) -> Iterator[Problem | str]:
     """Yield the paths of all that is there and no part of the checkpoint, and what can't be looked through.
 
     What is absent shows when it is read.
@@ -250,25 +249,25 @@ def _surplus(root: Folder, where: str, manifest: Manifest) -> Iterator[Problem |
         )
 
 
-def _tasks(folder: Folder, manifest: Manifest, crcs: npt.NDArray[np.uint32] | None) -> Iterator[_Task]:
+def _tasks(files: Files, manifest: Manifest, crcs: npt.NDArray[np.uint32] | None) -> Iterator[_Task]:
     """Yield a task for every file but the block checksums."""
-    yield _Task(MANIFEST_FILE, None, lambda _: _check_manifest(folder, manifest))
+    yield _Task(MANIFEST_FILE, None, lambda _: _check_manifest(files, manifest))
     for file in manifest.files:
         if file.path != BLOCKS_FILE:
-            yield _Task(file.path, None, partial(_check_file, folder, manifest, file))
+            yield _Task(file.path, None, partial(_check_file, files, manifest, file))
     for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False):
         name = entry.spec.public_name
-        yield _Task(entry.meta.path, name, partial(_check_array_document, folder, entry))
+        yield _Task(entry.meta.path, name, partial(_check_array_document, files, entry))
         own = None if crcs is None else crcs[first : first + entry.block_count]
-        source = Source(folder, entry, own)
+        source = Source(files, entry, own)
         for chunk in range(entry.chunks):
             check = partial(_check_chunk, source, chunk)
             yield _Task(entry.chunk_path(chunk), name, check, entry.file_nbytes(chunk))
 
 
-def _checked_bytes(folder: Folder, file: FileEntry, *, limit: int = strict_json.MAX_BYTES) -> bytes:
+def _checked_bytes(files: Files, file: FileEntry, *, limit: int = strict_json.MAX_BYTES) -> bytes:
     """Return a file's bytes, which must have the size and checksum that the manifest says."""
-    data = read_small(folder, file.path, limit=limit, nbytes=file.size)
+    data = read_small(files, file.path, limit=limit, nbytes=file.size)
     found = crc32c(data)
     if found != file.crc32c:
         msg = f"its checksum is {found:08x} instead of {file.crc32c:08x}"
@@ -276,13 +275,13 @@ def _checked_bytes(folder: Folder, file: FileEntry, *, limit: int = strict_json.
     return data
 
 
-def _check_manifest(folder: Folder, manifest: Manifest) -> str | None:
-    data = read_small(folder, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+def _check_manifest(files: Files, manifest: Manifest) -> str | None:
+    data = read_small(files, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     return None if parse(data, where=MANIFEST_FILE) == manifest else "not the manifest it was opened with"
 
 
-def _check_file(folder: Folder, manifest: Manifest, file: FileEntry, _: object) -> str | None:
-    data = _checked_bytes(folder, file)
+def _check_file(files: Files, manifest: Manifest, file: FileEntry, _: object) -> str | None:
+    data = _checked_bytes(files, file)
     if not file.path.endswith(GROUP_FILE):
         return None
     document = strict_json.loads(data, what="it")
@@ -311,8 +310,8 @@ def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
     return f"its consolidated metadata has {surplus[0]!r}, the manifest has not" if surplus else None
 
 
-def _check_array_document(folder: Folder, entry: ArrayEntry, _: object) -> str | None:
-    document = strict_json.loads(_checked_bytes(folder, entry.meta), what="it")
+def _check_array_document(files: Files, entry: ArrayEntry, _: object) -> str | None:
+    document = strict_json.loads(_checked_bytes(files, entry.meta), what="it")
     key = _differing_array(document, entry)
     return None if key is None else f"its {key} is not the one that follows from the manifest"
 

@@ -21,8 +21,9 @@ from gockpt.storage.local.store import Store
 from gockpt.storage.object_store import client
 from gockpt.storage.object_store.client import Objects
 from gockpt.storage.object_store.upload import upload_checkpoint
+from gockpt.storage.paths import store_to_write
 from gockpt.storage.read.find import list_checkpoints, open_checkpoint
-from gockpt.uploads import Uploads, store_at
+from gockpt.uploads import Uploads
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -78,7 +79,7 @@ class Gate:
             assert self.open.wait(60)
             if self.late is not None:
                 raise self.late
-            return tree(client, path)
+            return tree(objects, path)
 
         monkeypatch.setattr(Objects, "tree", gated)
 
@@ -370,7 +371,7 @@ def test_threads_that_cant_begin_publish_nothing(save, url, tmp_path):
         raise OSError("no priority for you")
 
     with open_checkpoint(tmp_path / "ckpts") as stored, pytest.raises(OSError, match="for you"):
-        upload_checkpoint(stored, store_at(url), prepare_thread=fails)
+        upload_checkpoint(stored, store_to_write(url), prepare_thread=fails)
     assert gockpt.steps(url) == []
 
 

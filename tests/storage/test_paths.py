@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from gockpt.errors import UsageError
-from gockpt.storage.paths import directory_to_save, local_path, located
+from gockpt.storage.paths import directory_to_save, local_path
+from gockpt.storage.read.find import location_at
 
 
 class OfBytes:
@@ -31,7 +32,7 @@ def home(monkeypatch):
 )
 def test_a_home_is_expanded(home, given):
     assert directory_to_save(given) == str(home.resolve() / "ckpts")
-    assert Path(located(given)) == home / "ckpts"
+    assert Path(local_path(given)) == home / "ckpts"
 
 
 def test_a_users_home_is_expanded():
@@ -58,7 +59,7 @@ def test_a_tilde_elsewhere_is_a_letter(home, given):
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("taken", [directory_to_save, located])
+@pytest.mark.parametrize("taken", [directory_to_save, location_at])
 def test_what_is_no_path_is_refused(taken, given, message):
     with pytest.raises(UsageError, match=message):
         taken(given)

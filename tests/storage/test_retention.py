@@ -128,7 +128,7 @@ def test_a_reader_of_what_is_pruned_goes_on_or_is_told(scratch, save, faults):
             for step in (20, 30):
                 save(store, step)
             assert store.prune(Keep(newest=2)) == [10]
-            assert stored.folder.is_gone()
+            assert stored.files.is_gone()
 
 
 def test_every_one_that_is_to_stay_is_looked_at(scratch, save, faults):

@@ -27,7 +27,7 @@ from gockpt.storage.read.find import (
     list_checkpoints,
     open_checkpoint,
 )
-from gockpt.storage.read.pruned import is_gone
+from gockpt.storage.read.local_location import LocalLocation, is_gone
 
 ARRAYS = {("a",): ((4, 3), "float32"), ("b",): ((), "int64")}
 
@@ -215,22 +215,33 @@ def test_a_linked_step_is_not_followed(save, tmp_path):
     assert opened(tmp_path / "ckpts/step-0000000002") == (2, 2)
 
 
-@pytest.mark.parametrize("when", [1, 2])
-def test_pruned_between_looking_and_opening_means_looking_again(save, tmp_path, monkeypatch, when):
+@pytest.mark.parametrize("call", [lambda path: opened(path)[0], lambda path: list_checkpoints(path)[0].step])
+def test_pruned_between_listing_and_opening_means_looking_again(save, tmp_path, monkeypatch, call):
     first = save(1, 1)
-    real = find._open_child
+    real = LocalLocation.open
     calls = []
 
-    def open_child(directory, path, name):
-        calls.append(name)
-        if len(calls) == when:  # its name was found, or all of it; now its successor comes, and it goes
+    def open_child(location, child):
+        if not calls:  # its name was found; now its successor comes, and it goes
             save(2, 2)
             shutil.rmtree(first.path)
-        return real(directory, path, name)
+        calls.append(child.name)
+        return real(location, child)
 
-    monkeypatch.setattr(find, "_open_child", open_child)
-    assert opened(tmp_path / "ckpts") == (2, 2)
-    assert calls == ["step-0000000001"] * when + ["step-0000000002"] * 2
+    monkeypatch.setattr(LocalLocation, "open", open_child)
+    assert call(tmp_path / "ckpts") == 2
+    assert calls == ["step-0000000001", "step-0000000002"]
+
+
+def test_each_manifest_is_opened_once_and_none_that_was_replaced(save, tmp_path, monkeypatch):
+    for n in (1, 3, 2):
+        save(n, n)
+    save(3, 9, directory="step-0000000003.old-00000009")
+    read = []
+    real = find.manifest_bytes
+    monkeypatch.setattr(find, "manifest_bytes", lambda files, path: read.append(path) or real(files, path))
+    assert opened(tmp_path / "ckpts") == (3, 3)
+    assert sorted(read) == [f"{tmp_path}/ckpts/step-000000000{n}" for n in (1, 2, 3)]
 
 
 def test_a_newer_format_is_passed_over_and_named(save, tmp_path, caplog):
@@ -397,4 +408,4 @@ def test_an_undamaged_manifest_that_is_not_valid_is_passed_over(save, tmp_path, 
     assert list_checkpoints(path)[-1].seq == expected[1]
     with pytest.raises(ManifestCorrupt, match="parent 7"):
         open_checkpoint(path, 2)
-    assert list(damaged_checkpoints(path)) == ["step-0000000002"]
+    assert [child.name for child in damaged_checkpoints(path)] == ["step-0000000002"]

@@ -19,7 +19,7 @@ from gockpt.core.boxes import Box
 from gockpt.errors import CheckpointCorrupt, ChunkCorrupt
 from gockpt.storage.read.checkpoint import StoredCheckpoint, Wanted, read_manifest
 from gockpt.storage.read.direct_io import DIRECT_FROM, DirectFile, ReadCalls
-from gockpt.storage.read.local_location import LocalFolder
+from gockpt.storage.read.local_location import LocalFiles
 from gockpt.storage.read.safe_open import open_regular
 from gockpt.storage.read.scratch import PIECE, Scratch
 
@@ -77,8 +77,8 @@ class Small(Scratch):
 
 @contextmanager
 def opened(path, calls, threads=1):
-    folder = LocalFolder(os.open(path, os.O_RDONLY | os.O_DIRECTORY), calls=calls)
-    with StoredCheckpoint(folder, str(path), read_manifest(folder, str(path)), threads=threads) as stored:
+    files = LocalFiles(os.open(path, os.O_RDONLY | os.O_DIRECTORY), calls=calls)
+    with StoredCheckpoint(files, str(path), read_manifest(files, str(path)), threads=threads) as stored:
         yield stored
 
 

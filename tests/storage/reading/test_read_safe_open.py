@@ -10,7 +10,8 @@ import pytest
 
 from gockpt.errors import CheckpointCorrupt
 from gockpt.storage.read import safe_open
-from gockpt.storage.read.local_location import LocalFolder, read_small
+from gockpt.storage.read.local_location import LocalFiles
+from gockpt.storage.read.location import read_small
 from gockpt.storage.read.safe_open import open_below, open_directory, open_regular
 
 
@@ -40,7 +41,7 @@ def opened():
 
 def test_reads_a_file(root):
     before = opened()
-    assert read_small(LocalFolder(root), "a/b/file", limit=5) == b"hello"
+    assert read_small(LocalFiles(root), "a/b/file", limit=5) == b"hello"
     with open_regular(root, "a/b/file", nbytes=5) as file:
         assert file.nbytes == 5
         one, two = bytearray(2), bytearray(2)
@@ -94,7 +95,7 @@ def test_sizes_are_compared_before_anything_is_allocated(root, tmp_path):
     with (tmp_path / "top/huge").open("wb") as file:
         file.truncate(8 << 40)
     with pytest.raises(CheckpointCorrupt, match="more than 64 can't be right"):
-        read_small(LocalFolder(root), "huge", limit=64)
+        read_small(LocalFiles(root), "huge", limit=64)
 
 
 def test_what_is_missing_or_forbidden_is_said_by_the_system(root):
@@ -143,6 +144,6 @@ def test_the_kernel_without_openat2_is_noticed(tmp_path, monkeypatch):
     try:
         monkeypatch.setattr(safe_open, "_SYS_OPENAT2", 100_000)  # no such call: ENOSYS
         assert safe_open.open_at_once(fd, "file", os.O_RDONLY) is None
-        assert read_small(LocalFolder(fd), "file", limit=1) == b"x"
+        assert read_small(LocalFiles(fd), "file", limit=1) == b"x"
     finally:
         os.close(fd)
