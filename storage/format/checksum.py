@@ -12,13 +12,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 from awscrt import checksums
 
+from gockpt.errors import ChunkCorrupt
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
     from typing_extensions import Buffer
 
-__all__ = ["BLOCK", "block_count", "chain", "combine", "crc32c", "crc32c_blocks", "crc32c_zeros"]
+__all__ = [
+    "BLOCK",
+    "block_count",
+    "chain",
+    "combine",
+    "crc32c",
+    "crc32c_blocks",
+    "crc32c_zeros",
+    "expect_blocks",
+    "expect_checksum",
+]
 
 BLOCK = 1 << 20
 """Bytes that one entry of the block checksums covers."""
@@ -74,6 +86,58 @@ def crc32c_blocks(data: memoryview) -> npt.NDArray[np.uint32]:
     """Return the checksum of every block of ``data``, a contiguous view of bytes; little-endian."""
     nbytes = data.nbytes
     return np.array([crc32c(data[at : at + BLOCK]) for at in range(0, nbytes, BLOCK)], dtype="<u4")
+
+
+def expect_blocks(
+    views: Iterable[npt.NDArray[np.uint8]],
+    known: Sequence[int] | npt.NDArray[np.uint32],
+    *,
+    where: str,
+    start: int = 0,
+) -> None:
+    """Compare each block of a file's bytes with its checksum.
+
+    Args:
+        views: Whole blocks, one behind the other, whatever the split; only the very last may be shorter.
+        known: Their checksums, in order, perhaps of more blocks.
+        where: The file's path.
+        start: Where in the file the first block begins.
+
+    Raises:
+        ChunkCorrupt: If one differs.
+    """
+    value = filled = index = 0
+
+    def compare() -> None:
+        if value != known[index]:
+            at = start + index * BLOCK
+            msg = f"{where}: the bytes from {at} on differ from the checksum of their block"
+            raise ChunkCorrupt(msg)
+
+    for view in views:
+        at = 0
+        while at < view.nbytes:
+            n = min(BLOCK - filled, view.nbytes - at)
+            value = crc32c(view[at : at + n].data, value)
+            at += n
+            filled += n
+            if filled == BLOCK:
+                compare()
+                value, filled, index = 0, 0, index + 1
+    if filled:
+        compare()
+
+
+def expect_checksum(stored: Buffer, value: int, *, where: str) -> None:
+    """Compare the checksum at the end of a chunk file with that of all that stands before it.
+
+    Raises:
+        ChunkCorrupt: If it differs.
+    """
+    own = int.from_bytes(memoryview(stored).tobytes(), "little")
+    if own != value:
+        msg = f"{where}: its own checksum is {own:08x} instead of {value:08x}"
+        raise ChunkCorrupt(msg)
 
 
 def chain(blocks: Iterable[int], nbytes: int) -> int:

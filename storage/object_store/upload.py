@@ -19,13 +19,12 @@ import numpy as np
 from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, ChunkCorrupt, RemoteError, UsageError
 from gockpt.storage.format import step_names
-from gockpt.storage.format.checksum import BLOCK, block_count, chain, crc32c, crc32c_zeros
+from gockpt.storage.format.checksum import BLOCK, block_count, chain, crc32c, crc32c_zeros, expect_blocks
 from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, parse
 from gockpt.storage.object_store.client import TakenError
-from gockpt.storage.read.location import GONE, read_small
+from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, read_document, read_small
 from gockpt.storage.read.object_location import ObjectLocation
-from gockpt.storage.read.read_execute import Source, first_bad_block
-from gockpt.storage.read.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES
+from gockpt.storage.read.read_execute import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +114,7 @@ def upload_checkpoint(
         if parse(whole, where=f"{stored.path}/{MANIFEST_FILE}") != manifest:
             msg = f"{stored.path}: its manifest is not the one it was opened with"
             raise CheckpointCorrupt(msg)
-        blocks = _document(files, manifest.file(BLOCKS_FILE))
+        blocks = read_document(files, manifest.file(BLOCKS_FILE))
     todo = list(_objects(files, stored.path, manifest, np.frombuffer(blocks, "<u4")))
     nbytes = sum(item.nbytes for item in todo) + len(whole)
     there = _existing(objects, f"{base}/{MANIFEST_FILE}", len(whole))
@@ -166,7 +165,7 @@ def _objects(files: Files, path: str, manifest: Manifest, crcs: npt.NDArray[np.u
 
 def _file_data(files: Files, path: str, file: FileEntry) -> bytes:
     with _explained(files, path):
-        return _document(files, file)
+        return read_document(files, file)
 
 
 def _chunk_data(
@@ -188,11 +187,7 @@ def _chunk_pieces(
             file.read_into([memoryview(data)], start)
             piece = np.frombuffer(data, np.uint8)
             rows, behind = piece[: max(0, real - start)], piece[max(0, real - start) :]
-            bad = first_bad_block([rows], known[start // BLOCK :])
-            if bad is not None:
-                at = start + bad * BLOCK
-                msg = f"{file.path}: the bytes from {at} on differ from the checksum of their block"
-                raise ChunkCorrupt(msg)
+            expect_blocks([rows], known[start // BLOCK :], where=file.path, start=start)
             # What stands behind the rows: zeros, then the chunk's own checksum.
             first = max(start, real)
             padding = behind[: max(0, whole - CHECKSUM_BYTES - first)]
@@ -202,15 +197,6 @@ def _chunk_pieces(
                 msg = f"{file.path}: the padding or the checksum behind its {real} bytes is wrong"
                 raise ChunkCorrupt(msg)
             yield data
-
-
-def _document(files: Files, file: FileEntry) -> bytes:
-    data = read_small(files, file.path, limit=MAX_BLOCKS_BYTES, nbytes=file.size)
-    found = crc32c(data)
-    if found != file.crc32c:
-        msg = f"{file.path} is damaged: its checksum is {found:08x} instead of {file.crc32c:08x}"
-        raise CheckpointCorrupt(msg)
-    return data
 
 
 def _is_there(objects: Objects, key: str, item: _Object) -> bool:

@@ -26,13 +26,12 @@ from gockpt.errors import (
     UsageError,
 )
 from gockpt.storage.format import strict_json
-from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
 from gockpt.storage.local import verified
-from gockpt.storage.read.location import GONE, read_small
+from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, read_document, read_small
 from gockpt.storage.read.read_execute import PIECE, Source, Task, execute
 from gockpt.storage.read.read_plan import plan_reads
-from gockpt.storage.read.verify import MAX_BLOCKS_BYTES, MAX_MANIFEST_BYTES, VerifyReport, verify_files
+from gockpt.storage.read.verify import VerifyReport, verify_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,7 +166,7 @@ class StoredCheckpoint:
             ManifestCorrupt: If it differs from what was written, or is no JSON object.
             CheckpointPruned: If the checkpoint was removed meanwhile.
         """
-        data = self._document(STATE_FILE, limit=strict_json.MAX_BYTES)
+        data = self._document(STATE_FILE)
         where = f"{self.path}/{STATE_FILE}"
         document = strict_json.loads(data, what=where, depth=strict_json.STATE_DEPTH)
         if type(document) is not dict:
@@ -292,21 +291,16 @@ class StoredCheckpoint:
         """Return the checksums of all blocks; read, and checked as a whole, once."""
         with self._lock:
             if self._crcs is None:
-                data = self._document(BLOCKS_FILE, limit=MAX_BLOCKS_BYTES)
+                data = self._document(BLOCKS_FILE)
                 self._crcs = np.frombuffer(data, "<u4")
             return self._crcs
 
-    def _document(self, path: str, *, limit: int) -> bytes:
+    def _document(self, path: str) -> bytes:
         """Return a file that the manifest vouches for, checked."""
         entry = self.manifest.file(path)
         files = self._opened()
         with self._explained(path, ManifestCorrupt):
-            data = read_small(files, path, limit=limit, nbytes=entry.size)
-            found = crc32c(data)
-            if found != entry.crc32c:
-                msg = f"{path} is damaged: its checksum is {found:08x} instead of {entry.crc32c:08x}"
-                raise ManifestCorrupt(msg)
-        return data
+            return read_document(files, entry)
 
     @contextmanager
     def _explained(self, what: str, kind: type[CheckpointCorrupt]) -> Iterator[None]:

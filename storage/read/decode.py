@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gockpt.core.arena_layout import CHECKSUM_BYTES
-from gockpt.errors import ChunkCorrupt
-from gockpt.storage.format.checksum import BLOCK, chain, crc32c
+from gockpt.storage.format.checksum import chain, expect_blocks, expect_checksum
 from gockpt.storage.format.codecs import decode, expect_nbytes
 
 if TYPE_CHECKING:
@@ -52,17 +51,8 @@ def read_chunk(
     content = data[:-CHECKSUM_BYTES]
     if crcs is not None:
         own = crcs[coded.first_blocks[chunk] : coded.first_blocks[chunk + 1]].tolist()
-        for block, known in enumerate(own):
-            if crc32c(content[block * BLOCK : (block + 1) * BLOCK].data) != known:
-                msg = (
-                    f"{file.path}: the bytes from {block * BLOCK} on differ from the checksum of their block"
-                )
-                raise ChunkCorrupt(msg)
-        stored = int.from_bytes(data[-CHECKSUM_BYTES:].tobytes(), "little")
-        expected = chain(own, content.nbytes)
-        if stored != expected:
-            msg = f"{file.path}: its own checksum is {stored:08x} instead of {expected:08x}"
-            raise ChunkCorrupt(msg)
+        expect_blocks([content], own, where=file.path)
+        expect_checksum(data[-CHECKSUM_BYTES:].data, chain(own, content.nbytes), where=file.path)
     # Before memory is taken for what it claims to hold.
     expect_nbytes(coded.codec, content, entry.chunk_nbytes, where=file.path)
     whole = np.empty(entry.chunk_nbytes, np.uint8) if out is None else out

@@ -11,17 +11,22 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
-from gockpt.errors import CheckpointCorrupt
+from gockpt.errors import CheckpointCorrupt, ManifestCorrupt
+from gockpt.storage.format import strict_json
+from gockpt.storage.format.checksum import crc32c
+from gockpt.storage.format.manifest import BLOCKS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
     from gockpt.errors import CheckpointNotFound, NotACheckpoint
+    from gockpt.storage.format.manifest_entries import FileEntry
     from gockpt.storage.read.scratch import Scratch
 
 __all__ = [
     "GONE",
+    "MAX_MANIFEST_BYTES",
     "Child",
     "File",
     "Files",
@@ -29,11 +34,15 @@ __all__ = [
     "Names",
     "expect_plain",
     "expect_size",
+    "read_document",
     "read_small",
 ]
 
 GONE = frozenset({errno.ENOENT, errno.ESTALE})
 """The errors that say "no such file (any more)", the network file systems' one included."""
+
+MAX_BLOCKS_BYTES = 1 << 30  # the block checksums of 256 TiB
+MAX_MANIFEST_BYTES = strict_json.MAX_BYTES + 64
 
 
 class File(Protocol):
@@ -197,3 +206,20 @@ def read_small(files: Files, path: str, *, limit: int, nbytes: int | None = None
         data = bytearray(file.nbytes)
         file.read_into([memoryview(data)], 0)
     return bytes(data)
+
+
+def read_document(files: Files, file: FileEntry) -> bytes:
+    """Return a file that the manifest lists, which must have the size and checksum that it says.
+
+    Raises:
+        ManifestCorrupt: If its checksum differs.
+        CheckpointCorrupt: If its size does.
+        OSError: If it isn't there, or can't be opened.
+    """
+    limit = MAX_BLOCKS_BYTES if file.path == BLOCKS_FILE else strict_json.MAX_BYTES
+    data = read_small(files, file.path, limit=limit, nbytes=file.size)
+    found = crc32c(data)
+    if found != file.crc32c:
+        msg = f"{file.path} is damaged: its checksum is {found:08x} instead of {file.crc32c:08x}"
+        raise ManifestCorrupt(msg)
+    return data

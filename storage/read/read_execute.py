@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gockpt.errors import ChunkCorrupt
-from gockpt.storage.format.checksum import BLOCK, crc32c
+from gockpt.storage.format.checksum import BLOCK, expect_blocks
 from gockpt.storage.read.decode import read_chunk
 from gockpt.storage.read.read_plan import ByteRange, ChunkRead, Grid, scatter
 from gockpt.storage.read.scratch import PIECE, Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     import numpy as np
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.location import File, Files
 
-__all__ = ["PARALLEL_FROM", "PARALLEL_JOBS", "PIECE", "Source", "Task", "execute", "first_bad_block"]
+__all__ = ["PARALLEL_FROM", "PARALLEL_JOBS", "PIECE", "Source", "Task", "execute"]
 
 PARALLEL_FROM = 16 << 20
 PARALLEL_JOBS = 32
@@ -174,13 +173,8 @@ def _read(file: File, read: ChunkRead, part: ByteRange, task: Task, scratch: Scr
         views = [ends[:lead], out[at : at + high - low], ends[lead:]]
     got = file.read_into([view.data for view in views], part.start)
     if source.crcs is not None:
-        first = part.start // BLOCK
-        known = source.crcs[source.grid.first_block(read.chunk) + first :]
-        bad = first_bad_block(views, known)
-        if bad is not None:
-            start = (first + bad) * BLOCK
-            msg = f"{file.path}: the bytes from {start} on differ from the checksum of their block"
-            raise ChunkCorrupt(msg)
+        known = source.crcs[source.grid.first_block(read.chunk) + part.start // BLOCK :]
+        expect_blocks(views, known, where=file.path, start=part.start)
     if read.run is None:
         scatter(source.grid, task.box, read, part.start, views[0], out)
     return got
@@ -200,23 +194,3 @@ def _read_encoded(file: File, read: ChunkRead, task: Task, coded: Coded) -> int:
     else:
         scatter(source.grid, task.box, read, 0, chunk[: source.grid.real_nbytes(read.chunk)], out)
     return file.nbytes
-
-
-def first_bad_block(views: Iterable[npt.NDArray[np.uint8]], crcs: npt.NDArray[np.uint32]) -> int | None:
-    """Return the index of the first block that differs from its checksum, or ``None``.
-
-    ``views`` one behind the other hold whole blocks; only the very last one may be shorter.
-    """
-    value = filled = index = 0
-    for view in views:
-        at = 0
-        while at < view.nbytes:
-            n = min(BLOCK - filled, view.nbytes - at)
-            value = crc32c(view[at : at + n].data, value)
-            at += n
-            filled += n
-            if filled == BLOCK:
-                if value != crcs[index]:
-                    return index
-                value, filled, index = 0, 0, index + 1
-    return index if filled and value != crcs[index] else None

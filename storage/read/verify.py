@@ -20,12 +20,12 @@ import numpy as np
 from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import CheckpointCorrupt
 from gockpt.storage.format import strict_json, zarr_metadata
-from gockpt.storage.format.checksum import BLOCK, crc32c
+from gockpt.storage.format.checksum import BLOCK, crc32c, expect_blocks, expect_checksum
 from gockpt.storage.format.chunk_grid import chunk_key
 from gockpt.storage.format.manifest import BLOCKS_FILE, GROUP_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
 from gockpt.storage.read.decode import read_chunk
-from gockpt.storage.read.location import GONE, Files, read_small
-from gockpt.storage.read.read_execute import PIECE, Source, first_bad_block
+from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, Files, read_document, read_small
+from gockpt.storage.read.read_execute import PIECE, Source
 from gockpt.storage.read.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ _OPTIONAL: dict[str, Any] = {"attributes": {}, "storage_transformers": []}
 
 MAX_PROBLEMS = 1000
 """Problems that a report names; those beyond are only counted."""
-
-MAX_BLOCKS_BYTES = 1 << 30  # the block checksums of 256 TiB
-MAX_MANIFEST_BYTES = strict_json.MAX_BYTES + 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +142,7 @@ def verify_files(
     blocks = manifest.file(BLOCKS_FILE)
     crcs: npt.NDArray[np.uint32] | None = None
     try:
-        crcs = np.frombuffer(_checked_bytes(files, blocks, limit=MAX_BLOCKS_BYTES), "<u4")
+        crcs = np.frombuffer(read_document(files, blocks), "<u4")
     except (CheckpointCorrupt, OSError) as error:
         problems.add(Problem(BLOCKS_FILE, None, _words(error, BLOCKS_FILE)))
     tasks = _tasks(files, manifest, crcs)
@@ -210,9 +207,9 @@ class _Problems:
 
 
 def _words(error: CheckpointCorrupt | OSError, path: str) -> str:
-    """Return what an error says about a file, whose path is said already."""
+    """Return an error's words about a file, whose path is said already."""
     if isinstance(error, CheckpointCorrupt):
-        return str(error).removeprefix(path).lstrip(": ")
+        return str(error).removeprefix(path).removeprefix(" is damaged").lstrip(": ")
     return "missing" if error.errno in GONE else f"can't be read: {error.strerror}"
 
 
@@ -265,23 +262,13 @@ def _tasks(files: Files, manifest: Manifest, crcs: npt.NDArray[np.uint32] | None
             yield _Task(entry.chunk_path(chunk), name, check, entry.file_nbytes(chunk))
 
 
-def _checked_bytes(files: Files, file: FileEntry, *, limit: int = strict_json.MAX_BYTES) -> bytes:
-    """Return a file's bytes, which must have the size and checksum that the manifest says."""
-    data = read_small(files, file.path, limit=limit, nbytes=file.size)
-    found = crc32c(data)
-    if found != file.crc32c:
-        msg = f"its checksum is {found:08x} instead of {file.crc32c:08x}"
-        raise CheckpointCorrupt(msg)
-    return data
-
-
 def _check_manifest(files: Files, manifest: Manifest) -> str | None:
     data = read_small(files, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     return None if parse(data, where=MANIFEST_FILE) == manifest else "not the manifest it was opened with"
 
 
 def _check_file(files: Files, manifest: Manifest, file: FileEntry, _: object) -> str | None:
-    data = _checked_bytes(files, file)
+    data = read_document(files, file)
     if not file.path.endswith(GROUP_FILE):
         return None
     document = strict_json.loads(data, what="it")
@@ -311,7 +298,7 @@ def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
 
 
 def _check_array_document(files: Files, entry: ArrayEntry, _: object) -> str | None:
-    document = strict_json.loads(_checked_bytes(files, entry.meta), what="it")
+    document = strict_json.loads(read_document(files, entry.meta), what="it")
     key = _differing_array(document, entry)
     return None if key is None else f"its {key} is not the one that follows from the manifest"
 
@@ -351,10 +338,8 @@ def _check_chunk(source: Source, chunk: int, scratch: Scratch) -> str | None:
             data = buffer[: min(PIECE, real - start)]
             file.read_into([data.data], start)
             if source.crcs is not None:
-                at = start // BLOCK
-                bad = first_bad_block([data], source.crcs[first + at :])
-                if bad is not None:
-                    return f"the bytes from {(at + bad) * BLOCK} on differ from the checksum of their block"
+                known = source.crcs[first + start // BLOCK :]
+                expect_blocks([data], known, where=file.path, start=start)
             value = crc32c(data.data, value)
         for start in range(real, whole, PIECE):
             data = buffer[: min(PIECE, whole - start)]
@@ -363,8 +348,8 @@ def _check_chunk(source: Source, chunk: int, scratch: Scratch) -> str | None:
                 return f"the padding from byte {real} on is not all zero"
             value = crc32c(data.data, value)
         file.read_into([buffer[:CHECKSUM_BYTES].data], whole)
-        stored = int.from_bytes(buffer[:CHECKSUM_BYTES].tobytes(), "little")
-    return None if stored == value else f"its own checksum is {stored:08x} instead of {value:08x}"
+        expect_checksum(buffer[:CHECKSUM_BYTES].data, value, where=file.path)
+    return None
 
 
 def _check_encoded_chunk(source: Source, coded: Coded, chunk: int, scratch: Scratch) -> str | None:
