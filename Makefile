@@ -27,7 +27,12 @@ PIP    := -m pip --disable-pip-version-check install --quiet --constraint constr
 # A second environment proves that storage and the pure modules need no torch, with a newer zarr.
 VENV_STORAGE := .venv-storage
 STORAGE_TESTS = tests/storage $(wildcard tests/pure)
-STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes obstore tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout xarray
+STORAGE_NEEDS := numpy numba awscrt zarr ml_dtypes obstore tensorstore zarrs hypothesis pytest pytest-cov pytest-randomly pytest-timeout pytest-xdist xarray
+
+# Test files run in JOBS processes; what measures runs afterwards, with nothing beside it.
+JOBS ?= 2
+SIDE_BY_SIDE = -n $(JOBS) --dist loadfile
+EVERYDAY := not soak and not gpu and not powerloss
 
 # What is plain arithmetic and tables has every branch tested.
 PURE := gockpt/core/boxes.py,gockpt/core/save_policy.py,gockpt/planning/save_interval.py,gockpt/core/arena_layout.py,gockpt/core/save_state.py,gockpt/core/retention.py,gockpt/planning/planner.py,gockpt/core/array_spec.py
@@ -51,7 +56,8 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "$(EVERYDAY) and not alone" $(ARGS)
+	$(BIN)/python -m pytest -m "$(EVERYDAY) and alone" $(ARGS) || test $$? = 5 # 5: ARGS asked for none of them
 
 soak: export HYPOTHESIS_PROFILE := soak
 soak: $(VENV)/.installed
@@ -139,7 +145,7 @@ test-storage-newest: $(VENV)/.installed
 	  echo "== $@: left out, no Python 3.12 or newer was found beside $$($(BIN)/python --version)"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV_STORAGE)/.installed NEWER="$$newer"; \
 	echo "== $@: $$($(VENV_STORAGE)/bin/python --version), without torch"; \
-	$(VENV_STORAGE)/bin/python -m pytest $(STORAGE_TESTS)
+	$(VENV_STORAGE)/bin/python -m pytest $(SIDE_BY_SIDE) $(STORAGE_TESTS)
 
 $(VENV_STORAGE)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "== $(VENV_STORAGE): installing with $(NEWER), once"

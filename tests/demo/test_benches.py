@@ -77,6 +77,7 @@ def test_an_interval_that_would_never_come_is_refused(bench):
     assert "nothing would be saved" in done.stderr
 
 
+@pytest.mark.alone
 def test_memory_bench_and_its_bar(bench):
     result, printed = run(bench / "bench_memory.py")
     assert [sample["window"] for sample in result["samples"]] == [1, 4]

@@ -28,7 +28,7 @@ PACKAGE = os.path.dirname(gockpt.__file__)
 SOURCES = tuple(
     f"{os.path.realpath(os.path.join(PACKAGE, part))}{os.sep}" for part in ("", "storage", "kernels")
 )
-SAMPLE = 4
+SAMPLE = 2
 """Lines that are tried of each call."""
 
 
