@@ -24,7 +24,7 @@ __all__ = ["capture", "check", "restore"]
 def capture() -> dict[str, Any]:
     """Return the states now, as values for :mod:`gockpt.state.value_encoder`. Changes none of them."""
     return {
-        "python": random.getstate(),
+        "python": _pack_python(random.getstate()),
         "numpy": _pack(np.random.get_state(legacy=False)),  # noqa: NPY002 - the legacy state is what users hold
         "torch": _to_bytes(torch.get_rng_state()),
         "cuda": [_to_bytes(state) for state in torch.cuda.get_rng_state_all()]
@@ -58,7 +58,7 @@ def check(states: dict[str, Any]) -> None:
         # On generators of their own first: a load that has changed a model must not fail for these.
         kind = type(np.random.get_bit_generator())  # type: ignore[attr-defined] # public since NumPy 1.24
         np.random.RandomState(kind()).set_state(_unpack(states["numpy"]))
-        random.Random().setstate(states["python"])  # noqa: S311 - no secrets are made
+        random.Random().setstate(_unpack_python(states["python"]))  # noqa: S311 - no secrets are made
         torch.Generator().set_state(_from_bytes(states["torch"]))
 
 
@@ -76,7 +76,7 @@ def restore(states: dict[str, Any]) -> tuple[str, ...]:
     check(states)
     with _explained():
         np.random.set_state(_unpack(states["numpy"]))  # noqa: NPY002 - see capture
-        random.setstate(states["python"])
+        random.setstate(_unpack_python(states["python"]))
         torch.set_rng_state(_from_bytes(states["torch"]))
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
         absent = []
@@ -107,6 +107,18 @@ def _to_bytes(state: torch.Tensor) -> bytes:
 
 def _from_bytes(state: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def _pack_python(state: tuple[Any, ...]) -> dict[str, Any]:
+    # 625 numbers that would each be encoded by itself, at every call that remembers the random states.
+    version, words, gauss = state
+    return {"version": version, "words": _pack(np.array(words, "<u4")), "gauss": gauss}
+
+
+def _unpack_python(state: Any) -> tuple[Any, ...]:
+    if isinstance(state, dict):
+        return state["version"], tuple(_unpack(state["words"]).tolist()), state["gauss"]
+    return tuple(state)  # as version 1 of the state document has it
 
 
 def _pack(value: Any) -> Any:

@@ -51,6 +51,18 @@ def test_draws_repeat(drawn):
     assert draws() == wanted
 
 
+def test_pythons_state_as_version_1_has_it():
+    states = {**rng_state.capture(), "python": random.getstate()}
+    wanted = draws()
+    rng_state.restore(through(states))
+    assert draws() == wanted
+
+
+def test_pythons_state_is_not_encoded_number_by_number():
+    document, _ = encode(rng_state.capture()["python"], prefix=("rng",))
+    assert len(json.dumps(document)) < 4 * 1.4 * 625
+
+
 def test_capturing_changes_nothing():
     states = rng_state.capture()
     wanted = draws()
