@@ -8,23 +8,26 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from gockpt.core.runs import beginning, claim
-from gockpt.errors import ExistingCheckpoints, UsageError
+from gockpt.errors import CheckpointNotFound, ExistingCheckpoints, NotACheckpoint, UsageError
 from gockpt.state.lineage import origin_of, run_of, runs_of_process
 from gockpt.storage.format.manifest import MANIFEST_FILE
-from gockpt.storage.local.catalog import newest_in
+from gockpt.storage.local.failures import storage_errors
 from gockpt.storage.local.filesystem import Filesystem
 from gockpt.storage.local.store import Follow
 from gockpt.storage.local.writer_lock import expect_free
 from gockpt.storage.paths import store_to_write
 from gockpt.storage.read.find import newest_manifest
+from gockpt.storage.read.local_location import LocalLocation
 from gockpt.storage.read.object_location import ObjectLocation
 
 if TYPE_CHECKING:
     from gockpt.core.runs import Claim, Run
     from gockpt.options import Options
+    from gockpt.storage.format.manifest import Manifest
     from gockpt.validation import Model
 
 __all__ = ["expect_remote", "homes", "permitted"]
@@ -52,7 +55,7 @@ def permitted(path: str, model: Model, options: Options) -> Follow:
     origin, run = origin_of(model), run_of(model)
     here = origin is not None and origin.path == path
     new_id = secrets.token_hex(16)
-    newest = newest_in(path)
+    newest = _newest_in(path)
     if newest is None:
         home = origin is not None and origin.path in homes(path, options)
         loaded = None if origin is None else (origin.run, origin.seq)
@@ -64,6 +67,17 @@ def permitted(path: str, model: Model, options: Options) -> Follow:
             _refusal(path, newest.step, newest.run, "path", f"gockpt.load({path!r}, ...)")
         )
     return Follow(found.run, newest.attempt, here)
+
+
+def _newest_in(path: str) -> Manifest | None:
+    """Return the newest checkpoint of a directory, ``None`` if there is none, or no directory."""
+    with storage_errors("look through", path):
+        try:
+            location = LocalLocation(path)
+        except (CheckpointNotFound, NotACheckpoint):
+            return None
+        with closing(location):
+            return newest_manifest(location)
 
 
 def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:

@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,17 +25,15 @@ from gockpt.storage.local.failures import storage_errors
 from gockpt.storage.local.filesystem import Filesystem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from gockpt.core.runs import Ancestor
     from gockpt.options import Keep
     from gockpt.storage.local.writer_lock import WriterLock
 
-__all__ = ["Catalog", "Directory", "Place", "identify", "looked_through", "newest_in", "remove_entry"]
+__all__ = ["Catalog", "Directory", "Place", "identify", "looked_through", "remove_entry"]
 
 _log = logging.getLogger(__name__)
-
-How = Callable[..., "manifest.Identity"]
 
 # A line of JSON and its checksum line.
 _MANIFEST_LIMIT = strict_json.MAX_BYTES + 4096
@@ -86,12 +83,8 @@ def identify(place: Directory, name: str) -> manifest.Identity | None:
     Raises:
         OSError: If that can't be told: no permission, a failing device.
     """
-    return _identified(place, name, manifest.identify)
-
-
-def _identified(place: Directory, name: str, how: How) -> manifest.Identity | None:
     try:
-        return how(_manifest_of(place, name), where=place.of(name))
+        return manifest.identify(_manifest_of(place, name), where=place.of(name))
     except (files.NotSmallRegularFile, ManifestCorrupt):
         return None
     except OSError as error:
@@ -323,41 +316,6 @@ class Catalog:
                 return False
             self._read.add(identity.attempt)
         return True
-
-
-def newest_in(path: str) -> manifest.Identity | None:
-    """Return the newest complete checkpoint of a path as a :class:`Catalog` would; nothing is locked.
-
-    ``None`` if there is none, or no such directory. Other manifests than the newest are only glanced at.
-
-    Raises:
-        StorageError: If the directory or one of the manifests can't be read.
-    """
-    fs = Filesystem()
-    with storage_errors("look through", path):
-        try:
-            fd = fs.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        try:
-            return _newest_of(Directory(fs, fd, path))
-        finally:
-            fs.close(fd)
-
-
-def _newest_of(place: Directory) -> manifest.Identity | None:
-    found: list[tuple[int, str]] = []
-    for name in place.fs.listdir(place.fd):
-        known = step_names.parse(name)
-        if known is not None and known.kind in ("step", "old"):
-            seen = _identified(place, name, manifest.glance)
-            if seen is not None and seen.step == known.step and known.attempt in (None, seen.attempt):
-                found.append((seen.seq, name))
-    for _, name in sorted(found, reverse=True):
-        identity = identify(place, name)
-        if identity is not None:
-            return identity
-    return None
 
 
 def _anybody(_: manifest.Identity) -> bool:
