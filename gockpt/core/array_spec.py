@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["DTYPES", "MAX_NDIM", "ArraySpec", "DType", "Name"]
+__all__ = ["DTYPES", "MAX_NDIM", "ArraySpec", "DType", "Name", "public_name"]
 
 Name = tuple[str, ...]
 """Components of an array's name, outermost first: ``("model", fqn)``, ``("optimizer", fqn, state)``."""
@@ -62,6 +62,16 @@ DTYPES: dict[str, DType] = {
 """Every dtype that is stored, by name. Others are refused by name, never cast."""
 
 
+def public_name(name: Name) -> str:
+    """Return the name that users see and pass: components joined by ``/``.
+
+    Examples:
+        >>> public_name(("optimizer", "fc.weight", "exp_avg"))
+        'optimizer/fc.weight/exp_avg'
+    """
+    return "/".join(name)
+
+
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
     """One stored array.
@@ -78,8 +88,8 @@ class ArraySpec:
 
     @property
     def public_name(self) -> str:
-        """The name users see and pass: components joined by ``/``."""
-        return "/".join(self.name)
+        """Its name as users see and pass it."""
+        return public_name(self.name)
 
     @property
     def itemsize(self) -> int:

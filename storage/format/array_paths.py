@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import UnsupportedState, UsageError
 
 if TYPE_CHECKING:
@@ -110,9 +111,10 @@ def escape_all(names: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     }
     for name, path in paths.items():
         if len(name) > MAX_COMPONENTS or len(path) > MAX_PATH_BYTES:
+            shown = public_name(name)[:200]
             msg = (
-                f"the name {'/'.join(name)[:200]!r} ({len(name)} components, {len(path)} bytes as a path) is "
-                f"nested too deep or too long; at most {MAX_COMPONENTS} components and {MAX_PATH_BYTES} bytes"
+                f"the name {shown!r} ({len(name)} components, {len(path)} bytes as a path) is nested too "
+                f"deep or too long; at most {MAX_COMPONENTS} components and {MAX_PATH_BYTES} bytes"
             )
             raise UnsupportedState(msg)
     return paths
@@ -143,7 +145,7 @@ def check_names(names: Iterable[tuple[str, ...]]) -> None:
     names = list(names)
     groups = set(groups_of(names))
     for name in names:
-        public = "/".join(name)
+        public = public_name(name)
         if not name:
             msg = "an array needs a name of at least one component"
         elif public in seen:

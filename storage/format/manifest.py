@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec
+from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec, public_name
 from gockpt.core.nonfinite import nonfinite_of
 from gockpt.core.runs import Run, ancestors_of
 from gockpt.errors import ManifestCorrupt, UsageError
@@ -351,7 +351,7 @@ def _array(value: Any) -> ArrayEntry:
     name, path, shape, dtype, chunk, meta, *coded = json_fields.fields(value, "an array", keys)
     parts = json_fields.items(name, "a name", array_paths.MAX_COMPONENTS)
     components = tuple(json_fields.text(part, "a component of a name") for part in parts)
-    what = f"the array {'/'.join(components)!r}"
+    what = f"the array {public_name(components)!r}"
     extents = _integers(shape, "shape", what)
     pieces = _integers(chunk, "chunk", what)
     expect(

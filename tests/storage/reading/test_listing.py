@@ -326,14 +326,16 @@ def test_an_unreadable_checkpoint_is_not_silently_passed_over(save, tmp_path, mo
     real = find.manifest_bytes
 
     def manifest_bytes(directory, path):
-        if path.endswith("2"):
+        if path.endswith("1"):
             raise PermissionError(13, "Permission denied", path)
         return real(directory, path)
 
     monkeypatch.setattr(find, "manifest_bytes", manifest_bytes)
+    before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(PermissionError):
         open_checkpoint(tmp_path / "ckpts")
-    assert opened(tmp_path / "ckpts", 1) == (1, 1)
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert opened(tmp_path / "ckpts", 2) == (2, 2)
 
 
 def test_state_comes_back_and_damage_is_found(save, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from contextlib import closing
@@ -251,6 +252,27 @@ class LocationTests:
             CheckpointNotFound, match=r"no checkpoint of step 4 in .*; there are 1000, 1100, 1500"
         ):
             open_checkpoint(self.where, 4)
+
+    def test_what_comes_while_another_goes_is_not_missed(self, publish, monkeypatch):
+        publish(1, 1)
+        going = publish(2, 2)
+        with closing(location_at(self.where)) as location:
+            backend = type(location)
+        real, calls = backend.open, []
+
+        def open_child(location, child):
+            calls.append(child.name)
+            if calls == [going]:  # its name was found; now it goes, and a newer one comes
+                self.remove(going)
+                publish(3, 3)
+            return real(location, child)
+
+        monkeypatch.setattr(backend, "open", open_child)
+        before = set(os.listdir("/proc/self/fd"))
+        with open_checkpoint(self.where) as found:
+            assert found.step == 3
+        assert calls[0] == going
+        assert set(os.listdir("/proc/self/fd")) == before
 
     def test_what_was_written_is_what_is_read(self, publish, write, tmp_path):
         publish(1, 1)
