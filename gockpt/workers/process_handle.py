@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from gockpt.deferred_signals import let_through
 from gockpt.errors import GockptError, WorkerError
 from gockpt.storage.local import verified
 from gockpt.workers import notices
-from gockpt.workers.channel import Frames
+from gockpt.workers.channel import Inbox
 from gockpt.workers.orphans import BOOT
 from gockpt.workers.send_queue import BEAT_SECONDS, Outbox
 
@@ -95,7 +94,7 @@ class WorkerProcess:
         self._killed_for: str | None = None
         self._sock, self._process = _spawn()
         self.pid = self._process.pid
-        self._pidfd = _pidfd(self.pid)
+        self._inbox = Inbox(self._sock, self.pid)
         _watch_forks()
         _living.add(self)
         self._outbox = Outbox(self._sock, broken=self._unsendable)
@@ -172,34 +171,27 @@ class WorkerProcess:
     # -- the connection's thread -------------------------------------------------------------
 
     def _receive(self) -> None:
-        poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        if self._pidfd is not None:
-            poller.register(self._pidfd, select.POLLIN)
-        frames = Frames()
         silent = 0.0
         why: BaseException | None = None
         try:
             while True:
                 before = monotonic()
-                ready = dict(poller.poll(1000 * BEAT_SECONDS))
-                if self._sock.fileno() in ready:
-                    data = self._sock.recv(1 << 18)
-                    if not data:
+                readable, ended = self._inbox.wait(BEAT_SECONDS)
+                if readable:
+                    received = self._inbox.read()
+                    if received is None:
                         break
                     silent = 0.0
-                    for message in frames.feed(data):
+                    for message in received:
                         self._hear(message)
                     continue
-                if self._pidfd in ready or self._process.poll() is not None:
+                if ended or self._process.poll() is not None:
                     break
                 # Not more than it was waited for: this process may have been stopped as well.
                 silent += min(monotonic() - before, 2 * BEAT_SECONDS)
                 if silent >= self._timeout:
                     self._killed_for = f"gave no sign of life for {self._timeout:g} s and was killed"
                     break
-        except ConnectionError:
-            pass
         except BaseException as error:  # noqa: BLE001 - nothing that is sent can be believed any more
             why = error
         self._finish(why)
@@ -247,8 +239,7 @@ class WorkerProcess:
             job.failed(self.error)
         _living.discard(self)
         self._sock.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
+        self._inbox.close()
 
     def _end_of_process(self, *, at_once: bool) -> int | None:
         """Return its status; ``None`` if it doesn't even end when it is killed."""
@@ -292,9 +283,8 @@ class WorkerProcess:
         self._process.returncode = 0
         with suppress(OSError):
             os.close(self._sock.detach())
-        if self._pidfd is not None:
-            with suppress(OSError):
-                os.close(self._pidfd)
+        with suppress(OSError):
+            self._inbox.close()
 
 
 def error_of(kind: str, text: str) -> GockptError:
@@ -331,13 +321,6 @@ def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ours, process
-
-
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except (OSError, AttributeError):  # an older kernel: looked at with every beat
-        return None
 
 
 _living: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gockpt.workers.save_job import Job
     from gockpt.workers.send_queue import Outbox
 
-__all__ = ["Forward", "FreedRing", "Lanes", "Notes", "Told", "failure"]
+__all__ = ["Forward", "JobNotes", "Notes", "Told", "failure"]
 
 _log = logging.getLogger("gockpt")
 
@@ -57,8 +57,8 @@ class Notes:
         return found
 
 
-class FreedRing:
-    """The ring as a job in the worker sees it: the room itself is the trainer's to manage."""
+class JobNotes:
+    """Ring and trace as a job in the worker sees them: the room itself is the trainer's to manage."""
 
     def __init__(self, number: int, notes: Notes) -> None:
         self._number = number
@@ -67,14 +67,6 @@ class FreedRing:
     def free(self, offset: int) -> None:
         """Give a block back."""
         self._notes.free(self._number, offset)
-
-
-class Lanes:
-    """The trace as a job in the worker sees it."""
-
-    def __init__(self, number: int, notes: Notes) -> None:
-        self._number = number
-        self._notes = notes
 
     def span(self, lane: str, start: float, end: float) -> None:
         """Record a span given in ``perf_counter`` seconds, which all processes of a machine share."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 import threading
 import traceback
-from collections import deque
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -27,9 +25,9 @@ from gockpt.storage.local import verified
 from gockpt.storage.local.compression import Compression
 from gockpt.storage.local.store import Follow, Store
 from gockpt.workers import notices
-from gockpt.workers.channel import Frames
+from gockpt.workers.channel import Inbox
 from gockpt.workers.orphans import open_store
-from gockpt.workers.reports import Forward, FreedRing, Lanes, Notes, Told, failure
+from gockpt.workers.reports import Forward, JobNotes, Notes, Told, failure
 from gockpt.workers.send_queue import BEAT_SECONDS, Outbox
 
 if TYPE_CHECKING:
@@ -61,10 +59,8 @@ class Worker:
     """Takes messages on the main thread; nothing that waits is done there."""
 
     def __init__(self, sock: socket.socket, trainer: int) -> None:
-        self._sock = sock
         self._trainer = trainer
-        self._frames = Frames()
-        self._descriptors: deque[int] = deque()
+        self._inbox = Inbox(sock, trainer, descriptors=8)
         self._arenas: dict[int, Arena | GockptError] = {}
         self._jobs: dict[int, Job] = {}
         self._notes = Notes(self._jobs)
@@ -97,17 +93,14 @@ class Worker:
         _log.addHandler(Forward(self._outbox))
         _log.propagate = False
         _log.setLevel(logging.INFO)  # the trainer's logger has the last word
-        poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        pidfd = self._watch(poller)
         try:
-            first, waiting = self._first(poller)
+            first, waiting = self._first()
             if first is None or not self._open(first):
                 return
             self._load()
             defect = None
             try:
-                self._listen(poller, pidfd, waiting)
+                self._listen(waiting)
             except Exception as error:  # noqa: BLE001 - raised below: what was captured before is whole
                 defect = error
             self._finish()
@@ -118,67 +111,42 @@ class Worker:
 
     # -- the trainer -------------------------------------------------------------------------
 
-    def _listen(self, poller: select.poll, pidfd: int | None, waiting: list[Any]) -> None:
+    def _listen(self, waiting: list[Any]) -> None:
         """Do what the trainer says, until it leaves or is gone and all it said is done."""
         for message in waiting:
             self._handle(message)
-        while not self._left and not self._orphaned(pidfd):
-            if self._sock.fileno() in dict(poller.poll(1000 * BEAT_SECONDS)) and not self._receive():
+        while not self._left and not self._orphaned():
+            if self._inbox.wait(BEAT_SECONDS)[0] and not self._receive():
                 break
         if not self._left:
             self._drain()
 
-    def _watch(self, poller: select.poll) -> int | None:
-        """Be woken when the trainer ends. Its end of the socket may be held by its children as well."""
-        try:
-            pidfd = os.pidfd_open(self._trainer)
-        except (OSError, AttributeError):  # an older kernel: looked at with every beat
-            return None
-        poller.register(pidfd, select.POLLIN)
-        return pidfd
+    def _orphaned(self) -> bool:
+        return os.getppid() != self._trainer or self._inbox.wait(0)[1]
 
-    def _orphaned(self, pidfd: int | None) -> bool:
-        if os.getppid() != self._trainer:
-            return True
-        return pidfd is not None and _is_ready(pidfd)
-
-    def _first(self, poller: select.poll) -> tuple[notices.Open | None, list[Any]]:
+    def _first(self) -> tuple[notices.Open | None, list[Any]]:
         """Wait for the first message; return it, and what came with it."""
         while os.getppid() == self._trainer:
-            if self._sock.fileno() in dict(poller.poll(1000 * BEAT_SECONDS)):
-                messages = self._read()
-                if messages is None:
+            if self._inbox.wait(BEAT_SECONDS)[0]:
+                received = self._inbox.read()
+                if received is None:
                     break
-                if messages:
-                    return messages[0], messages[1:]
+                if received:
+                    return received[0], received[1:]
         return None, []
 
-    def _read(self) -> list[Any] | None:
-        """Wait for messages and return them; ``None`` at the end of the stream."""
-        try:
-            data, descriptors, flags, _ = socket.recv_fds(self._sock, 1 << 18, 8)
-        except ConnectionError:
-            # So ends the stream of a trainer that had not read all it was told. All it sent came before this.
-            return None
-        self._descriptors.extend(descriptors)
-        if flags & socket.MSG_CTRUNC:
-            # Which of several arenas came without its memory can't be told: none may be taken for another.
-            msg = "memory could not be taken over: the worker process has too many open files (ulimit -n)"
-            raise WorkerError(msg)
-        return self._frames.feed(data) if data else None
-
     def _receive(self) -> bool:
-        messages = self._read()
-        for message in messages or ():
+        received = self._inbox.read()
+        for message in received or ():
             self._handle(message)
-        return messages is not None
+        return received is not None
 
     def _drain(self) -> None:
         """Take what a trainer that is gone had still sent: a capture may be among it.
 
         The stream need not have an end: the trainer's children may hold its socket.
         """
-        while _is_ready(self._sock.fileno()) and self._receive():
+        while self._inbox.wait(0)[0] and self._receive():
             pass
 
     def _handle(self, message: Any) -> None:
@@ -207,7 +175,7 @@ class Worker:
         return True
 
     def _load(self) -> None:
-        """Import what works, and let it be compiled behind the first messages."""
+        """Import what works, and let it be compiled behind the first notices."""
         from gockpt.workers.thread_pool import Pool
 
         self._pool = Pool(self._options.worker_threads, self._options.nice)
@@ -249,10 +217,10 @@ class Worker:
     def _give_arena(self, message: notices.GiveArena) -> None:
         for number in set(self._arenas) - set(message.live):
             del self._arenas[number]
-        if not self._descriptors:
+        if not self._inbox.descriptors:
             msg = "the stream between trainer and worker is broken: memory came without a descriptor"
             raise WorkerError(msg)
-        fd = self._descriptors.popleft()
+        fd = self._inbox.descriptors.popleft()
         try:
             self._arenas[message.arena] = Arena.attach(fd, message.nbytes)
         except GockptError as error:
@@ -272,21 +240,19 @@ class Worker:
         from gockpt.workers.save_job import Job
 
         number = message.job
+        notes = JobNotes(number, self._notes)
         try:
-            if (
-                message.root is not None
-                and mkl_sqrt.library() != message.root
-                and not mkl_sqrt.load(message.root)
-            ):
-                msg = f"{message.root} can't be loaded, or has no vmsSqrt"
+            root = message.root
+            if root is not None and mkl_sqrt.library() != root and not mkl_sqrt.load(root):
+                msg = f"{root} can't be loaded, or has no vmsSqrt"
                 raise WorkerError(msg)
             job = Job(
                 arenas=self._mapped(message.arenas),
                 pieces=message.pieces,
-                ring=FreedRing(number, self._notes),
+                ring=notes,
                 store=self._store,
                 outcome=Told(number, self._jobs, self._outbox, self._prune),
-                trace=Lanes(number, self._notes),
+                trace=notes,
             )
         except Exception as error:  # noqa: BLE001 - told as the save's failure
             self._fail(number, error)
@@ -357,13 +323,6 @@ def _follow(fields: dict[str, Any]) -> Follow:
     run = fields["run"]
     ancestors = tuple((other, seq) for other, seq in run["ancestors"])
     return Follow(Run(run["id"], ancestors), fields["newest"], fields["here"])
-
-
-def _is_ready(fd: int) -> bool:
-    """Whether reading would not wait. Not by ``select``, which takes no descriptor from 1024 up."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _warm(options: Options) -> None:

@@ -30,9 +30,10 @@ def test_what_a_trainer_sent_is_taken_whatever_it_had_heard(heard):
             sock.send(b"news")
         trainer.sendall(channel.encode(notices.Leave()))
         trainer.close()
-        assert worker._read() == [notices.Leave()]
-        assert worker._read() is None
+        assert worker._inbox.read() == [notices.Leave()]
+        assert worker._inbox.read() is None
         worker._outbox.close()
+        worker._inbox.close()
 
 
 def test_descriptors_that_the_system_dropped_are_noticed(monkeypatch):
@@ -49,8 +50,9 @@ def test_descriptors_that_the_system_dropped_are_noticed(monkeypatch):
         monkeypatch.setattr(socket, "recv_fds", dropping)
         trainer.sendall(channel.encode(notices.Leave()))
         with pytest.raises(WorkerError, match="too many open files"):
-            worker._read()
+            worker._inbox.read()
         worker._outbox.close()
+        worker._inbox.close()
 
 
 # A worker that begins no checkpoint before the file "go" is there.
