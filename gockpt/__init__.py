@@ -124,7 +124,7 @@ _HOME = {
     "verify": "gockpt.catalog",
     "wait": "gockpt.api",
 }
-"""Where the public names live; every other one is an error and lives in gockpt.errors."""
+"""Module of each public name that is not an error; errors live in gockpt.errors."""
 
 
 if not TYPE_CHECKING:  # a type checker sees the imports above, and a misspelt name as an error

@@ -1,8 +1,8 @@
-"""Every tensor of a model and its optimizers that there is to save right now, by name.
+"""Tensors of a model and its optimizers that a save stores, by name.
 
-:func:`collect` is taken at each save's start and close, because all of it may have been replaced in between
-(``load_state_dict``, late optimizer state, unfrozen layers). Nothing is copied: entries are
-detached aliases of the live memory.
+:func:`collect` runs at each save's start and close, because any of them may have been replaced in between
+(``load_state_dict``, late optimizer state, unfrozen layers). Nothing is copied: entries are detached aliases
+of the live memory.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ __all__ = ["collect"]
 
 
 def collect(model: Any, optimizers: Any, *, loading: bool = False) -> LiveState:
-    """Return what there is to save. Copies no tensor and changes nothing.
+    """Return the state to save. Copies no tensor and changes nothing.
 
     Args:
         model: A module, a list of modules, a ``{name: tensor}`` mapping, or ``None``.
-        optimizers: An optimizer, several of them, or ``None``; wrappers are looked into.
-        loading: Whether it is only to be loaded into: then tensors of a module that can't be saved as they
-            are (not initialised yet) are left to the module, and nothing is asked of it that saving would.
+        optimizers: An optimizer, several of them, or ``None``; optimizers inside wrappers are found.
+        loading: Whether the state is collected for a load: tensors of a module that can't be saved yet
+            (uninitialised ones) are then left to the module, and code that only saving needs doesn't run.
 
     Raises:
-        UsageError: If an argument is of no such kind, or an optimizer trains tensors that the model
-            has lost (``load_state_dict(assign=True)``).
+        UsageError: If an argument is of another kind, or an optimizer trains tensors that the model no
+            longer holds (``load_state_dict(assign=True)``).
         UnsupportedState: If a tensor has no exact form as an array; names it and the way out.
     """
     collector = _Collector()
@@ -108,13 +108,13 @@ class _Collector:
     subclassed: dict[Name, Subclassed] = field(default_factory=dict)
     # Entries that are inner tensors of subclasses.
     inside: set[Name] = field(default_factory=set)
-    # Names of subclasses by the tensor's id, and by what they are made of.
+    # Names of subclasses by the tensor's id, and by their inner tensors.
     subclass_names: dict[int | tuple[object, ...], Name] = field(default_factory=dict)
 
     def add(self, name: Name, tensor: torch.Tensor, *, inner: bool = False) -> Name:
-        """Enter a live tensor; return the name of the entry that holds it, another's if it is tied.
+        """Enter a live tensor; return the name of the entry that holds it, which differs if it is tied.
 
-        An inner tensor of a subclass may be tied to any entry, but nothing else to an inner tensor.
+        An inner tensor of a subclass may be tied to any entry; only inner tensors may be tied to one.
         """
         if is_subclass(tensor):
             return self.add_subclass(name, flatten(tensor, "/".join(name)))
@@ -131,7 +131,7 @@ class _Collector:
         return name
 
     def add_subclass(self, name: Name, flat: Flattened) -> Name:
-        """Enter the inner tensors of a subclass; return its name, another's if it is tied."""
+        """Enter the inner tensors of a subclass; return its name, which differs if it is tied."""
         known = self.find_subclass(flat)
         if known is not None:
             self.aliases["/".join(name)] = "/".join(known)
@@ -144,7 +144,7 @@ class _Collector:
         return name
 
     def find_subclass(self, flat: Flattened) -> Name | None:
-        """Return the name of the subclass that is this one, or made of the same memory in the same way."""
+        """Return the name of an entered subclass that is the same object, or has the same inner tensors."""
         known = self.subclass_names.get(id(flat.tensor))
         if known is not None:
             return known
@@ -156,12 +156,12 @@ class _Collector:
         return (name,) if known is None else tuple(known.arrays.values())
 
     def find(self, tensor: torch.Tensor) -> Name | None:
-        """Return the entry or subclass that holds exactly this memory; ``None`` if it can't be saved."""
+        """Return the entry or subclass with exactly this memory; ``None`` if the tensor can't be saved."""
         if not is_subclass(tensor):
             return self.held(tensor) if refusal(tensor) is None else None
         try:
             return self.find_subclass(flatten(tensor, "it"))
-        except UnsupportedState:  # whoever adds it says so by its name
+        except UnsupportedState:  # raised again, with its name, when it is added
             return None
 
     def held(self, tensor: torch.Tensor, *, inner: bool = False) -> Name | None:
@@ -207,7 +207,7 @@ class _Collector:
             elif id(key) not in ids and not own:
                 warn_once(
                     ("stale", kind.__qualname__),
-                    "%s keeps state for a tensor that is in none of its param groups; it is not saved",
+                    "%s keeps state for a tensor outside its param groups; that state is not saved",
                     kind.__qualname__,
                 )
         self.trained.append(OptimizerEntry(optimizer, class_name(type(optimizer)), groups, values, own))
@@ -254,13 +254,13 @@ class _Collector:
         return entry
 
     def registered_name(self, model: Any, param: torch.Tensor) -> str | None:
-        """Return the name of a parameter that the model has, but leaves out of its state dict."""
+        """Return the name of a parameter that the model registers, but leaves out of its state dict."""
         if self.registered is None:
             self.registered = parameter_names(model)
         return self.registered.get(id(param))
 
     def add_state(self, name: Name, value: torch.Tensor) -> Name:
-        """Enter a tensor of an optimizer's state, which may have to be made again on loading."""
+        """Enter a tensor of an optimizer's state; a load may have to rebuild it."""
         while name in self.entries or name in self.subclassed:
             name = (*name[:-1], f"{name[-1]}~")
         if not is_subclass(value):

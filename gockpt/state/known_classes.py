@@ -1,6 +1,6 @@
-"""Classes that a checkpoint names, looked for among those that exist in this process.
+"""Look-up of classes that a checkpoint names, among those that exist in this process.
 
-Promise: nothing is imported, and no code of any module runs. A name that no class has finds none.
+Promise: nothing is imported, and no code of any module runs. An unknown name finds nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def class_name(kind: type) -> str:
 def known_subclasses(base: type, name: str) -> list[Any]:
     """Return the existing subclasses of a class that have this name.
 
-    If there are several, as after a cell of a notebook ran again, the one that its module holds, if any.
+    If there are several, as after a notebook cell ran again, only the one that its module holds, if any.
     """
     found: list[Any] = []
     seen: set[type] = set()
@@ -39,7 +39,7 @@ def known_subclasses(base: type, name: str) -> list[Any]:
 
 
 def _held(kind: type) -> Any:
-    """Return what stands under a class's name in its module."""
+    """Return the object that a class's module holds under the class's name."""
     place: Any = sys.modules.get(kind.__module__)
     for part in kind.__qualname__.split("."):
         place = vars(place).get(part) if hasattr(place, "__dict__") else None

@@ -1,4 +1,4 @@
-"""The lineage of live models: the checkpoint that one was loaded from, and the run that it is saved as."""
+"""Lineage of live models: the checkpoint a model was loaded from, and the run it is saved as."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _of_process: dict[int, dict[str, Run]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which checkpoint a model's state came from.
+    """Checkpoint that a model's state was loaded from.
 
     Attributes:
-        step: Its step.
-        optimizer_steps: Optimizer updates its run had seen.
+        step: The checkpoint's step.
+        optimizer_steps: Optimizer updates that its run had seen.
         seq: Its place in the order of publications.
         path: The directory it was published in, links resolved; or the URL it was uploaded to.
-        run: The training run that it is of.
+        run: The training run that wrote it.
     """
 
     step: int
@@ -41,7 +41,7 @@ class Origin:
 
 
 def origin_of(model: Any) -> Origin | None:
-    """Return what was last loaded into this very model; ``None`` if nothing was."""
+    """Return the origin of the checkpoint last loaded into this very model; ``None`` if none was."""
     return cast("Origin | None", _noted(_origins, model))
 
 
@@ -53,7 +53,7 @@ def remember(model: Any, origin: Origin) -> None:
 
 
 def run_of(model: Any) -> Run | None:
-    """Return as which run this very model was saved since it was loaded; ``None`` if it wasn't."""
+    """Return the run as which this very model was saved since it was loaded; ``None`` if it wasn't."""
     return cast("Run | None", _noted(_saved, model))
 
 
@@ -70,13 +70,13 @@ def runs_of_process() -> dict[str, Run]:
 
 
 def _noted(table: WeakIdKeyDictionary, model: Any) -> object:
-    """Return what a table has for a model; ``None`` if it has nothing."""
+    """Return a table's value for a model, or ``None``."""
     entries = (table.get(anchor) for anchor in _anchors(model))  # type: ignore[no-untyped-call]
     return next((entry for entry in entries if entry is not None), None)
 
 
 def _anchors(model: Any) -> list[Any]:
-    """Return the objects by which a model is known again, also inside another wrapper."""
+    """Return the objects that identify a model, also inside another wrapper."""
     anchors: list[Any] = []
     for _, part in models_of(model):
         anchors += [bare_module(part)] if isinstance(part, nn.Module) else part.values()

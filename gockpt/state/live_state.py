@@ -35,12 +35,12 @@ class ParamEntry:
         param: The optimizer's own tensor object.
         optimizer_index: Index into :attr:`LiveState.optimizers`.
         group_index: Index of its param group.
-        state: Its optimizer state as far as it is tensors, by key (live objects, not detached).
+        state: The tensors of its optimizer state, by key (live objects, not detached).
         name: The entry that holds the parameter itself.
         state_names: The entry that holds each tensor of ``state``.
-        owner: The component that stands for it in the names of its states: ``fqn``, or ``fqn~<n>``
-            where another optimizer holds the same parameter.
-        raw: All of its optimizer state as the optimizer holds it; ``None`` when it has none yet.
+        owner: The component of its states' names that names it: ``fqn``, or ``fqn~<n>`` if another
+            optimizer holds the same parameter.
+        raw: All of its optimizer state, as the optimizer holds it; ``None`` if it has none yet.
     """
 
     fqn: str
@@ -67,12 +67,12 @@ class OptimizerEntry:
     """One optimizer that holds state.
 
     Attributes:
-        optimizer: The live object, out of its wrappers.
+        optimizer: The live object, without its wrappers.
         kind: Its class: module and qualified name.
         groups: Its param groups.
-        values: State that it keeps under keys that are no tensors.
-        own: Whether it has saving or loading code of its own, which then decides what its state is. Only
-            tensors that its ``state_dict()`` hands out as they are have entries.
+        values: State under keys that aren't tensors.
+        own: Whether it has saving or loading code of its own, whose result then is its state. Only tensors
+            that its ``state_dict()`` returns unchanged have entries.
     """
 
     optimizer: Any
@@ -84,7 +84,7 @@ class OptimizerEntry:
 
 @dataclass(frozen=True, slots=True)
 class WrapperEntry:
-    """An object around optimizers that holds no state under ``state``.
+    """An object around optimizers without state under ``state``.
 
     Attributes:
         wrapper: The live object.
@@ -101,10 +101,10 @@ class WrapperEntry:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """An entry of a model's state that is no live memory: made when asked for.
+    """An entry of a model's state without live memory: computed by ``state_dict()``.
 
     Attributes:
-        value: What the module's ``state_dict()`` gave.
+        value: Its value in the module's ``state_dict()``.
         model: Index of the model it belongs to.
         key: Its key in that model's own ``state_dict()``.
     """
@@ -119,7 +119,7 @@ class Subclassed:
     """A tensor subclass that is saved as its inner tensors.
 
     Attributes:
-        flat: The tensor, taken apart.
+        flat: The tensor and its inner tensors.
         arrays: The entry that holds each inner tensor.
     """
 
@@ -129,23 +129,23 @@ class Subclassed:
 
 @dataclass(frozen=True, slots=True)
 class LiveState:
-    """A model and its optimizers as they are now.
+    """Live state of a model and its optimizers.
 
     Attributes:
         entries: Every array by name: ``("model", fqn)``, ``("optimizer", fqn, state)``. Detached
-            aliases of the live memory; tensors that share memory and geometry stand here once.
+            aliases of the live memory; tensors that share memory and geometry have one entry.
         aliases: Public names of the others, each with the public name of the entry it shares.
         params: Every parameter of every optimizer.
-        buffers: Names of entries that are buffers (due before the next forward), or of which nothing
-            is known. Never a parameter that an optimizer owns.
-        optimizers: The live optimizers that hold state, out of their wrappers.
-        trained: What each of them holds, in the same order.
-        computed: Model state that is no live memory, by natural name.
-        metadata: What ``state_dict()._metadata`` says of each module, by natural name.
+        buffers: Names of entries that are buffers (due before the next forward), or of unknown kind. Never
+            a parameter that an optimizer owns.
+        optimizers: The live optimizers that hold state, without their wrappers.
+        trained: The state of each of them, in the same order.
+        computed: Model state without live memory, by natural name.
+        metadata: ``state_dict()._metadata`` of each module, by natural name.
         keys: Natural names of all model state, in the order of its state dict.
-        subclassed: Tensor subclasses by name; their inner tensors are entries, they themselves are not.
+        subclassed: Tensor subclasses by name; only their inner tensors are entries.
         inside: Names of these inner tensors.
-        wrappers: What stands around the optimizers, the outermost of each first.
+        wrappers: Objects around the optimizers, the outermost of each first.
     """
 
     entries: dict[Name, torch.Tensor]
@@ -162,7 +162,7 @@ class LiveState:
     wrappers: list[WrapperEntry] = field(default_factory=list)
 
     def arrays_of(self, name: Name) -> tuple[Name, ...]:
-        """Return the entries that hold what has a name: itself, or the inner tensors of a subclass."""
+        """Return the entries that hold a named tensor: itself, or the inner tensors of a subclass."""
         known = self.subclassed.get(name)
         return (name,) if known is None else tuple(known.arrays.values())
 

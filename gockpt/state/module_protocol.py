@@ -1,8 +1,8 @@
-"""What a module's class has of its own to say when its state is saved or loaded.
+"""Detection of modules with saving or loading code of their own.
 
-torch asks a module through ``state_dict``, ``_save_to_state_dict`` and their hooks, and gives back through
-``load_state_dict``, ``_load_from_state_dict`` and theirs. Where all of that is torch's default, a load may
-write straight into the tensors; where it isn't, the module's own code has to run.
+torch saves a module through ``state_dict``, ``_save_to_state_dict`` and their hooks, and loads it through
+``load_state_dict``, ``_load_from_state_dict`` and theirs. If all of these are torch's defaults, a load may
+write straight into the tensors; otherwise the module's own code has to run.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _LOAD_ARGUMENTS: tuple[Any, ...] = ("state", "prefix", {}, True, [], [], [])
 
 
 class Loading(Enum):
-    """How one module (not what is below it) takes its part of a state dict.
+    """Way in which one module, without its submodules, loads its part of a state dict.
 
     Attributes:
-        DEFAULT: As torch does by default: each tensor by its name.
-        HOOKS: The same, after pre-hooks have seen the state dict, and may have changed it.
-        OWN: By ``_load_from_state_dict`` of its own.
+        DEFAULT: torch's default: each tensor by its name.
+        HOOKS: The same, after pre-hooks that may have changed the state dict.
+        OWN: A ``_load_from_state_dict`` of its own.
     """
 
     DEFAULT = "default"
@@ -63,11 +63,11 @@ class Loading(Enum):
 
 
 def loading_of(module: nn.Module, metadata: Mapping[str, Any]) -> Loading:
-    """Return how a module takes its part of a state dict.
+    """Return how a module loads its part of a state dict.
 
     Args:
-        module: The module; its submodules don't matter.
-        metadata: What was saved as its ``local_metadata``: some classes convert older versions only.
+        module: The module; its submodules are ignored.
+        metadata: Its saved ``local_metadata``: some classes convert older versions only.
     """
     method = getattr(module._load_from_state_dict, "__func__", None)  # noqa: SLF001
     if method is not _LOAD_DEFAULT:
@@ -78,18 +78,18 @@ def loading_of(module: nn.Module, metadata: Mapping[str, Any]) -> Loading:
 
 
 def sets_extra_state(module: nn.Module) -> bool:
-    """Whether a module takes back what its ``get_extra_state`` gave."""
+    """Whether a module can load the result of its ``get_extra_state``."""
     return getattr(type(module), "set_extra_state", None) is not nn.Module.set_extra_state
 
 
 def pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """Return a module's hooks before loading, without those by which wrappers of torch rename keys."""
+    """Return a module's pre-hooks of loading, without those by which torch's wrappers rename keys."""
     hooks = module._load_state_dict_pre_hooks.values()  # noqa: SLF001
     return [hook for hook in hooks if not _renames_for_wrapper(hook)]
 
 
 def post_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """Return a module's hooks after loading."""
+    """Return a module's post-hooks of loading."""
     return list(module._load_state_dict_post_hooks.values())  # noqa: SLF001
 
 
@@ -122,16 +122,16 @@ def names_itself(module: nn.Module) -> bool:
 
 
 def own_state_dict(module: nn.Module) -> Mapping[str, Any]:
-    """Return what ``module.state_dict()`` gives, with live tensors where its signature lets them pass.
+    """Return ``module.state_dict()``, with live tensors if its signature accepts ``keep_vars``.
 
     Raises:
-        UnsupportedState: If it needs arguments, or gives no mapping of names; names class and method.
+        UnsupportedState: If it needs arguments, or doesn't return a dict of names; names class and method.
     """
     method = module.state_dict
     if getattr(method, "__func__", None) is nn.Module.state_dict or _accepts(method, keep_vars=True):
         state = method(keep_vars=True)
     elif _accepts(method):
-        # Live memory is told by its storage then.
+        # Live memory is then recognised by its storage.
         state = method()
     else:
         _refuse(type(module), "state_dict", "takes arguments that nobody passes; let it work without any")
@@ -149,14 +149,14 @@ _fitting: WeakSet[type] = WeakSet()
 
 
 def check_classes(module: nn.Module, kinds: Iterable[type]) -> None:
-    """Refuse a model whose state could be saved, but never be given back as torch does it.
+    """Refuse a model whose state could be saved, but not loaded the way torch does it.
 
     Args:
         module: The whole model.
         kinds: The class of every module in it.
 
     Raises:
-        UnsupportedState: Names the class, the method, and what it lacks.
+        UnsupportedState: If there is one; names the class, the method and the missing part.
     """
     for kind in kinds:
         if kind in _fitting:

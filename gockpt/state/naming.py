@@ -1,6 +1,6 @@
-"""Natural names for live tensors: of a model's entries.
+"""Natural names of the entries of a model's state.
 
-Names are those of ``module.state_dict()``, without what wrappers put in between (``torch.compile``,
+Names are those of ``module.state_dict()``, without the components that wrappers add (``torch.compile``,
 DDP, activation checkpointing), so that a checkpoint fits the bare and the wrapped model alike.
 """
 
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Attributes under which wrappers hold the module that they wrap; no part of a natural name."""
+"""Attributes under which wrappers hold the module that they wrap; left out of natural names."""
 
 REPLICAS = (DataParallel, DistributedDataParallel)
 """Wrappers that hold the model under ``module``, a name that models use as well."""
@@ -57,10 +57,10 @@ class ModelEntry:
     """One entry of a model's state.
 
     Attributes:
-        fqn: Natural name, unique within everything that is saved.
+        fqn: Natural name, unique in a checkpoint.
         kind: ``"parameter"`` and ``"buffer"`` are live memory of the module. ``"computed"`` was made
-            for the state dict (``get_extra_state``, a hook, an overridden ``_save_to_state_dict``) and
-            only the module's own ``load_state_dict`` can take it back.
+            for the state dict (``get_extra_state``, a hook, an overridden ``_save_to_state_dict``), and
+            only the module's own ``load_state_dict`` can load it.
         value: The live tensor, or the computed value.
         model: Index of the model it belongs to.
         key: Its key in that model's own ``state_dict()``.
@@ -111,7 +111,7 @@ def bare_module(module: nn.Module) -> nn.Module:
 
 
 def model_entries(model: Any) -> list[ModelEntry]:
-    """Return every entry of a model's state, in its own order: what ``state_dict()`` would save.
+    """Return every entry of a model's ``state_dict()``, in its order.
 
     Raises:
         UsageError: As :func:`models_of`, and if two entries get the same natural name.
@@ -122,11 +122,11 @@ def model_entries(model: Any) -> list[ModelEntry]:
 def model_state(model: Any) -> tuple[list[ModelEntry], dict[str, Any]]:
     """Return every entry of a model's state, and the metadata of each of its modules by natural name.
 
-    The metadata is what ``state_dict()._metadata`` says, such as ``{"version": 2}``; empty for a mapping.
+    The metadata is that of ``state_dict()._metadata``, such as ``{"version": 2}``; empty for a mapping.
 
     Raises:
         UsageError: As :func:`model_entries`.
-        UnsupportedState: If a module can't be asked for its state, or its state can't be given back to it.
+        UnsupportedState: If a module's state can't be read, or couldn't be loaded again.
     """
     entries: list[ModelEntry] = []
     metadata: dict[str, Any] = {}
@@ -144,8 +144,8 @@ def model_state(model: Any) -> tuple[list[ModelEntry], dict[str, Any]]:
 def loading_entries(model: Any, *, with_optimizer: bool) -> list[ModelEntry]:
     """Return the parameters and buffers that a load may fill, by natural name.
 
-    Runs no code of the modules, unless they give their entries other names when they are saved and
-    optimizers have to be told by these.
+    Runs code of the modules only if ``with_optimizer`` is set and they may save their entries under other
+    names than the registered ones, which optimizer state then has.
 
     Raises:
         UsageError: As :func:`model_entries`.
@@ -157,7 +157,7 @@ def loading_entries(model: Any, *, with_optimizer: bool) -> list[ModelEntry]:
         elif with_optimizer and names_itself(part):
             try:
                 entries += _of_module(part, prefix, index)[0]
-            except Exception:  # noqa: BLE001 - one that is not ready to be saved may still be loaded
+            except Exception:  # noqa: BLE001 - a model that can't be saved yet may still be loaded into
                 entries += _registered(part, prefix, index)
         else:
             entries += _registered(part, prefix, index)
@@ -166,14 +166,14 @@ def loading_entries(model: Any, *, with_optimizer: bool) -> list[ModelEntry]:
 
 
 def wrapped_child(module: nn.Module) -> str | None:
-    """Return the attribute under which a wrapper holds the module whose names it shares, if it is one."""
+    """Return the attribute under which a wrapper holds its module; ``None`` if it isn't a wrapper."""
     if isinstance(module, REPLICAS):
         return "module"
     return next((name for name in TRANSPARENT if name in module._modules), None)  # noqa: SLF001
 
 
 def _registered(module: nn.Module, prefix: str, model: int) -> list[ModelEntry]:
-    """Return the tensors that a module's default ``state_dict()`` would give."""
+    """Return the tensors of a module's default ``state_dict()``."""
     strip = natural_names(module)
     entries: list[ModelEntry] = []
     for name, part in module.named_modules(remove_duplicate=False):
@@ -215,14 +215,14 @@ def parameter_names(model: Any) -> dict[int, str]:
 
 
 def _of_mapping(tensors: Mapping[str, torch.Tensor], model: int) -> list[ModelEntry]:
-    # Nothing says when these change other than an optimizer that owns them: take them for buffers.
+    # Unless an optimizer owns them, they may change at any time: treat them as buffers.
     return [ModelEntry(name, "buffer", tensor, model, name) for name, tensor in tensors.items()]
 
 
 def _of_module(
     module: nn.Module, prefix: str, model: int
 ) -> tuple[list[ModelEntry], dict[str, dict[str, Any]]]:
-    # module.parameters() and buffers() do the same, at several times the cost.
+    # module.parameters() and buffers() return the same, at several times the cost.
     parameters: set[int] = set()
     buffers: set[int] = set()
     kinds: set[type] = set()
@@ -252,23 +252,23 @@ def _of_module(
     if made and (left := _unclaimed(module, made)):
         warn_once(
             ("unclaimed", type(module).__qualname__, *left),
-            "the state dict of %s has keys that nothing in it takes back (%s): they are saved, but a load "
+            "the state dict of %s has keys that no module of it loads (%s): they are saved, but a load "
             "refuses them, as torch's does, unless strict=False leaves them out",
             type(module).__qualname__,
             ", ".join(left[:5]),
         )
     metadata: dict[str, dict[str, Any]] = {}
     for key, value in (getattr(state, "_metadata", None) or {}).items():
-        # What stands inside a wrapper comes after it, and has its name.
+        # The wrapped module comes after its wrapper and has the same name.
         below = strip(f"{key}.x" if key else "x")
         metadata[(prefix + below.removesuffix("x")).removesuffix(".")] = value
     return entries, metadata
 
 
 def _unclaimed(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return which natural names of a model's own state its ``load_state_dict`` would call unexpected.
+    """Return the natural names of a model's own state that its ``load_state_dict`` would call unexpected.
 
-    What modules with loading code of their own may take counts as taken.
+    Names that modules with loading code of their own may load are left out.
     """
     found: list[str] = []
     for natural in [] if loads_itself(module) else names:
@@ -299,7 +299,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
 
 
 def natural_names(module: nn.Module) -> Callable[[str], str]:
-    """Return the function from a module's own names to natural ones, without what wrappers put in between."""
+    """Return the function that maps a module's own names to natural ones, without components of wrappers."""
     replicas = False
     wrapped = False
     for part in module.modules():
@@ -329,5 +329,5 @@ def _check_unicode(name: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        msg = f"the name {name!r} is no valid Unicode text; rename that tensor"
+        msg = f"the name {name!r} is not valid Unicode; rename that tensor"
         raise UsageError(msg) from error

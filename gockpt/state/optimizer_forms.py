@@ -1,4 +1,4 @@
-"""What optimizers and wrappers with code of their own return from ``state_dict()``, and its documents."""
+"""Forms of optimizers and wrappers with saving code of their own: their ``state_dict()``, as documents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Place: TypeAlias = "tuple[Any, ...]"
 
 
 class _Judged(NamedTuple):
-    """Which keys of an optimizer's states were looked for in its form, and which were found."""
+    """Keys of an optimizer's states that were looked for in its form, and those that were found."""
 
     looked_for: frozenset[Any]
     found: frozenset[Any]
@@ -38,8 +38,9 @@ _judged: Any = WeakIdKeyDictionary()
 def states_in_form(optimizer: Any) -> frozenset[Any]:
     """Return the keys of the states whose tensors an optimizer's ``state_dict()`` hands out as they are.
 
-    Only these need entries of their own; all else is copied with what ``state_dict()`` returns. That is
-    asked once for each set of keys: if it changes later, something is copied twice, and nothing is wrong.
+    Only these need entries of their own; everything else is copied with the result of ``state_dict()``. It is
+    called once for each set of keys: if its result changes later, some tensors are copied twice, and the save
+    is still right.
     """
     raw = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
     keys = frozenset(
@@ -70,7 +71,7 @@ def states_in_form(optimizer: Any) -> frozenset[Any]:
 
 
 def adds_something(form: Any, inner: list[Any]) -> bool:
-    """Whether a wrapper's form has more in it than the forms of what it wraps."""
+    """Whether a wrapper's form holds more than the forms of the optimizers inside it."""
     if any(_same(form, each) for each in inner):
         return False
     if type(form) is dict:
@@ -90,7 +91,7 @@ def adds_to_live(entry: WrapperEntry, live: LiveState) -> bool:
 
 
 class Forms:
-    """The forms of one state document: asked for once each, tensors that have entries referred to.
+    """Forms of one state document: each is computed once, and refers to tensors that have entries.
 
     Attributes:
         elsewhere: Public names of arrays of tensors that were not on the CPU.
@@ -105,15 +106,15 @@ class Forms:
         """Prepare to encode forms.
 
         Args:
-            live: What there is to save.
+            live: The live state.
             encode: Called as ``encode(value, *prefix, place=...)``.
-            note: Told the name and the tensor of each array.
+            note: Called with the name and the tensor of each array.
         """
         self.elsewhere: list[str] = []
         self._live = live
         self._encode = encode
         self._note = note
-        # Until all is encoded nothing may be freed: another tensor would take its place in memory.
+        # Kept alive until all is encoded: a freed tensor's address could be given to another one.
         self._forms: dict[int, Any] = {}
         self._names: dict[_Place, Name] = {}
         if live.wrappers or any(entry.own for entry in live.trained):
@@ -157,7 +158,7 @@ class Forms:
         try:
             return self._encode(self._form(owner), *prefix, place=self._place)
         except UnsupportedState as error:
-            msg = f"what {kind}.state_dict() returns can't be saved: {error}"
+            msg = f"the result of {kind}.state_dict() can't be saved: {error}"
             raise UnsupportedState(msg) from error
 
     def _place(self, name: Name, tensor: torch.Tensor) -> Name | None:
@@ -166,7 +167,7 @@ class Forms:
             if place in self._names:
                 return self._names[place]
         if refusal(tensor) is not None:
-            return None  # and what asked will refuse it
+            return None  # and the caller will refuse it
         self._names |= dict.fromkeys(places, name)
         self._note(name, tensor)
         if tensor.device.type != "cpu":
@@ -175,7 +176,7 @@ class Forms:
 
 
 def _places(tensor: torch.Tensor) -> list[_Place]:
-    """Return what tells a tensor from all others that live now: the object, and its memory and geometry."""
+    """Return keys that identify a tensor among all live ones: the object, and its memory and geometry."""
     places: list[_Place] = [(id(tensor),)]
     if refusal(tensor) is None and tensor.numel():
         places.append((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device))

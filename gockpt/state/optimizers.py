@@ -1,4 +1,4 @@
-"""Optimizers inside their wrappers, and which of them have saving or loading code of their own."""
+"""Optimizers inside their wrappers, and detection of saving or loading code of their own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOOKS = (
     *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),
     *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"),
 )
-"""Where an optimizer keeps what is registered to run when it saves or loads."""
+"""Attributes that hold an optimizer's registered hooks of saving and loading."""
 
 _STATE = (int, float, complex, torch.Tensor, Mapping, list, set, deque, bytearray)
 """Attributes of these types may be state that a wrapper would have to save."""
@@ -45,11 +45,11 @@ _SAVED_APART = (bool, type, torch.nn.Module, LRScheduler, torch.amp.GradScaler)
 
 @dataclass(slots=True)
 class Found:
-    """What stands behind the optimizer argument of a save or a load.
+    """Optimizers and wrappers that the ``optimizer`` argument of a save or a load stands for.
 
     Attributes:
         optimizers: The optimizers that hold state, the innermost of each wrapper first.
-        wrappers: Objects around them that hold none under ``state``, the outermost of each first, with
+        wrappers: Objects around them that hold no state under ``state``, the outermost of each first, with
             the optimizers inside each.
     """
 
@@ -63,13 +63,13 @@ class Found:
 
 
 def find_optimizers(optimizer: Any) -> Found:
-    """Return the optimizers that really hold state, and the wrappers around them.
+    """Return the optimizers that hold state themselves, and the wrappers around them.
 
-    A wrapper that is an optimizer with a ``state`` of its own (Lookahead, SAM) is an optimizer that follows
-    what it wraps.
+    A wrapper with a ``state`` of its own (Lookahead, SAM) counts as an optimizer, and comes after the one it
+    wraps.
 
     Raises:
-        UsageError: If something given has neither ``param_groups`` and ``state`` nor wraps what has.
+        UsageError: If an object neither has ``param_groups`` and ``state`` nor wraps one that has.
     """
     found = Found()
     if optimizer is None:
@@ -87,9 +87,9 @@ def find_optimizers(optimizer: Any) -> Found:
 
 
 def own_method(value: Any, name: str) -> Any:
-    """Return a method of an object itself, and not what it forwards to the optimizer that it wraps.
+    """Return a method of an object's own class, not one forwarded from the optimizer that it wraps.
 
-    ``None`` where there is none, or only that of :class:`torch.optim.Optimizer`.
+    ``None`` if it has none, or only that of :class:`torch.optim.Optimizer`.
     """
     method = getattr(value, name, None)
     if not callable(method) or getattr(method, "__self__", value) is not value:
@@ -100,10 +100,10 @@ def own_method(value: Any, name: str) -> Any:
 
 
 def has_own_protocol(optimizer: Any) -> bool:
-    """Whether saving or loading an optimizer means anything beside torch's default.
+    """Whether an optimizer is saved or loaded otherwise than by torch's default.
 
-    True for an overridden ``state_dict``, ``load_state_dict`` or ``__setstate__`` and for hooks. An object
-    that is no torch optimizer needs both methods.
+    True for an overridden ``state_dict``, ``load_state_dict`` or ``__setstate__``, and for hooks. An object
+    that isn't a torch optimizer needs both methods.
     """
     if not isinstance(optimizer, Optimizer):
         return all(own_method(optimizer, name) for name in ("state_dict", "load_state_dict"))
@@ -118,7 +118,7 @@ def has_own_protocol(optimizer: Any) -> bool:
 
 
 def wrapper_protocol(wrapper: Any, inside: list[Any]) -> tuple[bool, bool]:
-    """Whether a wrapper is asked for its ``state_dict()``, and whether it can take that back itself."""
+    """Return whether a wrapper's ``state_dict()`` is saved, and whether the wrapper can load it itself."""
     hooked = isinstance(wrapper, Optimizer) and any(
         getattr(wrapper, hooks, None)
         and not any(getattr(wrapper, hooks) is getattr(one, hooks, None) for one in inside)
@@ -126,30 +126,30 @@ def wrapper_protocol(wrapper: Any, inside: list[Any]) -> tuple[bool, bool]:
     )
     loads = own_method(wrapper, "load_state_dict") is not None
     saves = own_method(wrapper, "state_dict") is not None
-    # One that only loads in its own way is given what it hands on from the optimizer inside.
+    # A wrapper that only loads in its own way loads the state dict it forwards from the optimizer inside.
     return saves or hooked or (loads and hasattr(wrapper, "state_dict")), loads or hooked
 
 
 def check_wrapper(wrapper: Any, inside: list[Any]) -> None:
-    """Refuse a wrapper whose own state could not be saved, or not be given back.
+    """Refuse a wrapper whose own state could not be saved, or not be loaded.
 
     Raises:
-        UnsupportedState: Names its class, and what is missing.
+        UnsupportedState: If it is one; names its class and the missing method.
     """
     saves, loads = wrapper_protocol(wrapper, inside)
     name = class_name(type(wrapper))
     way_out = f"give {type(wrapper).__qualname__} both, or pass the optimizer inside it"
     if saves and not loads and adds_something(wrapper.state_dict(), [one.state_dict() for one in inside]):
-        msg = f"{name} has state_dict() and no load_state_dict() of its own: {way_out}"
+        msg = f"{name} has its own state_dict(), but no load_state_dict(): {way_out}"
         raise UnsupportedState(msg)
-    # Of an optimizer, torch saves no attributes either.
+    # torch doesn't save an optimizer's attributes either.
     if not saves and not isinstance(wrapper, Optimizer):
         held = _attributes_of_its_own(wrapper, inside)
         if held:
             msg = (
-                f"{name} wraps an optimizer and has no state_dict() of its own, while its attributes may be "
-                f"state ({', '.join(held[:5])}): give it state_dict() and load_state_dict(), or pass the "
-                "optimizer inside it if nothing in them has to come back"
+                f"{name} wraps an optimizer and has attributes that may be state ({', '.join(held[:5])}), "
+                "but no state_dict() of its own: give it state_dict() and load_state_dict(), or pass the "
+                "optimizer inside it if the attributes need not be restored"
             )
             raise UnsupportedState(msg)
 
@@ -170,7 +170,7 @@ def _attributes_of_its_own(wrapper: Any, inside: list[Any]) -> list[str]:
 
 
 def _unwrap(optimizer: Any, found: Found, *, seen: set[int]) -> list[Any]:
-    """Add what stands behind an object to what was found; return the optimizers inside it."""
+    """Add an object's optimizers and wrappers to ``found``; return the optimizers inside it."""
     if id(optimizer) in seen:
         return []
     seen.add(id(optimizer))
@@ -178,7 +178,7 @@ def _unwrap(optimizer: Any, found: Found, *, seen: set[int]) -> list[Any]:
     inside = [leaf for part in _inner(optimizer) for leaf in _unwrap(part, found, seen=seen)]
     if not inside and not _is_optimizer(optimizer):
         return []
-    # The state is asked for, and not stored: a wrapper may hand on that of the optimizer it wraps.
+    # ``state`` must be the object's own: a wrapper may forward that of the optimizer it wraps.
     passes_through = inside and (
         not isinstance(optimizer, Optimizer)
         or not _is_optimizer(optimizer)

@@ -1,8 +1,9 @@
 """Parameters that an optimizer trains and the model does not hold.
 
-Most of them belong there: fp32 master copies, adapters, a temperature. Some were left behind when the model
-got new parameters (``load_state_dict(assign=True)``, a replaced module). Shapes and dtypes can't tell the two
-apart. It is certain only if this very tensor was seen in this very model, under a name that another now has.
+Most are meant: fp32 master copies, adapters, a temperature. Others were left behind when the model got new
+parameters (``load_state_dict(assign=True)``, a replaced module). Shapes and dtypes can't tell the two apart.
+A parameter is certainly left behind only if this very tensor was seen in this very model, under a name that
+another tensor now has.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ _held: Any = WeakIdKeyDictionary()
 
 
 def remember_held(model: Any, optimizer: Any, params: Iterable[ParamEntry]) -> None:
-    """Remember which parameters of an optimizer the model holds, and under which name.
+    """Remember the parameters of an optimizer that the model holds, with their names.
 
-    Keeps nothing alive. A model that is a mapping is not remembered: it may be made anew for each call.
+    Keeps only weak references. A mapping is not remembered: it may be a new one in each call.
     """
     modules = _modules(model)
     if not modules:
@@ -72,13 +73,13 @@ def check_outside(
     outside: list[ParamEntry],
     optimizers: list[Any],
 ) -> None:
-    """Refuse parameters that the model certainly has lost, and log the others once.
+    """Refuse parameters that the model certainly no longer holds, and log the others once.
 
     Args:
         model: The model, as given.
         entries: Its entries.
         params: Every parameter of every optimizer.
-        outside: Those of them that the model does not hold.
+        outside: The parameters among them that the model does not hold.
         optimizers: The optimizers, by their index.
 
     Raises:
@@ -102,18 +103,18 @@ def check_outside(
             lost.append((entry.fqn, held.fqn))
     if lost:
         msg = (
-            f"the optimizer trains {len(lost)} tensors that the model held and does not hold any more, while "
-            f"no optimizer trains what stands in their places: {_pairs(lost, 'formerly')}. After "
+            f"the optimizer trains {len(lost)} tensors that the model no longer holds, and no optimizer "
+            f"trains the tensors that replaced them: {_pairs(lost, 'formerly')}. After "
             "load_state_dict(assign=True) or a replaced module, build the optimizer from the model's "
-            "parameters again. If all of this is meant, freeze the model's untrained parameters with "
+            "parameters again. If this is intended, freeze the model's untrained parameters with "
             "requires_grad_(False)"
         )
         raise UsageError(msg)
     names = tuple(entry.fqn for entry in outside)
     warn_once(
         names,
-        "the optimizer trains %d tensors that the model does not hold (%s); they are saved with it, named "
-        "by their place in its param groups",
+        "the optimizer trains %d tensors that the model does not hold (%s); they are saved with the "
+        "optimizer, named by their position in its param groups",
         len(names),
         ", ".join(names[:SHOWN]),
     )
@@ -121,9 +122,10 @@ def check_outside(
     if alike:
         warn_once(
             ("alike", *names),
-            "no optimizer trains some parameters of the model, while tensors like them outside the model are "
-            "trained: %s. Both are saved, which is right for master copies. If load_state_dict(assign=True) "
-            "or a replaced module left these behind, build the optimizer from the model's parameters again",
+            "no optimizer trains some parameters of the model, while tensors of the same shape and dtype "
+            "outside the model are trained: %s. Both are saved, which is right for master copies. If "
+            "load_state_dict(assign=True) or a replaced module left the latter behind, build the optimizer "
+            "from the model's parameters again",
             _pairs(alike, "like"),
         )
 

@@ -1,4 +1,4 @@
-"""The states of the random number generators, as plain values.
+"""States of the random number generators, as plain values.
 
 Python's ``random``, NumPy's global generator, torch's CPU generator, and one per CUDA device when CUDA
 is in use. Other generators (a loader's, a ``np.random.Generator``) are the user's extras.
@@ -22,7 +22,7 @@ __all__ = ["capture", "check", "restore"]
 
 
 def capture() -> dict[str, Any]:
-    """Return the states now, as values for :mod:`gockpt.state.value_encoder`. Changes none of them."""
+    """Return the current states, as values for :mod:`gockpt.state.value_encoder`. Changes none of them."""
     return {
         "python": _pack_python(random.getstate()),
         "numpy": _pack(np.random.get_state(legacy=False)),  # noqa: NPY002 - the legacy state is what users hold
@@ -34,11 +34,11 @@ def capture() -> dict[str, Any]:
 
 
 def check(states: dict[str, Any]) -> None:
-    """Raise if the generators here can't take these states. Changes none of them.
+    """Raise if these states can't be set on this machine's generators. Changes none of them.
 
     Raises:
         StateMismatch: If NumPy's global generator is of another kind than the saved one.
-        ManifestCorrupt: If these are no states that :func:`capture` returned.
+        ManifestCorrupt: If :func:`capture` doesn't return such states.
     """
     try:
         saved = states["numpy"]["bit_generator"]
@@ -50,12 +50,12 @@ def check(states: dict[str, Any]) -> None:
         raise ManifestCorrupt(msg)
     if (live := _live_numpy()) != saved:
         msg = (
-            f"NumPy's global generator is {live} here and was {saved} when saved; call "
+            f"NumPy's global generator is {live}, but was {saved} when saved; call "
             f"np.random.set_bit_generator(np.random.{saved}()) first, or load with rng=False"
         )
         raise StateMismatch(msg, mismatched=(f"rng/numpy: saved {saved}, live {live}",))
     with _explained():
-        # On generators of their own first: a load that has changed a model must not fail for these.
+        # Tried on new generators first: a load that has changed a model must not fail because of these.
         kind = type(np.random.get_bit_generator())  # type: ignore[attr-defined] # public since NumPy 1.24
         np.random.RandomState(kind()).set_state(_unpack(states["numpy"]))
         random.Random().setstate(_unpack_python(states["python"]))  # noqa: S311 - no secrets are made
@@ -66,12 +66,11 @@ def restore(states: dict[str, Any]) -> tuple[str, ...]:
     """Set the generators to states that :func:`capture` returned.
 
     Returns:
-        Names of generators that this machine doesn't have, such as ``("cuda:3",)``; those that are
-        there were set.
+        Names of generators that this machine lacks, such as ``("cuda:3",)``; the others were set.
 
     Raises:
         StateMismatch: As :func:`check`.
-        ManifestCorrupt: If these are no such states.
+        ManifestCorrupt: As :func:`check`.
     """
     check(states)
     with _explained():
@@ -122,7 +121,7 @@ def _unpack_python(state: Any) -> tuple[Any, ...]:
 
 
 def _pack(value: Any) -> Any:
-    # Bytes stand inside the document; an array would be two more files for 2.5 KB.
+    # Bytes are written into the document; an array would take two more files for 2.5 KB.
     if isinstance(value, dict):
         return {key: _pack(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

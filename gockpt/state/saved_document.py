@@ -1,7 +1,7 @@
-"""The state document as it was saved: checked for its form, its values not yet decoded.
+"""The saved state document: its form is checked, its values are not yet decoded.
 
-Needs no torch, so that looking at a checkpoint doesn't either. What is in it,
-:mod:`gockpt.state.state_document` says.
+Needs no torch, so that a checkpoint can be inspected without it. The document's fields are described in
+:mod:`gockpt.state.state_document`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 VERSION = 2
-"""The version written. Version 1 is read as well: it lacks what came later, which is optional here."""
+"""The version written. Version 1 is read as well: it lacks fields added later, which are optional here."""
 
 MAX_DEPTH = 16
-"""How deep tensor subclasses may stand inside one another."""
+"""Greatest depth to which tensor subclasses may nest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +115,14 @@ class SavedState:
 
 
 def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
-    """Return what a state document says.
+    """Return the contents of a state document.
 
     Args:
-        document: As read.
-        where: The file, for the message.
+        document: The parsed JSON object.
+        where: The file, for messages.
 
     Raises:
-        ManifestCorrupt: If it isn't of the form above, or of a later version of it.
+        ManifestCorrupt: If it has not the form above, or is of a later version.
     """
     version = document.get("version")
     if type(version) is int and version > VERSION:
@@ -154,7 +154,7 @@ def parse(document: Mapping[str, Any], *, where: str) -> SavedState:
             elsewhere=tuple(_of(name, str) for name in _of(document.get("elsewhere", []), list)),
         )
     except (TypeError, KeyError) as error:
-        msg = f"{where} is no valid state document: {error}"
+        msg = f"{where} is not a valid state document: {error}"
         raise ManifestCorrupt(msg) from error
 
 
@@ -221,7 +221,7 @@ def _saved_subclass(entry: Any, *, depth: int) -> SavedSubclass:
 def _sizes(value: Any) -> tuple[int, ...]:
     sizes = tuple(_of(size, int) for size in _of(value, list))
     if any(not 0 <= size < 1 << 63 for size in sizes):
-        msg = f"{value} are no sizes"
+        msg = f"expected a list of sizes, found {value}"
         raise TypeError(msg)
     return sizes
 

@@ -1,4 +1,4 @@
-"""Saved forms of optimizers as documents: between what ``state_dict()`` returned and states by parameter.
+"""Conversion of saved optimizer documents between ``state_dict()``'s layout and states by parameter.
 
 Nothing is decoded here, and no array is read.
 """
@@ -24,11 +24,11 @@ STANDARD = ("state", "param_groups")
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """A form in torch's own layout, taken apart.
+    """Parts of a form in torch's own layout.
 
     Attributes:
-        saved: The optimizer with states and values out of the form.
-        beyond: Keys of the form that torch's own ``load_state_dict`` does not look at.
+        saved: The optimizer, with the states and values of the form.
+        beyond: Keys of the form that torch's own ``load_state_dict`` ignores.
     """
 
     saved: SavedOptimizer
@@ -36,7 +36,7 @@ class Standard:
 
 
 def standard_form(saved: SavedOptimizer) -> Standard | None:
-    """Take the form of an optimizer apart; ``None`` if it is not laid out as torch lays it out."""
+    """Return the parts of an optimizer's form; ``None`` if it isn't in torch's layout."""
     numbers = _numbers(saved)
     if numbers is None or saved.form is None:
         return None
@@ -58,7 +58,7 @@ def standard_form(saved: SavedOptimizer) -> Standard | None:
 
 
 def torch_form(saved: SavedOptimizer) -> Json:
-    """Return what torch's own ``state_dict()`` would have returned, with what an override added."""
+    """Return the document of torch's own ``state_dict()``, with the keys that an override added."""
     numbers: dict[str, int] = {}
     groups: list[Json] = []
     for group in saved.groups:
@@ -70,7 +70,7 @@ def torch_form(saved: SavedOptimizer) -> Json:
 
 
 def reordered_groups(form: Json, order: Sequence[int]) -> Json | None:
-    """Return a form with its param groups in another order; ``None`` if it is not in torch's layout."""
+    """Return a form with its param groups in another order; ``None`` if it isn't in torch's layout."""
     pairs = _pairs(form)
     groups = dict(pairs).get("param_groups")
     if not isinstance(groups, list) or len(groups) != len(order):
@@ -88,7 +88,7 @@ def _pairs(form: Json) -> list[tuple[Json, Json]]:
 
 
 def _numbers(saved: SavedOptimizer) -> dict[int, str] | None:
-    """Return the parameter that each number in a form stands for; ``None`` if it numbers none."""
+    """Return the parameter of each number in a form; ``None`` if it numbers no parameters."""
     top = dict(_pairs(saved.form))
     groups = top.get("param_groups")
     if not is_mapping(top.get("state")) or not isinstance(groups, list) or len(groups) != len(saved.groups):
@@ -96,7 +96,7 @@ def _numbers(saved: SavedOptimizer) -> dict[int, str] | None:
     numbers: dict[int, str] = {}
     for document, group in zip(groups, saved.groups, strict=True):
         listed = dict(_pairs(document)).get("params")
-        if isinstance(listed, dict):  # a long list, packed into an array: counted on
+        if isinstance(listed, dict):  # a long list, packed into an array: numbered consecutively
             listed = list(range(len(numbers), len(numbers) + len(group.params)))
         if not isinstance(listed, list) or len(listed) != len(group.params):
             return None

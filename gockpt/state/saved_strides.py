@@ -1,4 +1,4 @@
-"""Memory order that the state of an optimizer is to have, out of the strides that were saved."""
+"""Memory order of a loaded optimizer's state, from the saved strides."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["order_of_state", "strides_saved"]
 def order_of_state(
     saved: SavedState, arrays: Mapping[str, ArraySpec], source: str, param: torch.Tensor, of_param: str
 ) -> Strides | None:
-    """Return the strides that a state is to have; ``None`` where they were not saved.
+    """Return the strides of a state to load; ``None`` if they were not saved.
 
-    What lay in memory as its parameter did does so again, whatever the live parameter's order is: fused
-    kernels go through both in the order of their memory.
+    A state that had its parameter's memory order gets the live parameter's order, whichever it is: fused
+    kernels traverse both in memory order.
 
     Args:
         saved: The state document.
@@ -39,7 +39,7 @@ def order_of_state(
     spec = arrays[source]
     strides = strides_saved(saved.strides, source, spec)
     if torch.nn.parameter.is_lazy(param) or spec.shape != tuple(param.shape):
-        return strides  # a lazy one takes its size, and memory in order, when the model is loaded
+        return strides  # a lazy parameter gets its size and memory when the model is loaded
     if of_param in arrays and strides == strides_saved(saved.strides, of_param, arrays[of_param]):
         return torch.empty_like(param.detach(), device="meta").stride()
     return strides
@@ -49,7 +49,7 @@ def strides_saved(saved: Mapping[str, Strides], source: str, spec: ArraySpec) ->
     """Return the strides that an array was saved with.
 
     Raises:
-        ManifestCorrupt: If they are of another number of dimensions.
+        ManifestCorrupt: If their number isn't that of the array's dimensions.
     """
     strides = saved.get(source)
     if strides is None:

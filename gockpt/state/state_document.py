@@ -1,4 +1,4 @@
-"""The state document: everything about a checkpoint that is no array. Written as ``state.json``.
+"""The state document: everything in a checkpoint but its arrays. Written as ``state.json``.
 
 ::
 
@@ -61,13 +61,13 @@ Arrays = dict[tuple[str, ...], torch.Tensor]
 
 
 def capture_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the plain value of each extra as of now, by name.
+    """Return the current plain value of each extra, by name.
 
-    An object with ``state_dict()`` gives that, another callable what it returns, all else itself. The
-    result may refer to live memory: encode it (:func:`build_document`) before anything changes.
+    The value is the extra's ``state_dict()`` if it has one, the result of another callable, or the extra
+    itself. It may refer to live memory: encode it (:func:`build_document`) before anything changes.
 
     Raises:
-        UsageError: If ``extra`` is no mapping with ordinary text as names.
+        UsageError: If ``extra`` isn't a mapping whose names are ordinary strings.
     """
     if extra is None:
         return {}
@@ -107,23 +107,23 @@ def build_document(
     inexact: Mapping[str, Any] | None = None,
     admit: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Json], Arrays]:
-    """Return the document of the live state, and the arrays that come with it.
+    """Return the document of the live state, and its additional arrays.
 
-    Everything that is no entry of ``live`` is copied here and now: call it at the boundary.
+    Everything but the entries of ``live`` is copied by this call: make it at the boundary.
 
     Args:
-        live: Collected at this boundary.
+        live: The state collected at this boundary.
         step: The user's step.
         optimizer_steps: Updates seen.
         extra: Plain values, from :func:`capture_extras`.
         rng: From :func:`gockpt.state.rng_state.capture`.
         exact: Whether every bit equals a blocking save's.
-        inexact: What is known about names that don't, by public name; JSON values.
-        admit: Told how many bytes each of these arrays takes before it is copied; may raise.
+        inexact: Information about each array that doesn't, by public name; JSON values.
+        admit: Called with the size of each of these arrays in bytes before it is copied; may raise.
 
     Returns:
-        The JSON document, and CPU tensors by name to store beside ``live.entries``; no name of them is
-        among the entries, and they share memory with nothing.
+        The JSON document, and the CPU tensors by name to store besides ``live.entries``. Their names differ
+        from the entries', and they share memory with nothing.
 
     Raises:
         UnsupportedState: If an extra, an option or a state has no exact form; names it.
@@ -133,7 +133,7 @@ def build_document(
     strides: dict[str, Json] = {}
 
     def plain(value: Any, *prefix: str, place: Place = lambda _, __: None) -> Json:
-        # Extras are decoded by every load, so they are to need no class; optimizers bring theirs.
+        # Every load decodes extras, so they must not need a class; an optimizer's classes are imported.
         enums = prefix[0] in ("optimizer", OPTIONS)
         document, found = encode(value, prefix=prefix, admit=admit, place=place, enums=enums)
         arrays.update(found)
@@ -184,7 +184,7 @@ def _held_by_optimizers(live: LiveState) -> Iterator[tuple[str, ...]]:
 
 
 def _subclass(flat: Flattened, arrays: Mapping[Inner, Name]) -> Json:
-    """Return what is saved of a tensor subclass, given where each of its inner tensors is."""
+    """Return the document of a tensor subclass, given the names of its inner tensors."""
     inner: dict[str, Json] = {}
     for attribute, part in flat.inner.items():
         if isinstance(part, Flattened):
@@ -203,7 +203,7 @@ def _subclass(flat: Flattened, arrays: Mapping[Inner, Name]) -> Json:
 
 
 def _metadata(name: str, value: Any, plain: Any) -> Json:
-    """Return a module's metadata: its version alone, where that is all there is."""
+    """Return a module's metadata as saved: the version alone if there is nothing else."""
     if type(value) is dict and list(value) == ["version"] and type(value["version"]) is int:
         return value["version"]
     return plain(value, "module_metadata", name)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""Memory order of tensors: which strides are kept, compared and given to new memory.
+"""Memory order of tensors: strides are saved, compared and given to new memory.
 
-An optimizer's arithmetic may round differently when its state lies in memory in another order (a transposed
-buffer, a QR factor, ``channels_last``), so a resumed run is the same bit for bit only if strides are.
+An optimizer's arithmetic may round differently if its state has another memory order (a transposed buffer, a
+QR factor, ``channels_last``), so a resumed run is bit-identical only if the strides are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Strides", "allocate", "has_strides", "row_major", "strides_of"]
 Strides: TypeAlias = "tuple[int, ...]"
 
 MAX_GAPS = 4
-"""New memory takes at most this many times the bytes of its elements; wider gaps are closed."""
+"""New memory takes at most this many times its elements' bytes; wider gaps are closed."""
 
 
 def row_major(shape: Sequence[int]) -> Strides:
@@ -44,7 +44,7 @@ def strides_of(tensor: torch.Tensor) -> Strides | None:
 
 
 def has_strides(tensor: torch.Tensor, strides: Strides) -> bool:
-    """Whether each element of a tensor lies where these strides put it."""
+    """Whether each element of a tensor has the offset that these strides give it."""
     if not tensor.numel():
         return True
     return all(
@@ -58,8 +58,8 @@ def allocate(
 ) -> torch.Tensor:
     """Return new memory with these strides.
 
-    Elements share memory only along dimensions of stride 0 (``expand``). Strides that would let other
-    elements overlap, or leave wide gaps, give a gapless tensor whose dimensions have the same order.
+    Elements share memory only along dimensions of stride 0 (``expand``). If the strides would make other
+    elements overlap, or leave wide gaps, the result is dense, with its dimensions in the same order.
     """
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size)
     elements = 1

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 Inner = tuple[str, ...]
-"""Where an inner tensor stands: its attribute, below that of each subclass in between."""
+"""Path of an inner tensor: its attribute, after that of each subclass in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Flattened:
         tensor: The live object.
         kind: Its class: module and qualified name.
         context: Its context, encoded.
-        inner: Its inner tensors by attribute, in the class's order; subclasses among them taken apart too.
+        inner: Its inner tensors by attribute, in the class's order; subclasses among them are flattened too.
     """
 
     tensor: torch.Tensor
@@ -63,7 +63,7 @@ class Flattened:
     inner: dict[str, torch.Tensor | Flattened]
 
     def leaves(self) -> Iterator[tuple[Inner, torch.Tensor]]:
-        """Yield every ordinary tensor inside, by where it stands."""
+        """Yield every ordinary tensor inside, by its path."""
         for attribute, part in self.inner.items():
             if isinstance(part, Flattened):
                 for below, tensor in part.leaves():
@@ -77,8 +77,8 @@ def flatten(tensor: torch.Tensor, where: str, depth: int = 0) -> Flattened:
 
     Args:
         tensor: The tensor.
-        where: What it is called, for messages.
-        depth: How many subclasses stand around it.
+        where: Its name, for messages.
+        depth: Number of subclasses around it.
 
     Raises:
         UnsupportedState: If it can't be taken apart, or an inner tensor or the context has no exact form.
@@ -113,7 +113,7 @@ def _unsupported(where: str, kind: str, why: str) -> UnsupportedState:
 
 
 def context_text(context: Json, *, devices: bool = True) -> str:
-    """Return a text by which encoded contexts are compared, with all their types.
+    """Return a text that is equal for equal encoded contexts, types included.
 
     Args:
         context: The encoded context.
@@ -157,7 +157,7 @@ def _encode_context(value: Any, where: str, kind: str) -> Json:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """Return the fields of a dataclass or named tuple that has nothing besides."""
+    """Return the fields of a dataclass or named tuple that has no other attributes."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return dict(zip(value._fields, value, strict=True))
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
@@ -220,10 +220,10 @@ def rebuild(
         shape: Its own shape.
         stride: Its own strides.
         device: Stands for every device in the context.
-        where: What it is called, for messages.
+        where: Its name, for messages.
 
     Raises:
-        StateMismatch: If there is no such class here, or it makes something else of that.
+        StateMismatch: If the class doesn't exist here, or makes a tensor of another shape or class.
     """
     found = _class_of(kind, where)
     decoded = _decode_context(context, device, where)
@@ -245,12 +245,12 @@ _rebuilt: set[tuple[Any, ...]] = set()
 
 
 def check_rebuild(flat: Flattened, where: str) -> None:
-    """Make sure that a tensor can be made again where nothing like it exists yet.
+    """Check that a tensor can be rebuilt without a live tensor of its kind.
 
-    Tried once for tensors of the same class, context and geometry.
+    Done once for tensors of the same class, context and geometry.
 
     Raises:
-        UnsupportedState: If :func:`rebuild` makes something else of its inner tensors.
+        UnsupportedState: If :func:`rebuild` makes another tensor from its inner tensors.
     """
     for attribute, part in flat.inner.items():
         if isinstance(part, Flattened):
@@ -273,7 +273,7 @@ def check_rebuild(flat: Flattened, where: str) -> None:
         )
         again = flatten(made, where)
     except StateMismatch as error:
-        msg = f"{where} can't be saved: it could not be made again on loading. {error}"
+        msg = f"{where} can't be saved: a load could not rebuild it. {error}"
         raise UnsupportedState(msg) from error
     same = (
         type(made) is type(tensor)
@@ -283,5 +283,5 @@ def check_rebuild(flat: Flattened, where: str) -> None:
         == [(path, leaf.shape, leaf.dtype) for path, leaf in flat.leaves()]
     )
     if not same:
-        raise _unsupported(where, flat.kind, "its __tensor_unflatten__ makes something else of what it gave")
+        raise _unsupported(where, flat.kind, "its __tensor_unflatten__ makes a different tensor of its parts")
     _rebuilt.add(key)

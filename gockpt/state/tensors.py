@@ -1,4 +1,4 @@
-"""What a tensor is to a checkpoint: whether it can be stored, its spec, and its memory as bytes."""
+"""Tensors as arrays of a checkpoint: which can be stored, their specs, and their memory as bytes."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def is_subclass(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def refusal(tensor: torch.Tensor) -> str | None:
-    """Say why a tensor has no exact form as an array, and the way out; ``None`` when it has one.
+    """Return why a tensor can't be stored exactly as an array, and the way out; ``None`` if it can.
 
-    A subclass is accepted as long as its bytes are all that it is: one that dispatches for itself
+    A subclass is accepted if its bytes are its whole value. One with a ``__torch_dispatch__`` of its own
     (DTensor, quantised and other wrapper tensors) is refused.
     """
     if type(tensor) not in _PLAIN_TYPES and (why := _subclass_refusal(tensor)):
@@ -90,7 +90,7 @@ def refusal(tensor: torch.Tensor) -> str | None:
     if tensor.is_meta:
         return "it is on the meta device and has no data; materialise it first (.to_empty and a load)"
     if tensor.dtype not in NAME_OF:
-        return f"its dtype {tensor.dtype} is none of those that are stored ({', '.join(DTYPES)}); convert it"
+        return f"its dtype {tensor.dtype} can't be stored; convert it to one of {', '.join(DTYPES)}"
     if tensor.dim() > MAX_NDIM:
         return f"it has {tensor.dim()} dimensions; at most {MAX_NDIM} are stored"
     if tensor._is_zerotensor():  # noqa: SLF001 - see above
@@ -146,7 +146,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def may_alias_itself(tensor: torch.Tensor) -> bool:
-    """Return whether two indices may stand for one element in memory (as after ``expand``).
+    """Return whether two indices may refer to one element in memory (as after ``expand``).
 
     Never ``False`` for a tensor that overlaps; ``True`` for some unusual ``as_strided`` views that don't.
     """

@@ -1,7 +1,7 @@
-"""The way back from :mod:`gockpt.state.value_encoder`'s documents to values.
+"""Decoder of the documents that :mod:`gockpt.state.value_encoder` writes.
 
-A document may come from anywhere: nothing in it is looked up or called but what the tables below
-name, and one that ``encode`` would not have written raises :class:`ManifestCorrupt`.
+Documents are untrusted: only names in the tables below are looked up or called, and a document that
+``encode`` would not have written raises :class:`ManifestCorrupt`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def decode(document: Json, read: Read) -> Any:
     """Return the value that was encoded.
 
     Args:
-        document: What ``encode`` returned, after a trip through JSON.
-        read: Returns the array of a name as a new CPU tensor; the value takes it as it is.
+        document: The result of ``encode``, read back from JSON.
+        read: Returns the array of a name as a new CPU tensor, which becomes part of the value.
 
     Raises:
-        ManifestCorrupt: If this is no such document.
+        ManifestCorrupt: If ``encode`` doesn't write such a document.
     """
     try:
         return _decode(document, read)
@@ -50,7 +50,7 @@ def decode(document: Json, read: Read) -> Any:
 
 
 def is_mapping(document: Json) -> bool:
-    """Return whether this is the document of an ordinary ``dict``: what :func:`items` takes."""
+    """Return whether this is the document of an ordinary ``dict``, which :func:`items` accepts."""
     if not isinstance(document, dict):
         return False
     return "$dict" in document or not any(key.startswith("$") for key in document)
@@ -60,7 +60,7 @@ def items(document: Json) -> list[tuple[Json, Json]]:
     """Return the encoded keys and values of an encoded ``dict``; the inverse of ``join``.
 
     Raises:
-        ManifestCorrupt: If it is the document of something else.
+        ManifestCorrupt: If it is the document of another type.
     """
     if isinstance(document, dict) and is_mapping(document):
         if "$dict" not in document:
@@ -73,10 +73,10 @@ def items(document: Json) -> list[tuple[Json, Json]]:
 
 
 def array_name(document: Json) -> tuple[str, ...] | None:
-    """Return the array's name if the document stands for a tensor and nothing else.
+    """Return the array's name if the document is that of a tensor, else ``None``.
 
     Raises:
-        ManifestCorrupt: If that is no name.
+        ManifestCorrupt: If the name is malformed.
     """
     if isinstance(document, dict) and list(document) == ["$tensor"]:
         try:
@@ -90,11 +90,11 @@ def enum_member(content: Any, where: str) -> enum.Enum:
     """Return the member that a document names.
 
     Args:
-        content: What stands under ``$enum``.
-        where: What holds it, for the message.
+        content: The value of ``$enum``.
+        where: Name of its holder, for the message.
 
     Raises:
-        StateMismatch: If no enum of that name exists in this process, or it has no such member.
+        StateMismatch: If the enum doesn't exist in this process, or lacks the member.
     """
     if isinstance(content, list) and len(content) == 2:
         for kind in known_subclasses(enum.Enum, str(content[0])):
@@ -118,14 +118,14 @@ def _decode(document: Any, read: Read) -> Any:
 
 def _name(components: Any) -> tuple[str, ...]:
     if not isinstance(components, list) or not all(isinstance(part, str) for part in components):
-        msg = f"an array's name is a list of texts, not {str(components)[:60]}"
+        msg = f"an array name must be a list of strings, found {str(components)[:60]}"
         raise TypeError(msg)
     return tuple(components)
 
 
 def _text(content: Any) -> str:
     if not isinstance(content, str):
-        msg = f"expected text, found {str(content)[:60]}"
+        msg = f"expected a string, found {str(content)[:60]}"
         raise TypeError(msg)
     return content
 

@@ -1,10 +1,9 @@
 """Exact form of user values without pickle: strict, readable JSON, and arrays for tensors.
 
-Promise: what :func:`gockpt.state.value_decoder.decode` makes of ``encode(value)`` has the same types, order
-    and bits
-as ``value``, or ``encode`` raised and named what has no exact form. ``None``, ``bool``, ``str``, ``list``,
-``int`` below 2^53, finite ``float`` and ``dict`` with ordinary string keys are written as themselves. All
-else is an object whose first key starts with ``$``:
+Promise: ``encode(value)``, decoded by :func:`gockpt.state.value_decoder.decode`, has the same types, order
+and bits as ``value``; otherwise ``encode`` raises and names the part without an exact form. ``None``,
+``bool``, ``str``, ``list``, ``int`` below 2^53, finite ``float`` and ``dict`` with ordinary string keys are
+written as themselves. Every other value is an object whose first key starts with ``$``:
 
 ==================================== ==============================================================
 ``{"$tuple": [...]}``                also ``$set``, ``$frozenset``, ``$deque`` (with ``maxlen``)
@@ -25,8 +24,8 @@ else is an object whose first key starts with ``$``:
 ``{"$Path": text}``                  also ``$PurePath``, ``$date``, ``$datetime``, ``$timedelta``
 ==================================== ==============================================================
 
-What is not kept: that two places held the *same* object (each gets its own copy), ``requires_grad``,
-the device of a tensor (decoded ones are on the CPU), and the memory order of an array.
+Not kept: the identity of an object held in two places (each gets its own copy), ``requires_grad``, the
+device of a tensor (decoded ones are on the CPU), and the memory order of an array.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ Place: TypeAlias = "Callable[[tuple[str, ...], torch.Tensor], tuple[str, ...] | 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 MAX_DEPTH = 64
-"""How deep values may nest. Each level takes up to three of the JSON text, whose reader stops at 256."""
+"""Greatest depth of a value. A level takes up to three levels of JSON, whose reader stops at 256."""
 
 EXACT_INT = 1 << 53
 LONG_BYTES = 1 << 16
@@ -92,24 +91,24 @@ def encode(
     place: Place = lambda _, __: None,
     enums: bool = False,
 ) -> tuple[Json, dict[tuple[str, ...], torch.Tensor]]:
-    """Return a value as JSON, and the arrays that it refers to. Nothing returned shares its memory.
+    """Return a value as JSON, and copies of the arrays that it refers to.
 
     Args:
         value: Nested plain values, tensors and arrays.
-        prefix: Where the value stands: the first components of its arrays' names, and of the path
-            that an error shows.
-        admit: Told how many bytes each array takes before it is copied; may raise.
-        place: Given each tensor and the name that its array would have; returns the name of an array
+        prefix: Path of the value: the first components of its arrays' names, and of the path that an
+            error shows.
+        admit: Called with the size of each array in bytes before it is copied; may raise.
+        place: Called with each tensor and the name that its array would have; returns the name of an array
             that holds the tensor already, or ``None``.
-        enums: Whether members of enums are taken. Who decodes them needs their class imported.
+        enums: Whether members of enums are accepted. Decoding them needs their class to be imported.
 
     Returns:
         The JSON document, and CPU tensors by name (``prefix`` followed by keys and indices; a value
         that is itself a tensor is named ``prefix``).
 
     Raises:
-        UnsupportedState: If some part has no exact form; names it, its type and the way out. Also
-            for a value that contains itself, or nests deeper than :data:`MAX_DEPTH`.
+        UnsupportedState: If a part has no exact form; names it, its type and the way out. Also for a
+            value that contains itself, or nests deeper than :data:`MAX_DEPTH`.
     """
     encoder = _Encoder(prefix, admit, place, enums=enums)
     return encoder.encode(value), encoder.arrays
@@ -132,7 +131,7 @@ def enum_document(member: enum.Enum) -> dict[str, Json] | None:
 
 @lru_cache(maxsize=4096)
 def is_ordinary_key(key: Hashable) -> bool:
-    """Return whether a key can be one component of an array's name as it stands."""
+    """Return whether a key can be a component of an array's name unchanged."""
     if type(key) is not str or not key or key.startswith("#") or "/" in key:
         return False
     return key.isascii() or not _has_surrogates(key)
@@ -143,7 +142,7 @@ def _has_surrogates(text: str) -> bool:
 
 
 class _Encoder:
-    """One encoding under way: the arrays found, and the path to where it stands."""
+    """State of one encoding: the arrays found so far, and the path to the current value."""
 
     def __init__(
         self, prefix: tuple[str, ...], admit: Callable[[int], None], place: Place, *, enums: bool
@@ -171,7 +170,7 @@ class _Encoder:
         return self.refuse(value)
 
     def child(self, component: str, accessor: str, value: Any) -> Json:
-        """Encode what stands one level below; the component becomes part of its arrays' names."""
+        """Encode a value one level below; the component becomes part of its arrays' names."""
         self.name.append(component)
         self.path.append(accessor)
         try:
@@ -353,7 +352,7 @@ class _Encoder:
 
 
 def _pack(values: Any, admit: Callable[[int], None]) -> torch.Tensor | None:
-    """Return a long list of ints or of floats as one tensor; ``None`` when it is anything else."""
+    """Return a long list of ints or of floats as one tensor; ``None`` for any other value."""
     if type(values) not in (list, tuple) or type(values[0]) not in (int, float):
         return None
     if set(map(type, values)) != {type(values[0])}:

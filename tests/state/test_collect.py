@@ -203,7 +203,7 @@ class TestOutside:
         optimizer = optim.AdamW(model.parameters())
         collect(model, optimizer)
         model.load_state_dict({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, assign=True)
-        lost = r"trains 2 tensors that the model held.*group0.param0 \(formerly weight\).*assign=True"
+        lost = r"2 tensors that the model no longer holds.*group0.param0 \(formerly weight\).*assign=True"
         with pytest.raises(UsageError, match=lost):
             collect(model, optimizer)
         with pytest.raises(UsageError, match=lost):
@@ -316,7 +316,7 @@ def test_state_of_a_tensor_in_no_group_is_not_saved_and_said(caplog):
     live = collect(model, optimizer)
     assert live.trained[0].values == {"global": 3}
     assert [record.message for record in caplog.records] == [
-        "SGD keeps state for a tensor that is in none of its param groups; it is not saved"
+        "SGD keeps state for a tensor outside its param groups; that state is not saved"
     ]
 
 

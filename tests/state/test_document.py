@@ -231,7 +231,7 @@ def test_what_an_overridden_state_dict_adds_is_kept():
 )
 def test_another_form_is_refused(change):
     document, _ = document_of(*trained())
-    with pytest.raises(ManifestCorrupt, match="^here is no valid state document"):
+    with pytest.raises(ManifestCorrupt, match="^here is not a valid state document"):
         parse({**document, **change}, where="here")
 
 

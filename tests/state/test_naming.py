@@ -124,7 +124,7 @@ def test_a_list_of_modules_and_a_mapping():
 
 
 def test_names_have_to_be_text():
-    with pytest.raises(UsageError, match="no valid Unicode"):
+    with pytest.raises(UsageError, match="is not valid Unicode"):
         model_entries({"\ud800": torch.ones(1)})
     assert names({"größe": torch.ones(1)}) == ["größe"]
 

@@ -78,7 +78,7 @@ def test_another_generator_of_numpy():
     rng_state.restore(states)
     assert draws() == wanted
     np.random.set_bit_generator(np.random.MT19937(3))
-    with pytest.raises(StateMismatch, match="MT19937 here and was PCG64") as caught:
+    with pytest.raises(StateMismatch, match="MT19937, but was PCG64") as caught:
         rng_state.check(states)
     assert caught.value.mismatched == ("rng/numpy: saved PCG64, live MT19937",)
 

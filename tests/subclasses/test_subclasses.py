@@ -401,11 +401,11 @@ def test_a_state_that_can_not_be_made_again_is_refused_when_saved(zoo, tmp_path)
 
     config = zoo.Config(True, None)
     for make, why in (
-        (Forgetful.of, "makes something else of what it gave"),
-        (Silent.of, "could not be made again on loading.*not today"),
+        (Forgetful.of, "makes a different tensor of its parts"),
+        (Silent.of, "a load could not rebuild it.*not today"),
         (
             lambda zeros: zoo.Weight.of(zeros, config=config),
-            "could not be made again.*which a checkpoint can't make",
+            "could not rebuild it.*which a checkpoint can't make",
         ),
     ):
         model = body()
