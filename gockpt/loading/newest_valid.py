@@ -79,7 +79,9 @@ def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckp
         CheckpointPruned: If one was removed while it was being read: a newer one may be there.
     """
     passed = [
-        PassedOver(child.step, child.path, str(error)) for child, error in damaged_checkpoints(path).items()
+        PassedOver(child.step, child.path, str(error))
+        for child, error in damaged_checkpoints(path).items()
+        if child.step is not None
     ]
     entries = list_checkpoints(path, superseded=True)
     if not entries and not passed:

@@ -26,7 +26,7 @@ from gockpt.errors import (
     UsageError,
 )
 from gockpt.storage.format import strict_json
-from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
+from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, STATE_FILE, Manifest
 from gockpt.storage.local import verified
 from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, read_document, read_small
 from gockpt.storage.read.read_execute import PIECE, Source, Task, execute
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.location import Files
 
-__all__ = ["StoredArray", "StoredCheckpoint", "Wanted", "manifest_bytes", "read_manifest"]
+__all__ = ["StoredArray", "StoredCheckpoint", "Wanted", "manifest_bytes"]
 
 MAX_GAP = 64 << 10
 """Gaps between wanted bytes below this are read along: a seek would cost as much."""
@@ -325,16 +325,6 @@ class StoredCheckpoint:
             f"the checkpoint of step {self.step} ({self.path}) was removed while it was being read; "
             "open a newer one"
         )
-
-
-def read_manifest(files: Files, path: str) -> Manifest:
-    """Return the manifest of the checkpoint in a files.
-
-    Raises:
-        FileNotFoundError: If there is none: the directory is no complete checkpoint.
-        ManifestCorrupt: If it is damaged, not valid, or no regular file.
-    """
-    return parse(manifest_bytes(files, path), where=f"{path}/{MANIFEST_FILE}")
 
 
 def manifest_bytes(files: Files, path: str) -> bytes:

@@ -19,7 +19,7 @@ from gockpt.errors import CheckpointNotFound, ManifestCorrupt, NotACheckpoint
 from gockpt.storage.format.manifest import MANIFEST_FILE, Manifest, finite_of, glance, metrics_of, parse
 from gockpt.storage.object_store.client import objects_at
 from gockpt.storage.paths import local_path
-from gockpt.storage.read.checkpoint import StoredCheckpoint, manifest_bytes, read_manifest
+from gockpt.storage.read.checkpoint import StoredCheckpoint, manifest_bytes
 from gockpt.storage.read.local_location import LocalLocation
 from gockpt.storage.read.location import GONE
 from gockpt.storage.read.object_location import ObjectLocation
@@ -102,6 +102,7 @@ def list_checkpoints(path: Where, *, superseded: bool = False) -> list[Checkpoin
 
     Raises:
         NotACheckpoint: If ``path`` is no directory.
+        ManifestCorrupt: If ``path`` is one checkpoint's own, and damaged.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
     try:
@@ -109,10 +110,6 @@ def list_checkpoints(path: Where, *, superseded: bool = False) -> list[Checkpoin
     except CheckpointNotFound:
         return []
     with closing(location):
-        itself = _open_itself(location)
-        if itself is not None:
-            with itself:
-                return [_entry(itself.path, itself.manifest)]
         entries = _survey(location)[0]
     return [entry for entry in entries if superseded or not entry.superseded]
 
@@ -132,24 +129,18 @@ def latest_step(path: Where) -> int | None:
     except CheckpointNotFound:
         return None
     with closing(location):
-        itself = _open_itself(location)
-        if itself is not None:
-            with itself:
-                return itself.step
         newest = newest_manifest(location)
-        return None if newest is None else newest.step
+    return None if newest is None else newest.step
 
 
 def newest_manifest(location: Location) -> Manifest | None:
-    """Return the manifest of the newest complete checkpoint below a location, ``None`` if there is none.
+    """Return the manifest of the newest complete checkpoint of a location, ``None`` if there is none.
 
     Raises:
+        ManifestCorrupt: If the location is one checkpoint itself, and damaged.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
-    try:
-        found = _open_newest(location)
-    except ManifestCorrupt:
-        return None
+    found = _open_newest(location, {})
     if found is None:
         return None
     with found:
@@ -162,14 +153,11 @@ def damaged_checkpoints(path: Where) -> dict[Child, ManifestCorrupt]:
     Raises:
         CheckpointNotFound: If there is no such directory.
         NotACheckpoint: If ``path`` is no directory.
+        ManifestCorrupt: If ``path`` is one checkpoint's own, and damaged.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
     with closing(location_at(path)) as location:
-        itself = location.open_itself()
-        if itself is None:
-            return _survey(location)[1]
-        itself.close()
-        return {}
+        return _survey(location)[1]
 
 
 def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THREADS) -> StoredCheckpoint:
@@ -186,17 +174,18 @@ def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THRE
         ManifestCorrupt: If that step's is damaged; without a step, if every one is.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
+    damaged: dict[Child, ManifestCorrupt] = {}
     with closing(location_at(path)) as location:
-        found = _open_itself(location, threads)
+        found = _open_newest(location, damaged, step, threads)
+        if found is None and damaged and step is None:
+            raise next(iter(damaged.values()))
         if found is None:
-            found = _open_newest(location, step, threads)
-            if found is None:
-                raise _nothing_found(location, step)
-        elif step not in (None, found.step):
-            found.close()
-            msg = f"{found.path!r} is the checkpoint of step {found.step}, not of {step}"
-            raise CheckpointNotFound(msg)
-        return found
+            raise _nothing_found(location, step)
+    if step not in (None, found.step):
+        found.close()
+        msg = f"{found.path!r} is the checkpoint of step {found.step}, not of {step}"
+        raise CheckpointNotFound(msg)
+    return found
 
 
 def open_listed(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:
@@ -208,8 +197,6 @@ def open_listed(path: Where, entry: CheckpointEntry) -> StoredCheckpoint:
         RemoteError: If the store of a URL refuses or can't be reached.
     """
     with closing(location_at(path)) as location:
-        if entry.path == location.path:
-            return open_checkpoint(path)
         for child in location.children():
             found = _look(location, child) if child.path == entry.path else None
             if found is not None:
@@ -257,8 +244,10 @@ def _look(location: Location, child: Child) -> _Glanced | None:
         with _closed_on_error(files):
             data = manifest_bytes(files, child.path)
             found = glance(data, where=f"{child.path}/{MANIFEST_FILE}")
-            seq = found.seq if child.seq is None else child.seq
-            if (child.step, seq, child.attempt or found.attempt) != (found.step, found.seq, found.attempt):
+            said = zip(
+                (child.step, child.seq, child.attempt), (found.step, found.seq, found.attempt), strict=True
+            )
+            if not all(name in (None, manifest) for name, manifest in said):
                 number = "" if child.seq is None else f"seq {found.seq}, "
                 msg = f"{child.path} holds step {found.step}, {number}attempt {found.attempt}: it was renamed"
                 raise ManifestCorrupt(msg)
@@ -269,38 +258,33 @@ def _look(location: Location, child: Child) -> _Glanced | None:
     return _Glanced(child, files, found.seq, data)
 
 
-def _open_itself(location: Location, threads: int = THREADS) -> StoredCheckpoint | None:
-    """Open the checkpoint that the location itself is; ``None`` if it is none."""
-    files = location.open_itself()
-    if files is None:
-        return None
-    with _closed_on_error(files):
-        manifest = read_manifest(files, location.path)
-    return StoredCheckpoint(files, location.path, manifest, threads=max(threads, location.parallel))
-
-
 def _open_newest(
-    location: Location, step: int | None = None, threads: int = THREADS
+    location: Location, damaged: dict[Child, ManifestCorrupt], step: int | None = None, threads: int = THREADS
 ) -> StoredCheckpoint | None:
-    """Open the newest complete checkpoint below a location, or that of one step; ``None`` if there is none.
+    """Open the newest complete checkpoint of a location, or that of one step; ``None`` if there is none.
 
     Manifests are glanced at, as few as the names allow; only that of the newest is read to its end.
 
+    Args:
+        location: Where to look.
+        damaged: Filled with all that are passed over since they are damaged, and the damage.
+        step: The wanted step; ``None`` for any. A location that is one checkpoint itself may have another.
+        threads: How many threads a large read may use at least.
+
     Raises:
-        ManifestCorrupt: If that step's is damaged; without a step, if every one is.
+        ManifestCorrupt: If that step's is damaged, or the location is one checkpoint itself.
     """
-    damaged: dict[Child, ManifestCorrupt] = {}
 
     def pass_over(child: Child, error: ManifestCorrupt) -> None:
-        _log.warning("passing over a damaged checkpoint: %s", error)
-        if step is not None and not child.replaced:
+        if not child.name or (step is not None and not child.replaced):
             raise error
+        _log.warning("passing over a damaged checkpoint: %s", error)
         damaged[child] = error
 
     children, tries = location.children(), 0
     while True:
-        wanted = [child for child in children if step in (None, child.step) and child not in damaged]
-        newest, missing = _newest_of(location, wanted, pass_over)
+        wanted = [child for child in children if None in (step, child.step) or step == child.step]
+        newest, missing = _newest_of(location, [one for one in wanted if one not in damaged], pass_over)
         if missing and tries < _TRIES:
             # One was pruned before it could be looked at: then a newer one may have come that wasn't listed.
             tries, before, children = tries + 1, children, location.children()
@@ -309,14 +293,11 @@ def _open_newest(
                     newest.files.close()
                 continue
         if newest is None:
-            break
+            return None
         try:
             return newest.checkpoint(location, threads)
         except ManifestCorrupt as error:
             pass_over(newest.child, error)  # undamaged and yet not valid
-    if step is None and damaged:
-        raise next(iter(damaged.values()))
-    return None
 
 
 def _newest_of(
@@ -330,7 +311,7 @@ def _newest_of(
         pass_over: Called for each that is damaged; may raise.
     """
     newest: _Glanced | None = None
-    complete, missing = set[int](), False
+    complete, missing = set[int | None](), False
     with ExitStack() as opened:
         for child in children:
             if newest is not None and child.seq is not None:
@@ -398,6 +379,8 @@ def _read(location: Location, child: Child) -> Manifest | ManifestCorrupt | None
         with closing(found.files):
             return parse(found.data, where=f"{child.path}/{MANIFEST_FILE}")
     except ManifestCorrupt as error:
+        if not child.name:
+            raise
         _log.warning("passing over a damaged checkpoint: %s", error)
         return error
 

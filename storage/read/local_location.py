@@ -95,34 +95,32 @@ class LocalLocation:
             raise NotACheckpoint(msg) from error
 
     def children(self) -> list[Child]:
-        """Return the published checkpoints by their names, highest step first."""
+        """Return the published checkpoints by their names, highest step first; itself if it is one."""
+        with suppress(FileNotFoundError):
+            os.stat(MANIFEST_FILE, dir_fd=self._fd, follow_symlinks=False)
+            known = step_names.parse(os.path.basename(os.path.realpath(self.path)))
+            if known is not None and known.kind in ("partial", "trash"):
+                msg = f"{self.path!r} is a checkpoint that was never published, or is being deleted"
+                raise NotACheckpoint(msg)
+            return [Child("", self.path)]
         found = []
         for name in os.listdir(self._fd):
             known = step_names.parse(name)
-            if known is not None and known.step is not None and known.kind in ("step", "old"):
+            if known is not None and known.kind in ("step", "old"):
                 path = os.path.join(self.path, name)
-                found.append(Child(name, path, known.step, None, known.attempt, known.kind == "old"))
+                is_old = known.kind == "old"
+                found.append(Child(name, path, known.step, attempt=known.attempt, replaced=is_old))
         return sorted(found, key=lambda child: (not child.replaced, child.step, child.name), reverse=True)
 
     def open(self, child: Child) -> LocalFiles:
-        """Open a child's directory, which must be no link."""
+        """Open a child's directory, which must be no link; its own may have been renamed."""
+        if not child.name:
+            return LocalFiles(os.dup(self._fd))
         try:
             return LocalFiles(open_below(self._fd, child.name, is_directory=True))
         except CheckpointCorrupt as error:
             msg = f"{child.path}: {error}; to read it, give its own path"
             raise ManifestCorrupt(msg) from error
-
-    def open_itself(self) -> LocalFiles | None:
-        """Open the directory's own files if it has a manifest; it may have been renamed."""
-        try:
-            os.stat(MANIFEST_FILE, dir_fd=self._fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        known = step_names.parse(os.path.basename(os.path.realpath(self.path)))
-        if known is not None and known.kind in ("partial", "trash"):
-            msg = f"{self.path!r} is a checkpoint that was never published, or is being deleted"
-            raise NotACheckpoint(msg)
-        return LocalFiles(os.dup(self._fd))
 
     def not_found(self) -> CheckpointNotFound | NotACheckpoint:
         """Return the error that says what stands there instead."""

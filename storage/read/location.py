@@ -110,9 +110,9 @@ class Child:
     """A name below a location that is a published checkpoint's. Its manifest says whether it is complete.
 
     Attributes:
-        name: The name.
+        name: The name; empty if the location is one checkpoint itself.
         path: Its path or URL.
-        step: The user's step.
+        step: The user's step, or ``None`` where the name doesn't say it.
         seq: Number of the publication, or ``None`` where names don't say it.
         attempt: Hexadecimal, unique to its writing, or ``None`` where the name doesn't say it.
         replaced: Whether a newer publication of the step took its place: it counts only where that is not
@@ -121,9 +121,9 @@ class Child:
 
     name: str
     path: str
-    step: int
-    seq: int | None
-    attempt: str | None
+    step: int | None = None
+    seq: int | None = None
+    attempt: str | None = None
     replaced: bool = False
 
 
@@ -145,7 +145,10 @@ class Location(Protocol):
     def children(self) -> list[Child]:
         """Return the published checkpoints by their names: newest publication first as far as names say it.
 
-        Those that were replaced come last.
+        Those that were replaced come last. A location that is one checkpoint itself has itself only.
+
+        Raises:
+            NotACheckpoint: If it is a checkpoint that was never published, or is being deleted.
         """
 
     def open(self, child: Child) -> Files:
@@ -154,13 +157,6 @@ class Location(Protocol):
         Raises:
             ManifestCorrupt: If something else stands there under that name.
             OSError: If it can't be opened; of :data:`GONE` if it isn't there any more.
-        """
-
-    def open_itself(self) -> Files | None:
-        """Open the location's own files if it is one checkpoint, under whatever name; else ``None``.
-
-        Raises:
-            NotACheckpoint: If it is a checkpoint that was never published, or is being deleted.
         """
 
     def not_found(self) -> CheckpointNotFound | NotACheckpoint:

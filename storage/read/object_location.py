@@ -5,6 +5,7 @@ Names there say everything: the newest is found by one listing and one manifest,
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -149,11 +150,14 @@ class ObjectLocation:
         self.path = objects.url
 
     def children(self) -> list[Child]:
-        """Return the uploaded checkpoints by their names, newest publication first.
+        """Return the uploaded checkpoints by their names, newest publication first; itself if it is one.
 
         Raises:
             RemoteError: If the store refuses or can't be reached.
         """
+        with suppress(FileNotFoundError):
+            self._objects.stat(MANIFEST_FILE)
+            return [Child("", self.path)]
         found = []
         for name in self._objects.children()[0]:
             known = step_names.parse_uploaded(name)
@@ -165,14 +169,6 @@ class ObjectLocation:
     def open(self, child: Child) -> ObjectFiles:
         """Return a child's objects; nothing is asked of the store yet."""
         return ObjectFiles(self._objects, child.name)
-
-    def open_itself(self) -> ObjectFiles | None:
-        """Return the objects below the URL if a manifest is among them."""
-        try:
-            self._objects.stat(MANIFEST_FILE)
-        except FileNotFoundError:
-            return None
-        return ObjectFiles(self._objects, "")
 
     def not_found(self) -> CheckpointNotFound | NotACheckpoint:
         """Return the error that says what stands there instead."""

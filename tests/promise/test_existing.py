@@ -371,6 +371,19 @@ def test_a_remote_with_another_runs_checkpoints_is_refused(another_process, capl
     assert gockpt.steps(url) == [1, 2, 5]
 
 
+def test_a_remote_that_is_another_runs_checkpoint_is_refused(another_process):
+    Trainer("a").save(1)
+    url = gockpt.upload("a", URL.format(Path.cwd())).url
+    another_process()
+    before = files_below("bucket")
+    with pytest.raises(gockpt.UsageError, match=r"step 1.*remote="):
+        Trainer("b", remote=url).save(1)
+    Trainer("b").save(1)
+    with pytest.raises(gockpt.UsageError, match=r"another run.*step 1"):
+        gockpt.upload("b", url)
+    assert files_below("bucket") == before
+
+
 def test_a_new_machine_goes_on_from_the_object_store(another_process):
     url = URL.format(Path.cwd())
     Trainer("a", remote=url).save(1, 2)

@@ -32,7 +32,7 @@ from gockpt.storage.read.find import (
     open_checkpoint,
     open_listed,
 )
-from gockpt.storage.read.location import GONE, read_small
+from gockpt.storage.read.location import GONE, Child, read_small
 
 ARRAYS = {("a",): ((4, 3), "float32"), ("deep", "b"): ((), "int64")}
 CHUNK = "a/c.0.0"
@@ -113,7 +113,6 @@ class LocationTests:
                 assert child.path == f"{location.path}/{child.name}"
                 with closing(location.open(child)) as files:
                     assert read_small(files, "gockpt.json", limit=10_000).startswith(b"{")
-            assert location.open_itself() is None
 
     def test_a_child_that_is_gone_says_so(self, publish):
         name = publish(1, 1)
@@ -127,10 +126,13 @@ class LocationTests:
     def test_a_checkpoint_is_a_location_itself(self, publish):
         where = self.below(publish(7, 1))
         with closing(location_at(where)) as location:
-            assert location.children() == []
-            with closing(location.open_itself()) as files:
-                assert "state.json" in files.names("")
+            (itself,) = location.children()
             path = location.path
+            assert itself == Child("", path)
+            with closing(location.open(itself)) as files:
+                assert "state.json" in files.names("")
+        with closing(location_at(where)) as location:
+            assert newest_manifest(location).step == 7
         assert [entry.path for entry in list_checkpoints(where)] == [path]
         assert latest_step(where) == 7
         assert damaged_checkpoints(where) == {}
@@ -142,12 +144,13 @@ class LocationTests:
         with pytest.raises(CheckpointNotFound, match="is the checkpoint of step 7, not of 8"):
             open_checkpoint(where, 8)
 
-    def test_a_damaged_checkpoint_itself_is_an_error(self, publish):
+    def test_a_damaged_checkpoint_itself_is_an_error(self, publish, caplog):
         name = publish(7, 1)
         self.flip(f"{name}/gockpt.json")
-        for call in (open_checkpoint, list_checkpoints, latest_step):
+        for call in (open_checkpoint, list_checkpoints, latest_step, damaged_checkpoints):
             with pytest.raises(ManifestCorrupt, match="is damaged"):
                 call(self.below(name))
+        assert not caplog.records
 
     # ---- the files of one checkpoint
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from gockpt.core.boxes import Box
 from gockpt.errors import CheckpointCorrupt, ChunkCorrupt
-from gockpt.storage.read.checkpoint import StoredCheckpoint, Wanted, read_manifest
+from gockpt.storage.format.manifest import parse
+from gockpt.storage.read.checkpoint import StoredCheckpoint, Wanted, manifest_bytes
 from gockpt.storage.read.direct_io import DIRECT_FROM, DirectFile, ReadCalls
 from gockpt.storage.read.local_location import LocalFiles
 from gockpt.storage.read.safe_open import open_regular
@@ -78,7 +79,8 @@ class Small(Scratch):
 @contextmanager
 def opened(path, calls, threads=1):
     files = LocalFiles(os.open(path, os.O_RDONLY | os.O_DIRECTORY), calls=calls)
-    with StoredCheckpoint(files, str(path), read_manifest(files, str(path)), threads=threads) as stored:
+    manifest = parse(manifest_bytes(files, str(path)), where=str(path))
+    with StoredCheckpoint(files, str(path), manifest, threads=threads) as stored:
         yield stored
 
 
