@@ -175,7 +175,7 @@ class Worker:
         return True
 
     def _load(self) -> None:
-        """Import what works, and let it be compiled behind the first notices."""
+        """Import what works, and let it be compiled behind the first messages."""
         from gockpt.workers.thread_pool import Pool
 
         self._pool = Pool(self._options.worker_threads, self._options.nice)
