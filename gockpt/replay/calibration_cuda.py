@@ -110,7 +110,7 @@ def candidates(case: Case) -> list[Candidate]:
     """Return what may equal an optimizer on a device, the likeliest first."""
     if case.kernel in ("sgd", "momentum"):
         name = f"cuda_{case.kernel}"
-        forms = _forms(name, ((1, 1, 1), (0, 1, 1)))
+        forms = _forms(name, ((0, 1, 1), (1, 1, 1)))
         # Without a buffer, its form changes nothing.
         return [Candidate(name, form, None) for form in forms if case.kernel == "momentum" or form[1] == 1]
     if not case.fused:
@@ -206,7 +206,7 @@ class _Trial:
 
     def _pairs(self, candidate: Candidate) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Go through the arrays as the candidate has them and as the device has them."""
-        numbers = row(candidate.kernel, self.group, {"step": self.step + 1})
+        numbers = row(candidate.kernel, candidate.form, self.group, {"step": self.step + 1})
         if candidate.late is not None:
             powers = self.seen.powers[candidate.late]
             numbers = filled(candidate.kernel, candidate.form, numbers, powers, None)
@@ -254,7 +254,7 @@ def _options(case: Case, update: int) -> dict[str, Any]:
     elif case.kernel == "momentum":
         options["momentum"] = (0.9, 0.7)[update % 2]
         options["nesterov"] = update > 4
-        options["dampening"] = 0.0 if update > 4 else (0.3, 0.1)[update % 2]
+        options["dampening"] = 0.0 if update > 4 else (0.3, 0.9)[update % 2]
     else:
         options |= {"momentum": 0, "nesterov": False, "dampening": 0}
     return options

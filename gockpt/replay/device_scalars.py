@@ -41,7 +41,7 @@ def power(form: str, beta: float, steps: torch.Tensor) -> torch.Tensor:
         return torch.pow(torch.full_like(steps, beta), steps)
 
 
-def row(kernel: str, group: dict[str, Any], state: dict[str, Any]) -> Row:
+def row(kernel: str, form: tuple[int, ...], group: dict[str, Any], state: dict[str, Any]) -> Row:
     """Return what is known here of an update's numbers; NaN for what only the device knows."""
     if kernel in ("cuda_adam", "cuda_amsgrad"):
         return calibration.row("adam", group, state)
@@ -51,7 +51,10 @@ def row(kernel: str, group: dict[str, Any], state: dict[str, Any]) -> Row:
         momentum, nesterov = float(group["momentum"]), float(bool(group["nesterov"]))
         # For an integer 0: Python's -0 is 0, but fused code negates a double.
         step = -lr if group["fused"] else float(-group["lr"])
-        return (sign, wd, momentum, 1 - float(group["dampening"]), nesterov, step)
+        keep = 1 - float(group["dampening"])
+        if group["fused"] and not form[0]:  # the fused kernel of float32 subtracts in float32
+            keep = float(np.float32(1) - np.float32(group["dampening"]))
+        return (sign, wd, momentum, keep, nesterov, step)
     beta1, beta2 = (float(beta) for beta in group["betas"])
     coupled, decoupled = (0.0, wd) if group["decoupled_weight_decay"] else (wd, 0.0)
     return (sign, coupled, decoupled, lr, beta1, beta2, nan, nan, float(group["eps"]))
@@ -97,7 +100,7 @@ def numbers_of(
     """Do as :func:`numbers` for several parameters of one group: three launches instead of two for each."""
     rate = group["lr"] if isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu" else None
     if late is None and rate is None:
-        return [row(kernel, group, state) for state in states]
+        return [row(kernel, form, group, state) for state in states]
     found = []
     columns: list[torch.Tensor] = []
     if late is not None:
@@ -108,7 +111,7 @@ def numbers_of(
         tensors = tuple(column[i] for column in columns)
         if rate is not None:
             tensors = (*tensors, rate.detach().reshape(()))
-        known = row(kernel, group, state)
+        known = row(kernel, form, group, state)
         found.append(LateNumbers(tensors, partial(_settled, kernel, form, known, rate is not None)))
     return found
 

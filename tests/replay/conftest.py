@@ -164,7 +164,9 @@ class SimulatedLab:
 
     def numbers(self, group, step):
         truth = self.truth
-        known = device_scalars.row(truth.kernel, group, {"step": step})
+        known = device_scalars.row(truth.kernel, truth.form, group, {"step": step})
+        if truth.kernel == "cuda_momentum" and group["fused"] and not truth.form[0]:
+            known = (*known[:3], float(np.float32(1) - np.float32(group["dampening"])), *known[4:])
         if truth.late is None:
             return known
         powers = [self.power(truth.late, beta, step) for beta in group["betas"]]

@@ -314,6 +314,7 @@ FLAVOURS = [
     (ADAMW, {"fused": True, "lr": torch.tensor(1e-3)}),
     (SGD, {"weight_decay": 0.1}),
     (SGD, {"momentum": 0.9, "dampening": 0.3, "fused": True}),
+    (SGD, {"momentum": 0.9, "dampening": 0.9, "fused": True}),
     (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
 ]
 
