@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -51,12 +51,22 @@ class Devices(Protocol):
     def capturing(self) -> bool:
         """Whether what the calling thread queues now would go into a graph instead of running."""
 
+    def updated(self, optimizer: Any) -> None:
+        """Note that an optimizer's update was queued, on the calling thread's current streams."""
+
+    def wait_for_updates(self) -> None:
+        """Let what the calling thread queues from now on wait, on the devices, for these updates."""
+
     def open(self, device: torch.device) -> Device:
         """Return what speaks to it."""
 
 
 class CudaDevices:
     """CUDA's."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[int, torch.device], torch.cuda.Event] = {}
+        self._noted: dict[torch.device, list[torch.cuda.Event]] = {}
 
     def find(self, tensors: Iterable[torch.Tensor]) -> torch.device | None:
         """Return the CUDA device that holds most bytes of them."""
@@ -75,6 +85,28 @@ class CudaDevices:
         # Asking would initialise CUDA.
         started = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
         return started and bool(torch.cuda.is_current_stream_capturing())
+
+    def updated(self, optimizer: Any) -> None:
+        """Record an event on the current stream of each device that the optimizer has parameters on."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        for device in {param.device for param in params if param.device.type == "cuda"}:
+            event = self._events.get((id(optimizer), device))
+            if event is None:
+                event = self._events[id(optimizer), device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            noted = self._noted.setdefault(device, [])
+            if event not in noted:
+                noted.append(event)
+
+    def wait_for_updates(self) -> None:
+        """Let the current streams wait for these events: they may be others than the updates'."""
+        for device, events in self._noted.items():
+            stream = torch.cuda.current_stream(device)
+            for event in events:
+                stream.wait_event(event)
+        self._noted.clear()
 
     def open(self, device: torch.device) -> Device:
         """Return a :class:`gockpt.staging.cuda.CudaDevice`."""
@@ -262,6 +294,14 @@ class Roads:
     def capturing(self) -> bool:
         """Whether what the calling thread queues on a device now would go into a graph instead."""
         return self._devices.capturing()
+
+    def updated(self, optimizer: Any) -> None:
+        """Note that an optimizer's update was queued by the calling thread."""
+        self._devices.updated(optimizer)
+
+    def wait_for_updates(self) -> None:
+        """Let what the calling thread queues from now on wait, on the devices, for these updates."""
+        self._devices.wait_for_updates()
 
     def obstacle(self, live: LiveState) -> str | None:
         """Return why no state leaves a device behind training; ``None`` if there is none on one."""

@@ -153,6 +153,7 @@ class Engine(WithoutTick):
             )
             raise UsageError(msg)
         with deferred(), self._changed, self._at_work():
+            self._roads.wait_for_updates()
             self._thread = threading.current_thread()
             before = self._save.handle
             self._pace.tick(began, idle=not self.busy)
@@ -367,6 +368,7 @@ class Engine(WithoutTick):
         captured = self._roads.capturing()
         if not captured:
             self._updates += 1
+            self._guard(lambda: self._roads.updated(optimizer))
         if self._save.attempt is None:
             return
         began = perf_counter()

@@ -107,7 +107,11 @@ class CudaDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return uint8 of that length."""
         with torch.cuda.stream(self._memory):
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        # torch has few streams and hands them out in turn: this one may be a stream of the user's as well,
+        # whose kernels still use a block that was freed there. It is idle otherwise, and this takes no time.
+        self._memory.synchronize()
+        return memory
 
     def release(self, memory: Any) -> None:
         """Nothing: torch takes it back when the last reference goes."""
@@ -165,7 +169,9 @@ class CudaDevice:
 
     def pinned(self, nbytes: int) -> Bytes:
         """Return a little of torch's pinned memory."""
-        memory: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        with torch.cuda.device(self._device):  # no context on another device
+            pinned = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        memory: Bytes = pinned.numpy()
         return memory
 
     @contextmanager

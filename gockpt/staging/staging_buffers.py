@@ -1,8 +1,12 @@
-"""What loads pass through: the staging ring, scratch memory for a snapshot, pinned memory on the detour."""
+"""Memory that copies off a device pass through: staging slots, scratch for a snapshot, pinned memory."""
 
 from __future__ import annotations
 
+import logging
+from time import monotonic
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from gockpt.staging.in_flight import Slot
 
@@ -12,6 +16,11 @@ if TYPE_CHECKING:
     from gockpt.staging.in_flight import Flight
 
 __all__ = ["Staging"]
+
+RETRY_SECONDS = 60.0
+"""Scratch memory that the device had no room for is asked for again after so long."""
+
+_log = logging.getLogger("gockpt")
 
 
 class Staging:
@@ -29,6 +38,7 @@ class Staging:
         self._scratch: Any = None
         self._filled = 0
         self._undrained = 0
+        self._scratch_from = 0.0
 
     @property
     def next(self) -> Slot:
@@ -52,12 +62,27 @@ class Staging:
             self._filled = 0
         if self._room.scratch_bytes - self._filled < nbytes:
             return None
-        if self._scratch is None:
-            self._scratch = self._device.allocate(self._room.scratch_bytes)
+        if self._scratch is None and not self._allocate_scratch():
+            return None
         place = self._filled
         self._filled += -(-nbytes // 64) * 64
         self._undrained += 1
         return self._scratch, place
+
+    def _allocate_scratch(self) -> bool:
+        """Take the scratch memory; whether there was room. Without it, updates wait for copies instead."""
+        if monotonic() < self._scratch_from:
+            return False
+        try:
+            self._scratch = self._device.allocate(self._room.scratch_bytes)
+        except torch.OutOfMemoryError as error:
+            self._scratch_from = monotonic() + RETRY_SECONDS
+            _log.warning(
+                "%s has no room for %d bytes of snapshot, so updates wait for copies: %s",
+                *(self._device.name, self._room.scratch_bytes, error),
+            )
+            return False
+        return True
 
     def drained(self) -> None:
         """Take note that one load has left the scratch memory."""

@@ -542,6 +542,8 @@ def devices(fakes, monkeypatch):
             self.gate.set()
             self.settings = {}
             self.watchers = []
+            self.updates = []
+            self.waited = []
 
         def find(self, tensors):
             return torch.device("cpu") if any(t.numel() for t in tensors) else None
@@ -551,6 +553,12 @@ def devices(fakes, monkeypatch):
 
         def capturing(self):
             return any(device.graph for device in self.made)
+
+        def updated(self, optimizer):
+            self.updates.append(optimizer)
+
+        def wait_for_updates(self):
+            self.waited.append(len(self.updates))
 
         def open(self, device):
             made = TorchDevice(**self.settings)
