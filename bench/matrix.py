@@ -35,7 +35,7 @@ PROMISE = (
 )
 WITHOUT_TORCH = "tests/storage tests/pure tests/kernels/test_reference.py tests/kernels/test_fingerprint.py"
 
-NEEDS = ("numpy", "numba", "zarr", "numcodecs", "awscrt", "click", "rich")
+NEEDS = ("numpy", "numba", "zarr", "numcodecs", "awscrt", "msgspec", "click", "rich")
 TESTS = (
     *("ml_dtypes", "hypothesis", "pytest", "pytest-cov", "pytest-randomly", "pytest-timeout"),
     *("tensorstore", "zarrs", "obstore", "xarray", "safetensors", "moto", "boto3", "flask", "flask-cors"),
@@ -62,7 +62,11 @@ CELLS = (
     ),
     Cell("oldest numba", "3.11", {"numba": "0.61.2", "llvmlite": "0.44.0", "numpy": "2.2.6"}),
     Cell("oldest numpy", "3.11", {"numba": "0.60.0", "llvmlite": "0.43.0", "numpy": "1.26.4"}),
-    Cell("oldest zarr", "3.11", {"zarr": "3.1.4", "numcodecs": "0.16.1", "awscrt": "0.31.0"}),
+    Cell(
+        "oldest zarr",
+        "3.11",
+        {"zarr": "3.1.4", "numcodecs": "0.16.1", "awscrt": "0.31.0", "msgspec": "0.19.0"},
+    ),
     *(Cell(f"Python {version}", version) for version in ("3.12", "3.13", "3.14")),
     *(
         Cell(f"Python {version}, without torch", version, tests=WITHOUT_TORCH, torch=False)

@@ -75,7 +75,7 @@ ORDER = {
         rounding_error rounding_probes tiled
     """,
     "workers": """
-        notices channel send_queue job_client nonfinite_counts piece_replay save_job thread_pool executor
+        messages channel send_queue job_client nonfinite_counts piece_replay save_job thread_pool executor
         reports orphans worker_main process_handle process_job process_executor
     """,
     "loading": """

@@ -14,7 +14,7 @@ STORAGE = sorted(
     ".".join(("gockpt", *path.relative_to(REPOSITORY).with_suffix("").parts)).removesuffix(".__init__")
     for path in (REPOSITORY / "storage").rglob("*.py")
 )
-HEAVY = ("torch", "numba", "triton", "zarr", "numpy", "awscrt", "llvmlite")
+HEAVY = ("torch", "numba", "triton", "zarr", "numpy", "awscrt", "llvmlite", "msgspec")
 
 
 def run(script: str) -> dict:

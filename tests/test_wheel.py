@@ -94,6 +94,7 @@ def test_the_wheel_says_what_it_is(wheel):
     assert "License-Expression: Apache-2.0\n" in metadata
     assert "Requires-Python: >=3.11\n" in metadata
     required = re.findall(r"^Requires-Dist: ([A-Za-z0-9_.-]+)[^;\n]*$", metadata, re.MULTILINE)
-    assert sorted(required) == ["awscrt", "click", "numba", "numcodecs", "numpy", "rich", "torch", "zarr"]
+    needed = ["awscrt", "click", "msgspec", "numba", "numcodecs", "numpy", "rich", "torch", "zarr"]
+    assert sorted(required) == needed
     (scripts,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
     assert "[console_scripts]\ngockpt = gockpt.cli:main\n" in scripts

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gockpt.core.array_spec import ArraySpec  # noqa: TC001 - as in descriptors
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from gockpt.core.array_spec import ArraySpec
 
 __all__ = [
     "ALIGNMENT",

@@ -2,16 +2,15 @@
 
 Bytes never travel in a message: they stand in the arenas, and messages name where. So the same worker
 can run as threads beside the training loop or in a process that maps the same arenas.
-:mod:`gockpt.workers.channel` puts these values into bytes.
+:mod:`gockpt.workers.messages` puts these values into bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from gockpt.core.arena_layout import ArrayLayout
+from gockpt.core.arena_layout import ArrayLayout  # noqa: TC001 - read with messages, whose types are checked
 
 __all__ = ["ArrayPlace", "Capture", "Gradient", "ReplayPiece", "Stretch"]
 
@@ -54,7 +53,7 @@ class ReplayPiece:
 
     index: int
     kernel: str
-    flags: tuple[Any, ...]
+    flags: tuple[int, ...]
     stretches: tuple[Stretch, ...]
     tail: bool
 

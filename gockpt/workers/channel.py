@@ -1,72 +1,40 @@
-"""Messages as bytes: one frame each, a length and a JSON array. No pickle: nothing that arrives is run.
+"""Receiving half of the connection between trainer and worker process.
 
-A frame is eight bytes of length, big-endian, and as many bytes of JSON: the message's name, then its
-fields in order. Numbers, NaN and -0.0 among them, come back as they were.
+A frame is eight bytes of length, big-endian, and a message in as many bytes.
+
+``multiprocessing.connection`` has such frames as well, but not what is needed around them: the memory of
+arenas travels beside messages (``SCM_RIGHTS``), which its reads would drop; a peer that hangs, or is gone
+while its children hold the socket, may leave half a message behind, for the rest of which its reads would
+wait for ever; and its writes raise SIGPIPE in a program that has that signal end it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import socket
 import struct
 from collections import deque
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gockpt.core.arena_layout import ArrayLayout, Slot
-from gockpt.core.array_spec import ArraySpec
-from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
-from gockpt.core.exactness import Deviation
-from gockpt.core.nonfinite import NonFinite
 from gockpt.errors import WorkerError
-from gockpt.storage.local.transaction import Published
-from gockpt.workers import notices
+from gockpt.workers.messages import decode, encode
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["Frames", "Inbox", "decode", "encode"]
+__all__ = ["Frames", "Inbox", "frame"]
 
 _LENGTH = struct.Struct(">Q")
 _MOST = 1 << 32
 """No message is that large; a length beyond it means that the stream is broken."""
 
 
-def encode(message: Any) -> bytes:
-    """Return a message's frame.
-
-    Raises:
-        TypeError: If it is no message, or holds what is not JSON.
-    """
-    name = type(message).__name__
-    if _KINDS.get(name) is not type(message):
-        msg = f"{name} is no message"
-        raise TypeError(msg)
-    special = _TO_PLAIN.get(name)
-    body = special(message) if special else [getattr(message, field) for field in _FIELDS[name]]
-    data = json.dumps([name, *body], separators=(",", ":")).encode("ascii")
+def frame(message: Any) -> bytes:
+    """Return a message's frame; raises as :func:`gockpt.workers.messages.encode` does."""
+    data = encode(message)
     return _LENGTH.pack(len(data)) + data
 
 
-def decode(data: bytes) -> Any:
-    """Return the message that a frame's JSON stands for.
-
-    Raises:
-        WorkerError: If it is none.
-    """
-    try:
-        name, *body = json.loads(data)
-        special = _FROM_PLAIN.get(name)
-        return special(*body) if special else _KINDS[name](*(_frozen(value) for value in body))
-    except (ValueError, TypeError, KeyError) as error:
-        msg = f"what arrived between trainer and worker is no message: {error!r}"
-        raise WorkerError(msg) from error
-
-
 class Frames:
-    """Cuts a stream of bytes into messages."""
+    """Frames that have arrived, whole or in part."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -144,128 +112,3 @@ class Inbox:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if type(value) is list else value
-
-
-# Plain forms of what has an inside.
-
-
-def _stretch(s: Stretch) -> tuple[Any, ...]:
-    return (s.name, s.offset, s.start, s.stop, s.itemsize)
-
-
-def _piece(p: ReplayPiece) -> tuple[Any, ...]:
-    return (p.index, p.kernel, p.flags, [_stretch(s) for s in p.stretches], p.tail)
-
-
-def _to_piece(index: int, kernel: str, flags: Any, stretches: Any, tail: bool) -> ReplayPiece:  # noqa: FBT001
-    found = tuple(Stretch(tuple(name), *rest) for name, *rest in stretches)
-    return ReplayPiece(index, kernel, _frozen(flags), found, tail)
-
-
-def _place(place: ArrayPlace) -> tuple[Any, ...]:
-    layout, spec = place.layout, place.layout.spec
-    slots = [(s.chunk, s.row, s.rows, s.offset, s.nbytes, s.capacity) for s in layout.slots]
-    return (spec.name, spec.shape, spec.dtype, layout.chunk_shape, slots, place.arena, place.strides)
-
-
-def _to_place(
-    name: Any, shape: Any, dtype: str, chunk: Any, slots: Any, arena: int, strides: Any
-) -> ArrayPlace:
-    spec = ArraySpec(tuple(name), tuple(shape), dtype)
-    layout = ArrayLayout(spec, tuple(chunk), tuple(Slot(*slot) for slot in slots))
-    return ArrayPlace(layout, arena, None if strides is None else tuple(strides))
-
-
-def _begin(m: notices.Begin) -> list[Any]:
-    return [m.job, m.arenas, [_piece(p) for p in m.pieces], m.root]
-
-
-def _to_begin(job: int, arenas: Any, pieces: Any, root: str | None) -> notices.Begin:
-    return notices.Begin(job, tuple(arenas), tuple(_to_piece(*p) for p in pieces), root)
-
-
-def _gradients(m: notices.Gradients) -> list[Any]:
-    # Most pieces of one update share their scalars: each row travels once. By their bits, since 0.0
-    # equals -0.0 and no NaN equals itself.
-    rows: dict[bytes, int] = {}
-    body = [
-        (
-            g.piece,
-            g.offset,
-            g.nbytes,
-            g.encoding,
-            g.probes,
-            g.seal,
-            g.number,
-            rows.setdefault(struct.pack(f"{len(g.scalars)}d", *g.scalars), len(rows)),
-        )
-        for g in m.gradients
-    ]
-    table = {number: g.scalars for g, (*_, number) in zip(m.gradients, body, strict=True)}
-    return [m.job, [table[number] for number in range(len(rows))], body]
-
-
-def _to_gradients(job: int, table: Any, body: Any) -> notices.Gradients:
-    rows = [tuple(row) for row in table]
-    found = (
-        Gradient(piece, offset, nbytes, rows[row], encoding, tuple(probes), seal, number)
-        for piece, offset, nbytes, encoding, probes, seal, number, row in body
-    )
-    return notices.Gradients(job, tuple(found))
-
-
-def _close(m: notices.Close) -> list[Any]:
-    c = m.capture
-    proofs = list(c.proofs.items())
-    places = [_place(place) for place in c.arrays]
-    inexact = [c.exact, c.grad_dtype, list(c.samples.items())]
-    return [m.job, m.arenas, m.verified, c.step, places, proofs, c.state, c.attributes, *inexact]
-
-
-def _to_close(job: int, arenas: Any, verified: Any, step: int, *rest: Any) -> notices.Close:
-    places, proofs, state, attributes, exact, grad_dtype, samples = rest
-    capture = Capture(
-        step,
-        tuple(_to_place(*place) for place in places),
-        {index: tuple(values) for index, values in proofs},
-        state,
-        attributes,
-        exact,
-        grad_dtype,
-        {index: tuple(sample) for index, sample in samples},
-    )
-    return notices.Close(job, tuple(arenas), tuple(verified), capture)
-
-
-def _publication(m: notices.Publication) -> list[Any]:
-    deviation = None if m.deviation is None else asdict(m.deviation)
-    published = (getattr(m.published, field.name) for field in fields(Published))
-    return [m.job, m.defect, deviation, asdict(m.nonfinite), *published]
-
-
-def _to_publication(job: int, defect: str, deviation: Any, counts: Any, *rest: Any) -> notices.Publication:
-    found = None if deviation is None else Deviation(**deviation)
-    first = {name: tuple(pair) for name, pair in counts["first"].items()}
-    nonfinite = NonFinite(**{**counts, "first": first})
-    return notices.Publication(job, Published(*rest), defect, found, nonfinite)
-
-
-_KINDS: dict[str, type[Any]] = {name: getattr(notices, name) for name in notices.__all__}
-_FIELDS = {name: tuple(field.name for field in fields(kind)) for name, kind in _KINDS.items()}
-_TO_PLAIN: dict[str, Callable[[Any], list[Any]]] = {
-    "Begin": _begin,
-    "Gradients": _gradients,
-    "Close": _close,
-    "Publication": _publication,
-}
-_FROM_PLAIN: dict[str, Callable[..., Any]] = {
-    "Begin": _to_begin,
-    "Gradients": _to_gradients,
-    "Close": _to_close,
-    "Publication": _to_publication,
-    "Open": notices.Open,
-}

@@ -8,14 +8,12 @@ import sys
 import threading
 import weakref
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Unpack
 
 from gockpt.errors import OptionsError, WorkerError
 from gockpt.kernels import mkl_sqrt
-from gockpt.options import Keep
 from gockpt.staging.arena import Arena
-from gockpt.workers import notices
+from gockpt.workers import messages
 from gockpt.workers.process_handle import WorkerProcess
 from gockpt.workers.process_job import RemoteJob
 
@@ -103,7 +101,7 @@ class InProcess:
         """Number publications from above ``seq`` on, which was given out elsewhere."""
         with self._lock:
             self._after = max(self._after, seq)
-            self._worker.post(notices.ContinueAfter(seq))
+            self._worker.post(messages.ContinueAfter(seq))
 
     @contextmanager
     def holding(self, seq: int) -> Iterator[None]:
@@ -111,28 +109,27 @@ class InProcess:
         with self._lock:
             self._held.add(seq)
             worker = self._worker
-        worker.ask(lambda reply: notices.Hold(seq, reply))
+        worker.ask(lambda reply: messages.Hold(seq, reply))
         try:
             yield
         finally:
             with self._lock:
                 self._held.discard(seq)
-                self._worker.post(notices.Release(seq))
+                self._worker.post(messages.Release(seq))
 
     def _start(self) -> WorkerProcess:
         o = self._options
-        keep = asdict(o.keep) if isinstance(o.keep, Keep) else o.keep
         plain = {
             "cpu_threads": o.worker_threads,
             "nice": o.nice,
             "compression": o.compression,
             "grad_dtype": o.grad_dtype,
         }
-        first = notices.Open(self._path, asdict(self._follow), self._parent, plain, keep)
+        first = messages.Open(os.fsencode(self._path), self._follow, self._parent, plain, o.keep)
         worker = WorkerProcess(first, o.worker_timeout, self._numbers, self._published)
-        worker.post(notices.ContinueAfter(self._after))
+        worker.post(messages.ContinueAfter(self._after))
         for seq in self._held:
-            worker.post(notices.Hold(seq, 0))
+            worker.post(messages.Hold(seq, 0))
         return worker
 
     def _published(self, seq: int, defect: str) -> None:

@@ -21,7 +21,7 @@ from gockpt import errors
 from gockpt.deferred_signals import let_through
 from gockpt.errors import GockptError, WorkerError
 from gockpt.storage.local import verified
-from gockpt.workers import notices
+from gockpt.workers import messages
 from gockpt.workers.channel import Inbox
 from gockpt.workers.orphans import BOOT
 from gockpt.workers.send_queue import BEAT_SECONDS, Outbox
@@ -75,7 +75,7 @@ class WorkerProcess:
 
     def __init__(
         self,
-        first: notices.Open,
+        first: messages.Open,
         timeout: float,
         numbers: weakref.WeakKeyDictionary[Arena, int],
         on_published: Callable[[int, str], None],
@@ -132,7 +132,7 @@ class WorkerProcess:
             found.append(number)
             if number not in self._given:
                 self._given.add(number)
-                self.post(notices.GiveArena(number, arena.nbytes, tuple(self._numbers.values())), arena)
+                self.post(messages.GiveArena(number, arena.nbytes, tuple(self._numbers.values())), arena)
         return tuple(found)
 
     def expect(self, job: Listener) -> None:
@@ -145,7 +145,7 @@ class WorkerProcess:
 
     def close_job(self, number: int, capture: Capture, arenas: Iterable[Arena]) -> None:
         """Hand a capture over."""
-        self.post(notices.Close(number, self.give(arenas), verified.known(), capture))
+        self.post(messages.Close(number, self.give(arenas), verified.known(), capture))
 
     def forget(self, job: Listener) -> None:
         """There is nothing more to be heard of a job."""
@@ -155,7 +155,7 @@ class WorkerProcess:
     def end(self) -> None:
         """Let it finish what was captured; return when it has ended and all was reported."""
         self._leaving = True
-        self.post(notices.Leave())
+        self.post(messages.Leave())
         self._thread.join()
         with self._lock:
             jobs = list(self._jobs.values())
@@ -198,21 +198,21 @@ class WorkerProcess:
 
     def _hear(self, message: Any) -> None:
         match message:
-            case notices.Opened():
+            case messages.Opened():
                 self._opened.set()
-            case notices.Refused():
+            case messages.Refused():
                 self.error = error_of(message.kind, message.text)
-            case notices.Done():
+            case messages.Done():
                 with self._lock:
                     answered = self._replies.pop(message.reply, None)
                 if answered is not None:
                     answered.set()
-            case notices.Log():
+            case messages.Log():
                 _log.log(message.level, "%s", message.text)
-            case notices.Beat():
+            case messages.Beat():
                 pass
             case _:
-                if isinstance(message, notices.Publication):
+                if isinstance(message, messages.Publication):
                     self._on_published(message.published.seq, message.defect)
                 with self._lock:
                     job = self._jobs.get(message.job)

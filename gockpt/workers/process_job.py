@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Unpack
 
 from gockpt.errors import as_background_error
-from gockpt.workers import notices
+from gockpt.workers import messages
 from gockpt.workers.job_client import JobClient
 from gockpt.workers.process_handle import error_of
 
@@ -55,20 +57,22 @@ class RemoteJob(JobClient):
         pieces = tuple(self._pieces.values())
         needed = root if any(any(p.flags[1:2]) for p in pieces) else None
         given = self._worker.give(self._arenas)
-        self._worker.post(notices.Begin(self.number, given, pieces, needed))
+        self._worker.post(
+            messages.Begin(self.number, given, pieces, None if needed is None else os.fsencode(needed))
+        )
 
     def boost(self) -> None:
         """Add a thread of normal priority."""
-        self._worker.post(notices.Boost(self.number))
+        self._worker.post(messages.Boost(self.number))
 
     def _queue(self, gradients: tuple[Gradient, ...]) -> None:
         self._under_way.update(g.offset for g in gradients)
         self._touched.update(g.piece for g in gradients)
-        self._worker.post(notices.Gradients(self.number, gradients))
+        self._worker.post(messages.Gradients(self.number, gradients))
 
     def hurry(self, *, on: bool) -> None:
         """Replay what is pending without gathering more, while the ring is full."""
-        self._worker.post(notices.Hurry(self.number, on))
+        self._worker.post(messages.Hurry(self.number, on))
 
     def discard(self, pieces: Iterable[int]) -> None:
         """Forget these pieces' replay and return when nothing touches their memory any more."""
@@ -80,9 +84,9 @@ class RemoteJob(JobClient):
                 return
             touched = not self._touched.isdisjoint(chosen)
         if touched:
-            self._worker.ask(lambda reply: notices.Discard(self.number, chosen, reply))
+            self._worker.ask(lambda reply: messages.Discard(self.number, chosen, reply))
         else:
-            self._worker.post(notices.Discard(self.number, chosen, 0))
+            self._worker.post(messages.Discard(self.number, chosen, 0))
 
     def _accept(self, capture: Capture, taken: Callable[[], None]) -> Callable[[], None]:
         self._taken, arenas = taken, self._arenas
@@ -93,7 +97,7 @@ class RemoteJob(JobClient):
         with self._lock:
             ended, self._ended = self._ended, True
         if not ended:
-            self._worker.ask(lambda reply: notices.Abort(self.number, reply))
+            self._worker.ask(lambda reply: messages.Abort(self.number, reply))
             self._no_more()
         self._let_go()
 
@@ -113,22 +117,23 @@ class RemoteJob(JobClient):
     def hear(self, message: Any) -> None:
         """Take what the worker tells of this job."""
         match message:
-            case notices.Freed():
+            case messages.Freed():
                 self._freed(message.offsets)
-            case notices.Spans():
+            case messages.Spans():
                 self.written_bytes = max(self.written_bytes, message.written)
                 for lane, start, end in message.spans:
                     self._trace.span(lane, start, end)
-            case notices.Taken():
+            case messages.Taken():
                 self._report_taken()
-            case notices.Publication():
+            case messages.Publication():
                 self.deviation, self.nonfinite = message.deviation, message.nonfinite
                 self.written_bytes = self.total_bytes
                 self._report_taken()
-                self._end(lambda: self._outcome.published(self, message.published))
-            case notices.Mismatched():
+                published = replace(message.published, path=os.fsdecode(message.path))
+                self._end(lambda: self._outcome.published(self, published))
+            case messages.Mismatched():
                 self._end(lambda: self._outcome.mismatched(self, message.pieces))
-            case notices.Failed():
+            case messages.Failed():
                 error = error_of(message.kind, message.text)
                 for note in message.notes:
                     error.add_note(note)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import WorkerError, as_background_error
-from gockpt.workers import notices
+from gockpt.workers import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,10 +52,10 @@ class Notes:
         with self._lock:
             freed, self._freed = self._freed, {}
             spans, self._spans = self._spans, {}
-        found: list[Any] = [notices.Freed(number, tuple(offsets)) for number, offsets in freed.items()]
+        found: list[Any] = [messages.Freed(number, tuple(offsets)) for number, offsets in freed.items()]
         for number, of_job in spans.items():
             job = self._jobs.get(number)
-            found.append(notices.Spans(number, 0 if job is None else job.written_bytes, tuple(of_job)))
+            found.append(messages.Spans(number, 0 if job is None else job.written_bytes, tuple(of_job)))
         return found
 
 
@@ -90,11 +92,14 @@ class Told:
         except Exception as error:  # noqa: BLE001 - told with the save, which is published all the same
             _log.exception("of the pruning after a save")
             defect = f"{type(error).__name__}: {error}"
-        self._tell(notices.Publication(self._number, result, defect, job.deviation, job.nonfinite))
+        path, known = os.fsencode(result.path), replace(result, path="")
+        defect = messages.printable(defect)
+        message = messages.Publication(self._number, known, path, defect, job.deviation, job.nonfinite)
+        self._tell(message)
 
     def mismatched(self, job: JobClient, pieces: Sequence[int]) -> None:  # noqa: ARG002
         """Nothing was published."""
-        self._tell(notices.Mismatched(self._number, tuple(pieces)))
+        self._tell(messages.Mismatched(self._number, tuple(pieces)))
 
     def failed(self, job: JobClient, error: BaseException) -> None:  # noqa: ARG002
         """Nothing was published."""
@@ -105,13 +110,14 @@ class Told:
         self._jobs.pop(self._number, None)
 
 
-def failure(number: int, error: BaseException) -> notices.Failed:
+def failure(number: int, error: BaseException) -> messages.Failed:
     """Return the message that a job failed of ``error``."""
     notes = list(getattr(error, "__notes__", ()))
     told = as_background_error(error)
     if isinstance(told, WorkerError) and told.__cause__ is not None:
         notes.append("in the worker process:\n" + "".join(traceback.format_exception(told.__cause__)))
-    return notices.Failed(number, type(told).__name__, str(told), tuple(notes))
+    text, *said = (messages.printable(text) for text in (str(told), *notes))
+    return messages.Failed(number, type(told).__name__, text, tuple(said))
 
 
 class Forward(logging.Handler):
@@ -123,4 +129,4 @@ class Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a line."""
-        self._outbox.post(notices.Log(record.levelno, self.format(record)))
+        self._outbox.post(messages.Log(record.levelno, messages.printable(self.format(record))))

@@ -9,7 +9,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from gockpt.workers.channel import encode
+from gockpt.workers.channel import frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -88,7 +88,7 @@ class Outbox:
                 if ready:
                     self._send(posted)
                 else:
-                    self._sock.sendall(encode(self._idle), socket.MSG_NOSIGNAL)
+                    self._sock.sendall(frame(self._idle), socket.MSG_NOSIGNAL)
                 with self._changed:
                     for _ in posted:
                         self._queue.popleft()
@@ -106,16 +106,16 @@ class Outbox:
     def _send(self, posted: Iterable[tuple[Any, Arena | None]]) -> None:
         data = bytearray()
         for message in self._gather():
-            data += encode(message)
+            data += frame(message)
         for message, arena in posted:
-            frame = encode(message)
+            framed = frame(message)
             if arena is None:
-                data += frame
+                data += framed
                 continue
             self._sock.sendall(data, socket.MSG_NOSIGNAL)
             data.clear()
             # Not by `send_fds`, which drops the flags it is given: this process may be one that SIGPIPE ends.
             descriptor = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [arena.fd]))
-            sent = self._sock.sendmsg([frame], [descriptor], socket.MSG_NOSIGNAL)
-            data += frame[sent:]
+            sent = self._sock.sendmsg([framed], [descriptor], socket.MSG_NOSIGNAL)
+            data += framed[sent:]
         self._sock.sendall(data, socket.MSG_NOSIGNAL)

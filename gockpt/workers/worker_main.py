@@ -16,15 +16,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from gockpt.core.runs import Run
 from gockpt.errors import GockptError, WorkerError
 from gockpt.once import leave_to_trainer
-from gockpt.options import Keep, Options
+from gockpt.options import Options
 from gockpt.staging.arena import Arena
 from gockpt.storage.local import verified
 from gockpt.storage.local.compression import Compression
-from gockpt.storage.local.store import Follow, Store
-from gockpt.workers import notices
+from gockpt.storage.local.store import Store
+from gockpt.workers import messages
 from gockpt.workers.channel import Inbox
 from gockpt.workers.orphans import open_store
 from gockpt.workers.reports import Forward, JobNotes, Notes, Told, failure
@@ -64,7 +63,7 @@ class Worker:
         self._arenas: dict[int, Arena | GockptError] = {}
         self._jobs: dict[int, Job] = {}
         self._notes = Notes(self._jobs)
-        self._outbox = Outbox(sock, gather=self._notes.gather, idle=notices.Beat())
+        self._outbox = Outbox(sock, gather=self._notes.gather, idle=messages.Beat())
         self._notes.wake = self._outbox.poke
         self._requests: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._left = False
@@ -73,18 +72,18 @@ class Worker:
         self._options = Options()
         self._held: dict[int, Any] = {}
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
-            notices.GiveArena: self._give_arena,
-            notices.Begin: self._begin,
-            notices.Gradients: lambda m: self._job(m.job, lambda job: job.gradients(m.gradients)),
-            notices.Hurry: lambda m: self._job(m.job, lambda job: job.hurry(on=m.on)),
-            notices.Discard: self._discard,
-            notices.Close: self._close,
-            notices.Abort: self._abort,
-            notices.Boost: lambda m: self._job(m.job, self._boost),
-            notices.Hold: self._hold,
-            notices.Release: self._release,
-            notices.ContinueAfter: lambda m: self._store.continue_after(m.seq),
-            notices.Leave: self._leave,
+            messages.GiveArena: self._give_arena,
+            messages.Begin: self._begin,
+            messages.Gradients: lambda m: self._job(m.job, lambda job: job.gradients(m.gradients)),
+            messages.Hurry: lambda m: self._job(m.job, lambda job: job.hurry(on=m.on)),
+            messages.Discard: self._discard,
+            messages.Close: self._close,
+            messages.Abort: self._abort,
+            messages.Boost: lambda m: self._job(m.job, self._boost),
+            messages.Hold: self._hold,
+            messages.Release: self._release,
+            messages.ContinueAfter: lambda m: self._store.continue_after(m.seq),
+            messages.Leave: self._leave,
         }
 
     def run(self) -> None:
@@ -124,7 +123,7 @@ class Worker:
     def _orphaned(self) -> bool:
         return os.getppid() != self._trainer or self._inbox.wait(0)[1]
 
-    def _first(self) -> tuple[notices.Open | None, list[Any]]:
+    def _first(self) -> tuple[messages.Open | None, list[Any]]:
         """Wait for the first message; return it, and what came with it."""
         while os.getppid() == self._trainer:
             if self._inbox.wait(BEAT_SECONDS)[0]:
@@ -154,24 +153,23 @@ class Worker:
 
     # -- beginning and end -------------------------------------------------------------------
 
-    def _open(self, first: notices.Open) -> bool:
-        keep = Keep(**first.keep) if isinstance(first.keep, dict) else first.keep
-        self._options = Options(**first.options, keep=keep)
+    def _open(self, first: messages.Open) -> bool:
+        self._options = Options(**first.options, keep=first.keep)
         threads = self._options.worker_threads
         try:
             self._store = open_store(
                 lambda: Store(
-                    first.path,
-                    follow=_follow(first.follow),
+                    os.fsdecode(first.path),
+                    follow=first.follow,
                     parent=first.parent,
                     compression=Compression(self._options.compression, threads=threads),
                 ),
                 give_up=lambda: os.getppid() != self._trainer,
             )
         except GockptError as error:
-            self._outbox.post(notices.Refused(type(error).__name__, str(error)))
+            self._outbox.post(messages.Refused(type(error).__name__, messages.printable(str(error))))
             return False
-        self._outbox.post(notices.Opened())
+        self._outbox.post(messages.Opened())
         return True
 
     def _load(self) -> None:
@@ -192,7 +190,7 @@ class Worker:
         self._pool.join()
         self._store.close()
 
-    def _leave(self, _: notices.Leave) -> None:
+    def _leave(self, _: messages.Leave) -> None:
         self._left = True
 
     # -- messages ----------------------------------------------------------------------------
@@ -214,7 +212,7 @@ class Worker:
         self._jobs.pop(number, None)
         self._outbox.post(failure(number, error))
 
-    def _give_arena(self, message: notices.GiveArena) -> None:
+    def _give_arena(self, message: messages.GiveArena) -> None:
         for number in set(self._arenas) - set(message.live):
             del self._arenas[number]
         if not self._inbox.descriptors:
@@ -235,14 +233,14 @@ class Worker:
             found.append(arena)
         return tuple(found)
 
-    def _begin(self, message: notices.Begin) -> None:
+    def _begin(self, message: messages.Begin) -> None:
         from gockpt.kernels import mkl_sqrt
         from gockpt.workers.save_job import Job
 
         number = message.job
         notes = JobNotes(number, self._notes)
         try:
-            root = message.root
+            root = None if message.root is None else os.fsdecode(message.root)
             if root is not None and mkl_sqrt.library() != root and not mkl_sqrt.load(root):
                 msg = f"{root} can't be loaded, or has no vmsSqrt"
                 raise WorkerError(msg)
@@ -263,39 +261,39 @@ class Worker:
     def _boost(self, job: Job) -> None:
         self._pool.boost(job)  # there is no pool yet when the table is made
 
-    def _discard(self, message: notices.Discard) -> None:
+    def _discard(self, message: messages.Discard) -> None:
         def discard() -> None:
             self._job(message.job, lambda job: job.discard(message.pieces))
-            self._outbox.post(notices.Done(message.reply))
+            self._outbox.post(messages.Done(message.reply))
 
         # Nothing waits for pieces that nobody has worked on yet, and later messages rely on it.
         self._request(discard) if message.reply else discard()
 
-    def _close(self, message: notices.Close) -> None:
+    def _close(self, message: messages.Close) -> None:
         verified.learn(message.verified)
-        taken = notices.Taken(message.job)
+        taken = messages.Taken(message.job)
 
         def close(job: Job) -> None:
             job.close(message.capture, self._mapped(message.arenas), lambda: self._outbox.post(taken))
 
         self._job(message.job, close)
 
-    def _abort(self, message: notices.Abort) -> None:
+    def _abort(self, message: messages.Abort) -> None:
         def abort() -> None:
             job = self._jobs.pop(message.job, None)
             if job is not None:
                 job.abort()
-            self._outbox.post(notices.Done(message.reply))
+            self._outbox.post(messages.Done(message.reply))
 
         self._request(abort)
 
-    def _hold(self, message: notices.Hold) -> None:
+    def _hold(self, message: messages.Hold) -> None:
         if message.seq not in self._held:
             self._held[message.seq] = self._store.holding(message.seq)
             self._held[message.seq].__enter__()
-        self._outbox.post(notices.Done(message.reply))
+        self._outbox.post(messages.Done(message.reply))
 
-    def _release(self, message: notices.Release) -> None:
+    def _release(self, message: messages.Release) -> None:
         held = self._held.pop(message.seq, None)
         if held is not None:
             held.__exit__(None, None, None)
@@ -317,12 +315,6 @@ class Worker:
                 action()
             except Exception:  # noqa: BLE001 - the next request must be served
                 _log.exception("of a request of the trainer")
-
-
-def _follow(fields: dict[str, Any]) -> Follow:
-    run = fields["run"]
-    ancestors = tuple((other, seq) for other, seq in run["ancestors"])
-    return Follow(Run(run["id"], ancestors), fields["newest"], fields["here"])
 
 
 def _warm(options: Options) -> None:

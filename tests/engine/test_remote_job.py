@@ -11,10 +11,10 @@ from gockpt.core.timeline import Trace
 from gockpt.errors import StorageError, WorkerError
 from gockpt.staging.gradient_ring import Ring
 from gockpt.storage.local.transaction import Published
-from gockpt.workers import notices
+from gockpt.workers import messages
 from gockpt.workers.process_job import RemoteJob
 
-PUBLISHED = Published(1, 1, "ab", "/path", 0, 0)
+PUBLISHED = Published(1, 1, "ab", "", 0, 0)
 
 
 class Worker:
@@ -57,7 +57,7 @@ def test_what_an_outcome_raises_is_told_as_a_job_on_threads_tells_it(doubles, er
     outcome, worker = raising(doubles, error), Worker()
     job = RemoteJob(worker, 1, arenas=(), pieces=(), ring=Ring(0, 0), outcome=outcome, trace=Trace())
     job.begin(None)
-    job.hear(notices.Publication(1, PUBLISHED, "", None, NonFinite()))
+    job.hear(messages.Publication(1, PUBLISHED, b"/path", "", None, NonFinite()))
     job.join()
     assert worker.forgotten.is_set()
     ((what, told),) = outcome.reports

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import os
 import subprocess
 import sys
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,11 +18,15 @@ from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.core.exactness import Deviation
 from gockpt.core.nonfinite import NonFinite
+from gockpt.core.runs import Run
 from gockpt.errors import WorkerError
+from gockpt.options import Keep
+from gockpt.storage.local.store import Follow
 from gockpt.storage.local.transaction import Published
-from gockpt.workers import notices
-from gockpt.workers.channel import Frames, decode, encode
+from gockpt.workers import messages as m
+from gockpt.workers.channel import Frames, frame
 
+pack = msgspec.msgpack.encode
 counts = st.integers(0, 1 << 62)
 bits = st.integers(0, (1 << 64) - 1)
 texts = st.text(max_size=8)
@@ -29,7 +35,7 @@ numbers = st.lists(counts, max_size=4).map(tuple)
 floats = st.floats()
 rows = st.lists(floats, max_size=9).map(tuple)
 json = st.recursive(
-    st.none() | st.booleans() | st.integers() | floats | texts,
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | floats | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
@@ -70,17 +76,22 @@ captures = st.builds(
 shares = st.none() | st.floats(0, allow_infinity=False)
 deviations = st.builds(Deviation, texts, counts, floats, shares, shares, counts, counts)
 named = st.dictionaries(texts, st.tuples(counts, counts), max_size=3)
+runs = st.builds(Run, texts, many(st.tuples(texts, counts)))
+follows = st.builds(Follow, runs, st.none() | texts, st.booleans())
+keeps = st.builds(Keep, st.integers(1, 9), st.none() | st.integers(1, 9), other_runs=st.booleans())
 nonfinite = st.builds(NonFinite, counts, counts, counts, counts, named)
 FIELDS = {
     "int": counts,
     "bool": st.booleans(),
     "str": texts,
-    "str | None": st.none() | texts,
+    "bytes": st.binary(max_size=8),
+    "bytes | None": st.none() | st.binary(max_size=8),
     "int | None": st.none() | counts,
     "tuple[int, ...]": numbers,
     "tuple[str, ...]": many(texts),
     "dict[str, Any]": documents,
-    "dict[str, Any] | int | None": st.none() | counts | documents,
+    "Follow": follows,
+    "Keep | int | None": st.none() | counts | keeps,
     "tuple[ReplayPiece, ...]": many(pieces),
     "tuple[Gradient, ...]": many(gradients),
     "tuple[tuple[str, float, float], ...]": many(st.tuples(texts, floats, floats)),
@@ -93,23 +104,22 @@ FIELDS = {
 
 messages = st.one_of(
     *(
-        st.builds(kind, *(FIELDS[field.type] for field in dataclasses.fields(kind)))
-        for kind in (getattr(notices, name) for name in notices.__all__)
+        st.builds(kind, *(FIELDS[field] for field in kind.__annotations__.values()))
+        for kind in m.Message.__subclasses__()
     )
 )
 
 
 @given(messages)
 def test_a_message_comes_back_as_it_went(message):
-    frame = encode(message)
-    found = decode(frame[8:])
+    found = m.decode(m.encode(message))
     assert type(found) is type(message)
     assert repr(found) == repr(message)  # a NaN equals nothing, -0.0 equals 0.0
 
 
 @given(st.lists(messages, max_size=4), st.data())
 def test_a_stream_may_be_cut_anywhere(sent, data):
-    stream = b"".join(encode(message) for message in sent)
+    stream = b"".join(frame(message) for message in sent)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     frames, found = Frames(), []
     for low, high in zip([0, *cuts], [*cuts, len(stream)], strict=True):
@@ -118,11 +128,19 @@ def test_a_stream_may_be_cut_anywhere(sent, data):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"[]", b"1", b'["Nobody"]', b'["Done"]', b'["Done",1,2]', b'["Close",1]', b"\xff"]
+    "data",
+    [
+        *(b"", b"\xc1", b"\xff", b"\x93\xa4Done\x01", b"\x91" * 100_000),
+        *(pack(it) for it in ([], 1, {}, "Done", ["Nobody"], ["Done"], ["Done", 1, 2], ["Close", 1], [1, 1])),
+        *(pack(["Done", it]) for it in (1.0, True, "1", None, [1], {"reply": 1})),
+        *(pack(["Freed", 1, it]) for it in ([1, "2"], [1, None], {"1": 2}, "12", 1)),
+        *(pack(["Taken", 1]) + more for more in (b"\x00", b"\xff")),
+        *(pack(["Open", b"p", it, None, {}, 2]) for it in ({}, {"run": {"id": "a"}}, None, [])),
+    ],
 )
 def test_what_is_no_message_is_refused(data):
     with pytest.raises(WorkerError, match="no message"):
-        decode(data)
+        m.decode(data)
 
 
 def test_a_length_beyond_reason_is_refused():
@@ -133,16 +151,39 @@ def test_a_length_beyond_reason_is_refused():
 @pytest.mark.parametrize("thing", [object(), 1, Gradient(1, 2, 3, ())])
 def test_only_messages_can_be_sent(thing):
     with pytest.raises(TypeError, match="no message"):
-        encode(thing)
+        m.encode(thing)
 
 
-def test_what_is_not_json_can_not_be_sent():
-    with pytest.raises(TypeError):
-        encode(notices.Open("p", {}, None, {"a": object()}, None))
+def test_an_object_can_not_be_sent():
+    with pytest.raises(TypeError, match="object has no place in a message"):
+        m.encode(m.Open(b"p", Follow(Run("a"), None, here=False), None, {"a": object()}, None))
 
 
 def test_a_level_of_the_log_is_a_plain_number():
-    assert decode(encode(notices.Log(logging.WARNING, "ä"))[8:]) == notices.Log(30, "ä")
+    assert m.decode(m.encode(m.Log(logging.WARNING, "ä"))) == m.Log(30, "ä")
+
+
+class Number(int):
+    pass
+
+
+class Text(str):
+    __slots__ = ()
+
+
+def test_what_derives_from_a_plain_type_arrives_as_that():
+    """A learning rate may be one of NumPy's numbers."""
+    row = (np.float64(-0.0), np.float64("inf"), 1e-300)
+    (found,) = m.decode(m.encode(m.Gradients(Number(1), (Gradient(0, 0, 4, row),)))).gradients
+    assert repr(found.scalars) == "(-0.0, inf, 1e-300)"
+    assert {type(number) for number in found.scalars} == {float}
+    assert type(m.decode(m.encode(m.Done(Number(1)))).reply) is int
+    assert type(m.decode(m.encode(m.Log(1, Text("ä")))).text) is str
+
+
+def test_a_path_that_is_no_text_can_be_told():
+    text = m.printable(f"no room in {os.fsdecode(b'/a/' + bytes([255]))}")
+    assert m.decode(m.encode(m.Refused("StorageError", text))).text == "no room in /a/\\udcff"
 
 
 def test_the_worker_needs_no_torch():

@@ -14,9 +14,11 @@ import gockpt
 from gockpt.core.arena_layout import lay_out
 from gockpt.core.array_spec import ArraySpec
 from gockpt.core.descriptors import ArrayPlace, Capture
+from gockpt.core.runs import Run
 from gockpt.errors import WorkerError
 from gockpt.staging.arena import Arena
-from gockpt.workers import channel, notices
+from gockpt.storage.local.store import Follow
+from gockpt.workers import channel, messages
 from gockpt.workers.worker_main import Worker
 
 
@@ -28,9 +30,9 @@ def test_what_a_trainer_sent_is_taken_whatever_it_had_heard(heard):
         worker = Worker(sock, os.getppid())
         if not heard:
             sock.send(b"news")
-        trainer.sendall(channel.encode(notices.Leave()))
+        trainer.sendall(channel.frame(messages.Leave()))
         trainer.close()
-        assert worker._inbox.read() == [notices.Leave()]
+        assert worker._inbox.read() == [messages.Leave()]
         assert worker._inbox.read() is None
         worker._outbox.close()
         worker._inbox.close()
@@ -48,7 +50,7 @@ def test_descriptors_that_the_system_dropped_are_noticed(monkeypatch):
             return data, descriptors, flags | socket.MSG_CTRUNC, address
 
         monkeypatch.setattr(socket, "recv_fds", dropping)
-        trainer.sendall(channel.encode(notices.Leave()))
+        trainer.sendall(channel.frame(messages.Leave()))
         with pytest.raises(WorkerError, match="too many open files"):
             worker._inbox.read()
         worker._outbox.close()
@@ -79,12 +81,12 @@ class Trainer:
             command = [sys.executable, "-c", PROGRAM, str(other.fileno())]
             self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stderr=subprocess.PIPE)
         self._frames = channel.Frames()
-        follow = {"run": {"id": "ab" * 16, "ancestors": []}, "newest": None, "here": False}
-        self.send(notices.Open(str(path), follow, None, {"cpu_threads": 1}, 2))
-        self.hear(notices.Opened)
+        follow = Follow(Run("ab" * 16), None, here=False)
+        self.send(messages.Open(os.fsencode(path), follow, None, {"cpu_threads": 1}, 2))
+        self.hear(messages.Opened)
 
     def send(self, message, fd=None):
-        frame = channel.encode(message)
+        frame = channel.frame(message)
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         assert self.sock.sendmsg([frame], rights) == len(frame)
 
@@ -101,7 +103,7 @@ def garbage(trainer, arena):
 
 
 def memory_without_a_descriptor(trainer, arena):
-    trainer.send(notices.GiveArena(2, arena.nbytes, (1, 2)))
+    trainer.send(messages.GiveArena(2, arena.nbytes, (1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -114,11 +116,11 @@ def test_what_was_captured_is_published_though_the_next_message_is_none(tmp_path
     trainer = Trainer(tmp_path / "path")
     layout = lay_out([ArraySpec(("model", f"w{i}"), (50,), "float32") for i in range(5)])
     arena = Arena(layout.nbytes, shared=True)
-    trainer.send(notices.GiveArena(1, arena.nbytes, (1,)), arena.fd)
-    trainer.send(notices.Begin(1, (1, 1), (), None))
+    trainer.send(messages.GiveArena(1, arena.nbytes, (1,)), arena.fd)
+    trainer.send(messages.Begin(1, (1, 1), (), None))
     places = tuple(ArrayPlace(one, 0) for one in layout.arrays)
-    trainer.send(notices.Close(1, (1, 1, 1), (), Capture(7, places, {}, {"version": 1}, {}, exact=True)))
-    trainer.hear(notices.Taken)
+    trainer.send(messages.Close(1, (1, 1, 1), (), Capture(7, places, {}, {"version": 1}, {}, exact=True)))
+    trainer.hear(messages.Taken)
     then(trainer, arena)
     (tmp_path / "go").touch()
     said = trainer.process.stderr.read().decode()
