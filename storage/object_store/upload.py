@@ -22,12 +22,13 @@ from gockpt.storage.format import step_names
 from gockpt.storage.format.checksum import BLOCK, block_count, chain, crc32c, crc32c_zeros, expect_blocks
 from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, parse
 from gockpt.storage.object_store.client import TakenError
+from gockpt.storage.read.in_threads import in_threads
 from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, read_document, read_small
 from gockpt.storage.read.object_location import ObjectLocation
 from gockpt.storage.read.read_execute import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
@@ -125,7 +126,7 @@ def upload_checkpoint(
     present = objects.tree(base)
     lock, done, sent = threading.Lock(), 0, 0
 
-    def work(item: _Object) -> None:
+    def work(item: _Object, _: None) -> None:
         nonlocal done, sent
         key = f"{base}/{item.path}"
         missing = present.get(item.path) != item.nbytes or not _is_there(objects, key, item)
@@ -137,7 +138,10 @@ def upload_checkpoint(
             sent += item.nbytes if missing else 0
             on_progress(done, nbytes)
 
-    _in_parallel(work, todo, prepare_thread)
+    in_threads(work, todo, threads=THREADS, name="gockpt-upload", memory=prepare_thread, patient=False)
+    if done + len(whole) != nbytes:  # never: said so that no manifest can follow
+        msg = f"{nbytes - len(whole) - done} bytes were not uploaded"
+        raise RemoteError(msg)
     try:
         objects.create(f"{base}/{MANIFEST_FILE}", whole)
     except TakenError:
@@ -248,52 +252,3 @@ def _explained(files: Files, path: str) -> Iterator[None]:
             raise CheckpointPruned(msg) from error
         msg = f"{error.filename or 'a file'} is missing (in {path}); it was not uploaded"
         raise ChunkCorrupt(msg) from error
-
-
-def _in_parallel(
-    work: Callable[[_Object], None], items: Sequence[_Object], prepare_thread: Callable[[], None]
-) -> None:
-    """Do the work for every item; after the first error no new one is begun, and it is raised.
-
-    Plain threads: a pool of :mod:`concurrent.futures` takes no work while the interpreter ends.
-    """
-    lock, left, errors = threading.Lock(), iter(items), list[BaseException]()
-
-    finished = 0
-
-    def run() -> None:
-        nonlocal finished
-        try:
-            prepare_thread()
-            while True:
-                with lock:
-                    item = None if errors else next(left, None)
-                if item is None:
-                    return
-                work(item)
-                with lock:
-                    finished += 1
-        except BaseException as error:  # noqa: BLE001 - raised below
-            with lock:
-                errors.append(error)
-
-    threads: list[threading.Thread] = []
-    try:
-        for number in range(THREADS):
-            thread = threading.Thread(target=run, name=f"gockpt-upload-{number}", daemon=True)
-            thread.start()
-            threads.append(thread)
-        for thread in threads:
-            thread.join()
-    except BaseException as error:  # Ctrl-C arrives here, and a system that has no more threads
-        with lock:
-            errors.append(error)
-        if isinstance(error, Exception):
-            for thread in threads:
-                thread.join()
-        raise
-    if errors:
-        raise errors[0]
-    if finished != len(items):  # never: said so that no manifest can follow
-        msg = f"{len(items) - finished} objects were not uploaded"
-        raise RemoteError(msg)

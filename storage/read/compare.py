@@ -9,7 +9,6 @@ as many chunks.
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,12 @@ import numpy as np
 
 from gockpt.core.boxes import Box
 from gockpt.storage.read.element_values import magnitudes_of_difference
+from gockpt.storage.read.in_threads import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import numpy.typing as npt
 
     from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.checkpoint import StoredCheckpoint
@@ -137,7 +139,7 @@ def compare(
     for stored in (a, b):  # a size that is a lie shows here, before there are pieces to compare
         if alike:
             stored.block_checksums(alike[0])
-    tasks: Iterator[tuple[str, Box]] = (
+    tasks = (
         (name, box)
         for name in alike
         if name not in known
@@ -147,37 +149,23 @@ def compare(
     done = sum(a.arrays[name].spec.nbytes for name in known)
     on_progress(done, total)
 
-    def work() -> None:
+    def work(task: tuple[str, Box], buffers: list[npt.NDArray[np.uint8]]) -> None:
         nonlocal done
-        left, right = np.empty(PIECE, np.uint8), np.empty(PIECE, np.uint8)
-        while True:
-            with lock:
-                task = next(tasks, None)
-            if task is None:
-                return
-            name, box = task
-            spec = a.arrays[name].spec
-            nbytes = box.numel * spec.itemsize
-            if nbytes > left.nbytes:
-                left, right = np.empty(nbytes, np.uint8), np.empty(nbytes, np.uint8)
-            ours, theirs = left[:nbytes], right[:nbytes]
-            a.read_into(name, box, ours)
-            b.read_into(name, box, theirs)
-            found = _differences(ours, theirs, spec.dtype, spec.itemsize)
-            with lock:
-                counts[name].add(found)
-                done += nbytes
-                on_progress(done, total)
+        name, box = task
+        spec = a.arrays[name].spec
+        nbytes = box.numel * spec.itemsize
+        if nbytes > buffers[0].nbytes:
+            buffers[:] = _buffers(nbytes)
+        ours, theirs = (buffer[:nbytes] for buffer in buffers)
+        a.read_into(name, box, ours)
+        b.read_into(name, box, theirs)
+        found = _differences(ours, theirs, spec.dtype, spec.itemsize)
+        with lock:
+            counts[name].add(found)
+            done += nbytes
+            on_progress(done, total)
 
-    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="gockpt-compare") as pool:
-        workers = [pool.submit(work) for _ in range(max(1, threads))]
-        try:
-            for worker in workers:
-                worker.result()
-        except BaseException:
-            with lock:
-                tasks = iter(())
-            raise
+    in_threads(work, tasks, threads=threads, name="gockpt-compare", memory=_buffers)
     changed = []
     for name in both:
         shapes = (a.arrays[name].spec.shape, b.arrays[name].spec.shape)
@@ -249,6 +237,10 @@ def _boxes(a: ArrayEntry, b: ArrayEntry) -> Iterator[Box]:
     """Yield what is compared at once: a piece, or a whole chunk where reading a part means decoding all."""
     limit = max([PIECE, *(entry.chunk_nbytes for entry in (a, b) if entry.codec is not None)])
     return pieces(a.spec.shape, a.spec.itemsize, limit)
+
+
+def _buffers(nbytes: int = PIECE) -> list[npt.NDArray[np.uint8]]:
+    return [np.empty(nbytes, np.uint8), np.empty(nbytes, np.uint8)]
 
 
 def _geometry(stored: StoredCheckpoint, name: str) -> tuple[tuple[int, ...], str]:

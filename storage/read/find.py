@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from gockpt.errors import CheckpointNotFound, ManifestCorrupt, NotACheckpoint
@@ -20,6 +18,7 @@ from gockpt.storage.format.manifest import MANIFEST_FILE, Manifest, finite_of, g
 from gockpt.storage.object_store.client import objects_at
 from gockpt.storage.paths import local_path
 from gockpt.storage.read.checkpoint import StoredCheckpoint, manifest_bytes
+from gockpt.storage.read.in_threads import in_threads
 from gockpt.storage.read.local_location import LocalLocation
 from gockpt.storage.read.location import GONE
 from gockpt.storage.read.object_location import ObjectLocation
@@ -363,11 +362,15 @@ def _survey(location: Location) -> tuple[list[CheckpointEntry], dict[Child, Mani
 
 
 def _read_all(location: Location, children: list[Child]) -> list[Manifest | ManifestCorrupt | None]:
-    read = partial(_read, location)
-    if location.parallel == 1:
-        return list(map(read, children))
-    with ThreadPoolExecutor(location.parallel, thread_name_prefix="gockpt-list") as pool:
-        return list(pool.map(read, children))
+    found: dict[Child, Manifest | ManifestCorrupt | None] = {}
+
+    def read(child: Child, _: object) -> None:
+        found[child] = _read(location, child)
+
+    in_threads(
+        read, children, threads=min(location.parallel, len(children)), name="gockpt-list", memory=object
+    )
+    return [found[child] for child in children]
 
 
 def _read(location: Location, child: Child) -> Manifest | ManifestCorrupt | None:

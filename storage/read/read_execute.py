@@ -7,13 +7,13 @@ the targets stays within one piece, and a few pages, per thread; of encoded arra
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gockpt.storage.format.checksum import BLOCK, expect_blocks
 from gockpt.storage.read.decode import read_chunk
+from gockpt.storage.read.in_threads import in_threads
 from gockpt.storage.read.read_plan import ByteRange, ChunkRead, Grid, scatter
 from gockpt.storage.read.scratch import PIECE, Scratch
 
@@ -106,40 +106,30 @@ def execute(
         CheckpointCorrupt: If a file is not what it must be, or a block differs from its checksum.
         OSError: If a file isn't there or can't be opened.
     """
-    jobs = deque((index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task))
+    jobs = [(index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task)]
+    lock, total = threading.Lock(), 0
 
-    def work() -> int:
-        scratch, total = Scratch(), 0
-        while True:
-            try:
-                index, read, ranges = jobs.popleft()
-            except IndexError:
-                return total
-            task = tasks[index]
-            try:
-                with explained(task.name):
-                    begun(index)
-                    scratch.take(0)
-                    with task.source.open(read.chunk, scratch) as file:
-                        if task.source.entry.coded is not None:
-                            total += _read_encoded(file, read, task, task.source.entry.coded)
-                            continue
-                        for part in ranges:
-                            total += _read(file, read, part, task, scratch)
-            except BaseException:
-                jobs.clear()  # the others end with the job they have
-                raise
+    def work(job: tuple[int, ChunkRead, Sequence[ByteRange]], scratch: Scratch) -> None:
+        nonlocal total
+        index, read, ranges = job
+        task = tasks[index]
+        with explained(task.name):
+            begun(index)
+            scratch.take(0)
+            with task.source.open(read.chunk, scratch) as file:
+                coded = task.source.entry.coded
+                if coded is not None:
+                    got = _read_encoded(file, read, task, coded)
+                else:
+                    got = sum(_read(file, read, part, task, scratch) for part in ranges)
+        with lock:
+            total += got
 
     planned = sum(part.nbytes for _, _, ranges in jobs for part in ranges)
-    threads = min(threads, len(jobs))
-    if threads <= 1 or (planned < PARALLEL_FROM and len(jobs) < PARALLEL_JOBS):
-        return work()
-    with ThreadPoolExecutor(threads, thread_name_prefix="gockpt-read") as pool:
-        workers = [pool.submit(work) for _ in range(threads)]
-        try:
-            return sum(worker.result() for worker in workers)
-        finally:
-            jobs.clear()  # Ctrl-C arrives here
+    is_small = planned < PARALLEL_FROM and len(jobs) < PARALLEL_JOBS
+    threads = 1 if is_small else min(threads, len(jobs))
+    in_threads(work, jobs, threads=threads, name="gockpt-read", memory=Scratch)
+    return total
 
 
 def _jobs(task: Task) -> Iterator[tuple[ChunkRead, Sequence[ByteRange]]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from gockpt.storage.format.checksum import BLOCK, crc32c, expect_blocks, expect_
 from gockpt.storage.format.chunk_grid import chunk_key
 from gockpt.storage.format.manifest import BLOCKS_FILE, GROUP_FILE, MANIFEST_FILE, STATE_FILE, Manifest, parse
 from gockpt.storage.read.decode import read_chunk
+from gockpt.storage.read.in_threads import in_threads
 from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, Files, read_document, read_small
 from gockpt.storage.read.read_execute import PIECE, Source
 from gockpt.storage.read.scratch import Scratch
@@ -149,28 +149,20 @@ def verify_files(
     lock = threading.Lock()
     done, total = 0, sum(entry.nbytes for entry in manifest.arrays)
 
-    def work() -> None:
+    def work(task: _Task, scratch: Scratch) -> None:
         nonlocal done
-        scratch = Scratch()
-        while True:
+        try:
+            what = task.check(scratch)
+        except (CheckpointCorrupt, OSError) as error:
+            what = _words(error, task.path)
+        if what is not None:
+            problems.add(Problem(task.path, task.array, what))
+        if task.nbytes:
             with lock:
-                task = next(tasks, None)
-            if task is None:
-                return
-            try:
-                what = task.check(scratch)
-            except (CheckpointCorrupt, OSError) as error:
-                what = _words(error, task.path)
-            if what is not None:
-                problems.add(Problem(task.path, task.array, what))
-            if task.nbytes:
-                with lock:
-                    done += task.nbytes
-                    on_progress(done, total)
+                done += task.nbytes
+                on_progress(done, total)
 
-    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="gockpt-verify") as pool:
-        for worker in [pool.submit(work) for _ in range(max(1, threads))]:
-            worker.result()
+    in_threads(work, tasks, threads=threads, name="gockpt-verify", memory=Scratch)
     chunks = sum(entry.chunks for entry in manifest.arrays)
     return VerifyReport(
         path=path,
