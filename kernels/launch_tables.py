@@ -18,10 +18,20 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["WORDS", "BlockTable", "Elements", "Span", "cut", "plan_pack", "plan_words", "rebound"]
+__all__ = [
+    "WORDS",
+    "BlockTable",
+    "Piece",
+    "Span",
+    "cut",
+    "plan_fingerprints",
+    "plan_pack",
+    "rebound",
+]
 
 WORDS = 2048
-"""Words that one block holds. A word has 4 bytes, or fewer where addresses or offsets force it."""
+"""Words that one block holds. To be fingerprinted, a word has 8 bytes; to be packed, it has 4, or fewer where
+addresses or offsets force it."""
 
 _CLASSES = (16, 8, 4, 2, 1)
 
@@ -36,20 +46,18 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Elements:
+class Piece:
     """Bytes to be fingerprinted.
 
     Attributes:
         address: Where they are.
-        nbytes: How many; whole elements.
-        itemsize: Bytes per element: 1, 2, 4, 8 or 16.
-        start: Row-major index, in the whole array, of the first element.
+        nbytes: How many.
+        position: Position of the first one: a multiple of 8, see ``fingerprint_numba``.
     """
 
     address: int
     nbytes: int
-    itemsize: int
-    start: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,8 +69,8 @@ class BlockTable:
         word: Bytes per word.
         spans: int64[S]: each span's index in the list that was planned. Empty spans are in no table.
         addresses: int64[S].
-        places: int64[S, 2]: where a span goes, and its length. When packing, both are in bytes; when
-            fingerprinting, they are the first word's key and the number of words. When quantising,
+        places: int64[S, 2]: where a span goes, and its length, both in bytes; when fingerprinting, the
+            number of its first word, and its length in bytes. When quantising,
             int64[S, 3]: where its values go, how many there are, and where its codes go. When encoding,
             see ``gradient16_launch.plan_each``.
         blocks: int32[B, 2]: a span of this table, and the number of the block within it.
@@ -111,42 +119,30 @@ def plan_pack(spans: Sequence[Span], capacity: int) -> tuple[BlockTable, ...]:
     return tuple(found)
 
 
-def plan_words(elements: Sequence[Elements]) -> tuple[BlockTable, ...]:
+def plan_fingerprints(pieces: Sequence[Piece]) -> tuple[BlockTable, ...]:
     """Return the launches that fingerprint stretches of memory; the widest accesses first.
 
-    There is one for each size of word among them and each alignment: 16, that of a word, or 1.
-
     Raises:
-        ValueError: If an item size is none, a length no whole number of elements, or an index out of range.
+        ValueError: If a position is not at a word, or a number is negative or beyond 2**63.
     """
-    rows = []
-    for number, e in enumerate(elements):
+    for number, piece in enumerate(pieces):
         if (
-            e.itemsize not in _CLASSES
-            or e.nbytes < 0
-            or e.nbytes % e.itemsize
-            or e.start < 0
-            or e.address < 0
+            min(piece.address, piece.nbytes, piece.position) < 0
+            or piece.position % 8
+            or piece.position + piece.nbytes >= 1 << 63
         ):
-            msg = f"stretch {number} is not a whole number of elements of 1, 2, 4, 8 or 16 bytes: {e}"
+            msg = f"stretch {number} does not begin at a multiple of 8 bytes, or not below 2**63: {piece}"
             raise ValueError(msg)
-        word = min(e.itemsize, 4)
-        key, count = e.start * (e.itemsize // word), e.nbytes // word
-        if key + count >= 1 << 63:
-            msg = f"stretch {number} has indices beyond 2**63: {e}"
-            raise ValueError(msg)
-        rows.append((e.address, word, key, count))
-    address, words, keys, counts = np.array(rows, np.int64).reshape(-1, 4).T
+    table = np.array([(p.address, p.nbytes, p.position // 8) for p in pieces], np.int64).reshape(-1, 3)
+    address, nbytes, first = table.T
     width = _alignment(address)
-    width = np.where(width == 16, 16, np.where(width >= words, words, 1))
     found = []
     for kind in _CLASSES:
-        for size in (4, 2, 1):
-            chosen = np.flatnonzero((width == kind) & (words == size) & (counts > 0))
-            if chosen.size:
-                places = np.stack([keys[chosen], counts[chosen]], axis=1)
-                blocks = cut(counts[chosen], WORDS)
-                found.append(BlockTable(kind, size, chosen, address[chosen], places, blocks))
+        chosen = np.flatnonzero((width == kind) & (nbytes > 0))
+        if chosen.size:
+            places = np.stack([first[chosen], nbytes[chosen]], axis=1)
+            blocks = cut(nbytes[chosen], 8 * WORDS)
+            found.append(BlockTable(kind, 8, chosen, address[chosen], places, blocks))
     return tuple(found)
 
 

@@ -45,23 +45,21 @@ __all__ = [
     "address_of",
     "as_float32",
     "as_uint8",
-    "as_uint16",
-    "as_uint32",
     "call_vml",
-    "copy_bytes",
     "fma",
     "fma64",
+    "load_uint64",
     "serial",
+    "store_uint64",
 ]
 
 as_float32: Any = getattr(_machine, "as_float32", None)
 as_uint8: Any = getattr(_machine, "as_uint8", None)
-as_uint16: Any = getattr(_machine, "as_uint16", None)
-as_uint32: Any = getattr(_machine, "as_uint32", None)
 call_vml: Any = getattr(_machine, "call_vml", None)
-copy_bytes: Any = getattr(_machine, "copy_bytes", None)
 fma: Any = getattr(_machine, "fma", None)
 fma64: Any = getattr(_machine, "fma64", None)
+load_uint64: Any = getattr(_machine, "load_uint64", None)
+store_uint64: Any = getattr(_machine, "store_uint64", None)
 
 
 def address_of(array: np.ndarray) -> int:

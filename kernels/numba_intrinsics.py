@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from gockpt.kernels.kernel_cache import Kept
@@ -23,13 +22,12 @@ __all__ = [
     "JIT",
     "as_float32",
     "as_uint8",
-    "as_uint16",
-    "as_uint32",
     "call_vml",
     "compiled",
-    "copy_bytes",
     "fma",
     "fma64",
+    "load_uint64",
+    "store_uint64",
 ]
 
 JIT: dict[str, Any] = {
@@ -97,17 +95,26 @@ def call_vml(typingctx: Any, function: Any, n: Any, source: Any, target: Any, mo
 
 
 @intrinsic
-def copy_bytes(typingctx: Any, target: Any, source: Any, n: Any) -> Any:  # noqa: ARG001
-    """Copy ``n`` bytes from one address to another; the two regions must not overlap."""
+def load_uint64(typingctx: Any, address: Any, index: Any) -> Any:  # noqa: ARG001
+    """Load the ``index``-th of the uint64 that begin at ``address``, which may be any."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        byte = ir.IntType(8).as_pointer()
-        cgutils.raw_memcpy(
-            builder, builder.inttoptr(args[0], byte), builder.inttoptr(args[1], byte), args[2], 1
-        )
+        first = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(first, [args[1]]), align=1)
+
+    return types.uint64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_uint64(typingctx: Any, address: Any, index: Any, value: Any) -> Any:  # noqa: ARG001
+    """Store the ``index``-th of the uint64 that begin at ``address``, which may be any."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        first = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        builder.store(args[2], builder.gep(first, [args[1]]), align=1)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64, types.uint64), codegen
 
 
 def _pointer_to(element: Any) -> Any:
@@ -122,8 +129,6 @@ def _pointer_to(element: Any) -> Any:
 
 
 _float32_pointer = _pointer_to(types.float32)
-_uint32_pointer = _pointer_to(types.uint32)
-_uint16_pointer = _pointer_to(types.uint16)
 _uint8_pointer = _pointer_to(types.uint8)
 
 
@@ -131,18 +136,6 @@ _uint8_pointer = _pointer_to(types.uint8)
 def as_float32(address: int, n: int) -> Any:
     """Return the ``n`` float32 at ``address`` as an array. The caller vouches for the memory."""
     return carray(_float32_pointer(address), (n,))
-
-
-@register_jitable
-def as_uint32(address: int, n: int) -> Any:
-    """Return the ``n`` uint32 at ``address`` as an array. The caller vouches for the memory."""
-    return carray(_uint32_pointer(address), (n,))
-
-
-@register_jitable
-def as_uint16(address: int, n: int) -> Any:
-    """Return the ``n`` uint16 at ``address`` as an array. The caller vouches for the memory."""
-    return carray(_uint16_pointer(address), (n,))
 
 
 @register_jitable

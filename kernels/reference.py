@@ -12,31 +12,32 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["adam", "dequantise", "fingerprint", "fma", "quantise", "sgd"]
+__all__ = ["adam", "dequantise", "fingerprint", "fma", "mixed", "quantise", "sgd"]
 
-_MASK = np.uint64(0xFFFFFFFF)
-_32, _16, _15 = np.uint64(32), np.uint64(16), np.uint64(15)
-
-
-def _finalise(h: np.ndarray, factors: tuple[int, int], shifts: tuple[int, int, int]) -> np.ndarray:
-    """Murmur's 32-bit finaliser with the given factors and shifts, in uint64 lanes."""
-    for factor, shift in zip(factors, shifts[:2], strict=True):
-        h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & _MASK
-    mixed: np.ndarray = h ^ (h >> np.uint64(shifts[2]))
-    return mixed
+_LOW = np.uint64(0xFFFFFFFF)
 
 
-def fingerprint(data: np.ndarray, itemsize: int, start: int = 0) -> int:
-    """Return the fingerprint of a one-dimensional uint8 view, by the definition."""
-    width = min(itemsize, 4)
-    words = np.frombuffer(data.tobytes(), f"<u{width}").astype(np.uint64)
-    keys = np.arange(words.size, dtype=np.uint64) + np.uint64(start * (itemsize // width))
-    lo, hi = keys & _MASK, keys >> _32
-    x = (lo * np.uint64(0x9E3779B1) + hi * np.uint64(0x85EBCA77)) & _MASK
-    y = (lo * np.uint64(0xC2B2AE3D) + hi * np.uint64(0x27D4EB2E) + np.uint64(0x165667B1)) & _MASK
-    a = _finalise(words ^ x ^ (x >> _16), (0x85EBCA6B, 0xC2B2AE35), (16, 13, 16))
-    b = _finalise((words + (y ^ (y >> _15))) & _MASK, (0x7FEB352D, 0x846CA68B), (16, 15, 16))
-    return int(np.sum((b << _32) | a, dtype=np.uint64))
+def fingerprint(data: np.ndarray, position: int = 0) -> int:
+    """Return the fingerprint of a one-dimensional uint8 view at a position that is a multiple of 8."""
+    padding = -data.size % 8
+    words = np.frombuffer(data.tobytes() + bytes(padding), "<u8")
+    numbers = np.arange(words.size, dtype=np.uint64) + np.uint64(position // 8)
+    if padding:
+        numbers[-1] += np.uint64(padding << 61)
+    return int(np.sum(mixed(words, numbers), dtype=np.uint64))
+
+
+def mixed(words: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Return what each uint64 word adds to a fingerprint, by its number."""
+    key = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x: np.ndarray = words ^ key
+    x ^= (x & _LOW) * np.uint64(0xCC9E2D52)
+    x ^= x >> np.uint64(32)
+    x ^= (x & _LOW) * np.uint64(0x85EBCA6A)
+    x += key
+    x ^= x >> np.uint64(32)
+    x ^= (x & _LOW) * np.uint64(0xC2B2AE36)
+    return x
 
 
 def fma(a: Any, b: Any, c: Any) -> np.ndarray:

@@ -38,6 +38,16 @@ class Stretch:
         """Bytes of the stretch."""
         return (self.stop - self.start) * self.itemsize
 
+    @property
+    def position(self) -> int:
+        """Position at which it is fingerprinted: of its first byte in the array, rounded up to a word of 8.
+
+        Stretches are cut at whole words from the start of their chunk, but a chunk of an array beyond 96 MB
+        whose rows are not whole words may begin inside a word. Its words are then counted from the next one.
+        No fingerprints of several chunks are summed.
+        """
+        return -(-self.start * self.itemsize // 8) * 8
+
 
 @dataclass(frozen=True, slots=True)
 class ReplayPiece:

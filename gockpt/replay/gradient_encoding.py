@@ -34,7 +34,7 @@ __all__ = [
     "glance",
     "incomplete",
     "seal",
-    "seal_start",
+    "seal_position",
     "sealed",
     "uncertainty",
     "usual_bytes",
@@ -142,12 +142,12 @@ def seal(piece: int, encoding: str | None, data: np.ndarray, number: int, scalar
         number: Which gradient of its piece, counted from 1.
         scalars: The update's numbers.
     """
-    print_ = fingerprint(data, 2 if encoding == "bf16" else 4, seal_start(number))
+    print_ = fingerprint(data, seal_position(number))
     return sealed(print_, piece, encoding, number, scalars)
 
 
-def seal_start(number: int) -> int:
-    """Return the start with which a gradient's bytes are fingerprinted for its seal, by whomever."""
+def seal_position(number: int) -> int:
+    """Return the position at which a gradient's bytes are fingerprinted for its seal, by whomever."""
     return number << 40
 
 
@@ -155,7 +155,7 @@ def sealed(print_: int, piece: int, encoding: str | None, number: int, scalars: 
     """Return the seal of a gradient of which the bytes' fingerprint is known; see :func:`seal`."""
     whose = np.array([piece, _KINDS.index(encoding)], np.int64).view(np.uint8)
     numbers = np.asarray(scalars, np.float64).view(np.uint8)
-    return print_ ^ fingerprint(np.concatenate([whose, numbers]), 8, seal_start(number))
+    return print_ ^ fingerprint(np.concatenate([whose, numbers]), seal_position(number))
 
 
 def incomplete(encoding: str | None, data: np.ndarray, count: int) -> bool:

@@ -418,9 +418,7 @@ class Attempt:
         low, high = stretch.start * stretch.itemsize, stretch.stop * stretch.itemsize
         target = self._arena.view(stretch.offset, stretch.nbytes)
         expected = self._evidence[stretch.name, stretch.start]
-        return Copy(
-            source[low:high], target, stretch.itemsize, stretch.start, (piece, stretch.name), expected
-        )
+        return Copy(source[low:high], target, stretch.position, (piece, stretch.name), expected)
 
     def _live_bytes(self) -> Callable[[Piece], list[np.ndarray | None]]:
         """Return a look-up of units' live memory as it is now; each unit is looked up once."""

@@ -190,8 +190,9 @@ class Aboard:
                     first = stretch.start + start
                     nbytes = min(RUN, stretch.stop - first) * stretch.itemsize
                     low, tensor = first * stretch.itemsize, live.entries[stretch.name]
+                    position = stretch.position + start * stretch.itemsize
                     places[place] = piece
-                    cargo.append(to_ring(Source(tensor, low, nbytes, stretch.itemsize, first), place))
+                    cargo.append(to_ring(Source(tensor, low, nbytes, position), place))
                     place += nbytes
             place = self._sampled[piece.index] + block_bytes(place - self._sampled[piece.index])
         if cargo:
@@ -298,8 +299,7 @@ class Aboard:
             for one in pieces:
                 if one is piece:
                     now = [
-                        fingerprint(self._arena.view(s.offset, s.nbytes), s.itemsize, s.start)
-                        for s in piece.stretches
+                        fingerprint(self._arena.view(s.offset, s.nbytes), s.position) for s in piece.stretches
                     ]
                     return now == list(sent.expected[place : place + len(now)])
                 place += len(one.stretches)

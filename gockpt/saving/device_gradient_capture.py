@@ -14,7 +14,7 @@ import torch
 from gockpt.errors import SaveError
 from gockpt.kernels.gradient16_launch import form_of
 from gockpt.replay import rules
-from gockpt.replay.gradient_encoding import seal_start
+from gockpt.replay.gradient_encoding import seal_position
 from gockpt.replay.pending_scalars import LateNumbers
 from gockpt.saving.device_selection import to_ring
 from gockpt.saving.gradient_capture import INSIDE, make_late
@@ -188,13 +188,13 @@ class GatheringAboard:
             if offset is None:
                 self.drop(piece, FULL)
                 continue
-            number, start = 0, stretch.start
+            number, position = 0, stretch.position
             if form.encoding is not None:
                 self._numbers[piece.index] += 1
                 number = self._numbers[piece.index]
-                start = seal_start(number)
+                position = seal_position(number)
             low = stretch.start * stretch.itemsize
-            source = Source(grad, low, stretch.nbytes, stretch.itemsize, start)
+            source = Source(grad, low, stretch.nbytes, position)
             cargo.append(to_ring(source, offset, form))
             taken.append(Follow(piece, update, offset, form.nbytes, form.encoding, number))
         return taken
@@ -268,7 +268,7 @@ class GatheringAboard:
             low = stretch.start * stretch.itemsize
             if low + stretch.nbytes > tensor.nbytes:
                 return None
-            found.append(Source(tensor, low, stretch.nbytes, stretch.itemsize, stretch.start))
+            found.append(Source(tensor, low, stretch.nbytes, stretch.position))
         return found
 
     def _concerned(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:
@@ -360,7 +360,7 @@ class _Collection:
         """Return what is to be sent, each with its place, given the place of the first."""
         found = []
         for tensor in self._ordered():
-            found.append(to_ring(Source(tensor, 0, tensor.itemsize, tensor.itemsize, 0), offset))
+            found.append(to_ring(Source(tensor, 0, tensor.itemsize, 0), offset))
             offset += tensor.itemsize
         return found
 

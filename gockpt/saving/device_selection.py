@@ -239,7 +239,7 @@ def _shipments(live: LiveState, pieces: Sequence[Piece]) -> list[Shipment]:
         for stretch in piece.stretches:
             tensor = live.entries[stretch.name]
             low = stretch.start * stretch.itemsize
-            source = Source(tensor, low, stretch.nbytes, stretch.itemsize, stretch.start)
+            source = Source(tensor, low, stretch.nbytes, stretch.position)
             found.append(Shipment(source, 0, stretch.offset, owners.get(stretch.name)))
     return found
 

@@ -76,7 +76,7 @@ def _piece_task(
         for stretch in piece.stretches:
             low, high = stretch.start * stretch.itemsize, stretch.stop * stretch.itemsize
             part = views[stretch.name][low:high]
-            evidence[stretch.name, stretch.start] = fingerprint(part, stretch.itemsize, stretch.start)
+            evidence[stretch.name, stretch.start] = fingerprint(part, stretch.position)
 
     return task
 
@@ -89,6 +89,6 @@ def _stretch_task(
             high = stretch.stop * stretch.itemsize
             if view is not None and view.nbytes >= high:
                 part = view[stretch.start * stretch.itemsize : high]
-                result[position] = fingerprint(part, stretch.itemsize, stretch.start)
+                result[position] = fingerprint(part, stretch.position)
 
     return task

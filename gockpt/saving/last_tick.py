@@ -149,10 +149,10 @@ def _bits(tensor: torch.Tensor, *, whole: bool) -> list[int] | None:
     if found is None:
         return None
     if whole or found.size <= 3 * PLACE:
-        return [fingerprint(found, 1, 0)]
+        return [fingerprint(found)]
     middle = found.size // 2
     places = (found[:PLACE], found[middle : middle + PLACE], found[-PLACE:])
-    return [fingerprint(place, 1, 0) for place in places]
+    return [fingerprint(place) for place in places]
 
 
 def _shape(optimizers: Sequence[Any]) -> tuple[int, ...]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from gockpt.kernels.fingerprint_numba import WORD
+
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Hashable, Iterable
 
     from gockpt.kernels.gradient16_launch import Form
     from gockpt.staging.device import Source
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["HostCopy", "Load", "Shipment", "Slice", "Urgency", "load_up"]
 
 ALIGNMENT = 64
-"""Runs start at multiples of it in a slot, and shipments are cut at such: whole elements, wide accesses."""
+"""Runs start at multiples of it in a slot, and shipments are cut at such: whole words, wide accesses."""
 
 
 class Urgency(IntEnum):
@@ -42,11 +44,11 @@ class Shipment:
     Attributes:
         source: Where it is.
         arena: Index of the arena it goes to.
-        offset: Byte of the arena where it goes; a multiple of its element's size.
+        offset: Byte of the arena where it goes.
         owner: Who overwrites the source; see ``DeviceTransfer.guard``.
         form: How it travels if it is encoded on the way, in one piece; see
-        ``gockpt.kernels.gradient16_launch``. What
-            arrives is then proven by what the device has made of it, with ``source.start`` as the start.
+            ``gockpt.kernels.gradient16_launch``. What arrives is then proven by what the device has made of
+            it, at ``source.position``.
     """
 
     source: Source
@@ -59,13 +61,6 @@ class Shipment:
     def nbytes(self) -> int:
         """Bytes that travel."""
         return self.source.nbytes if self.form is None else self.form.nbytes
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element of what travels, as far as fingerprints go."""
-        if self.form is None:
-            return self.source.itemsize
-        return 2 if self.form.encoding == "bf16" else 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,8 +144,9 @@ def load_up(
         direct: Whether loads are stored into the arena, each into one piece of it.
 
     Raises:
-        ValueError: If a size is not usable, an offset no multiple of the element's size (of 64 for what is
-            encoded), or a slot too small for what is encoded, which travels in one piece.
+        ValueError: If a size is not usable, an offset of what is encoded no multiple of 64, or a slot too
+            small for it, since it travels in one piece; or if what is stored directly would be cut inside a
+            word of a fingerprint.
     """
     if slot_bytes < ALIGNMENT or slot_bytes % ALIGNMENT or copy_bytes < 1 or piece_bytes % ALIGNMENT:
         msg = f"slots of {slot_bytes}, copies of {copy_bytes}, pieces of {piece_bytes} bytes don't work"
@@ -159,20 +155,18 @@ def load_up(
     load = Load()
     for number, shipment in enumerate(shipments):
         source = shipment.source
-        if shipment.offset % source.itemsize or source.nbytes % source.itemsize:
-            msg = f"{source.nbytes} bytes at {shipment.offset} are no whole elements of {source.itemsize}"
-            raise ValueError(msg)
         if shipment.form is not None:
             load = _encoded(loads, load, Slice(number, shipment, 0, shipment.nbytes, 0), slot_bytes)
-            for low, nbytes in _within(shipment, piece_bytes):
-                copy = HostCopy(load.slices[-1].place + low, shipment.arena, shipment.offset + low, nbytes)
-                _extend(load.copies, copy, copy_bytes, piece_bytes)
+            whole = HostCopy(load.slices[-1].place, shipment.arena, shipment.offset, shipment.nbytes)
+            _extend(load.copies, whole, copy_bytes, piece_bytes)
             continue
         low = 0
         while low < source.nbytes:
             offset = shipment.offset + low
             piece = (shipment.arena, offset // piece_bytes * piece_bytes)
-            nbytes = min(source.nbytes - low, piece[1] + piece_bytes - offset)
+            nbytes = source.nbytes - low
+            if direct:
+                nbytes = min(nbytes, piece[1] + piece_bytes - offset)
             place = load.used if _follows(load, shipment.arena, offset) else _aligned(load.used)
             room = slot_bytes - place
             if (direct and load.slices and load.piece != piece) or (room < nbytes and room < ALIGNMENT):
@@ -181,6 +175,9 @@ def load_up(
                 continue
             if room < nbytes:
                 nbytes = room // ALIGNMENT * ALIGNMENT
+            if nbytes % WORD and low + nbytes < source.nbytes:
+                msg = f"{source.nbytes} bytes at {shipment.offset} would be cut inside a word of {WORD} bytes"
+                raise ValueError(msg)
             if direct:
                 load.piece = piece
             else:
@@ -208,15 +205,6 @@ def _encoded(loads: list[Load], load: Load, whole: Slice, slot_bytes: int) -> Lo
     return load
 
 
-def _within(shipment: Shipment, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield first byte and size of each part of a shipment that lies within one piece of the arena."""
-    low = 0
-    while low < shipment.nbytes:
-        nbytes = min(shipment.nbytes - low, piece_bytes - (shipment.offset + low) % piece_bytes)
-        yield low, nbytes
-        low += nbytes
-
-
 def _aligned(place: int) -> int:
     return -(-place // ALIGNMENT) * ALIGNMENT
 
@@ -231,18 +219,20 @@ def _follows(load: Load, arena: int, offset: int) -> bool:
 
 def _extend(copies: list[HostCopy], more: HostCopy, copy_bytes: int, piece_bytes: int) -> None:
     """Add one stretch to the copies of a load: to the last of them, as far as that may grow."""
-    last = copies[-1] if copies else None
-    if (
-        last is not None
-        and last.arena == more.arena
-        and last.offset + last.nbytes == more.offset
-        and last.place + last.nbytes == more.place
-        and more.offset % piece_bytes
-    ):
-        step = min(more.nbytes, copy_bytes - last.nbytes)
-        last.nbytes += step
-        more = HostCopy(more.place + step, more.arena, more.offset + step, more.nbytes - step)
     while more.nbytes:
-        step = min(more.nbytes, copy_bytes)
-        copies.append(HostCopy(more.place, more.arena, more.offset, step))
+        last = copies[-1] if copies else None
+        most = min(more.nbytes, piece_bytes - more.offset % piece_bytes)
+        if (
+            last is not None
+            and last.nbytes < copy_bytes
+            and last.arena == more.arena
+            and last.offset + last.nbytes == more.offset
+            and last.place + last.nbytes == more.place
+            and more.offset % piece_bytes
+        ):
+            step = min(most, copy_bytes - last.nbytes)
+            last.nbytes += step
+        else:
+            step = min(most, copy_bytes)
+            copies.append(HostCopy(more.place, more.arena, more.offset, step))
         more = HostCopy(more.place + step, more.arena, more.offset + step, more.nbytes - step)

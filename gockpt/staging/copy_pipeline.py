@@ -234,10 +234,7 @@ class Line:
             places = [(flight.base + piece.place, piece.nbytes) for piece in some]
             flight.keep.append(self.device.encode(stream, sources, encoding, places, flight.memory))
         made = [
-            Source(
-                flight.memory, flight.base + p.place, p.nbytes, p.shipment.itemsize, p.shipment.source.start
-            )
-            for p in pieces
+            Source(flight.memory, flight.base + p.place, p.nbytes, p.shipment.source.position) for p in pieces
         ]
         flight.prints = self.device.prints(stream, made)
 
@@ -255,10 +252,9 @@ class Line:
         return whole.view(start, min(self._piece_bytes, whole.nbytes - start))
 
     def _arrival(self, flight: Flight, piece: Slice) -> int:
-        itemsize = piece.shipment.itemsize
-        start = piece.shipment.source.start + piece.low // itemsize
+        position = piece.shipment.source.position + piece.low
         target = self._pinned[piece.shipment.arena].arena.view(piece.offset, piece.nbytes)
         if flight.slot is None or flight.slot.bounce is None:
-            return fingerprint(target, itemsize, start)
+            return fingerprint(target, position)
         inside = flight.slot.bounce[piece.place : piece.place + piece.nbytes]
-        return copy_fingerprint(inside, target, itemsize, start)
+        return copy_fingerprint(inside, target, position)

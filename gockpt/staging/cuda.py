@@ -34,8 +34,6 @@ BESIDE = 32
 PER_PROCESSOR = 8
 """Programs per multiprocessor of a launch that training waits for anyway."""
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 class _Stream:
     """A stream, and how many programs a launch on it may have."""
@@ -121,7 +119,7 @@ class CudaDevice:
         buffer = torch.from_numpy(target) if isinstance(target, np.ndarray) else target
         own = _own(stream)
         with torch.cuda.stream(own.stream):
-            packing = Packing(_named(sources), places, buffer.numel(), self._device)
+            packing = Packing(_bytes(sources), places, buffer.numel(), self._device)
             packing.pack(buffer, max_programs=own.programs)
         return packing
 
@@ -136,7 +134,7 @@ class CudaDevice:
         """Launch the kernels that encode, with their tables on the way."""
         own = _own(stream)
         with torch.cuda.stream(own.stream):
-            encoded = Encoding(_named(sources), encoding, places, target.numel(), self._device)
+            encoded = Encoding(_elements(sources), encoding, places, target.numel(), self._device)
             encoded.encode(target, max_programs=own.programs)
         return encoded
 
@@ -149,7 +147,7 @@ class CudaDevice:
         """Launch the fingerprint kernel, and the copy of its sums."""
         own = _own(stream)
         with torch.cuda.stream(own.stream):
-            prints = Fingerprints(_named(sources), [s.start for s in sources], self._device)
+            prints = Fingerprints(_bytes(sources), [s.position for s in sources], self._device)
             prints.launch(max_programs=own.programs)
             return _Prints(prints)
 
@@ -202,19 +200,27 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
-def _named(sources: Sequence[Source]) -> dict[str, torch.Tensor]:
+def _bytes(sources: Sequence[Source]) -> dict[str, torch.Tensor]:
+    """Return the bytes of each source as a 1-D tensor."""
+    return {
+        str(number): _flat(source).view(torch.uint8)[source.low : source.low + source.nbytes]
+        for number, source in enumerate(sources)
+    }
+
+
+def _elements(sources: Sequence[Source]) -> dict[str, torch.Tensor]:
     """Return the elements of each source as a 1-D tensor."""
     found = {}
     for number, source in enumerate(sources):
-        tensor: torch.Tensor = source.memory.detach()
-        flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-        if tensor.itemsize != source.itemsize:  # elements of something that was packed there
-            inside = flat.view(torch.uint8)[source.low : source.low + source.nbytes]
-            found[str(number)] = inside.view(_WORDS[source.itemsize])
-            continue
-        first = source.low // source.itemsize
-        found[str(number)] = flat[first : first + source.nbytes // source.itemsize]
+        flat = _flat(source)
+        first = source.low // flat.itemsize
+        found[str(number)] = flat[first : first + source.nbytes // flat.itemsize]
     return found
+
+
+def _flat(source: Source) -> torch.Tensor:
+    tensor: torch.Tensor = source.memory.detach()
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 if TYPE_CHECKING:

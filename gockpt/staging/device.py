@@ -23,26 +23,24 @@ __all__ = ["Device", "Event", "Prints", "Source", "Stream"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """Consecutive bytes of device memory, whole elements of it.
+    """Consecutive bytes of device memory.
 
     Attributes:
         memory: The tensor, or what :meth:`Device.allocate` gave; holds its memory alive. Its elements fill
             one gapless stretch, and bytes are counted in storage order.
         low: First byte within it.
         nbytes: How many.
-        itemsize: Bytes per element.
-        start: Index, in the whole array, of the first element.
+        position: Where the first one is in its array, as far as fingerprints go: a multiple of 8.
     """
 
     memory: Any
     low: int
     nbytes: int
-    itemsize: int
-    start: int
+    position: int
 
     def part(self, low: int, nbytes: int) -> Source:
-        """Return some of it: whole elements, from byte ``low`` of it on."""
-        return Source(self.memory, self.low + low, nbytes, self.itemsize, self.start + low // self.itemsize)
+        """Return some of it, from byte ``low`` of it on, which must be a multiple of 8."""
+        return Source(self.memory, self.low + low, nbytes, self.position + low)
 
 
 class Event(Protocol):

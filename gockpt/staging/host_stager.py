@@ -65,8 +65,7 @@ class Copy:
     Attributes:
         source: Live bytes; holds the storage alive.
         target: Their place in the arena.
-        itemsize: Bytes per element.
-        start: Index of the first element within its array, in storage order.
+        position: Where its first byte is in its array, as far as fingerprints go: a multiple of 8.
         expected: Fingerprint of the source at the boundary.
         arrived: Fingerprint of the target after the copy; ``None`` before.
         owner: The caller's handle for it (a piece).
@@ -74,15 +73,14 @@ class Copy:
 
     source: Bytes
     target: Bytes
-    itemsize: int
-    start: int
+    position: int
     owner: Any
     expected: int
     arrived: int | None = None
 
     def run(self) -> None:
         """Copy, and fingerprint what arrived."""
-        self.arrived = copy_fingerprint(self.source, self.target, self.itemsize, self.start)
+        self.arrived = copy_fingerprint(self.source, self.target, self.position)
 
     @property
     def proven(self) -> bool:
@@ -94,7 +92,7 @@ class Copy:
 
         Only for a moment at which nothing else writes the source.
         """
-        if not self.proven and fingerprint(self.source, self.itemsize, self.start) == self.expected:
+        if not self.proven and fingerprint(self.source, self.position) == self.expected:
             self.run()
         return self.proven
 

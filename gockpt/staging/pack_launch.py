@@ -149,28 +149,28 @@ class Packing(_Launches):
 
 
 class Fingerprints(_Launches):
-    """The fingerprints of many tensors, each as a whole or as a shard of one."""
+    """The fingerprints of many tensors, each as a whole or as a piece of one."""
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], starts: Sequence[int], device: torch.device
+        self, tensors: Mapping[str, torch.Tensor], positions: Sequence[int], device: torch.device
     ) -> None:
         """Plan the launches.
 
         Args:
             tensors: What is fingerprinted, by name, in storage order.
-            starts: For each, the index of its first element in the whole array.
+            positions: For each, the position of its first byte: a multiple of 8.
             device: Where they are.
 
         Raises:
-            ValueError: If one is on another device.
+            ValueError: If one is on another device, or a position is not at a word.
             UnsupportedState: If a tensor has holes or overlaps itself; its name is in the message.
         """
         super().__init__(tensors, device)
         self._upload(
-            launch_tables.plan_words(
+            launch_tables.plan_fingerprints(
                 [
-                    launch_tables.Elements(tensor.data_ptr(), tensor.nbytes, tensor.itemsize, start)
-                    for tensor, start in zip(self._tensors.values(), starts, strict=True)
+                    launch_tables.Piece(tensor.data_ptr(), tensor.nbytes, position)
+                    for tensor, position in zip(self._tensors.values(), positions, strict=True)
                 ]
             )
         )
@@ -193,7 +193,6 @@ class Fingerprints(_Launches):
                     rows,
                     sums,
                     len(table.blocks),
-                    WORD=table.word,
                     WIDTH=table.width,
                     WORDS=launch_tables.WORDS,
                     enable_fp_fusion=False,

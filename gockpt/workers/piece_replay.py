@@ -75,7 +75,7 @@ class PieceReplay:
             How far each stretch is off that differs by rounding alone; ``None`` if anything else differs.
         """
         stretches = self.piece.stretches
-        got = [fingerprint(arena.view(s.offset, s.nbytes), s.itemsize, s.start) for s in stretches]
+        got = [fingerprint(arena.view(s.offset, s.nbytes), s.position) for s in stretches]
         wrong = [a != b for a, b in zip(got, capture.proofs[self.piece.index], strict=True)]
         if not any(wrong):
             return []

@@ -328,7 +328,7 @@ def _warm(options: Options) -> None:
     from gockpt.replay.gradient_encoding import warm
 
     warm(options.grad_dtype)
-    fingerprint(np.zeros(64, np.uint8), 4)
+    fingerprint(np.zeros(64, np.uint8))
     if replay.WHY_NOT:
         return
     for kernel, (states, columns) in replay.SHAPES.items():

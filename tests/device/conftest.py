@@ -317,10 +317,10 @@ class FakeDevice:
 
             def end():
                 for number, (source, seen) in enumerate(zip(rows, targets, strict=True)):
-                    found.found[number] = fingerprint(seen, *source)
+                    found.found[number] = fingerprint(seen, source)
                 found.ready = True
 
-            rows = [(s.itemsize, s.start) for s in sources]
+            rows = [s.position for s in sources]
             pairs = [(s.memory, s.low, s.nbytes, t) for s, t in zip(sources, targets, strict=True)]
             seconds = sum(s.nbytes for s in sources) / self.glance
             self.put(stream, Operation(self, "prints", seconds, pairs=pairs, end=end))
@@ -486,7 +486,7 @@ def as_bytes(sources):
     found = []
     for s in sources:
         memory = bytes_of(s.memory) if isinstance(s.memory, torch.Tensor) else s.memory
-        found.append(Source(memory, s.low, s.nbytes, s.itemsize, s.start))
+        found.append(Source(memory, s.low, s.nbytes, s.position))
     return found
 
 

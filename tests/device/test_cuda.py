@@ -83,7 +83,7 @@ def tensors_of(sizes=SIZES, dtypes=DTYPES):
 def shipments_of(tensors, owner="opt"):
     found, end = [], 0
     for tensor in tensors:
-        found.append(Shipment(Source(tensor, 0, tensor.nbytes, tensor.itemsize, 0), 0, end, owner))
+        found.append(Shipment(Source(tensor, 0, tensor.nbytes, 0), 0, end, owner))
         end += -(-tensor.nbytes // 64) * 64
     return found
 
@@ -453,7 +453,7 @@ def test_gradients_are_encoded_on_the_way(road, encoding):
         shipments, end = [], 0
         for number, tensor in enumerate([*tensors, odd]):
             form = form_of(encoding, tensor.numel())
-            source = Source(tensor, 0, tensor.nbytes, 4, (number + 1) << 40)
+            source = Source(tensor, 0, tensor.nbytes, (number + 1) << 40)
             shipments.append(Shipment(source, 0, end, None, form))
             end += -(-form.nbytes // 64) * 64
         before = [tensor.cpu().numpy() for tensor in [*tensors, odd]]

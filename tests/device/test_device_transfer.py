@@ -41,12 +41,12 @@ class Scene:
         self.end = 0
         self.held = []
 
-    def tensor(self, nbytes, owner="opt", *, gap=0, itemsize=4, held=True):
+    def tensor(self, nbytes, owner="opt", *, gap=0, held=True):
         content = self.random.integers(0, 256, nbytes, np.uint8)
         if held:
             self.held.append(content)
         self.end += gap
-        shipment = Shipment(Source(content, 0, nbytes, itemsize, 3), 0, self.end, owner)
+        shipment = Shipment(Source(content, 0, nbytes, 24), 0, self.end, owner)
         self.end += nbytes
         return shipment
 
@@ -205,7 +205,7 @@ def test_the_kernels_fingerprints_are_handed_on(scene):
     shipments = at.tensors(2, 5 * KB)
     sent = at.road.send(shipments, Urgency.STATE)
     at.road.finish(sent)
-    assert sent.expected == [fingerprint(s.source.memory, 4, 3) for s in shipments]
+    assert sent.expected == [fingerprint(s.source.memory, 24) for s in shipments]
 
 
 # -- the proof
@@ -774,7 +774,6 @@ def test_training_and_the_road_side_by_side(fakes, run):
                     16 * int(random.integers(0, 2 + 60 * size)),
                     "abc"[int(random.integers(0, 3))],
                     gap=16 * int(random.integers(0, 2)),
-                    itemsize=int(random.choice([1, 2, 4, 8, 16])),
                 )
                 for _ in range(count)
             ]
@@ -822,7 +821,7 @@ def test_a_look_waits_for_nothing_and_says_what_stood_there(scene, options):
     assert not seen.done.is_set()
     at.road.finish(seen)
     ones = np.full(3 * KB, 1, np.uint8)
-    assert seen.expected == [fingerprint(ones, 4, 3)]
+    assert seen.expected == [fingerprint(ones, 24)]
     assert (at.arena.data == 9).all()
     at.end_well()
 

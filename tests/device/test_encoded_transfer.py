@@ -29,8 +29,8 @@ def encoded(values, form):
     return found
 
 
-def shipment(values, encoding, offset, start=1 << 40):
-    source = Source(values.view(np.uint8), 0, values.nbytes, 4, start)
+def shipment(values, encoding, offset, position=1 << 40):
+    source = Source(values.view(np.uint8), 0, values.nbytes, position)
     return Shipment(source, 0, offset, "opt", form_of(encoding, values.size))
 
 
@@ -134,7 +134,7 @@ def test_what_arrives_is_the_gradient_in_16_bits(fakes, rounds):
                 assert np.array_equal(found[stands], content[stands])
             else:
                 assert np.array_equal(found, content)
-            assert sent.expected[number] == fingerprint(found, s.itemsize, s.source.start)
+            assert sent.expected[number] == fingerprint(found, s.source.position)
         assert (at.arena.data[at.end :] == 9).all()
         for values in at.values:
             values[:] = np.random.default_rng(rounds).standard_normal(values.size)

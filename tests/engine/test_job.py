@@ -112,7 +112,7 @@ class Bench:
             stretch = piece.stretches[0]
             self.state.view(stretch.offset, stretch.nbytes).view(np.float32)[:] = self.part(piece)
         proofs = {
-            p.index: (fingerprint(self.part(p).view(np.uint8), 4, p.stretches[0].start),)
+            p.index: (fingerprint(self.part(p).view(np.uint8), p.stretches[0].position),)
             for p in self.pieces
             if p not in late
         }

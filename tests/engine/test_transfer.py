@@ -99,13 +99,13 @@ def test_a_parameter_is_read_without_its_graph():
 # -- the arrival proof
 
 
-def copy_of(n=1000, start=0):
+def copy_of(n=1000, position=0):
     source = np.random.default_rng(0).integers(0, 255, 4 * n, dtype=np.uint8)
-    return Copy(source, np.zeros_like(source), 4, start, "x", fingerprint(source, 4, start))
+    return Copy(source, np.zeros_like(source), position, "x", fingerprint(source, position))
 
 
 def test_a_copy_that_nothing_disturbs_is_proven():
-    copy = copy_of(start=12345)
+    copy = copy_of(position=8 * 12345)
     assert not copy.proven
     copy.run()
     assert copy.proven
@@ -139,7 +139,7 @@ def test_a_torn_copy_is_seen_although_the_source_is_back():
     copy = copy_of()
     copy.run()
     copy.target[:2000] = 0
-    copy.arrived = fingerprint(copy.target, 4, 0)
+    copy.arrived = fingerprint(copy.target)
     assert not copy.proven
     assert copy.retry()
     assert (copy.target == copy.source).all()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.kernels.launch_tables import WORDS, Elements, Span, plan_pack, plan_words, rebound
+from gockpt.kernels.launch_tables import WORDS, Piece, Span, plan_fingerprints, plan_pack, rebound
 
 
 @st.composite
@@ -63,7 +63,7 @@ def test_empty_spans_stand_in_no_ones_way():
     spans = [Span(0, 10, 0), Span(0, 0, 5), Span(3, 0, 100)]
     (table,) = plan_pack(spans, 100)
     assert table.spans.tolist() == [0]
-    assert plan_pack([], 0) == plan_words([]) == ()
+    assert plan_pack([], 0) == plan_fingerprints([]) == ()
 
 
 def test_large_offsets_are_kept_whole():
@@ -73,34 +73,36 @@ def test_large_offsets_are_kept_whole():
     assert table.blocks[-1].tolist() == [0, 2**33 // (4 * WORDS)]
 
 
-def test_words_are_grouped_by_size_and_alignment():
-    stretches = [
-        Elements(16, 32, 16, 3),
-        Elements(32, 3, 1, 2**40),
-        Elements(2, 4, 2),
-        Elements(6, 4, 4),
-        Elements(40, 8, 8, 5),
-        Elements(7, 0, 1),
+def test_what_is_fingerprinted_is_grouped_by_alignment():
+    pieces = [
+        Piece(16, 32, 48),
+        Piece(32, 3, 2**40),
+        Piece(2, 4),
+        Piece(6, 4),
+        Piece(40, 8, 40),
+        Piece(7, 0),
+        Piece(9, 16 * WORDS + 1),
     ]
+    tables = plan_fingerprints(pieces)
     found = {
-        (table.width, table.word): dict(zip(table.spans.tolist(), table.places.tolist(), strict=True))
-        for table in plan_words(stretches)
+        table.width: dict(zip(table.spans.tolist(), table.places.tolist(), strict=True)) for table in tables
     }
     assert found == {
-        (16, 4): {0: [12, 8]},
-        (4, 4): {4: [10, 2]},
-        (2, 2): {2: [0, 2]},
-        (16, 1): {1: [2**40, 3]},
-        (1, 4): {3: [0, 1]},
+        16: {0: [6, 32], 1: [2**37, 3]},
+        8: {4: [5, 8]},
+        2: {2: [0, 4], 3: [0, 4]},
+        1: {6: [0, 16 * WORDS + 1]},
     }
+    assert tables[-1].blocks.tolist() == [[0, 0], [0, 1], [0, 2]]
 
 
 @pytest.mark.parametrize(
-    "wrong", [Elements(0, 7, 4), Elements(0, 6, 3), Elements(0, 4, 4, -1), Elements(0, 16, 16, 2**61)]
+    "wrong",
+    [Piece(0, 8, 4), Piece(0, 8, 1), Piece(0, 8, -8), Piece(0, -1), Piece(-8, 8), Piece(0, 8, 2**63 - 8)],
 )
-def test_no_whole_elements_are_refused(wrong):
-    with pytest.raises(ValueError, match="stretch 1 "):
-        plan_words([Elements(0, 4, 4), wrong])
+def test_what_does_not_begin_at_a_word_is_refused(wrong):
+    with pytest.raises(ValueError, match="stretch 1 does not begin at a multiple of 8 bytes"):
+        plan_fingerprints([Piece(0, 4), wrong])
 
 
 def test_memory_may_move_but_not_lose_alignment():

@@ -74,9 +74,7 @@ WIDE = {
     "quantise bfloat16": Case(quantise, {"SIZE": 2, "WIDTH": 16}, 2048, 2048 + 4096, 64),
     "quantise each": Case(quantise_each, {"WIDTH": 16}, 4096, 2048 + 4096, 64),
     "narrow each": Case(narrow_each, {"WIDTH": 16}, 4096, 2048, 64),
-    "fingerprint 4": Case(fingerprint, {"WORD": 4, "WIDTH": 16, "WORDS": WORDS}, 4 * WORDS, 0, 128),
-    "fingerprint 2": Case(fingerprint, {"WORD": 2, "WIDTH": 16, "WORDS": WORDS}, 2 * WORDS, 0, 128),
-    "fingerprint 1": Case(fingerprint, {"WORD": 1, "WIDTH": 16, "WORDS": WORDS}, WORDS, 0, 128),
+    "fingerprint": Case(fingerprint, {"WIDTH": 16, "WORDS": WORDS}, 8 * WORDS, 0, 96),
 }
 
 
@@ -105,7 +103,7 @@ def on_nvidia(result):
         int(re.search(rf"\b{name}:(\d+)", used)[1]) for name in ("REG", "STACK", "LOCAL")
     )
     return Code(
-        loads=len(re.findall(r"\bld\.global\.v4\.b32", text)),
+        loads=len(re.findall(r"\bld\.global\.(?:v4\.b32|v2\.b64)", text)),
         stores=len(re.findall(r"\bst\.global\.v4\.b32", text)),
         registers=registers,
         spilled=stack + local + len(re.findall(r"\.local\b", text)),
@@ -135,6 +133,8 @@ def everything():
         for width in NARROW:
             constants = {**WIDE["pack"].constants, "WIDTH": width}
             found[f"pack {width} {target}"] = compiled(pack, constants, target)
+            constants = {**WIDE["fingerprint"].constants, "WIDTH": width}
+            found[f"fingerprint {width} {target}"] = compiled(fingerprint, constants, target)
         found[f"quantise unaligned {target}"] = compiled(quantise, {"SIZE": 4, "WIDTH": 4}, target)
         for kernel in (quantise_each, narrow_each):
             found[f"{kernel.fn.__name__} unaligned {target}"] = compiled(kernel, {"WIDTH": 4}, target)
@@ -176,6 +176,7 @@ def test_less_aligned_memory_is_moved_in_narrower_pieces(code, width, target):
     narrow, wide = code[f"pack {width} {target}"], code[f"pack {target}"]
     assert narrow.loads < wide.loads
     assert narrow.stores == 0 < wide.stores
+    assert code[f"fingerprint {width} {target}"].loads < code[f"fingerprint {target}"].loads
 
 
 @pytest.mark.parametrize("target", NVIDIA)

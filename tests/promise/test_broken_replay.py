@@ -198,14 +198,14 @@ class Torn:
         self.real, self.left, self.lock = host_stager.copy_fingerprint, times, threading.Lock()
         monkeypatch.setattr(host_stager, "copy_fingerprint", self)
 
-    def __call__(self, src, dst, itemsize, start=0):
-        found = self.real(src, dst, itemsize, start)
+    def __call__(self, src, dst, position=0):
+        found = self.real(src, dst, position)
         with self.lock:
             self.left -= 1
             tear = self.left >= 0
         if tear:
             dst[: dst.size // 2] ^= 255
-            found = host_stager.fingerprint(dst, itemsize, start)
+            found = host_stager.fingerprint(dst, position)
         return found
 
 
