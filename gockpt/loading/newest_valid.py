@@ -96,7 +96,7 @@ def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckp
         try:
             why = _wrong(stored) if whole else None
             what = "damaged"
-            if why is None and finite and (why := _infinite(stored, state_of(stored))) is not None:
+            if why is None and finite and (why := _infinite(stored)) is not None:
                 infinite, what = True, "not finite"
         except BaseException:
             stored.close()
@@ -123,7 +123,7 @@ def expect_finite(stored: StoredCheckpoint) -> None:
     Raises:
         NonFiniteCheckpoint: If they have.
     """
-    why = _infinite(stored, state_of(stored))
+    why = _infinite(stored)
     if why is not None:
         msg = (
             f"the checkpoint of step {stored.step} is not finite, and nothing was changed: {why}. "
@@ -146,12 +146,12 @@ def _wrong(stored: StoredCheckpoint) -> str | None:
     return None
 
 
-def _infinite(stored: StoredCheckpoint, saved: SavedState) -> str | None:
+def _infinite(stored: StoredCheckpoint) -> str | None:
     """Say what NaN and Inf parameters and optimizer state have; ``None`` if they have none."""
     found = nonfinite_of(stored.manifest.attributes)
     if found is None:
         _log.info("step %d does not say whether it is finite: reading it", stored.step)
-        found = _counted(stored, saved)
+        found = _counted(stored, state_of(stored))
     return None if found.finite else str(found)
 
 

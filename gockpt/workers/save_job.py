@@ -254,10 +254,7 @@ class Job(JobClient):
                 self._fail(caught)
 
     def _fail(self, error: BaseException) -> None:
-        try:
-            self.abort()
-        except Exception:  # noqa: BLE001 - the failure must be told, or whoever waits would wait for ever
-            _log.warning("what a failed save had written could not be removed", exc_info=True)
+        self.abort()
         self._outcome.failed(self, as_background_error(error))
 
     def _replay(
@@ -307,11 +304,8 @@ class Job(JobClient):
             self._arenas = ()
             transaction, self._transaction = self._transaction, None
             self._notify_all()
-        try:
-            if transaction is not None:
-                transaction.abort()
-        except Exception:  # noqa: BLE001 - the partial is in nobody's way, and the mismatch must be told
-            _log.warning("what a void save had written could not be removed", exc_info=True)
+        if transaction is not None:
+            transaction.abort()
         return lambda: self._outcome.mismatched(self, wrong)
 
     def _write(self, chunks: Sequence[tuple[ArrayPlace, Slot]]) -> Report | None:

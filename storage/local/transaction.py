@@ -7,6 +7,7 @@ other, is as it was.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from gockpt.storage.local.compression import Compression
 
 __all__ = ["Lineage", "Published", "Transaction"]
+
+_log = logging.getLogger("gockpt")
 
 _HEARTBEAT_SECONDS = 60.0
 
@@ -261,11 +264,16 @@ class Transaction:
                 return
             self._ended = True
             self._changed.wait_for(lambda: not self._workers)
-        with suppress(OSError):
+        try:
             # Not by name alone: after an exchange whose sync failed, the name is the previous checkpoint's.
             if self._is_ours(self._partial):
                 remove_entry(self._place, self._partial, self.attempt)
-        self._let_go()
+        except OSError:
+            pass  # the next sweep deletes it
+        except Exception:  # noqa: BLE001 - whoever waits for the failed save must hear of it all the same
+            _log.warning("what a failed save had written could not be removed", exc_info=True)
+        finally:
+            self._let_go()
 
     def __enter__(self) -> Self:
         return self
