@@ -284,13 +284,15 @@ def _open_newest(
     while True:
         wanted = [child for child in children if None in (step, child.step) or step == child.step]
         newest, missing = _newest_of(location, [one for one in wanted if one not in damaged], pass_over)
-        if missing and tries < _TRIES:
-            # One was pruned before it could be looked at: then a newer one may have come that wasn't listed.
-            tries, before, children = tries + 1, children, location.children()
-            if children != before:
-                if newest is not None:
-                    newest.files.close()
-                continue
+        with ExitStack() as opened:
+            if newest is not None:
+                opened.callback(newest.files.close)
+            if missing and tries < _TRIES:
+                # One was pruned before it could be looked at: a newer one may have come that wasn't listed.
+                tries, before, children = tries + 1, children, location.children()
+                if children != before:
+                    continue
+            opened.pop_all()
         if newest is None:
             return None
         try:
@@ -367,9 +369,8 @@ def _read_all(location: Location, children: list[Child]) -> list[Manifest | Mani
     def read(child: Child, _: object) -> None:
         found[child] = _read(location, child)
 
-    in_threads(
-        read, children, threads=min(location.parallel, len(children)), name="gockpt-list", memory=object
-    )
+    threads = min(location.parallel, len(children))
+    in_threads(read, children, threads=threads, name="gockpt-list", memory=object)
     return [found[child] for child in children]
 
 

@@ -277,6 +277,25 @@ class LocationTests:
         assert calls[0] == going
         assert set(os.listdir("/proc/self/fd")) == before
 
+    def test_a_failing_list_leaves_nothing_open(self, publish, monkeypatch):
+        publish(1, 1)
+        self.remove(f"{publish(2, 2)}/gockpt.json")
+        with closing(location_at(self.where)) as location:
+            backend = type(location)
+        real, calls = backend.children, []
+
+        def children(location):
+            calls.append(location)
+            if len(calls) == 2:  # the first is open, and the second looked for again
+                raise PermissionError(13, "Permission denied")
+            return real(location)
+
+        monkeypatch.setattr(backend, "children", children)
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(PermissionError):
+            open_checkpoint(self.where)
+        assert set(os.listdir("/proc/self/fd")) == before
+
     def test_what_was_written_is_what_is_read(self, publish, write, tmp_path):
         publish(1, 1)
         values = write(tmp_path / "again", ARRAYS).values
