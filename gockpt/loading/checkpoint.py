@@ -1,8 +1,8 @@
-"""What one checkpoint holds, and slices of its tensors.
+"""A checkpoint opened for reading: names, metadata, and tensors that are read when indexed.
 
-Promise: opening reads names, shapes and metadata only, and indexing a tensor reads the bytes of the
-smallest box around what is wanted (in whole verified blocks), nothing else. What is returned was
-compared with its checksums, unless the caller did without.
+Promise: opening reads names, shapes and metadata only, and indexing a tensor reads only the bytes of the
+smallest box around the wanted elements (in whole verified blocks). Returned bytes have been compared with
+their checksums, unless the caller turned that off.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = ["Checkpoint", "open"]
 class Checkpoint(Mapping[str, LazyTensor]):
     """A complete checkpoint as a mapping of names to lazy tensors; a context manager that closes it.
 
-    Names are ``model/<fqn>``, ``optimizer/<fqn>/<state>`` and ``extra/<name>/...``; tied weights stand under
+    Names are ``model/<fqn>``, ``optimizer/<fqn>/<state>`` and ``extra/<name>/...``; tied weights appear under
     each of their names. A tensor subclass (such as a quantised weight) is held as its inner tensors, each
     below its name: ``model/<fqn>/<attribute>``.
 
     Attributes:
         metadata: Everything known about it besides the tensors.
-        extra: The plain values of the user's extras, by name; each is read when asked for.
+        extra: The plain values of the user's extras, by name; each is read on access.
     """
 
     def __init__(self, stored: StoredCheckpoint, *, verify: bool = True) -> None:
-        """Take over an open checkpoint; ``verify`` is whether what is read is compared with checksums."""
+        """Take over an open checkpoint; ``verify`` tells whether reads are compared with checksums."""
         self._stored = stored
         self._verify = verify
         self._state = state_of(stored)
@@ -63,7 +63,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
             raise TensorNotFound(not_found(name, list(self._specs), self.metadata.step)) from None
 
     def _arrays_of(self, name: str) -> Iterator[tuple[str, str]]:
-        """Yield what stands behind a name for each array that it holds, and that array's own name."""
+        """Yield for each array of a name the suffix behind the name, and the array's own name."""
         saved = self._state.subclasses.get(name)
         if saved is None:
             yield "", name
@@ -92,7 +92,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.close()
 
     def close(self) -> None:
-        """Close it; its tensors can't be read any more."""
+        """Close it; its tensors can no longer be read."""
         self._stored.close()
 
 
@@ -115,20 +115,20 @@ class _Extras(Mapping[str, Any]):
 
 
 def open(path: Where, step: int | None = None, *, verify: Literal["blocks", "none"] = "blocks") -> Checkpoint:
-    """Open a checkpoint for looking into it; reads names, shapes and metadata, no tensor.
+    """Open a checkpoint for reading; reads names, shapes and metadata, no tensor.
 
     Args:
         path: Where checkpoints are saved, or one checkpoint's own directory.
         step: The wanted step; ``None`` for the newest (published last, whatever its step).
-        verify: ``"blocks"`` reads whole blocks of 1 MiB around what is wanted and compares each with its
+        verify: ``"blocks"`` reads whole blocks of 1 MiB around the wanted bytes and compares each with its
             checksum. ``"none"`` reads just the wanted bytes, from disk at most a page more at either end:
-            cheaper for small slices, but bytes that the disk or the network got wrong go unnoticed.
+            cheaper for small slices, but damage by the disk or the network goes unnoticed.
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
         ManifestCorrupt: If its manifest or state document is damaged.
-        UsageError: If ``verify`` is something else.
+        UsageError: If ``verify`` has another value.
     """
     if verify not in ("blocks", "none"):
         msg = f'verify={verify!r}: expected "blocks" or "none"'

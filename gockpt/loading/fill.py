@@ -1,4 +1,4 @@
-"""Bytes of stored arrays on their way into live memory."""
+"""Reading of stored arrays into live memory and into new tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Filler:
     """Reads the arrays of one checkpoint, into live memory or into new tensors.
 
     Attributes:
-        overwritten: What live memory was overwritten, or begun to be, in order.
+        overwritten: Live memory that was overwritten, or begun to be, in order.
     """
 
     def __init__(self, stored: StoredCheckpoint) -> None:
@@ -64,14 +64,14 @@ class Filler:
         return reordered(values, strides, device)
 
     def apart(self) -> Filler:
-        """Return one that makes tensors of its own: none shares memory with what this one fills."""
+        """Return another filler whose tensors share no memory with those of this one."""
         return Filler(self._stored)
 
     def stage(self, fills: Iterable[Fill]) -> None:
-        """Read what goes into memory that overlaps itself (``expand``), and make sure that it can.
+        """Read the arrays for memory that overlaps itself (``expand``), and check that they fit into it.
 
         Raises:
-            StateMismatch: If elements that share memory here have different values there.
+            StateMismatch: If elements that share live memory have different saved values.
         """
         for fill in fills:
             if not may_alias_itself(fill.target):
@@ -79,23 +79,23 @@ class Filler:
             values = read_whole(self._stored, fill.source)
             collapsed = _collapsed(values, fill.target.stride())
             if collapsed is None:
-                what = f"{fill.name}: its elements share memory here, and differ in the checkpoint"
+                what = f"{fill.name}: its elements share memory, but differ in the checkpoint"
                 msg = f"{what}; nothing was changed. Give it memory of its own (.clone()) before loading"
                 raise StateMismatch(msg, mismatched=(what,))
             self._staged[fill.name] = collapsed
 
     def fill_many(self, parts: Iterable[Fill | Create]) -> None:
-        """Read all that goes straight into CPU memory at once, by several threads.
+        """Read all arrays that go straight into CPU memory, in several threads.
 
-        :meth:`fill` and :meth:`create` of the same parts then find it done, and do the rest. Memory that
-        several parts share gets its values in the order of the parts, as without this.
+        :meth:`fill` and :meth:`create` of the same parts then only do the remaining work. Memory that
+        several parts share gets its values in the order of the parts, as without this call.
         """
         fills: list[tuple[Fill, int]] = []
         for part in parts:
             if isinstance(part, Fill):
                 fill = part
             elif part.source in self._targets:
-                continue  # it may become a view of that one
+                continue  # it may become a view of the other one
             else:
                 self._new[id(part)] = new = self._empty(part)
                 fill = Fill(part.source, new, part.name)
@@ -117,7 +117,7 @@ class Filler:
         self._filled.update(part for _, part in straight)
 
     def fill(self, fill: Fill) -> None:
-        """Overwrite live memory; directly where its bytes stand in the file's order."""
+        """Overwrite live memory; directly if its bytes have the file's order."""
         target = fill.target
         self._targets.setdefault(fill.source, target)
         if not target.numel() or id(fill) in self._filled:
@@ -140,7 +140,7 @@ class Filler:
         copy_into(assign.target, assign.value)
 
     def create(self, create: Create) -> torch.Tensor:
-        """Return a new tensor with an array's values; a view of what shared its memory when saved."""
+        """Return a new tensor with an array's values; a view of the one whose memory it shared when saved."""
         new = self._new.pop(id(create), None)
         if new is not None and id(create) in self._filled:
             return new
@@ -160,7 +160,7 @@ class Filler:
         if create.strides is not None:
             return allocate(spec.shape, create.strides, dtype=dtype, device=create.device)
         if spec.shape == tuple(create.like.shape) and not is_subclass(create.like):
-            # The parameter's memory order: where fused kernels' tails fall depends on it.
+            # The parameter's memory order: it decides which elements are the tail of a fused kernel.
             return torch.empty_like(create.like, dtype=dtype, device=create.device, requires_grad=False)
         return torch.empty(spec.shape, dtype=dtype, device=create.device)
 
@@ -168,32 +168,32 @@ class Filler:
         """Note that a tensor's bytes were written behind autograd's back, or begun to be."""
         self.overwritten.append(fill.name)
         if not fill.target.is_inference():
-            # Whoever saved this tensor for backward must notice.
+            # Autograd must notice if it saved this tensor for backward.
             torch.autograd.graph.increment_version(fill.target)
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy values of the same dtype into live memory, whatever autograd thinks of it."""
+    """Copy values of the same dtype into live memory, also into leaves that require gradients."""
     with torch.inference_mode(mode=target.is_inference()), torch.no_grad():
         target.copy_(source)
 
 
 class Kept:
-    """Copies of live tensors on the CPU, to put back what a load overwrote."""
+    """Copies of live tensors on the CPU, to undo what a load overwrote."""
 
     def __init__(self, targets: Iterable[torch.Tensor]) -> None:
         """Copy the tensors' values."""
         self._copies = [(target, target.detach().to("cpu", copy=True)) for target in targets]
 
     def put_back(self) -> None:
-        """Give each tensor the values that it had."""
+        """Restore each tensor's former values."""
         for target, values in self._copies:
             collapsed = _collapsed(values, target.stride())
             _copy_collapsed(target, values if collapsed is None else collapsed)
 
 
 def reordered(values: torch.Tensor, strides: Strides, device: torch.device) -> torch.Tensor:
-    """Return the values in new memory with these strides; gapless if they can't have them."""
+    """Return the values in new memory with these strides; contiguous if they can't have them."""
     target = allocate(values.shape, strides, dtype=values.dtype, device=device)
     collapsed = _collapsed(values, target.stride())
     if collapsed is None:
@@ -203,7 +203,7 @@ def reordered(values: torch.Tensor, strides: Strides, device: torch.device) -> t
 
 
 def _collapsed(values: torch.Tensor, strides: Strides) -> torch.Tensor | None:
-    """Keep one element of those that would share memory (stride 0); ``None`` if their values differ."""
+    """Return one of each group of elements that would share memory (stride 0); ``None`` if values differ."""
     kept = values
     for dim, stride in enumerate(strides):
         if stride == 0 and values.shape[dim] > 1:
@@ -223,14 +223,14 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _goes_straight(target: torch.Tensor) -> bool:
-    """Whether an array's bytes stand in a tensor's memory as they do in the file."""
+    """Whether a tensor's memory has the byte order of an array's file."""
     return target.device.type == "cpu" and target.is_contiguous()
 
 
 def _overlapping(targets: list[torch.Tensor]) -> set[int]:
-    """Return the indices of all that share memory with others, but for the first of those that do.
+    """Return the indices of the targets that share memory with an earlier one.
 
-    Whoever shares memory only by way of a third one counts as sharing it.
+    Targets that share memory only through a third one count as sharing it.
     """
     stretches = []
     for index, target in enumerate(targets):

@@ -1,7 +1,7 @@
-"""Whether a checkpoint fits live objects, and what goes where.
+"""Comparison of a checkpoint with live objects: the plan of a load.
 
-Promise: :func:`fit` reads no tensor and changes nothing. It finds everything that is missing, left over
-or different, so that a load either starts knowing that all of it fits, or does not start.
+Promise: :func:`fit` reads no tensor and changes nothing. It finds everything that is missing, left over or
+different, so that a load starts only if all of it fits.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def fit(
     model: list[ModelFit],
     with_optimizer: bool,
 ) -> LoadPlan:
-    """Return what goes where.
+    """Return the plan of a load.
 
     Args:
         live: The objects to load into.
         saved: The state document.
         arrays: Every stored array by public name.
-        model: How each part of the model fits; none if it is not to be loaded.
-        with_optimizer: Whether optimizers are; if not, theirs are not.
+        model: The fit of each part of the model; empty if the model is not loaded.
+        with_optimizer: Whether optimizers are loaded.
 
     Raises:
-        ManifestCorrupt: If the document refers to an array that isn't there.
+        ManifestCorrupt: If the document refers to an array that the checkpoint lacks.
     """
     fitter = _Fitter(live, saved, arrays, model)
     for part in model:
@@ -68,7 +68,7 @@ class _Fitter:
         self.plan = LoadPlan(model)
         self.fitted: set[str] = set()
         self.unfit: set[int | str] = set()
-        # From which array the memory of inner tensors in optimizer state is filled.
+        # The array that fills the memory of each inner tensor in optimizer state.
         self.inner_sources: dict[int, str] = {}
 
     def resolve(self, public: str) -> str:
@@ -115,7 +115,7 @@ class _Fitter:
         known = {fqn for group in saved.groups for fqn in group.params}
 
         def saved_name(fqn: str) -> str | None:
-            """Return the name under which the checkpoint knows a parameter: tied ones have several."""
+            """Return a parameter's name in the checkpoint; a tied one may be saved under any of its names."""
             if fqn in known:
                 return fqn
             others = (alias for alias, target in self.live.aliases.items() if target == f"model/{fqn}")
@@ -131,7 +131,7 @@ class _Fitter:
         if form is not None and len(order) == len(groups) and order != sorted(order):
             form = reordered_groups(form, order)
             if form is None:
-                self.plan.mismatched.append(f"param groups of optimizer {index}: they have another order")
+                self.plan.mismatched.append(f"param groups of optimizer {index}: they are in another order")
                 return
         strides, subclasses = self.saved.strides or {}, self.saved.subclasses
         plan = OptimizerPlan(index, saved, groups, [], strides, subclasses, form, beyond)
@@ -142,13 +142,13 @@ class _Fitter:
                 if name is not None and self.holds(param, name, saved):
                     plan.params.append(ParamPlan(param, self.state(param, name, saved, options)))
         if form is not None and len(plan.params) < sum(len(group.params) for group in live.groups):
-            return  # it takes all or nothing, and what doesn't fit was noted
+            return  # its own code loads all or nothing, and differences were noted
         self.plan.optimizers.append(plan)
 
     def groups(
         self, index: int, live: OptimizerEntry, saved: SavedOptimizer, names: Mapping[str, str | None]
     ) -> list[int | None]:
-        """Match groups by the names of their parameters; note what can't be matched."""
+        """Match groups by the names of their parameters; note groups that match none."""
         left = dict(enumerate(group.params for group in saved.groups))
         matched: list[int | None] = []
         for group in live.groups:
@@ -167,7 +167,7 @@ class _Fitter:
         return matched
 
     def holds(self, param: ParamEntry, name: str, saved: SavedOptimizer) -> bool:
-        """Whether the checkpoint holds this very parameter, so that its state is of use."""
+        """Whether the checkpoint holds this very parameter, so that its saved state applies to it."""
         public = "/".join(param.name)
         if param.name[0] == "model":
             return id(param.param) not in self.unfit and public not in self.unfit
@@ -224,17 +224,17 @@ class _Fitter:
         return planned
 
     def in_order(self, fill: Fill) -> bool:
-        """Whether an inner tensor lies in memory as the saved one did."""
+        """Whether an inner tensor has the memory order of the saved one."""
         strides = strides_saved(self.saved.strides or {}, fill.source, self.arrays[fill.source])
         return has_strides(fill.target, strides)
 
     def shared(self, fills: list[Fill]) -> bool:
-        """Whether memory that these fill is filled from other arrays as well."""
+        """Whether the memory of these fills is also filled from other arrays."""
         places = [(fill.target.data_ptr(), fill.source) for fill in fills if fill.target.numel()]
         return any(self.inner_sources.setdefault(place, source) != source for place, source in places)
 
     def subclass_state(self, key: Json, document: Json, source: str, param: ParamEntry) -> FillInner | Value:
-        """Plan to fill a live state that is a subclass, or to make it if it isn't there as it was saved."""
+        """Plan to fill a live state that is a subclass, or to make a new one if it differs from the saved."""
         saved = self.saved.subclasses[source]
         label = f"optimizer/{param.owner}/{key}"
         tensor = param.state.get(key) if isinstance(key, str) else None
@@ -246,7 +246,7 @@ class _Fitter:
 
 
 def _device(key: Json, spec: ArraySpec, param: torch.Tensor, options: Mapping[Any, Json]) -> torch.device:
-    """Return where torch's optimizers keep a state: step counters on the CPU unless a kernel reads them."""
+    """Return the device of a state in torch's optimizers: the CPU for step counters that no kernel reads."""
     if key == "step" and not spec.shape and not (options.get("capturable") or options.get("fused")):
         return torch.device("cpu")
     return param.device

@@ -1,4 +1,4 @@
-"""Whether a model's saved tensors fit live ones, and which array goes into which of them."""
+"""Comparison of a model's saved tensors with its live ones, and the array that fills each of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Fill:
     Attributes:
         source: Public name of the stored array.
         target: A live tensor of its shape and dtype.
-        name: What it is called here, for messages.
+        name: Its live name, for messages.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Assign:
     Attributes:
         value: The tensor.
         target: A live tensor of its shape.
-        name: What it is called here, for messages.
+        name: Its live name, for messages.
     """
 
     value: torch.Tensor
@@ -63,17 +63,17 @@ class Assign:
 
 @dataclass(slots=True)
 class ModelFit:
-    """How a model, or one of several, fits.
+    """Result of comparing a model, or one of several, with a checkpoint.
 
     Attributes:
-        fills: Live tensors and what they are filled from.
+        fills: Live tensors and the arrays that fill them.
         assigns: The same for values that modules' own hooks made.
         missing: Live names that the checkpoint lacks.
-        unexpected: Names in the checkpoint that nothing live takes.
-        mismatched: What both have, but differently.
+        unexpected: Names in the checkpoint that have no live counterpart.
+        mismatched: Names that both have, with differences.
         unfit: Live tensors that get no saved value, by ``id`` or public name.
-        taken: How many saved entries something takes, or may take.
-        refused: What modules' own code refused in words of its own; no load goes on after that.
+        taken: Number of saved entries that are loaded, or may be.
+        refused: Errors raised by modules' own code; a load stops at them.
     """
 
     fills: list[Fill] = field(default_factory=list)
@@ -87,7 +87,7 @@ class ModelFit:
 
 
 def differing(spec: ArraySpec, target: torch.Tensor) -> str | None:
-    """Say how a saved array differs from a live tensor; ``None`` if it can be read into it."""
+    """Return how a saved array differs from a live tensor; ``None`` if it can be read into it."""
     same_shape = spec.shape == tuple(target.shape) or (spec.shape == (1,) and target.dim() == 0)
     if same_shape and spec.dtype == NAME_OF.get(target.dtype):
         return None
@@ -102,13 +102,13 @@ def fills_for(
     name: str,
     arrays: Mapping[str, ArraySpec],
 ) -> list[Fill] | str:
-    """Return what fills a live tensor, or how it differs from what was saved.
+    """Return the fills of a live tensor, or how it differs from the saved one.
 
     Args:
-        source: Public name of what was saved.
+        source: Public name of the saved tensor.
         saved: An array, or a tensor subclass.
         target: The live tensor.
-        name: What it is called, for messages.
+        name: Its name, for messages.
         arrays: Every stored array by public name.
     """
     if isinstance(saved, SavedSubclass):
@@ -121,7 +121,7 @@ def fills_for(
 
 
 def shaped(target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a live tensor, as a view with one dimension if that is how its only element was saved."""
+    """Return a live tensor, as a view of shape ``(1,)`` if its only element was saved so."""
     return target.detach().view(1) if target.dim() == 0 and shape == (1,) else target
 
 
@@ -136,7 +136,7 @@ def saved_names(saved: SavedState, arrays: Mapping[str, ArraySpec]) -> list[str]
 
 
 def fit_mapping(live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySpec]) -> ModelFit:
-    """Return how a model given as a ``{name: tensor}`` mapping fits: every name by itself."""
+    """Return the fit of a model given as a ``{name: tensor}`` mapping, each name by itself."""
     found = ModelFit()
     names = saved_names(saved, arrays)
     there = set(names)
@@ -157,7 +157,7 @@ def fit_mapping(live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySp
         found.missing += [one for one in every if one not in sources]
         several = set(sources.values())
         if len(several) > 1:
-            found.mismatched.append(f"{' and '.join(every)}: one tensor here, saved as separate ones")
+            found.mismatched.append(f"{' and '.join(every)}: one live tensor, saved as separate ones")
         elif several:
             source = several.pop()
             fills = fills_for(source, found_there[source], tensor, public, arrays)

@@ -1,4 +1,4 @@
-"""Saved tensor subclasses and live ones: whether they fit, what goes where, and how new ones are made."""
+"""Saved tensor subclasses: comparison with live ones, and construction of new ones."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["inner_names", "inner_targets", "make_subclass"]
 def inner_targets(
     saved: SavedSubclass, target: torch.Tensor, arrays: Mapping[str, ArraySpec], name: str
 ) -> list[tuple[str, torch.Tensor, str]] | str:
-    """Return which array goes into which inner tensor of a live subclass, or how the two differ.
+    """Return the array of each inner tensor of a live subclass, or how the two differ.
 
     Args:
         saved: The saved subclass.
         target: The live one.
         arrays: Every stored array by public name.
-        name: What it is called, for messages.
+        name: Its name, for messages.
 
     Returns:
-        Public name, live inner tensor, and what that is called; or a text that says what differs.
+        Public name, live inner tensor, and its name, of each; or a text that names the difference.
     """
     if not is_subclass(target):
         return f"saved a {saved.kind}, live an ordinary tensor: convert the model as it was before loading"
@@ -85,12 +85,12 @@ def make_subclass(saved: SavedSubclass, read: Read, device: torch.device, name: 
     Args:
         saved: The saved subclass.
         read: Returns an array as a new tensor on the device.
-        device: Where it goes; stands for every device in the context.
-        name: What it is called, for messages.
+        device: Its device; replaces every device in the context.
+        name: Its name, for messages.
 
     Raises:
-        StateMismatch: If the class does not exist here, or makes something else of its inner tensors.
-        ManifestCorrupt: If its context is in no known form.
+        StateMismatch: If the class does not exist here, or makes a different tensor from its inner tensors.
+        ManifestCorrupt: If the form of its context is unknown.
     """
     inner = {
         attribute: make_subclass(part, read, device, f"{name}/{attribute}")
@@ -109,11 +109,11 @@ def make_subclass(saved: SavedSubclass, read: Read, device: torch.device, name: 
             where=name,
         )
     except (TypeError, ValueError) as error:
-        msg = f"the saved context of {name} is in no known form: {error}"
+        msg = f"the saved context of {name} has an unknown form: {error}"
         raise ManifestCorrupt(msg) from error
     found = flatten(made, name)
     if str(made.dtype) != f"torch.{saved.dtype}" or not _same(saved, found):
-        msg = f"{name}: this version of {saved.kind} makes something else of what was saved"
+        msg = f"{name}: this version of {saved.kind} makes a different tensor from the saved parts"
         raise StateMismatch(msg, mismatched=(name,))
     return made
 
@@ -126,7 +126,7 @@ def _same(saved: SavedSubclass, flat: Flattened) -> bool:
 
 
 def inner_names(subclasses: Mapping[str, SavedSubclass]) -> Iterator[str]:
-    """Yield for every inner tensor of every subclass the public name that it would have by itself."""
+    """Yield the public name of every inner tensor of every subclass."""
     for name, saved in subclasses.items():
         for inner, _ in saved.arrays():
             yield f"{name}/{'/'.join(inner)}"

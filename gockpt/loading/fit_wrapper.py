@@ -1,4 +1,4 @@
-"""Match saved wrappers around optimizers to live ones."""
+"""Matching of saved wrappers around optimizers to live ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["fit_wrappers"]
 
 
 def fit_wrappers(live: LiveState, saved: SavedState, plan: LoadPlan) -> None:
-    """Match wrappers by their class, in order, and add to a plan what each is given, or how it differs.
+    """Match wrappers by their class, in order, and add each one's form or difference to a plan.
 
-    A wrapper that adds nothing to the state of the optimizers in it may be absent on either side. Call it
-    when the optimizers have been matched.
+    A wrapper that adds nothing to the state of the optimizers in it may be absent on either side. Call this
+    after the optimizers have been matched.
     """
     groups = {one.index: one.groups for one in plan.optimizers}
     left = list(saved.wrappers or ())
@@ -32,14 +32,14 @@ def fit_wrappers(live: LiveState, saved: SavedState, plan: LoadPlan) -> None:
             left.remove(found)
             orders = [groups.get(index, [None]) for index in entry.inside]
             if any(order != [*range(len(order))] for order in orders):
-                # Its form may hold theirs, which it alone could take apart.
+                # Its form may hold theirs, and only it could separate them.
                 plan.mismatched.append(
                     f"optimizer wrapper {kind}: the optimizers in it do not fit as they are"
                 )
             else:
                 plan.wrappers.append(WrapperPlan(entry, found.form))
         elif saved.wrappers is None:
-            plan.untold.append(f"what {entry.kind} keeps itself: the checkpoint is of a version without it")
+            plan.untold.append(f"state of {entry.kind}: the checkpoint is of a version that did not save it")
         elif adds_to_live(entry, live):
             plan.missing.append(f"optimizer wrapper {kind}")
     plan.unexpected += [f"optimizer wrapper {_class(one.kind)}" for one in left if one.adds]

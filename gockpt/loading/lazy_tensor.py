@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint that are read when indexed, and only as far as wanted.
+"""Tensors of a checkpoint that are read when indexed, and only the indexed part.
 
-:func:`select` is pure: from an index to the smallest box around what it selects, and what is left to
-do within that box.
+:func:`select` is pure: it maps an index to the smallest box around the selected elements, and the index that
+remains within that box.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["LazyTensor", "not_found", "read_whole", "select"]
 
 MAX_COMPARED = 5000
-"""How many names are compared with a misspelt one."""
+"""Number of names that are compared with a misspelt one."""
 
 
 class LazyTensor:
-    """One tensor of a checkpoint: its shape and dtype now, its values when indexed.
+    """One tensor of a checkpoint: shape and dtype are known, values are read when indexed.
 
     Index it like a tensor with integers, slices, ``...`` and ``None``; ``[...]`` reads all of it. The result
     is an ordinary CPU tensor of its own.
@@ -83,7 +83,7 @@ class LazyTensor:
         if box.numel:
             self._stored.read_into(self._spec.public_name, box, as_bytes(result), verify=self._verify)
         sparse = any(isinstance(part, slice) and part.step not in (None, 1) for part in rest)
-        # A strided result must not hold the memory of what lies between.
+        # A strided result must not keep the elements in between alive.
         return result[rest].clone() if sparse else result[rest]
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray[Any, Any]:  # noqa: FBT001 - NumPy's protocol
@@ -95,12 +95,12 @@ class LazyTensor:
 
 
 def select(shape: tuple[int, ...], index: Any) -> tuple[Box, tuple[Any, ...]]:
-    """Return the smallest box that holds what an index selects, and the index that is left within it.
+    """Return the smallest box around the elements that an index selects, and the index within that box.
 
     Raises:
         IndexError: If an integer is out of range, or there are more indices than dimensions.
-        ValueError: If a slice goes backwards.
-        TypeError: If it holds anything but integers, slices, ``...`` and ``None``.
+        ValueError: If a slice has a negative step.
+        TypeError: If the index holds anything but integers, slices, ``...`` and ``None``.
     """
     parts = list(index) if isinstance(index, tuple) else [index]
     dots = [at for at, part in enumerate(parts) if part is Ellipsis]
@@ -153,7 +153,7 @@ def read_whole(stored: StoredCheckpoint, name: str) -> torch.Tensor:
 
     Raises:
         ManifestCorrupt: If there is no array of that name.
-        ChunkCorrupt: If its bytes are not what was written.
+        ChunkCorrupt: If its bytes differ from those written.
     """
     if name not in stored.arrays:
         msg = f"the state document refers to an array {name!r} that the checkpoint does not hold"
@@ -166,10 +166,10 @@ def read_whole(stored: StoredCheckpoint, name: str) -> torch.Tensor:
 
 
 def not_found(name: Any, names: list[str], step: int) -> str:
-    """Return the message for a name that is not in a checkpoint, with those that are like it."""
+    """Return the message for a name that is not in a checkpoint, with similar names."""
     msg = f"no tensor {name!r} in the checkpoint of step {step}"
     if not isinstance(name, str):
-        return f"{msg}; names are text such as {names[0]!r}" if names else msg
+        return f"{msg}; names are strings such as {names[0]!r}" if names else msg
     near = [full for full in (f"model/{name}", f"optimizer/{name}") if full in names]
     near = near or difflib.get_close_matches(name, names[:MAX_COMPARED], n=3)
     if near:

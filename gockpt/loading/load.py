@@ -1,9 +1,9 @@
 """Loading a checkpoint into live objects, in place.
 
-Promise: after :func:`load` the objects hold bit for bit what was saved, or it raised. Names, shapes,
-dtypes and groups are compared, and everything but the tensors' bytes is read and decoded, before
-anything is changed. Bytes go straight into the live memory and are verified as they come: should one
-block be damaged, the error says what had been overwritten by then.
+Promise: unless :func:`load` raises, the objects then hold the saved state bit for bit. Names, shapes, dtypes
+and groups are compared, and everything but the tensors' bytes is read and decoded, before anything is
+changed. Bytes go straight into the live memory and are verified on the way: if a block is damaged, the error
+names the tensors that had been overwritten by then.
 """
 
 from __future__ import annotations
@@ -57,28 +57,29 @@ if TYPE_CHECKING:
 __all__ = ["Restored", "load"]
 
 TRIES = 3
-"""How often the newest checkpoint may be pruned between its opening and the end of the load."""
+"""Number of tries if the newest checkpoint is pruned between its opening and the end of the load."""
 
 _log = logging.getLogger("gockpt")
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a load brought back.
+    """Result of a load.
 
     Attributes:
         step: The user's step that was saved.
         optimizer_steps: Optimizer updates that the saved run had seen.
         extra: The plain value of every saved extra, by name.
         missing: Live names that the checkpoint lacks; left as they were. Empty with ``strict=True``.
-        unexpected: Names in the checkpoint that nothing live takes. Empty with ``strict=True``.
-        mismatched: What differs in shape, dtype or grouping; left as it was. Empty with ``strict=True``.
+        unexpected: Names in the checkpoint that have no live counterpart. Empty with ``strict=True``.
+        mismatched: Names that differ in shape, dtype or grouping; left as they were. Empty with
+            ``strict=True``.
         options_new: Options of param groups that were set though the live group did not have them.
         options_kept: Options of live param groups that the checkpoint lacks; left as they were.
         rng_absent: Saved random generators that this machine does not have, such as ``"cuda:3"``.
         metadata: Everything else that is known about the checkpoint.
-        passed_over: With ``on_damage="previous"`` or ``finite``: checkpoints that were not loaded since they
-            are damaged or not finite, each with ``step``, ``path`` and ``why``.
+        passed_over: With ``on_damage="previous"`` or ``finite``: checkpoints that were not loaded because
+            they are damaged or not finite, each with ``step``, ``path`` and ``why``.
     """
 
     step: int
@@ -113,29 +114,29 @@ def load(
         model: A module, a list of modules, or a ``{name: tensor}`` mapping; their memory is overwritten.
         optimizer: One optimizer or several; ``None`` loads the model alone.
         step: The wanted step; ``None`` for the newest (published last, whatever its step).
-        strict: Whether everything has to fit. With ``False``, what fits by name, shape and dtype is
-            loaded, all else is left as it is and reported. Nothing is ever cast or reshaped.
+        strict: Whether everything has to fit. With ``False``, entries that fit by name, shape and dtype are
+            loaded, all others are left as they are and reported. Nothing is ever cast or reshaped.
         extra: Objects by name to restore with their ``load_state_dict``, or functions to call with
             the saved value.
         rng: Whether to set the random generators, which is done last; ``None`` does so if an optimizer is
             restored.
-        on_damage: ``"raise"``, or ``"previous"``: read all of the newest first, compare it with what was
-            written, and take the one before if it is damaged, and so on; ``passed_over`` and a WARNING say
-            so. Takes a second reading, and no ``step``.
-        finite: Whether to take only a checkpoint of which parameters and optimizer state have no NaN or Inf:
-            the newest, passing over others (``passed_over`` and a WARNING say so), or the one of ``step``. In
-            one that does not say (of an earlier version), they are read and counted.
+        on_damage: ``"raise"``, or ``"previous"``: read all of the newest checkpoint first, verify its
+            checksums, and take the one before if it is damaged, and so on; ``passed_over`` and a WARNING
+            name the damaged ones. Reads everything twice, and can't be combined with ``step``.
+        finite: Whether to accept only a checkpoint whose parameters and optimizer state have no NaN or Inf:
+            the newest one (``passed_over`` and a WARNING name the newer ones), or that of ``step``. If a
+            checkpoint of an earlier version lacks the counts, they are read and counted.
 
     Returns:
-        The step, the plain values of all extras, and what did not fit.
+        The step, the plain values of all extras, and the names that did not fit.
 
     Raises:
         StateMismatch: If something doesn't fit; nothing was changed.
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
         NonFiniteCheckpoint: With ``finite``, if none is, or that of ``step`` isn't; nothing was changed.
-        CheckpointCorrupt: If the checkpoint is damaged; a note says what had been overwritten.
-        UsageError: If an argument is of no usable kind.
+        CheckpointCorrupt: If the checkpoint is damaged; a note names the overwritten tensors.
+        UsageError: If an argument has an unsupported type or value.
     """
     wanted = checked_step(step)
     if on_damage not in ("raise", "previous") or (on_damage == "previous" and step is not None):
@@ -149,7 +150,7 @@ def load(
         return _Load(path, stored, model, optimizer, strict=strict, extra=extra, rng=rng).run()
 
     grad = torch.is_grad_enabled()
-    # Tensors made here have to serve for training, wherever the call stands.
+    # Tensors made here must be usable in training, also if the call is made in inference mode.
     with torch.inference_mode(mode=False), torch.set_grad_enabled(grad):
         return _load_from(path, wanted, restore, previous=on_damage == "previous", finite=finite)
 
@@ -162,7 +163,7 @@ def _load_from(
     previous: bool,
     finite: bool,
 ) -> Restored:
-    """Open the wanted checkpoint and restore it; another one if it is pruned before anything was changed."""
+    """Open the wanted checkpoint and restore it; try another if it is pruned before anything was changed."""
     for attempt in range(1, TRIES + 1):
         try:
             if previous or (finite and step is None):
@@ -183,7 +184,7 @@ def _load_from(
                 _log.warning("loaded step %d; passed over: %s", restored.step, some(_steps_of(passed_over)))
             return dataclasses.replace(restored, passed_over=passed_over)
         except CheckpointPruned as error:
-            # Its note says that something was overwritten: another checkpoint might not cover all of that.
+            # Its note says that tensors were overwritten: another checkpoint might not hold all of them.
             if step is not None or attempt == TRIES or getattr(error, "__notes__", None):
                 raise
         except CheckpointCorrupt as error:
@@ -194,12 +195,12 @@ def _load_from(
 
 
 def _home(path: str) -> str:
-    """Return where a checkpoint was published: the directory or URL above its own."""
+    """Return the directory or URL that a checkpoint was published in: the parent of its own."""
     return path.rpartition("/")[0] if "://" in path else str(Path(os.path.realpath(path)).parent)
 
 
 class _Load:
-    """One load under way."""
+    """State of one load."""
 
     def __init__(
         self,
@@ -230,7 +231,7 @@ class _Load:
         arrays = {name: array.spec for name, array in self.stored.arrays.items()}
         self.modules = module_restores(self.model, saved, arrays, self.filler.read, self.filler.bytes_of)
 
-        # First all that can be found out without running code of the objects' own: nothing is changed.
+        # First every check that runs no code of the objects' own: nothing is changed.
         parts = [module.check() for module in self.modules]
         if isinstance(self.model, Mapping):
             parts.append(fit_mapping(live, saved, arrays))
@@ -272,16 +273,16 @@ class _Load:
         remember(self.model, origin)
         left = not_asked_for(saved, list(self.wanted_extras), with_optimizer=self.optimizer is not None)
         if left is not None:
-            _log.warning("loaded step %d; not restored, as it was not asked for: %s", self.stored.step, left)
+            _log.warning("loaded step %d; not restored, because not requested: %s", self.stored.step, left)
         return self.report(saved, plan, extras, absent)
 
     def refuse(self, plan: LoadPlan, *, finished: bool = False) -> None:
-        """Raise if what is known so far does not fit.
+        """Raise if a plan has entries that do not fit.
 
         Args:
-            plan: What does not.
-            finished: Whether the modules' hooks after loading have run; until then they may still change
-                what counts as missing or unexpected.
+            plan: The plan so far.
+            finished: Whether the modules' post-hooks have run; until then they may still change the
+                missing and unexpected names.
         """
         found = plan.whole()
         changed = bool(self.changed)
@@ -304,15 +305,15 @@ class _Load:
         return extras, states
 
     def run_extras(self, extras: dict[str, Any]) -> None:
-        """Give each extra that was asked for its value."""
+        """Give each requested extra its value."""
         for name, target in self.wanted_extras.items():
             if name in extras:
                 self.changed.extras.append(name)
-                # A copy, so that .extra stays as saved whatever the object does with its own.
+                # A copy, so that .extra stays as saved even if the object changes its value.
                 _hand_over(target, copy.deepcopy(extras[name]))
 
     def run_modules(self, plan: LoadPlan) -> None:
-        """Run the modules' own loading code, and plan anew what it left to be filled."""
+        """Run the modules' own loading code, and replace the plan's fills by those that it left."""
         if not any(module.runs_code for module in self.modules):
             return
         plan.model = [
@@ -323,10 +324,10 @@ class _Load:
         self.filler.stage(plan.whole().fills)
 
     def fill_model(self, plan: LoadPlan, others: list[Fill | Create]) -> None:
-        """Overwrite the live tensors, then run the modules' hooks after loading.
+        """Overwrite the live tensors, then run the modules' post-hooks.
 
         Args:
-            plan: What goes where.
+            plan: The load's plan.
             others: States of optimizers: read by the same call, or after hooks that may still refuse.
         """
         found = plan.whole()
@@ -343,15 +344,15 @@ class _Load:
             self.filler.fill_many(others)
 
     def fill_and_feed(self, plan: LoadPlan, others: list[Fill | Create], feeding: Feeding) -> None:
-        """Overwrite the live tensors, and have optimizers load by code of their own.
+        """Overwrite the live tensors, and run optimizers' own loading code.
 
-        That code finds the model loaded, as after ``model.load_state_dict``. If it refuses, the model's
+        That code sees the loaded model, as after ``model.load_state_dict``. If it raises, the model's
         tensors get their former values back.
 
         Args:
-            plan: What goes where.
+            plan: The load's plan.
             others: States of optimizers without such code.
-            feeding: What those that have some are given.
+            feeding: Forms for the optimizers with such code.
         """
         if not feeding:
             self.fill_model(plan, others)

@@ -1,4 +1,4 @@
-"""Values that a load's plan is made of: what goes where, and what does not fit.
+"""Values of a load's plan: the source of each live tensor, and the names that do not fit.
 
 Made by :func:`gockpt.loading.fit.fit` and :func:`gockpt.loading.fit_wrapper.fit_wrappers`.
 """
@@ -30,8 +30,8 @@ class Create:
     Attributes:
         source: Public name of the stored array.
         like: The parameter whose memory order it takes, if it has the same shape.
-        device: Where it goes.
-        name: What it is called here, for messages.
+        device: Its device.
+        name: Its live name, for messages.
         strides: Its own memory order; ``None`` for that of ``like``.
     """
 
@@ -63,8 +63,8 @@ class ParamPlan:
 
     Attributes:
         entry: The parameter.
-        state: Encoded key and what stands there, in order; a :class:`Value` alone where the state is no
-            mapping; ``None`` for no state at all.
+        state: Encoded keys and their parts, in order; a single :class:`Value` if the state isn't a
+            mapping; ``None`` for no state.
     """
 
     entry: ParamEntry
@@ -73,17 +73,17 @@ class ParamPlan:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerPlan:
-    """State that one optimizer takes over.
+    """State that one optimizer will have.
 
     Attributes:
         index: Its index among the live ones.
         saved: Its saved form.
-        groups: Which saved group each live group takes its options from; ``None`` for none.
+        groups: For each live group the saved group of its options; ``None`` for none.
         params: The state of each parameter that fits.
         strides: Of arrays that are not row-major, by public name.
         subclasses: Every saved tensor subclass by public name.
-        form: What its own ``load_state_dict`` is given; ``None`` to fill its state in place.
-        beyond: Keys of the saved form that nothing live takes.
+        form: The argument of its own ``load_state_dict``; ``None`` to fill its state in place.
+        beyond: Keys of the saved form that are not loaded.
     """
 
     index: int
@@ -102,7 +102,7 @@ class WrapperPlan:
 
     Attributes:
         entry: The live wrapper.
-        form: What its own ``load_state_dict`` is given.
+        form: The argument of its own ``load_state_dict``.
     """
 
     entry: WrapperEntry
@@ -111,18 +111,18 @@ class WrapperPlan:
 
 @dataclass(slots=True)
 class LoadPlan:
-    """Plan of a whole load, and what does not fit.
+    """Plan of a whole load, and the names that do not fit.
 
     Attributes:
-        model: How each part of the model fits.
+        model: The fit of each part of the model.
         fills: Parameters outside the model.
-        optimizers: What each optimizer takes over.
-        wrappers: What each wrapper around them does, the outermost of each first.
+        optimizers: The plan of each optimizer.
+        wrappers: The plan of each wrapper around them, the outermost of each first.
         elsewhere: Public names of arrays of optimizers that were not on the CPU.
         missing: Live names outside the model that the checkpoint lacks.
-        unexpected: Names outside the model, in the checkpoint, that nothing live takes.
-        mismatched: What both have outside the model, but differently.
-        untold: What can't be restored, and is no reason to refuse.
+        unexpected: Names in the checkpoint, outside the model, that have no live counterpart.
+        mismatched: Names outside the model that both have, with differences.
+        untold: State that can't be restored, which is no reason to refuse the load.
     """
 
     model: list[ModelFit] = field(default_factory=list)
@@ -136,7 +136,7 @@ class LoadPlan:
     untold: list[str] = field(default_factory=list)
 
     def whole(self) -> ModelFit:
-        """Return the model and all outside it together, as if it were one part."""
+        """Return the model and everything outside it as one fit."""
         rest = ModelFit(self.fills, [], self.missing, self.unexpected, self.mismatched)
         parts = [*self.model, rest]
         return ModelFit(

@@ -1,4 +1,4 @@
-"""What a load says: how a checkpoint does not fit, what had been changed when it failed, what it left."""
+"""Messages of a load: mismatches, changes made before an error, and state that was not restored."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ PREVIOUS = 'pass on_damage="previous" for the newest that verifies'
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first names of a list, and how many more there are."""
+    """Return the first names of a list, and the number of the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 @dataclass(slots=True)
 class Changed:
-    """What a load has changed so far.
+    """Objects that a load has changed so far.
 
     Attributes:
-        extras: Extras that were given their values; the last one may have refused.
+        extras: Extras that were given their values; the last one may have raised.
         modules: Modules whose own loading code ran, or began to.
         tensors: Tensors that were overwritten, or begun to be.
         optimizers: Optimizers that were given their state, or begun to be.
@@ -49,7 +49,7 @@ class Changed:
         return bool(self.extras or self.modules or self.tensors or self.optimizers)
 
     def note(self, path: Where, step: int, in_model: int) -> str:
-        """Return what to add to the error that ended the load."""
+        """Return a note for the error that ended the load."""
         if not self.modules and not self.tensors and not self.optimizers:
             return (
                 "the model and the optimizers are as they were. "
@@ -72,19 +72,19 @@ class Changed:
         older = f"load another step ({some(others)})" if others else "no other step is there to load"
         older += f", or {PREVIOUS}" if others else ""
         return (
-            f"{'; '.join(parts)}: the objects are part old, part loaded. Before training on, {older}, "
-            "or build them anew"
+            f"{'; '.join(parts)}: the objects are part old, part loaded. Before training goes on, {older}, "
+            "or build them again"
         )
 
 
 def mismatch(step: int, found: ModelFit, *, changed: bool, optimizer_alone: bool) -> StateMismatch:
-    """Return the error that says all that does not fit.
+    """Return the error that lists every mismatch.
 
     Args:
         step: The checkpoint's step.
-        found: What is missing, unexpected and mismatched.
-        changed: Whether something was changed before that was known; a note says what.
-        optimizer_alone: Whether an optimizer was to be loaded without its model.
+        found: The missing, unexpected and mismatched names.
+        changed: Whether objects were changed before that was known; a note then lists them.
+        optimizer_alone: Whether an optimizer is loaded without its model.
     """
     parts = []
     if found.missing:
@@ -103,14 +103,14 @@ def mismatch(step: int, found: ModelFit, *, changed: bool, optimizer_alone: bool
 
 
 def nothing_fits(step: int, found: ModelFit, *, changed: bool) -> StateMismatch:
-    """Return the error for a model of which not one entry fits, though it need not be all."""
+    """Return the error for a model without a single entry that fits, with ``strict=False``."""
     so_far = "" if changed else ", and nothing was changed"
     there = some(found.unexpected or found.mismatched) or "nothing"
     here = some(found.missing) or "the same names"
     msg = (
-        f"nothing of the model fits the checkpoint of step {step}, even with strict=False{so_far}. The "
-        f"checkpoint has {there}; the model wants {here}. What now: compare the names: a prefix may be too "
-        "many, or missing"
+        f"no entry of the model fits the checkpoint of step {step}, even with strict=False{so_far}. The "
+        f"checkpoint has {there}; the model expects {here}. What now: compare the names: one side may have "
+        "a prefix that the other lacks"
     )
     return _error(msg, found)
 
@@ -125,12 +125,12 @@ def _error(msg: str, found: ModelFit) -> StateMismatch:
 
 
 def not_asked_for(saved: SavedState, extras: Sequence[str], *, with_optimizer: bool) -> str | None:
-    """Return what a checkpoint has that a load was not asked to restore; ``None`` if there is nothing.
+    """Return the names in a checkpoint that a load was not asked to restore; ``None`` if there are none.
 
     Args:
         saved: The state document.
-        extras: Names of the extras that were asked for.
-        with_optimizer: Whether optimizers were.
+        extras: Names of the requested extras.
+        with_optimizer: Whether optimizers were requested.
     """
     left = [f"extra {name!r}" for name in saved.extra if name not in extras]
     where = "; values of extras are in the result's .extra" if left else ""

@@ -1,9 +1,8 @@
 """A model's part of a load, in the order and with the calls of ``torch.nn.Module.load_state_dict``.
 
-What torch's default would copy is planned as :class:`~gockpt.loading.fit_model.Fill`, to be read straight
-into the live tensors. Code of the modules' own gets the saved state as a :class:`StoredStateDict`, one
-submodule
-at a time. Names are natural ones: what wrappers put in between has no part in any key.
+Tensors that torch's default would copy are planned as :class:`~gockpt.loading.fit_model.Fill`, to be read
+straight into the live tensors. Modules' own code gets the saved state as a :class:`StoredStateDict`, one
+submodule at a time. Names are natural ones, without the components that wrappers add.
 """
 
 from __future__ import annotations
@@ -43,16 +42,16 @@ _OF_TORCH = (
     "While copying the parameter named ",
     "While swapping the parameter named ",
 )
-"""How torch begins what it says of single tensors; with ``strict=False`` those are left out here."""
+"""Beginnings of torch's messages about single tensors; with ``strict=False`` those are ignored."""
 
 EXTRA_STATE = "_extra_state"
-"""The key of ``get_extra_state()``, behind a module's prefix."""
+"""The key of ``get_extra_state()``, after a module's prefix."""
 
 
 def module_restores(
     model: Any, saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read, bytes_of: BytesOf
 ) -> list[ModuleRestore]:
-    """Return the load of each module that a model stands for; none for a mapping.
+    """Return the load of each module of a model; none for a mapping.
 
     Raises:
         ManifestCorrupt: If a saved value is not in a known form.
@@ -64,7 +63,7 @@ def module_restores(
     metadata = saved_metadata(saved, read)
     restores = [ModuleRestore(part, prefix, entries, metadata) for prefix, part in parts]
     if not any(restore.prefix == "" for restore in restores):
-        # With a list of modules, names of none of them are left to the first, as unexpected ones.
+        # With a list of modules, names of no module go to the first one, as unexpected ones.
         known = tuple(restore.prefix for restore in restores)
         restores[0].strays = [key for key in entries if not key.startswith(known)]
     return restores
@@ -74,9 +73,9 @@ class ModuleRestore:
     """The load of one module with all its submodules.
 
     Attributes:
-        module: The module as it was given, wrappers and all.
-        prefix: What its names begin with among those that were saved.
-        strays: Saved names outside its prefix that nothing else takes.
+        module: The module as given, with its wrappers.
+        prefix: The prefix of its saved names.
+        strays: Saved names outside its prefix that belong to no other module.
     """
 
     def __init__(
@@ -100,14 +99,14 @@ class ModuleRestore:
         self._visit = _Visit(self._metadata, run_code=False)
 
     def _placed(self, name: str, value: Any) -> Any:
-        """Return a stored value that is read to where the live tensor of its name is, as torch.load would."""
+        """Return a stored value that is read to the device of the live tensor of its name."""
         device = self._devices.get(name, self._devices[""])
         if not isinstance(value, Stored) or device.type == "cpu":
             return value
         return replace(value, read=lambda: value.read().to(device), bytes_of=None)
 
     def check(self) -> ModelFit:
-        """Compare all that no code of a module's own can change; runs none and changes nothing."""
+        """Compare the part that no module's own code can change; runs no such code and changes nothing."""
         if loads_itself(self.module):
             self._visit.opaque(self.module, self._state, "")
         else:
@@ -121,19 +120,19 @@ class ModuleRestore:
 
     @property
     def asks_after(self) -> bool:
-        """Whether hooks that run at the end may still change what counts as missing or unexpected."""
+        """Whether post-hooks may still change the missing and unexpected names."""
         return bool(self._visit.hooked)
 
     def run(self, *, strict: bool, ran: list[str], fill: Callable[[Fill], None]) -> ModelFit:
-        """Run the modules' own loading, all but hooks after it; return what is left to be filled.
+        """Run the modules' own loading code except post-hooks; return the tensors that are left to fill.
 
         Args:
-            strict: What a ``load_state_dict`` that is overridden gets.
+            strict: The argument of an overridden ``load_state_dict``.
             ran: Gets the name and class of each module whose code runs, before it does.
             fill: Overwrites one live tensor at once, for a module that needs it before its code runs.
 
         Raises:
-            StateMismatch: If ``load_state_dict`` of the whole model is overridden and refuses.
+            StateMismatch: If an overridden ``load_state_dict`` of the whole model raises.
         """
         if not self.runs_code:
             return self._fit()
@@ -149,7 +148,7 @@ class ModuleRestore:
         return lambda each: fill(Fill(each.source, each.target, above + each.name))
 
     def finish(self, *, ran: list[str]) -> tuple[list[str], list[str]]:
-        """Run the hooks after loading; return what is missing and unexpected in the end."""
+        """Run the post-hooks; return the final missing and unexpected names."""
         for module in self._visit.hooked:
             ran.append(f"hooks after loading of {_class(module)}")
             known = torch.nn.modules.module._IncompatibleKeys(self._visit.missing, self._visit.unexpected)  # noqa: SLF001 - what torch passes
@@ -183,7 +182,7 @@ class ModuleRestore:
         visit = self._visit
         above = f"model/{self.prefix}"
         fills, split = _by_memory([Fill(fill.source, fill.target, above + fill.name) for fill in visit.fills])
-        separate = "one tensor here, saved as separate ones"
+        separate = "one live tensor, saved as separate ones"
         return ModelFit(
             fills=fills,
             assigns=[Assign(each.value, each.target, above + each.name) for each in visit.assigns],
@@ -212,20 +211,20 @@ class _Visit:
     """One walk through a module, in torch's order.
 
     Attributes:
-        metadata: What was saved of each module, by name.
-        run_code: Whether to run code of the modules' own; otherwise what it takes is left open.
+        metadata: The saved metadata of each module, by name.
+        run_code: Whether to run the modules' own code; otherwise the names it loads stay undecided.
         fill: Overwrites one live tensor at once.
         ran: Names and classes of modules whose code ran.
         fills: Tensors to be read into live ones.
         assigns: Tensors made by hooks, to be copied into live ones.
-        missing: As torch has it; modules' own code gets this very list.
-        unexpected: As torch has it; modules' own code gets this very list.
-        errors: As torch has it; modules' own code gets this very list.
-        mismatched: What differs in shape or dtype.
+        missing: torch's list, passed to modules' own code.
+        unexpected: torch's list, passed to modules' own code.
+        errors: torch's list, passed to modules' own code.
+        mismatched: Tensors that differ in shape or dtype.
         unfit: By ``id``, live tensors that get no saved value.
-        taken: How many saved names something takes, or may take.
-        undecided: Whether there is code of the modules' own.
-        hooked: Modules with hooks after loading, in the order in which these run.
+        taken: Number of saved names that are loaded, or may be.
+        undecided: Whether modules have code of their own.
+        hooked: Modules with post-hooks, in the order in which these run.
     """
 
     metadata: Mapping[str, Any]
@@ -276,7 +275,7 @@ class _Visit:
             self.hooked.append(module)
 
     def opaque(self, module: nn.Module, state: StoredStateDict, prefix: str) -> None:
-        """Leave open what a module and all below it take; what surely can't have state is noted."""
+        """Leave the names of a module and its submodules undecided; note tensors that certainly don't fit."""
         self.undecided = True
         self.taken += len(state)
         self.hooked += [part for part in module.modules() if post_hooks(part)]
@@ -288,7 +287,7 @@ class _Visit:
                 self.unfit.add(id(entry.value))
 
     def take(self, module: nn.Module, state: StoredStateDict, prefix: str, *, wraps: bool) -> None:
-        """Plan what torch's default does with one module's own tensors, and find what is over."""
+        """Plan torch's default for one module's own tensors, and find unexpected names."""
         own = _own_tensors(module)
         for name, target in own.items():
             key = prefix + name
@@ -298,7 +297,7 @@ class _Visit:
                 self.missing.append(key)
                 self.unfit.add(id(target))
         if wraps:
-            return  # the keys of what it wraps look like its own; that finds what is over
+            return  # the wrapped module's keys look like its own; that module finds unexpected ones
         taken = prefix + EXTRA_STATE if sets_extra_state(module) else None
         for key in state:
             if key.startswith(prefix) and key != taken:
@@ -307,7 +306,7 @@ class _Visit:
                     self.unexpected.append(key)
 
     def extra_state(self, module: nn.Module, state: StoredStateDict, prefix: str) -> None:
-        """Give a module its extra state, when its own tensors hold what was saved, as torch does."""
+        """Give a module its extra state after filling its own tensors, as torch does."""
         key = prefix + EXTRA_STATE
         self.undecided = True
         if key not in state:
@@ -356,7 +355,7 @@ def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _within_wrapper(module: nn.Module, inner: str, state: StoredStateDict, prefix: str) -> StoredStateDict:
-    """Return what of a state dict belongs to the module inside a wrapper, whose names it shares."""
+    """Return the part of a state dict that belongs to the module inside a wrapper, which shares its names."""
     own = {*module._parameters, *module._buffers}  # noqa: SLF001
     others = {name for name in module._modules if name != inner}  # noqa: SLF001
     if not own and not others:
@@ -370,7 +369,7 @@ def _within_wrapper(module: nn.Module, inner: str, state: StoredStateDict, prefi
 
 
 def _by_memory(fills: list[Fill]) -> tuple[list[Fill], list[list[Fill]]]:
-    """Return fills with tied tensors in them once, and the tied ones that were saved as separate ones."""
+    """Return the fills with each tied tensor once, and the tied ones that were saved as separate ones."""
     together: dict[Any, list[Fill]] = {}
     for index, fill in enumerate(fills):
         together.setdefault(_place(fill.target) if fill.target.numel() else index, []).append(fill)
@@ -388,22 +387,22 @@ def _class(module: nn.Module) -> str:
 
 
 def _own_keys(module: nn.Module) -> dict[str, str]:
-    """Return a model's own key of each natural name, where it can say."""
+    """Return a model's own key of each natural name, if its state dict can be read."""
     try:
         return {entry.fqn: entry.key for entry in model_entries(module)}
-    except Exception:  # noqa: BLE001 - a module that is not ready to be saved may still be loaded
+    except Exception:  # noqa: BLE001 - a module that can't be saved yet may still be loaded into
         return {}
 
 
 def _devices(module: nn.Module) -> dict[str, torch.device]:
-    """Return where each live tensor is, by natural name; ``""`` stands for all others."""
+    """Return the device of each live tensor, by natural name; ``""`` stands for all others."""
     entries = loading_entries(module, with_optimizer=False)
     found = {entry.fqn: entry.value.device for entry in entries if not entry.value.is_meta}
     return {"": next(iter(found.values()), torch.device("cpu")), **found}
 
 
 def _below(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the metadata of a module and what is below it, by names from there."""
+    """Return the metadata of a module and its submodules, by names relative to it."""
     if not prefix:
         return dict(metadata)
     found = {"": metadata[prefix[:-1]]} if prefix[:-1] in metadata else {}
@@ -412,7 +411,7 @@ def _below(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _live_metadata(module: nn.Module) -> dict[str, Any]:
-    """Return the metadata of the classes as they are now: for checkpoints that hold none."""
+    """Return the current metadata of the modules' classes, for checkpoints that hold none."""
     found: dict[str, Any] = {}
 
     def walk(part: nn.Module, prefix: str) -> None:

@@ -1,8 +1,8 @@
-"""The newest checkpoint that verifies or is finite, and what had to be passed over to get there.
+"""Search for the newest checkpoint that verifies or is finite.
 
-Promise: with ``whole``, nothing is handed on that was not read as a whole and found right just before; with
-``finite``, nothing of which parameters or optimizer state have NaN or Inf. What is passed over is logged and
-named with what is wrong with it, never skipped in silence.
+Promise: with ``whole``, the returned checkpoint has just been read as a whole and verified; with ``finite``,
+its parameters and optimizer state have no NaN or Inf. Every checkpoint passed over is logged and returned
+with the reason.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ __all__ = ["PassedOver", "expect_finite", "newest_good"]
 _log = logging.getLogger("gockpt")
 
 SHOWN = 3
-"""Problems of one checkpoint that are told before the rest is counted."""
+"""Problems of one checkpoint that are listed before the rest is counted."""
 
 PART = 32 << 20
-"""Bytes read at a time to count in a checkpoint that does not say what is in it."""
+"""Bytes read at a time to count NaN and Inf in a checkpoint without counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """A checkpoint that was not loaded since it is damaged or not finite.
+    """A checkpoint that was not loaded because it is damaged or not finite.
 
     Attributes:
         step: Its step.
         path: Its directory or URL.
-        why: What is wrong with it.
+        why: The reason.
     """
 
     step: int
@@ -60,23 +60,23 @@ class PassedOver:
 
 
 def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckpoint, tuple[PassedOver, ...]]:
-    """Open the newest checkpoint that is as asked for.
+    """Open the newest checkpoint that meets the conditions.
 
     Args:
         path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
-        whole: Whether every byte has to be as written; reads all of each that it tries.
-        finite: Whether parameters and optimizer state must have no NaN or Inf; reads them where a checkpoint
-            does not say.
+        whole: Whether every byte has to match its checksum; reads all of each checkpoint that is tried.
+        finite: Whether parameters and optimizer state must have no NaN or Inf; reads them if a checkpoint
+            has no counts.
 
     Returns:
-        The open checkpoint, and what was passed over: first what has no valid manifest, which may be newer
-        or older, then the others, newest first.
+        The open checkpoint, and those passed over: first the ones without a valid manifest, which may be
+        newer or older, then the others, newest first.
 
     Raises:
-        CheckpointNotFound: If there is none at all.
-        CheckpointCorrupt: If none is whole; says what is wrong with each.
-        NonFiniteCheckpoint: If none is as asked for, and some for want of being finite.
-        CheckpointPruned: If one was removed while it was being read: a newer one may be there.
+        CheckpointNotFound: If there is no checkpoint.
+        CheckpointCorrupt: If none is whole; names each one's problems.
+        NonFiniteCheckpoint: If none meets the conditions, and at least one isn't finite.
+        CheckpointPruned: If one was removed while it was read: a newer one may exist.
     """
     passed = [
         PassedOver(child.step, child.path, str(error))
@@ -85,7 +85,7 @@ def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckp
     ]
     entries = list_checkpoints(path, superseded=True)
     if not entries and not passed:
-        return open_checkpoint(path), ()  # raises, and says what is there instead
+        return open_checkpoint(path), ()  # raises, and names the path's contents
     infinite = False
     for entry in reversed(entries):
         try:
@@ -118,7 +118,7 @@ def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckp
 
 
 def expect_finite(stored: StoredCheckpoint) -> None:
-    """Refuse a checkpoint of which parameters or optimizer state have NaN or Inf.
+    """Refuse a checkpoint whose parameters or optimizer state have NaN or Inf.
 
     Raises:
         NonFiniteCheckpoint: If they have.
@@ -133,7 +133,7 @@ def expect_finite(stored: StoredCheckpoint) -> None:
 
 
 def _wrong(stored: StoredCheckpoint) -> str | None:
-    """Say what is wrong with a checkpoint, after reading all of it; ``None`` if nothing is."""
+    """Return a checkpoint's problems, after reading all of it; ``None`` if it has none."""
     report = stored.verify()
     if not report.ok:
         left = len(report.problems) - SHOWN + report.more
@@ -147,10 +147,10 @@ def _wrong(stored: StoredCheckpoint) -> str | None:
 
 
 def _infinite(stored: StoredCheckpoint) -> str | None:
-    """Say what NaN and Inf parameters and optimizer state have; ``None`` if they have none."""
+    """Return the NaN and Inf of parameters and optimizer state as text; ``None`` if they have none."""
     found = nonfinite_of(stored.manifest.attributes)
     if found is None:
-        _log.info("step %d does not say whether it is finite: reading it", stored.step)
+        _log.info("step %d has no counts of NaN and Inf: reading it", stored.step)
         found = _counted(stored, state_of(stored))
     return None if found.finite else str(found)
 

@@ -1,4 +1,4 @@
-"""Giving a live optimizer its saved options and states, without the casts of ``load_state_dict``."""
+"""Loading of a live optimizer's options and states, without the casts of ``load_state_dict``."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["OptimizerRestore", "OptionsReport"]
 
 @dataclass(slots=True)
 class OptionsReport:
-    """What was particular about options of param groups.
+    """Options of param groups that only one side has.
 
     Attributes:
-        new: Set, though the live group did not have them.
-        kept: Of live groups, not in the checkpoint; left as they were.
+        new: Options that were set though the live group did not have them.
+        kept: Options of live groups that the checkpoint lacks; left as they were.
     """
 
     new: list[str] = field(default_factory=list)
@@ -39,10 +39,10 @@ class OptionsReport:
 
 
 class OptimizerRestore:
-    """One optimizer's load: everything that can fail for its content is decoded when it is made."""
+    """One optimizer's load: its constructor decodes everything whose content may be invalid."""
 
     def __init__(self, plan: OptimizerPlan, filler: Filler) -> None:
-        """Decode options and values; read no state that is an array of its own."""
+        """Decode options and values; states that are arrays of their own are not read."""
         self._plan = plan
         self._filler = filler
         self._options = [
@@ -78,7 +78,7 @@ class OptimizerRestore:
         return key
 
     def _reader_to(self, device: torch.device) -> Callable[[Name], torch.Tensor]:
-        """Return what reads an array as a new tensor on a device, in the memory order it was saved from."""
+        """Return a function that reads an array as a new tensor on a device, in its saved memory order."""
 
         def read(name: Name) -> torch.Tensor:
             public = "/".join(name)
@@ -157,7 +157,7 @@ def _apply_options(
 
 
 def _into(live: Any, value: Any) -> Any:
-    """Return what an option becomes: a live tensor stays that tensor if it can hold the saved value."""
+    """Return the option's new value: the live tensor itself if it can hold the saved value."""
     if not isinstance(live, torch.Tensor):
         return value
     if isinstance(value, torch.Tensor):

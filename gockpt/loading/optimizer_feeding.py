@@ -1,4 +1,4 @@
-"""Loading through optimizers' and wrappers' own ``load_state_dict``, given what they returned when saved."""
+"""Loading through optimizers' and wrappers' own ``load_state_dict``, with their saved ``state_dict()``."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 __all__ = ["Feeding", "not_restored"]
 
 SHARED = ("param_groups", "state")
-"""What a wrapper may share with the optimizer in it."""
+"""Attributes that a wrapper may share with the optimizer in it."""
 
 
 def not_restored(plan: LoadPlan) -> list[str]:
-    """Say what was saved of optimizers and wrappers, or is there, that a load leaves as it is."""
+    """Return state of optimizers and wrappers, saved or live, that a load does not restore."""
     told = list(plan.untold)
     for optimizer in plan.optimizers:
         if optimizer.beyond and optimizer.form is None:
             keys = ", ".join(optimizer.beyond)
-            told.append(f"{keys} in the state_dict() of {optimizer.saved.kind}, which nothing live takes")
+            told.append(f"{keys} in the state_dict() of {optimizer.saved.kind}, which nothing here loads")
     return told
 
 
 @dataclass(slots=True)
 class _Form:
-    """What one object is given.
+    """Decoded form of one object.
 
     Attributes:
         owner: The optimizer or wrapper.
@@ -63,7 +63,7 @@ class Feeding:
     """All optimizers and wrappers of a load that have loading code of their own."""
 
     def __init__(self, plan: LoadPlan, live: LiveState, filler: Filler) -> None:
-        """Decode what each is given and read its arrays; nothing live is touched."""
+        """Decode each object's form and read its arrays; nothing live is changed."""
         self._plan = plan
         self._live = live
         self._filler = filler.apart()
@@ -72,7 +72,7 @@ class Feeding:
         for each in plan.wrappers:
             inside = [plans[index] for index in each.entry.inside]
             self._forms.append(self._decoded(each.entry.wrapper, each.form, inside))
-        # The outermost first: what it loads itself is not loaded again.
+        # The outermost first: objects that it loads itself are not loaded again.
         for optimizer in reversed(plan.optimizers):
             if optimizer.form is not None:
                 self._forms.append(
@@ -89,10 +89,10 @@ class Feeding:
         return {plan.index for form in self._forms for plan in form.inside}
 
     def run(self, ran: list[str]) -> None:
-        """Call each object's ``load_state_dict`` once, but for those that one before called itself.
+        """Call each object's ``load_state_dict`` once, except those that an earlier object called itself.
 
         Args:
-            ran: Takes the class of each object before its code runs.
+            ran: Gets the class of each object before its code runs.
         """
         everybody = [*self._live.optimizers, *(entry.wrapper for entry in self._live.wrappers)]
         for form in self._forms:
@@ -113,7 +113,7 @@ class Feeding:
 
     @contextmanager
     def _noting(self, others: Sequence[Any]) -> Iterator[None]:
-        """Note which other objects are loaded meanwhile."""
+        """Record other objects whose ``load_state_dict`` is called meanwhile."""
         with ExitStack() as stack:
             for one in others:
                 attributes = getattr(one, "__dict__", None)
@@ -154,7 +154,7 @@ class Feeding:
 
 
 def _shares(one: Any, other: Any, name: str) -> bool:
-    """Whether both have the same object as an attribute of their own."""
+    """Whether both objects have the same value as an attribute of their own."""
     held = getattr(one, "__dict__", {}).get(name)
     return held is not None and held is getattr(other, "__dict__", {}).get(name)
 
@@ -179,10 +179,10 @@ def _watched(one: Any, attributes: dict[str, Any], loaded: set[int]) -> Iterator
 
 
 def _undo_casts(optimizer: Any, plan: OptimizerPlan, tensors: dict[str, torch.Tensor]) -> None:
-    """Give states their saved dtype back where torch cast them to that of the parameter, and did no more.
+    """Restore the saved dtype of states that torch only cast to that of their parameter.
 
-    Only states that the saved optimizer held itself in another dtype are concerned: a state dict that was
-    made for saving says what it likes.
+    This concerns only states that the saved optimizer itself held in another dtype; a state dict computed
+    for saving may use any dtype.
     """
     for planned in plan.params:
         param = planned.entry.param
@@ -203,7 +203,7 @@ def _undo_casts(optimizer: Any, plan: OptimizerPlan, tensors: dict[str, torch.Te
 
 
 def _new(part: Create | Fill) -> Create:
-    """Return what makes a new tensor like the live one that would have been filled."""
+    """Return the plan of a new tensor like the live one that would have been filled."""
     if isinstance(part, Create):
         return part
     return Create(part.source, part.target, part.target.device, part.name, part.target.stride())

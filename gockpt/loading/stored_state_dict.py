@@ -1,7 +1,7 @@
-"""A saved state dict whose tensors are read when they are asked for.
+"""A saved state dict whose tensors are read on access.
 
-Modules with loading code of their own get it in place of an ordinary state dict: they find the same keys
-and get the same values, but only what they take is ever in memory.
+Modules with loading code of their own get it in place of an ordinary state dict: it has the same keys and
+values, but only the values they access are ever in memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Stored:
         spec: Its shape and dtype, or the subclass.
         read: Returns its values as a new tensor.
         arrays: Every stored array by public name.
-        bytes_of: Returns its bytes in memory of their own; ``None`` for what is more than bytes on the CPU.
+        bytes_of: Returns its bytes in memory of their own; ``None`` if it is more than bytes on the CPU.
     """
 
     source: str
@@ -57,15 +57,15 @@ class Stored:
     bytes_of: Callable[[], Bytes] | None = None
 
     def fills(self, target: torch.Tensor, name: str) -> list[Fill] | str:
-        """Return what fills a live tensor that is called so, or how it differs."""
+        """Return the fills of a live tensor of that name, or how it differs."""
         return fills_for(self.source, self.spec, target, name, self.arrays)
 
 
 class _Lent:
-    """A stored value that was shown as a tensor, which may have been changed since.
+    """A stored value that was handed out as a tensor, which may have been changed since.
 
-    It holds the bytes as long as somebody else may see or change them; after that only if it was put into a
-    state dict, and they were changed.
+    It keeps the bytes while another reference to them exists; after that only if the tensor was put into a
+    state dict and changed.
     """
 
     def __init__(self, stored: Stored, spec: ArraySpec, data: Bytes) -> None:
@@ -84,7 +84,7 @@ class _Lent:
         return torch.from_numpy(data).view(DTYPE_OF[self._spec.dtype]).reshape(self._spec.shape)
 
     def take(self) -> torch.Tensor:
-        """Return the tensor to be shown, once."""
+        """Return the tensor to hand out, once."""
         tensor = self._first
         del self._first
         return tensor
@@ -95,15 +95,15 @@ class _Lent:
 
     @property
     def alive(self) -> bool:
-        """Whether anybody has the tensor that was shown."""
+        """Whether the tensor that was handed out is still referenced."""
         return self._tensor() is not None
 
     def is_of(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is the one that was shown."""
+        """Whether a tensor is the one that was handed out."""
         return self._tensor() is tensor
 
     def now(self) -> Stored | torch.Tensor:
-        """Return the tensor as it is now, or the stored value if that is the same."""
+        """Return the tensor's current value, or the stored one if they are equal."""
         tensor = self._tensor()
         if tensor is not None:
             return tensor
@@ -111,11 +111,11 @@ class _Lent:
 
 
 class StoredStateDict(OrderedDict[str, Any]):
-    """A state dict that holds :class:`Stored` values, and shows tensors.
+    """A state dict that holds :class:`Stored` values and returns tensors.
 
-    Each look at a value reads it anew; who wants to keep it keeps the tensor. Values that were put in are
-    shown as they are. A tensor that was taken out and put in again, as hooks do that rename, is held as
-    stored again once nobody else has it, if it was not changed.
+    Each access reads the value again; keep the tensor to avoid that. Values that were put in are returned
+    unchanged. A tensor that was taken out and put in again, as renaming hooks do, is replaced by its stored
+    value once no other reference to it exists, if it was not changed.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class StoredStateDict(OrderedDict[str, Any]):
         self._lent: dict[int, _Lent] = {}
 
     def raw(self, key: str) -> Any:
-        """Return a value as it is held, without reading it."""
+        """Return a value as held, without reading it."""
         value = super().__getitem__(key)
         return value.now() if isinstance(value, _Lent) else value
 
@@ -167,21 +167,21 @@ class StoredStateDict(OrderedDict[str, Any]):
         return key, self.pop(key)
 
     def items(self) -> Any:
-        """Return a view that reads each value when it comes to it."""
+        """Return a view that reads each value when it is iterated over."""
         return ItemsView(self)
 
     def values(self) -> Any:
-        """Return a view that reads each value when it comes to it."""
+        """Return a view that reads each value when it is iterated over."""
         return ValuesView(self)
 
     def copy(self) -> Self:
-        """Return another one with the same values, none of them read."""
+        """Return a copy with the same values, none of them read."""
         return self.where(lambda _: True)
 
     __copy__ = copy
 
     def where(self, wanted: Callable[[str], bool]) -> Self:
-        """Return another one with those keys that are wanted, none of them read."""
+        """Return a copy with only the wanted keys, no value of which is read."""
         other = type(self)()
         for key in self:
             if wanted(key):
@@ -192,13 +192,13 @@ class StoredStateDict(OrderedDict[str, Any]):
 def saved_entries(
     saved: SavedState, arrays: Mapping[str, ArraySpec], read: Read, bytes_of: BytesOf
 ) -> dict[str, Stored | Any]:
-    """Return a model's saved entries by natural name, in the order of its state dict where that is known.
+    """Return a model's saved entries by natural name, in the order of its state dict if that is known.
 
-    What is no array of its own is decoded here and now, so that nothing else than an array's bytes can be
-    found wrong later.
+    Values that aren't arrays of their own are decoded by this call, so that later errors can only concern the
+    bytes of arrays.
 
     Raises:
-        ManifestCorrupt: If a value is not in a known form.
+        ManifestCorrupt: If the form of a value is unknown.
     """
 
     def stored(public: str) -> Stored:
@@ -227,10 +227,10 @@ def saved_entries(
 
 
 def saved_metadata(saved: SavedState, read: Read) -> dict[str, dict[str, Any]] | None:
-    """Return what ``state_dict()._metadata`` said of each module, by natural name; ``None`` if not saved.
+    """Return the saved ``state_dict()._metadata`` of each module, by natural name; ``None`` if not saved.
 
     Raises:
-        ManifestCorrupt: If that is not in a known form.
+        ManifestCorrupt: If its form is unknown.
     """
     if saved.metadata is None:
         return None

@@ -309,7 +309,7 @@ def test_loading_into_another_model(run, harness):
     assert caught.value.unexpected == ("model/b",)
     assert "1499" in caught.value.mismatched[0]
     harness.same(harness.take(0, other).model, before.model)
-    with pytest.raises(gockpt.StateMismatch, match="nothing of the model fits"):
+    with pytest.raises(gockpt.StateMismatch, match="no entry of the model fits"):
         gockpt.load(run.path, other, strict=False)
     harness.same(harness.take(0, other).model, before.model)
     run.check_nothing_lost()

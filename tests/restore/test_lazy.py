@@ -124,7 +124,7 @@ def test_names_that_are_not_there(save):
         checkpoint["model/layers.1.wieght"]
     with pytest.raises(TensorNotFound, match="it has 2 names, such as 'model/layers.0.weight'"):
         checkpoint["completely/different"]
-    with pytest.raises(TensorNotFound, match="names are text"):
+    with pytest.raises(TensorNotFound, match="names are strings"):
         checkpoint[0]
     assert checkpoint.get("nothing") is None
     assert "nothing" not in checkpoint
