@@ -1,1 +1,1 @@
-"""Values and rules without input or output: boxes, layouts, when to save, what may be deleted."""
+"""Values and rules without I/O: boxes, layouts, the schedule of saves, retention."""

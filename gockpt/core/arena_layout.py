@@ -1,8 +1,8 @@
-"""Where every chunk of every array lies in the arena, and so in its file.
+"""Layout of the arena: the offset of every chunk of every array, in memory as in its file.
 
-Pure integer geometry. The arena's pages are written to disk as they stand: a *slot* holds one
-chunk's bytes, 4096-aligned, with room for the 4-byte checksum and zeroed slack up to the next page.
-Arrays are cut along dimension 0 only, on a regular grid, so that a chunk is contiguous in memory.
+Pure integer geometry. The arena's pages are written to disk unchanged: a *slot* holds one chunk's bytes,
+4096-aligned, with room for the 4-byte checksum and zeros up to the next page. Arrays are cut along dimension
+0 only, on a regular grid, so that a chunk is contiguous in memory.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Slot:
     Attributes:
         chunk: Index of the chunk along dimension 0.
         row: First row (index of dimension 0) it holds; 0 for a 0-d array.
-        rows: Rows it really holds; fewer than the chunk's for the last chunk of an array.
+        rows: Rows it holds; fewer than the chunk's for the last chunk of an array.
         offset: Byte offset in the arena, a multiple of :data:`ALIGNMENT`.
-        nbytes: Bytes of the rows really held (no padding, no checksum).
+        nbytes: Bytes of the rows held (no padding, no checksum).
         capacity: Bytes reserved, a multiple of :data:`ALIGNMENT`, ``>= nbytes + 4``.
     """
 
@@ -64,7 +64,7 @@ class ArrayLayout:
 
     @property
     def chunk_nbytes(self) -> int:
-        """Bytes of one whole chunk as Zarr stores it, edge padding included, checksum not."""
+        """Bytes of one whole chunk as Zarr stores it, with edge padding, without checksum."""
         return math.prod(self.chunk_shape) * self.spec.itemsize
 
 
@@ -77,12 +77,12 @@ class ArenaLayout:
 
 
 def slot_bytes(nbytes: int) -> int:
-    """Return the bytes reserved for a chunk of ``nbytes``: with its checksum, in whole pages."""
+    """Return the bytes reserved for a chunk of ``nbytes`` and its checksum: whole pages."""
     return -(-(nbytes + CHECKSUM_BYTES) // ALIGNMENT) * ALIGNMENT
 
 
 def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
-    """Return how many rows of dimension 0 one chunk holds.
+    """Return the number of rows of dimension 0 in one chunk.
 
     Whole arrays up to 96 MB are one chunk; larger ones are cut into ``ceil(bytes / 64 MB)`` parts
     of equal rows (the last may hold fewer). Always at least 1.
@@ -102,10 +102,10 @@ def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
 
 
 def lay_out(specs: Iterable[ArraySpec], *, base: int = 0) -> ArenaLayout:
-    """Lay every chunk of every array one behind the other, from arena offset ``base``.
+    """Return the layout of all chunks of all arrays, consecutive from arena offset ``base``.
 
     Returns:
-        The layout; ``nbytes`` is where the next free byte stands, counted from offset 0.
+        The layout; ``nbytes`` is the offset of the next free byte, counted from offset 0.
 
     Raises:
         ValueError: If ``base`` is not a multiple of :data:`ALIGNMENT`.

@@ -1,4 +1,4 @@
-"""What an array is: its name, shape and dtype, in the words of Zarr v3.
+"""Arrays as specs: name, shape and dtype, in the terms of Zarr v3.
 
 Pure: standard library only. The dtype names are the Zarr v3 ones (core specification and
 zarr-extensions), which are also torch's names without the ``torch.`` prefix.
@@ -25,7 +25,7 @@ class DType:
         name: Zarr v3 ``data_type``; equals ``str(torch_dtype)[6:]``.
         itemsize: Bytes per element.
         fill_value: The JSON ``fill_value`` whose bytes are all zero.
-        core: Whether zarr-python of every supported version knows it without help.
+        core: Whether every supported version of zarr-python supports it without extensions.
     """
 
     name: str

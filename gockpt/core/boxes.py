@@ -1,4 +1,4 @@
-"""Boxes: axis-aligned regions of an array, the one currency of partial and resharded reads.
+"""Boxes: axis-aligned regions of an array, as used by partial and resharded reads.
 
 Pure integer geometry: no tensors, no ranks, no mesh.
 """
@@ -13,7 +13,7 @@ __all__ = ["Box", "Overlap", "overlap"]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A region: where it starts and how far it reaches in every dimension."""
+    """A region: its start and its shape."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class Box:
             msg = f"start {self.start} and shape {self.shape} differ in rank"
             raise ValueError(msg)
         if any(n < 0 for n in (*self.start, *self.shape)):
-            msg = f"a box has no negative start or extent: {self.start}, {self.shape}"
+            msg = f"start and shape of a box must not be negative: {self.start}, {self.shape}"
             raise ValueError(msg)
 
     @property
@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The region two boxes share, and where it starts inside each of them."""
+    """The region two boxes share: its shape, and its start inside each of them."""
 
     shape: tuple[int, ...]
     in_saved: tuple[int, ...]
@@ -47,8 +47,8 @@ def overlap(saved: Box, wanted: Box) -> Overlap | None:
     Resharding is this function applied to every (saved, wanted) pair.
 
     Returns:
-        The shared shape and where it starts inside each box, or ``None`` when the boxes only touch
-        or are apart. Never an empty overlap.
+        The shared shape and its start inside each box, or ``None`` if the boxes only touch or are
+        apart. Never an empty overlap.
 
     Raises:
         ValueError: If the boxes differ in rank.

@@ -1,8 +1,8 @@
-"""Small values that tell a worker what to replay, prove and write, and where in the arenas it stands.
+"""Descriptors of a worker's tasks: arrays and gradients to replay, verify and write, by arena offset.
 
-Bytes never travel in a message: they stand in the arenas, and messages name where. So the same worker
-can run as threads beside the training loop or in a process that maps the same arenas.
-:mod:`gockpt.workers.messages` puts these values into bytes.
+Messages hold offsets into the arenas, never the bytes themselves. So the same worker can run as threads of
+the training process or in a process that maps the same arenas. :mod:`gockpt.workers.messages` serialises
+these values.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ class ReplayPiece:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """One update's gradient for one piece: it stands in the ring.
+    """One update's gradient for one piece, in the ring.
 
     Attributes:
         piece: Index of the piece.
         offset: Arena offset of the gradient's bytes.
         nbytes: Their number.
-        scalars: What the kernel needs of the update: learning rate, step, …
-        encoding: ``None`` for float32; else as :mod:`gockpt.replay.gradient_encoding` says.
-        probes: With the first encoded one of its piece that is not 0: where the runs of probes begin.
-        seal: What :func:`gockpt.replay.gradient_encoding.seal` says of it; ``None`` where gradients are not
-            encoded: then replay is proven by its bits.
-        number: Which of its piece it is, sealed with it. They grow, but some may be missing: those of updates
-            of which it turned out later that they were skipped.
+        scalars: The update's scalars for the kernel: learning rate, step, …
+        encoding: ``None`` for float32; else an encoding of :mod:`gockpt.replay.gradient_encoding`.
+        probes: Starts of the runs of probes; given with the first encoded gradient of its piece that isn't 0.
+        seal: The result of :func:`gockpt.replay.gradient_encoding.seal`; ``None`` if gradients are not
+            encoded: replay is then verified by its bits.
+        number: Its number among its piece's gradients, sealed with it. Numbers increase, with gaps for
+            updates that turned out later to have been skipped.
     """
 
     piece: int
@@ -97,12 +97,12 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class ArrayPlace:
-    """An array as it is to be written.
+    """An array to be written.
 
     Attributes:
         layout: Its chunks and slots.
-        arena: Index of the arena its slots lie in.
-        strides: For an array that stands in another order than row-major: its element strides.
+        arena: Index of the arena of its slots.
+        strides: Its element strides, if its memory order isn't row-major.
     """
 
     layout: ArrayLayout
@@ -112,7 +112,7 @@ class ArrayPlace:
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """All that one checkpoint is: sent when every byte that is not replayed has arrived.
+    """Contents of one checkpoint: sent when every byte that is not replayed has arrived.
 
     Attributes:
         step: The published step.
@@ -120,10 +120,10 @@ class Capture:
         proofs: For each replayed piece, the live fingerprints at the boundary, one per stretch.
         state: The state document.
         attributes: Small attributes of the root group.
-        exact: Whether the checkpoint is bit-exact, as far as is known before replay has ended.
-        grad_dtype: How gradients were encoded, if any was.
-        samples: For each piece that an encoded gradient came for: where the live values of its probes at the
-            boundary stand in the ring's arena, stretch after stretch; and how many gradients came for it.
+        exact: Whether the checkpoint is bit-exact, as far as known before replay has ended.
+        grad_dtype: The encoding of gradients, if any was encoded.
+        samples: For each piece with encoded gradients: the offset in the ring's arena of its probes' live
+            values at the boundary, stretch after stretch; and the number of its gradients.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""How far a checkpoint is from exact, if it is not."""
+"""Measured deviation of a checkpoint that is not exact."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["Deviation", "deviation_of"]
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far tensors that were replayed from gradients in 16 bits are from what training computed.
+    """Deviation of tensors that were replayed from 16-bit gradients from the live ones.
 
     Measured at a sample of their elements. Norms are Euclidean, over that sample.
 
     Attributes:
-        grad_dtype: How the gradients travelled.
-        tensors: How many tensors are not exact.
+        grad_dtype: The encoding of the gradients.
+        tensors: Number of tensors that are not exact.
         max_abs: The largest difference of any element, saved less live.
-        of_movement: The norm of the differences over that of how far the elements moved between leaving and
-            the checkpoint's step; of the tensor where it is the largest. ``None`` if one did not move at all.
-        of_values: The norm of the differences over that of the live values, likewise.
-        sampled: How many elements were compared.
-        elements: How many there are in these tensors' stretches that are not exact.
+        of_movement: Norm of the differences, divided by the norm of the elements' change from their copy to
+            the checkpoint's step; the largest of all tensors. ``None`` if one did not change at all.
+        of_values: Norm of the differences, divided by the norm of the live values, likewise.
+        sampled: Number of compared elements.
+        elements: Number of elements in the inexact stretches of these tensors.
     """
 
     grad_dtype: str
@@ -43,9 +43,9 @@ class Deviation:
 
 
 def deviation_of(attributes: Any) -> Deviation | None:
-    """Return what the root group's attributes say; ``None`` if nothing, or nothing that makes sense.
+    """Return the deviation in the root group's attributes; ``None`` if it is absent or malformed.
 
-    Attributes are anybody's.
+    Attributes are untrusted: anyone may have written them.
     """
     own = attributes.get("gockpt") if isinstance(attributes, dict) else None
     found = own.get("deviation") if isinstance(own, dict) else None

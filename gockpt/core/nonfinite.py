@@ -1,4 +1,4 @@
-"""What a checkpoint says of NaN and Inf among its arrays."""
+"""Counts of NaN and Inf in a checkpoint's arrays."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 __all__ = ["NonFinite", "attributes_with", "is_judged", "nonfinite_of", "summary"]
 
 SHOWN = 8
-"""Arrays that are named, those in parameters and optimizer state first."""
+"""Number of arrays that are named, parameters and optimizer state first."""
 
 NAMED = 3
-"""Of these, in a line."""
+"""Number of them that are named in one line."""
 
 _MOST = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class NonFinite:
-    """NaN and Inf that were counted in what was written.
+    """Counts of NaN and Inf in the written arrays.
 
-    A complex number counts by its two parts. Tied weights count once.
+    The two parts of a complex number count separately. Tied weights count once.
 
     Attributes:
         nan: NaN in all arrays.
         inf: Inf in all arrays, of either sign.
-        state: NaN and Inf together in parameters and optimizer state alone. Buffers and extras are not among
-            these: a mask of ``-inf`` is nothing unusual there.
-        arrays: How many arrays have any.
+        state: NaN and Inf together in parameters and optimizer state alone. Buffers and extras are left out:
+            a mask of ``-inf`` is usual there.
+        arrays: Number of arrays with any.
         first: The first of these by name, each with its NaN and Inf; those of ``state`` come first.
     """
 
@@ -43,7 +43,7 @@ class NonFinite:
 
     @property
     def finite(self) -> bool:
-        """Whether there is none in parameters and optimizer state."""
+        """Whether parameters and optimizer state have neither NaN nor Inf."""
         return not self.state
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ def is_judged(name: str, buffers: Collection[str]) -> bool:
 
 
 def summary(counts: Mapping[str, tuple[int, int]], buffers: Collection[str]) -> NonFinite:
-    """Return what there is to say of arrays' NaN and Inf, by public name; those with none may be missing."""
+    """Return the summary of counts by public name; arrays without NaN and Inf may be left out."""
     found = {name: pair for name, pair in counts.items() if any(pair)}
     judged = {name for name in found if is_judged(name, buffers)}
     shown = sorted(found, key=lambda name: (name not in judged, name))[:SHOWN]
@@ -81,7 +81,7 @@ def summary(counts: Mapping[str, tuple[int, int]], buffers: Collection[str]) -> 
 
 
 def attributes_with(attributes: Mapping[str, Any], found: NonFinite) -> dict[str, Any]:
-    """Return the root group's attributes with what was counted."""
+    """Return the root group's attributes with the counts added."""
     said = {
         "nan": found.nan,
         "inf": found.inf,
@@ -93,9 +93,9 @@ def attributes_with(attributes: Mapping[str, Any], found: NonFinite) -> dict[str
 
 
 def nonfinite_of(attributes: Any) -> NonFinite | None:
-    """Return what the root group's attributes say; ``None`` if nothing, or nothing that makes sense.
+    """Return the counts in the root group's attributes; ``None`` if they are absent or malformed.
 
-    Attributes are anybody's. Those of a checkpoint that was written before anything was counted say nothing.
+    Attributes are untrusted: anyone may have written them. Earlier versions wrote no counts.
     """
     own = attributes.get("gockpt") if isinstance(attributes, dict) else None
     said = own.get("nonfinite") if isinstance(own, dict) else None

@@ -1,10 +1,10 @@
-"""Which checkpoints may go: pure arithmetic on what was published.
+"""Retention: the choice of checkpoints to remove, as pure arithmetic on publications.
 
-Promise: the newest publication is never among them, nor the newest that is known to be whole, nor
-the newest whose parameters and optimizer state are not known to have NaN or Inf, nor
-anything that a rule of :class:`~gockpt.options.Keep` names; and nothing but what was replaced, as long as the
-best are to be kept and none can be told. The order is that of publication; steps only say what replaced what,
-and what was abandoned.
+Promise: always kept are the newest publication, the newest that is known to be whole, the newest whose
+parameters and optimizer state are not known to have NaN or Inf, and everything that a rule of
+:class:`~gockpt.options.Keep` names. If the best are to be kept and none has a metric, only superseded
+publications are removed. The order is that of publication; steps only tell which publications were superseded
+or abandoned.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["Publication", "abandoned", "expendable", "superseded", "unjudged"]
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What retention needs to know of one complete checkpoint.
+    """One complete checkpoint, as retention sees it.
 
     Attributes:
-        seq: Which publication of its path it was; no two are equal.
+        seq: Its number among its path's publications; unique.
         step: The user's step.
         metric: The number that the best are chosen by, if it has one.
-        verified: Whether all its bytes are known to have been read and found right.
-        finite: Whether its parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
+        verified: Whether all its bytes are known to have been read and verified.
+        finite: Whether its parameters and optimizer state have no NaN or Inf; ``None`` if not counted.
     """
 
     seq: int
@@ -41,14 +41,14 @@ class Publication:
 
 
 def superseded(publications: Iterable[Publication]) -> frozenset[int]:
-    """Return the ``seq`` of each one whose step was published again later."""
+    """Return the ``seq`` of each publication whose step was published again later."""
     by_age = sorted(publications, key=lambda one: one.seq)
     newest = {one.step: one.seq for one in by_age}
     return frozenset(one.seq for one in by_age if newest[one.step] != one.seq)
 
 
 def abandoned(publications: Iterable[Publication]) -> frozenset[int]:
-    """Return the ``seq`` of each one whose run went back to a lower step and published there.
+    """Return the ``seq`` of each publication whose run later went back to a lower step and published there.
 
     Examples:
         >>> went_back = [Publication(1, 1000), Publication(2, 1500), Publication(3, 1100)]
@@ -65,7 +65,7 @@ def abandoned(publications: Iterable[Publication]) -> frozenset[int]:
 
 
 def unjudged(publications: Iterable[Publication], keep: Keep) -> bool:
-    """Whether the best are to be kept, and not one has a number to tell them by.
+    """Whether the best are to be kept, but no publication has a metric.
 
     Examples:
         >>> from gockpt.options import Keep
@@ -80,16 +80,15 @@ def unjudged(publications: Iterable[Publication], keep: Keep) -> bool:
 
 
 def expendable(publications: Iterable[Publication], keep: Keep) -> frozenset[int]:
-    """Return the ``seq`` of each one that may go.
+    """Return the ``seq`` of each publication that may be removed.
 
-    Superseded ones don't count and always may go; abandoned ones go before others of the newest; the
-    newest of those known to be whole stays whatever it is, and so does the newest of those not known to have
-    NaN or Inf in parameters or optimizer state. Where they are :func:`unjudged`, all that
-    count stay.
+    Superseded ones don't count towards any rule; abandoned ones count as the oldest. The newest that is known
+    to be whole is always kept, and so is the newest that is not known to have NaN or Inf in parameters or
+    optimizer state. If they are :func:`unjudged`, all that are not superseded are kept.
 
     Args:
         publications: All complete checkpoints of a path.
-        keep: The rules; what one of them names, stays.
+        keep: The rules; a publication that any rule names is kept.
     """
     everything = list(publications)
     replaced = superseded(everything)

@@ -1,10 +1,10 @@
-"""The identity of a training run: which checkpoints are its own, and who may go on in a path.
+"""Identity of a training run: its own checkpoints, and the right to write into a path.
 
-Pure arithmetic on what manifests say. A run has a random id, which a load carries on: whoever loads a
-checkpoint and goes on where checkpoints of its run are is the same run. Whoever goes on in an empty path
-gets an id of its own, and remembers as *ancestors* the runs that its state descends from.
+Pure arithmetic on manifests. A run has a random id, which a load preserves: a process that loads a checkpoint
+and saves to the path of that checkpoint's run continues the same run. One that saves to an empty path starts
+a run with a new id, which lists as *ancestors* the runs that its state descends from.
 
-Promise: a checkpoint whose run is neither the same nor an ancestor is never called a run's own.
+Promise: only checkpoints of the same run or of an ancestor count as a run's own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Ancestor", "Claim", "Run", "adopted", "ancestors_of", "beginning", "claim"]
 
 MOST_ANCESTORS = 64
-"""Ancestors that a checkpoint lists; older ones are forgotten."""
+"""Largest number of ancestors that a checkpoint lists; older ones are dropped."""
 
 Ancestor = tuple[str, int]
-"""A run's id, and the ``seq`` of the last of its checkpoints that counts."""
+"""An ancestor run's id, and the ``seq`` of the last of its checkpoints that counts as the run's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Run:
         return run == self.id or any(run == other and seq <= last for other, last in self.ancestors)
 
     def forked(self, new_id: str, seq: int) -> Run:
-        """Return the run that goes on elsewhere from this one's checkpoint ``seq``.
+        """Return a new run that continues in another path from this run's checkpoint ``seq``.
 
         Examples:
             >>> Run("aa").forked("bb", 3)
@@ -62,10 +62,10 @@ Ancestry = tuple[Run, int]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to go on in a place.
+    """The right to write into a path that has checkpoints.
 
     Attributes:
-        run: As which run.
+        run: The run to write as.
         foreign: Whether the newest checkpoint there is another run's.
     """
 
@@ -74,13 +74,13 @@ class Claim:
 
 
 def beginning(*, new_id: str, run: Run | None, loaded: Ancestry | None, home: bool) -> Run:
-    """Return as which run a model is saved into a place without checkpoints.
+    """Return the run as which a model is saved into a path without checkpoints.
 
     Args:
-        new_id: The id of the run, should it be a new one.
-        run: As which run the model has been saved before, since it was loaded.
-        loaded: What was loaded into it.
-        home: Whether that was loaded from this place, or from its copies in an object store.
+        new_id: The id for a new run.
+        run: The run as which the model has been saved since it was loaded, if any.
+        loaded: The checkpoint that was loaded into it, if any.
+        home: Whether that was loaded from this path, or from its copies in an object store.
     """
     if run is not None:
         return run
@@ -99,16 +99,16 @@ def claim(
     process: dict[str, Run],
     anyway: bool,
 ) -> Claim | None:
-    """Return as which run a model may be saved into a place with checkpoints; ``None`` if it may not.
+    """Return the run as which a model may be saved into a path with checkpoints; ``None`` if it may not.
 
     Args:
         newest: Run and ``seq`` of the newest checkpoint there.
-        new_id: The id of the run, should it be a new one.
-        run: As which run the model has been saved before, since it was loaded.
-        loaded: What was loaded into it.
-        here: Whether that was loaded from this very place.
+        new_id: The id for a new run.
+        run: The run as which the model has been saved since it was loaded, if any.
+        loaded: The checkpoint that was loaded into it, if any.
+        here: Whether that was loaded from this very path.
         process: The runs that this process has saved, by id.
-        anyway: Whether the user said that what is there doesn't matter.
+        anyway: Whether the user allowed other runs' checkpoints there.
     """
     known = run or (loaded[0] if loaded else None)
     if known is not None and (here or known.owns(*newest)):
@@ -121,7 +121,7 @@ def claim(
 
 
 def adopted(run: Run, unlabelled: Iterable[Ancestor]) -> Run:
-    """Return the run with the checkpoints of a gockpt that knew no ancestors among its own.
+    """Return the run, with checkpoints of gockpt versions that wrote no ancestors counted as its own.
 
     Examples:
         >>> adopted(Run("aa"), [("bb", 1), ("bb", 2), ("aa", 3)])
@@ -138,7 +138,7 @@ def adopted(run: Run, unlabelled: Iterable[Ancestor]) -> Run:
 def ancestors_of(attributes: Any) -> tuple[Ancestor, ...] | None:
     """Return the ancestors that a checkpoint's attributes list; ``None`` if an older gockpt wrote it.
 
-    Attributes are anybody's: what is no list of ancestors counts as none.
+    Attributes are untrusted: a malformed list counts as an empty one.
     """
     own = attributes.get("gockpt") if isinstance(attributes, dict) else None
     listed = own.get("ancestors") if isinstance(own, dict) else None

@@ -1,9 +1,8 @@
-"""When a save is due, and how many ticks away: pure arithmetic on the steps the user reports.
+"""Schedule of saves: the due ticks and the distance to the next one, as pure arithmetic on the user's steps.
 
-A save is due when ``step // every`` grows, so a loop whose step skips multiples of ``every`` still
-saves, and step 0 is not due. With ``every=1`` each call asks for *this* state: every one is due,
-whatever its step. The stride between ticks is learned, so that a window can start
-early enough to end on the due tick.
+A save is due when ``step // every`` grows, so a loop whose step skips multiples of ``every`` still saves, and
+step 0 is not due. With ``every=1`` each call asks for *this* state: every call is due, whatever its step. The
+stride between ticks is learned, so that a window can start early enough to end on the due tick.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ __all__ = ["Cadence", "Moment"]
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What one tick means.
+    """One tick's place in the schedule.
 
     Attributes:
         due: A save is due at this very tick.
-        ticks_left: Ticks until the next due one, this tick counted as 0: 0 when due now.
+        ticks_left: Ticks from this one to the next due one; 0 if this one is due.
     """
 
     due: bool
@@ -28,7 +27,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """Where the run stands.
+    """The run's place in the schedule.
 
     Attributes:
         every: Steps from one due save to the next, at least 1.
@@ -41,9 +40,9 @@ class Cadence:
     stride: int = 1
 
     def tick(self, step: int) -> tuple[Cadence, Moment]:
-        """Return the cadence after a tick at ``step`` and what the tick means.
+        """Return the cadence after a tick at ``step``, and the tick's place in the schedule.
 
-        A step that goes back (a run resumed in the same process) starts afresh.
+        A step below the last one (a run resumed in the same process) starts the schedule again.
 
         Examples:
             >>> c, m = Cadence(100).tick(97)

@@ -15,7 +15,7 @@ __all__ = ["TABLE", "Command", "Event", "State", "Transition", "advance"]
 
 
 class State(Enum):
-    """Where a save stands."""
+    """State of a save."""
 
     IDLE = "idle"
     OPEN = "open"
@@ -25,7 +25,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happened."""
+    """Event reported by the engine."""
 
     OPENED = "a window starts"
     TICKED = "a tick inside the window"
@@ -39,7 +39,7 @@ class Event(Enum):
 
 
 class Command(Enum):
-    """What the engine must do next."""
+    """Action for the engine."""
 
     SEND_PART = "send the next part"
     SEND_REST = "send all that is left"
@@ -83,7 +83,7 @@ TABLE: dict[tuple[State, Event], Transition] = {
 
 
 def advance(state: State, event: Event) -> Transition:
-    """Return where ``event`` leads from ``state``.
+    """Return the transition of ``event`` in ``state``.
 
     Raises:
         WorkerError: If the table does not allow the event in that state.

@@ -1,4 +1,4 @@
-"""What happened when during one save: spans by lane, and the figures made from them."""
+"""Timeline of one save: spans by lane, and the durations computed from them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Span", "Trace"]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stretch of time in one lane.
+    """One period of time in one lane.
 
     Attributes:
         lane: ``"stall"`` (training waits), ``"copy"``, ``"replay"``, ``"write"`` or ``"commit"``.
         start: Seconds since the save began.
         end: Seconds since the save began.
         step: The user's step during it, for stalls; ``None`` in the background.
-        what: What it was, for people.
+        what: A description for people.
     """
 
     lane: str
@@ -29,7 +29,7 @@ class Span:
 
 
 class Trace:
-    """Collects spans. Thread-safe."""
+    """Collector of spans. Thread-safe."""
 
     def __init__(self, began: float | None = None) -> None:
         """Start at ``began``, in ``perf_counter`` seconds; now by default."""
@@ -43,11 +43,11 @@ class Trace:
             self._spans.append(Span(lane, start - self.began, end - self.began, step, what))
 
     def spans(self) -> tuple[Span, ...]:
-        """Return what was recorded so far, by start time."""
+        """Return the spans recorded so far, by start time."""
         with self._lock:
             return tuple(sorted(self._spans, key=lambda s: s.start))
 
     def seconds(self, lane: str) -> float:
-        """Return the total seconds of one lane; threads that overlap add up."""
+        """Return the total seconds of one lane; overlapping spans of several threads add up."""
         with self._lock:
             return sum(s.end - s.start for s in self._spans if s.lane == lane)

@@ -1,7 +1,7 @@
-"""How a save is spread over its window: pure arithmetic, no tensors, no clocks.
+"""Plan of a save: its distribution over a window, as pure arithmetic without tensors or clocks.
 
 Symbols: ``s`` state bytes, ``g`` bytes of one full gradient, ``r = g/s``, ``T`` seconds of one
-step, ``B`` bytes per second off the device, ``x = s/(B*T)``: how many steps the bare copy takes.
+step, ``B`` bytes per second off the device, ``x = s/(B*T)``: steps that the bare copy takes.
 
 Each step of a window first sends the gradients that are due and fills the rest of its byte budget
 ``C`` with state, so parts shrink geometrically by ``1 - r``: after N steps ``(C/r)(1 - (1-r)^N)``
@@ -23,24 +23,24 @@ __all__ = ["MAX_AUTO_WINDOW", "Facts", "Plan", "choose_every", "make_plan", "par
 
 MAX_AUTO_WINDOW = 16
 RING_GRADIENTS = 2
-"""How many full gradients the ring holds at most: one being replayed, one arriving."""
+"""Full gradients that the ring holds at most: one being replayed, one arriving."""
 ROAD_GRADIENTS = 3
-"""The same off a device: one more may be queued there and not have run."""
+"""The same for a device: one more may be queued there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a plan is made from.
+    """Sizes and measured rates that a plan is computed from.
 
     Attributes:
         state_bytes: All bytes of the checkpoint that are copied (s).
-        replay_bytes: Those of them whose later steps can be replayed.
+        replay_bytes: The part of them whose later steps can be replayed.
         grad_bytes: Bytes of one full gradient of the replayable parameters (g).
         step_seconds: Measured seconds from tick to tick (T); ``None`` before two ticks.
         bytes_per_second: Measured copy rate (B); ``None`` before the first copy.
-        aboard_bytes: Bytes of the state that leave a device by a road.
-        aboard_replay_bytes: Those of them whose later steps can be replayed.
-        obstacle: Why state on a device does not leave it behind training, or not early; else ``None``.
+        aboard_bytes: Bytes of the state on a device that are copied in the background.
+        aboard_replay_bytes: The part of them whose later steps can be replayed.
+        obstacle: Why state on a device is not copied in the background, or not early; else ``None``.
     """
 
     state_bytes: int
@@ -54,12 +54,12 @@ class Facts:
 
     @property
     def ratio(self) -> float:
-        """r: gradient bytes that follow one byte of state that already left."""
+        """r: gradient bytes per byte of state that was already copied."""
         return self.grad_bytes / self.replay_bytes if self.replay_bytes else 0.0
 
     @property
     def load(self) -> float | None:
-        """x: how many steps the bare copy takes; ``None`` while unmeasured."""
+        """x: steps that the bare copy takes; ``None`` while unmeasured."""
         if not self.step_seconds or not self.bytes_per_second:
             return None
         return self.state_bytes / (self.bytes_per_second * self.step_seconds)
@@ -67,16 +67,16 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one save will do, and why.
+    """Plan of one save, with its reason.
 
     Attributes:
-        window: Ticks of the window, N. 1 means: all leaves behind the next forward and backward.
-        shares: For each part but the last, its share of the replayable bytes; the rest, and
-            everything that can't be replayed, leaves at the closing tick.
-        ring_bytes: Room for gradients on their way to replay.
-        facts: What it was made from.
-        reason: Why this window, in one sentence.
-        road: How state leaves a device behind training; ``None`` if none does.
+        window: Ticks of the window, N. With 1, everything is copied behind the next forward and backward.
+        shares: For each part but the last, its share of the replayable bytes; the rest, and everything that
+            can't be replayed, is copied at the closing tick.
+        ring_bytes: Size of the ring of gradients that wait for replay.
+        facts: The facts it was computed from.
+        reason: The reason for this window, in one sentence.
+        road: The way in which state on a device is copied in the background; ``None`` if none is.
     """
 
     window: int
@@ -88,9 +88,9 @@ class Plan:
 
     @property
     def stall_seconds(self) -> float | None:
-        """Seconds that the window's steps last longer because what is due in them can't leave in time.
+        """Seconds by which copies that are not done in time lengthen the window's steps.
 
-        ``None`` while step time or copy rate are not measured. What a tick itself takes is not in it.
+        ``None`` while step time or copy rate are not measured. The time of the ticks themselves is left out.
         """
         f = self.facts
         if not f.step_seconds or not f.bytes_per_second:
@@ -135,7 +135,7 @@ def make_plan(facts: Facts, *, window: int | Literal["auto"], ticks: int) -> Pla
     Args:
         facts: Sizes and measured rates.
         window: The forced window, or ``"auto"``.
-        ticks: Ticks there are, closing tick included; a longer window is cut to it.
+        ticks: Number of available ticks, with the closing one; a longer window is cut to it.
 
     Raises:
         ValueError: If ``ticks`` is below 1.
@@ -179,8 +179,8 @@ def _auto_window(facts: Facts) -> tuple[int, str]:
 def _shares(facts: Facts, window: int) -> tuple[float, ...]:
     """Return the share of replayable bytes for every part but the last.
 
-    Budgets are equal per step: C bytes of state and gradients together. What can't be replayed takes
-    its place in the last step's budget; what is left of that budget the last replayable part gets.
+    All steps have the same budget: C bytes of state and gradients together. The last step's budget first
+    takes the bytes that can't be replayed; the last replayable part gets the remainder.
     """
     if window <= 1:
         return ()
@@ -199,7 +199,7 @@ def part_ranges(sizes: Sequence[int], shares: Sequence[float]) -> list[range]:
     """Cut a sequence of pieces into consecutive parts of about the given shares.
 
     Args:
-        sizes: Bytes of every piece, in the order they leave.
+        sizes: Bytes of every piece, in the order in which they are copied.
         shares: Share of the total for every part but the last.
 
     Returns:

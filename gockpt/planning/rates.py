@@ -1,4 +1,4 @@
-"""How fast the run is: seconds per step and copy rate, measured as it goes."""
+"""Measured rates of a run: seconds per step and bytes copied per second."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _STEPS = 32
 
 
 class Pace:
-    """What a plan and the interval between saves are made from.
+    """Rates that a plan and the interval between saves are computed from.
 
     Attributes:
-        step_seconds: Seconds from the end of a tick to the next one, without a save under way at either: the
-            median of the last 32, which neither the first steps nor an evaluation between two of them
-            changes; ``None`` before two ticks.
+        step_seconds: Seconds from the end of a tick to the next one, with no save under way at either: the
+            median of the last 32, which the first steps and an evaluation between two of them don't
+            change; ``None`` before two ticks.
         copy_rate: Bytes per second into the arena; ``None`` before the first save.
     """
 

@@ -1,9 +1,9 @@
-"""The interval that ``every="auto"`` chooses, from what saves cost: pure arithmetic.
+"""Choice of the interval for ``every="auto"`` from the measured cost of saves: pure arithmetic.
 
-What a first save takes is not what a save costs: kernels are compiled, optimizers tried on probes, memory is
-touched for the first time; and the same again where a save is the first to be spread over a window. So the
-first of each kind is left out, three more are measured at short intervals, and the choice is made by medians:
-a single save that the disk or the machine held up changes nothing.
+A first save costs more than later ones: kernels are compiled, optimizers are tried on probes, memory is
+touched for the first time; and again when a save is the first to be spread over a window. So the first save
+of each kind is left out, three more are measured at short intervals, and the choice uses medians: a single
+save that was delayed by the disk or the machine changes nothing.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 __all__ = ["FIRST", "Interval"]
 
 FIRST = 10
-"""Steps between saves while nothing is chosen, unless a save takes longer to be durable."""
+"""Steps between saves before an interval is chosen, unless a save takes longer to be durable."""
 
 LEAST = 3
-"""Saves of a kind that are measured before an interval is chosen by them."""
+"""Saves of a kind that are measured before an interval is chosen."""
 
 MOST = 7
-"""Saves of a kind that are looked back upon."""
+"""Last saves of a kind that the medians are taken of."""
 
 
 class Interval:
-    """The steps between two saves, chosen anew after each.
+    """The steps between two saves, chosen again after each save.
 
     Attributes:
-        every: The interval as it is.
+        every: The current interval.
     """
 
     def __init__(self, overhead: float) -> None:
@@ -46,7 +46,7 @@ class Interval:
     def saved(
         self, kind: Hashable, *, stall_seconds: float, durable_seconds: float, step_seconds: float
     ) -> int:
-        """Note what a save took, and return the interval.
+        """Record the cost of a save, and return the interval.
 
         Args:
             kind: Saves of one kind are compared with each other; the first one is left out.

@@ -75,5 +75,5 @@ def test_boxes_of_other_ranks_are_refused():
 
 @pytest.mark.parametrize(("start", "shape"), [((-1,), (1,)), ((0,), (-1,))])
 def test_negative_boxes_are_refused(start, shape):
-    with pytest.raises(ValueError, match="no negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         Box(start, shape)
