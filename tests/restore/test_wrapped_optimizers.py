@@ -390,9 +390,7 @@ def test_one_that_adds_something_may_not(save, caplog):
     save("ckpts", other, bare, change=lambda document: document.pop("wrappers"))
     with caplog.at_level(logging.WARNING, logger="gockpt"):
         gockpt.load("ckpts", model, wrapped)
-    assert (
-        "test_wrapped_optimizers.Warm: the checkpoint is of a version that did not save it" in caplog.text
-    )
+    assert "test_wrapped_optimizers.Warm: the checkpoint is of a version that did not save it" in caplog.text
 
 
 def test_a_wrapper_that_refuses_leaves_the_model_as_it_was(save, same):
