@@ -57,10 +57,10 @@ def save_overlapped(
 
     Returns:
         Without ``every`` the save of this call; else the newest one, or ``None`` before the first. Always
-        ``None`` on ranks other than 0 of a process group, where rank 0 saves the model.
+        ``None`` on ranks other than 0 of a process group, because rank 0 saves the model.
 
     Raises:
-        UsageError: If an argument can't work.
+        UsageError: If an argument is invalid.
         ExistingCheckpoints: If ``path`` holds checkpoints that the model was not loaded from: load them
             first, use another path, or see :class:`gockpt.Options`, ``existing``.
         PathBusy: If another living writer saves into ``path``.
@@ -76,9 +76,9 @@ def save_overlapped(
 def wait() -> None:
     """Finish every save in flight in this process.
 
-    An open window closes at the last step told. If the last due save was left out, the state of the last
-    step told is saved; where it no longer stands, a WARNING says so. Normal exit of the interpreter does the
-    same.
+    An open window closes at the last reported step. If the last due save was skipped, the state of the last
+    reported step is saved; if it has changed since, a WARNING says so. Normal exit of the interpreter does
+    the same.
 
     Raises:
         SaveError: If a save failed; ``UploadError`` if one could not be copied to ``Options.remote``.
@@ -87,22 +87,22 @@ def wait() -> None:
 
 
 def finish(path_or_model: str | os.PathLike[str] | Model | None = None) -> SaveHandle | None:
-    """Save the state of the last call, if it isn't saved, and wait until it is durable, uploads too.
+    """Save the state of the last call, unless it is saved already, and wait for disk and uploads.
 
-    The one line for the end of a run, and for who has to stop it: whatever ``every`` is, the state of the
-    last ``save_overlapped`` is saved under its own step, with the loop's extras and options. Extras and
-    random states are those of this call of ``finish``, unless they were remembered at the last tick: inside
-    a window, after a due save was left out, or with ``Options.on_signal``. Saving may go on afterwards.
+    Call it at the end of a run, or to stop one: whatever ``every`` is, the state of the last
+    ``save_overlapped`` call is saved under its own step, with the loop's extras and options. Extras and
+    random states are those of this call of ``finish``, unless they were captured at the last tick: inside a
+    window, after a due save was skipped, or with ``Options.on_signal``. Saving may go on afterwards.
 
     Args:
         path_or_model: The path or the model to finish; ``None`` for all that this process saves.
 
     Returns:
-        The newest save of that path or model; with ``None`` that of the last call. ``None`` where nothing
-        was ever saved.
+        The newest save of that path or model; with ``None`` that of the last call. ``None`` if nothing was
+        ever saved.
 
     Raises:
-        UsageError: If this process saves nothing into that path, or of that model.
+        UsageError: If this process doesn't save into that path, or that model.
         SaveError: If the state changed after the last call, so that it can't be saved under that step: call
             ``save_overlapped`` at the state to save. Or if a save failed.
     """

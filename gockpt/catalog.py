@@ -1,6 +1,6 @@
-"""Which checkpoints there are and what is known of them: all that can be told without torch.
+"""Catalog of checkpoints: listing, metadata, comparison, verification and pruning, without torch.
 
-Promise: nothing here changes a checkpoint but :func:`prune`, which removes only what retention may.
+Promise: only :func:`prune` changes anything, and it removes only what retention allows.
 """
 
 from __future__ import annotations
@@ -63,27 +63,27 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What is known about a checkpoint besides its tensors.
+    """Metadata of a checkpoint: everything known about it besides its tensors.
 
     Attributes:
         step: The user's step that was saved.
         optimizer_steps: Optimizer updates that the run had seen.
-        exact: Whether every bit is what a blocking save would have written.
-        inexact: Where it is not, and by how much, by name; empty for an exact one.
-        deviation: How far it is from exact, measured, over all these; ``None`` for an exact one.
-        nonfinite: The NaN and Inf in it; ``None`` if nobody counted, as before this was done.
+        exact: Whether every bit equals that of a blocking save.
+        inexact: The inexact tensors and their deviation, by name; empty for an exact one.
+        deviation: Measured deviation over all of these; ``None`` for an exact one.
+        nonfinite: The NaN and Inf in it; ``None`` if an older gockpt wrote it, which did not count them.
         extras: Names of the user's extras.
         optimizers: Class of each saved optimizer.
         buffers: Names of the model's entries that are buffers.
         path: Its directory.
-        seq: Which publication of its path it was; the highest is the newest.
+        seq: Its number among its path's publications; the highest is the newest.
         attempt: Unique to this writing of the step.
-        run: The training run's id: a load carries it on.
+        run: The training run's id, which a load preserves.
         ancestors: The runs that its state descends from, the latest first: id, and ``seq`` of the last
             checkpoint that counts; ``None`` if an older gockpt wrote it, where ``run`` is a process's.
         parent: ``seq`` of the checkpoint that the run continued from, if known.
         created: ISO 8601 time.
-        writer: Who wrote it.
+        writer: Program and version that wrote it.
         attributes: Attributes of the Zarr root group.
     """
 
@@ -108,7 +108,7 @@ class Metadata:
 
 
 def state_of(stored: StoredCheckpoint) -> SavedState:
-    """Return what the state document says, with every alias leading to an array.
+    """Return a checkpoint's state document; every alias refers to an array.
 
     Raises:
         ManifestCorrupt: If it is damaged or not valid.
@@ -118,18 +118,18 @@ def state_of(stored: StoredCheckpoint) -> SavedState:
     for alias, target in state.aliases.items():
         known = target in stored.arrays or target in state.subclasses
         if not known or alias in stored.arrays or alias in state.subclasses:
-            msg = f"{where} is not valid: the alias {alias!r} leads to {target!r}"
+            msg = f"{where} is not valid: the alias {alias!r} refers to {target!r}"
             raise ManifestCorrupt(msg)
     for name, saved in state.subclasses.items():
         for inner, array in saved.arrays():
             if name in stored.arrays or "/".join(array) not in stored.arrays:
-                msg = f"{where} is not valid: {'/'.join((name, *inner))!r} leads to {'/'.join(array)!r}"
+                msg = f"{where} is not valid: {'/'.join((name, *inner))!r} refers to {'/'.join(array)!r}"
                 raise ManifestCorrupt(msg)
     return state
 
 
 def metadata_of(stored: StoredCheckpoint, state: SavedState) -> Metadata:
-    """Return what manifest and state document say about a checkpoint."""
+    """Return a checkpoint's metadata, from its manifest and state document."""
     manifest = stored.manifest
     return Metadata(
         step=manifest.step,
@@ -157,7 +157,7 @@ def steps(path: Where) -> list[int]:
     """Return the steps of the complete checkpoints in a path, ascending; none if it does not exist.
 
     Raises:
-        NotACheckpoint: If the path is no directory.
+        NotACheckpoint: If the path is not a directory.
     """
     return sorted({entry.step for entry in list_checkpoints(path)})
 
@@ -169,22 +169,22 @@ def latest(path: Where) -> int | None:
     1100, though 1500 may still be there.
 
     Raises:
-        NotACheckpoint: If the path is no directory.
+        NotACheckpoint: If the path is not a directory.
     """
     return latest_step(path)
 
 
 def checkpoints(path: Where, *, superseded: bool = False) -> list[CheckpointEntry]:
-    """Return what is known about each complete checkpoint in a path, oldest publication first.
+    """Return an entry for each complete checkpoint in a path, oldest publication first.
 
-    Reads the manifests only. None if the path does not exist.
+    Reads the manifests only. The list is empty if the path does not exist.
 
     Args:
         path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
         superseded: Whether to include those that a newer publication of their step replaced.
 
     Raises:
-        NotACheckpoint: If the path is no directory.
+        NotACheckpoint: If the path is not a directory.
     """
     return list_checkpoints(path, superseded=superseded)
 
@@ -198,7 +198,7 @@ def diff(
     quick: bool = False,
     on_progress: OnProgress | None = None,
 ) -> DiffReport:
-    """Compare two checkpoints: names, shapes, every byte, and what their documents say.
+    """Compare two checkpoints: names, shapes, every byte, and their documents.
 
     Args:
         path_a: Where checkpoints are saved, or one checkpoint's own directory; or a URL.
@@ -206,7 +206,7 @@ def diff(
         step_a: The wanted step of the first; ``None`` for the newest.
         step_b: The wanted step of the second; ``None`` for the newest.
         quick: Whether equal checksums (crc32c, of each MiB) are taken as equal bytes; otherwise all are read.
-        on_progress: Called with the bytes compared and the bytes there are, from any thread.
+        on_progress: Called with the bytes compared and the total, from any thread.
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
@@ -222,13 +222,13 @@ def diff(
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What a pruning removed, or would remove.
+    """Result of a pruning, or of its dry run.
 
     Attributes:
-        removed: What went, oldest publication first; superseded ones included.
-        kept: What is still there.
+        removed: The removed checkpoints, oldest publication first; superseded ones included.
+        kept: The remaining checkpoints.
         dry_run: Whether nothing was really removed.
-        other_runs: How many there are of other runs than the newest's, neither counted nor removed.
+        other_runs: Number of checkpoints of other runs than the newest's, neither counted nor removed.
     """
 
     removed: tuple[CheckpointEntry, ...]
@@ -238,22 +238,22 @@ class Pruned:
 
 
 def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
-    """Remove what need not be kept; see :class:`~gockpt.options.Keep`. Readers survive it.
+    """Remove checkpoints that no rule keeps; see :class:`~gockpt.options.Keep`. Readers survive it.
 
-    Of other runs than the newest checkpoint's nothing is counted or removed, unless ``keep`` says so.
+    Only checkpoints of the newest one's run are counted and removed, unless ``keep`` includes other runs.
 
     Args:
         path: Where checkpoints are saved; on this machine.
-        keep: How many of the newest stay, or all rules.
-        dry_run: Whether to say only what would go, by the very same rules. Then nothing is locked or written.
+        keep: The number of newest checkpoints to keep, or all rules.
+        dry_run: Whether to only return the result, by the same rules. Then nothing is locked or written.
 
     Raises:
         PathBusy: If a run saves there: let it prune with ``Options(keep=...)``.
-        CheckpointNotFound: If there is no such path, or nothing complete in it.
+        CheckpointNotFound: If the path doesn't exist, or has no complete checkpoint.
         NotACheckpoint: If the path is a file, or one checkpoint's own directory.
-        CheckpointCorrupt: If only the newest would stay, which is read as a whole first, and it is damaged.
-        StorageError: If the disk refuses; nothing that is to be kept is touched.
-        UsageError: If the path is a URL, ``keep`` is no number from 1, or no checkpoint has the metric by
+        CheckpointCorrupt: If only the newest would remain, which is read as a whole first, and it is damaged.
+        StorageError: If the disk refuses; checkpoints to keep are not touched.
+        UsageError: If the path is a URL, ``keep`` is a number below 1, or no checkpoint has the metric by
             which the best are chosen.
     """
     rules = keep if isinstance(keep, Keep) else Keep(newest=keep)
@@ -294,7 +294,7 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
 
 
 def _expect_metric(entries: list[CheckpointEntry], keep: Keep) -> None:
-    """Refuse to keep the best by a number that no checkpoint has: it is misspelt, or all would be lost."""
+    """Refuse to keep the best by a metric that no checkpoint has: it may be misspelt."""
     counted = [entry for entry in entries if not entry.superseded]
     judged = [retention.Publication(e.seq, e.step, e.metrics.get(keep.metric or "")) for e in counted]
     if not retention.unjudged(judged, keep):
@@ -310,21 +310,21 @@ def _expect_metric(entries: list[CheckpointEntry], keep: Keep) -> None:
 
 
 def _unseen(_done: int, _total: int) -> None:
-    """Show nobody how far it is."""
+    """Ignore progress."""
 
 
 def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | None = None) -> VerifyReport:
-    """Read every byte of a checkpoint and compare it with what was written.
+    """Read every byte of a checkpoint and compare it with its checksums.
 
-    Without a step it is the newest whose manifest can be read; those whose manifest can't are reported too.
+    Without a step it is the newest with a readable manifest; unreadable manifests are reported too.
 
     Args:
         path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
         step: The wanted step; ``None`` for the newest.
-        on_progress: Called with the bytes checked and the bytes there are, from any thread.
+        on_progress: Called with the bytes checked and the total, from any thread.
 
     Returns:
-        The report: ``.ok``, and ``.problems`` by file, with ``.more`` that are only counted. Damage is
+        The report: ``.ok``, ``.problems`` by file, and ``.more``, the number of unlisted ones. Damage is
         reported, not raised.
 
     Raises:
@@ -345,7 +345,7 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
             except ManifestCorrupt as error:
                 return dataclasses.replace(report, problems=(Problem(STATE_FILE, None, str(error)),))
     if step is None:
-        # One of these may be the newest: a path with such a checkpoint in it is not well.
+        # One of these may be the newest, so each is a problem of the path.
         damaged = tuple(
             Problem(f"{child.name}/{MANIFEST_FILE}", None, str(error))
             for child, error in damaged_checkpoints(path).items()
@@ -357,7 +357,7 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
 
 
 def checked_step(step: Any) -> int | None:
-    """Return the step that a caller asked for, or raise :class:`UsageError`."""
+    """Return the requested step, or raise :class:`UsageError`."""
     if step is None:
         return None
     if hasattr(step, "__index__") and not isinstance(step, bool) and operator.index(step) >= 0:

@@ -1,4 +1,4 @@
-"""Saving one model and its optimizers into one directory, as an object."""
+"""Checkpointer: saving of one model and its optimizers into one directory, as an object."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Checkpointer(Saver):
     """Saves one model and its optimizers into one directory, while training goes on.
 
     A checkpoint published for step t holds, bit for bit, what a blocking save at that point of the
-    loop would have written. Use it as a context manager: leaving it normally finishes what is in
-    flight; leaving it by an exception gives an open window up and finishes what was captured.
+    loop would have written. Use it as a context manager: leaving it normally finishes the saves in
+    flight; leaving it by an exception aborts an open window and finishes a save that was captured.
 
     Examples:
         >>> import torch, tempfile, gockpt
@@ -61,17 +61,17 @@ class Checkpointer(Saver):
         Args:
             model: A module, a list of modules, or a mapping of names to tensors.
             optimizer: One optimizer, several, or ``None`` for a model alone.
-            path: Directory of the checkpoints; made if missing.
+            path: Directory of the checkpoints; created if missing.
             every: ``None`` saves the state of each call. With a number a save is due whenever
                 ``step // every`` grows; ``"auto"`` chooses the interval.
             extra: Saved with every checkpoint: objects with ``state_dict()``, callables, plain values.
             options: See :class:`gockpt.Options`.
 
         Raises:
-            UsageError: If an argument can't work, or ``path`` holds checkpoints that the model was not loaded
+            UsageError: If an argument is invalid, or ``path`` holds checkpoints that the model was not loaded
                 from (see :class:`gockpt.Options`, ``existing``); names it and the way out.
             PathBusy: If another living writer saves into ``path``.
-            StorageError: If ``path`` can't be made or written.
+            StorageError: If ``path`` can't be created or written.
             RemoteError: If ``options.remote`` can't be reached.
         """
         with registry.lock:
@@ -94,10 +94,10 @@ class Checkpointer(Saver):
 
     @uninterrupted
     def close(self) -> None:
-        """Finish what is in flight, uploads too, then let go of threads, memory and the path.
+        """Finish saves and uploads in flight, then release threads, memory and the path.
 
-        Interrupted (Ctrl-C) while what was captured is still being written, it goes on with that; the next
-        call of the library, the next to use the path or the end of the program closes it.
+        If it is interrupted (Ctrl-C), a captured save is still written; the next call of the library, the
+        next use of the path or the end of the program then closes it.
         """
         try:
             super().close()
@@ -107,7 +107,7 @@ class Checkpointer(Saver):
             raise
 
     def _leave(self) -> None:
-        """Let go of everything that knows this checkpointer, once it is closed."""
+        """Remove every reference to this checkpointer, after it is closed."""
         if self.closed:
             registry.opened.discard(self)
             preemption.let_go(self)
@@ -129,5 +129,5 @@ class Checkpointer(Saver):
         try:
             self.abort(f"{type(error).__name__} left the with block")
             self.close()
-        except Exception as failure:  # noqa: BLE001 - the error under way is the one that matters
+        except Exception as failure:  # noqa: BLE001 - the error in flight is the one to raise
             error.add_note(f"gockpt: the save in flight failed as well: {failure}")

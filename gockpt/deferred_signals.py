@@ -1,7 +1,7 @@
-"""Signals that arrive while the library works are handled when it is done.
+"""Deferral of signal handlers while the library works.
 
 Python runs handlers between any two instructions of the main thread. One that raises (Ctrl-C does) could
-leave a save half changed anywhere; one that calls the library would find it in the middle of something.
+leave a save half changed anywhere; one that calls the library would find it in an inconsistent state.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 
 
 class _Keeper:
-    """Stands in for the handlers of the process. The second of one kind is let through: patience ends."""
+    """Replacement of the process's handlers. A second signal of one kind is handled at once."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -42,7 +42,7 @@ class _Keeper:
         if not self.depth:
             try:
                 self.install()
-            except BaseException:  # of a signal that came just now
+            except BaseException:  # raised by the handler of a signal that came just now
                 self.remove()
                 raise
         self.depth += 1
@@ -51,7 +51,7 @@ class _Keeper:
         if self.depth > 1:
             self.depth -= 1
             return
-        # First this: from here on handlers run at once, whichever of them are back in their places.
+        # This comes first: from here on handlers run at once, also those not yet restored.
         self.depth = 0
         try:
             self.remove()
@@ -71,7 +71,7 @@ class _Keeper:
                 signal.signal(number, handler)
 
     def deliver(self) -> None:
-        """Run what was kept back, each in its own right: one that raises does not swallow the next."""
+        """Run every deferred handler, also after one that raises."""
         if not self.pending:
             return
         number = self.pending.pop(0)
@@ -85,18 +85,18 @@ _keeper = _Keeper()
 
 
 def kept_handlers() -> list[Callable[[int, Any], Any]]:
-    """Return the handlers of the process that are stood in for."""
+    """Return the handlers of the process that are replaced now."""
     return list(_keeper.handlers.values())
 
 
 def handler_of(number: int) -> Any:
-    """Return the handler of a signal, as :func:`signal.getsignal`, but never what stands in for it."""
+    """Return the handler of a signal, as :func:`signal.getsignal`, but never its replacement."""
     handler: Any = signal.getsignal(number)
     return _keeper.handlers[number] if handler is _keeper else handler
 
 
 def set_handler(number: int, handler: Any) -> None:
-    """Set the handler of a signal, as :func:`signal.signal`, also while something stands in for it."""
+    """Set the handler of a signal, as :func:`signal.signal`, also while it is replaced."""
     present: Any = signal.getsignal(number)
     if present is _keeper and callable(handler):
         _keeper.handlers[number] = handler
@@ -109,15 +109,15 @@ def _concerned() -> bool:
 
 
 class deferred:  # noqa: N801 - used like a function; a generator would have more places to be interrupted at
-    """Keep handlers back until the end of the outermost such block, then run them. Main thread only.
+    """Defer handlers until the end of the outermost such block, then run them. Main thread only.
 
-    A signal that comes while such a block is entered or left is handled at once, and nothing is half done.
+    A signal that comes while such a block is entered or left is handled at once: no work is half done then.
     """
 
     __slots__ = ("_concerned",)
 
     def __enter__(self) -> None:
-        """Keep handlers back from now on."""
+        """Defer handlers from now on."""
         self._concerned = _concerned()
         if self._concerned:
             _keeper.enter()
@@ -125,13 +125,13 @@ class deferred:  # noqa: N801 - used like a function; a generator would have mor
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Run what was kept back, if this is the outermost block."""
+        """Run the deferred handlers, if this is the outermost block."""
         if self._concerned:
             _keeper.leave()
 
 
 def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
-    """Have a function keep handlers back while it runs, but for its :func:`let_through`."""
+    """Defer handlers while a function runs, except in its calls of :func:`let_through`."""
 
     @wraps(function)
     def call(*args: P.args, **more: P.kwargs) -> R:
@@ -142,7 +142,7 @@ def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def let_through() -> None:
-    """Run what was kept back so far: for a long wait inside a block, where nothing is half done."""
+    """Run the handlers deferred so far: for a long wait inside a block, with no work half done."""
     if not _concerned() or not _keeper.pending:
         return
     depth, _keeper.depth = _keeper.depth, 0
@@ -150,5 +150,5 @@ def let_through() -> None:
         _keeper.deliver()
     finally:
         if depth:
-            _keeper.install()  # what a handler called of the library has put the process's own back
+            _keeper.install()  # a handler that called the library has restored the process's handlers
         _keeper.depth = depth

@@ -85,7 +85,7 @@ class UnsupportedState(UsageError, SaveError):
 
 
 class NotFoundError(GockptError, LookupError):
-    """What was asked for is not there."""
+    """A path, checkpoint or tensor that does not exist."""
 
 
 class CheckpointNotFound(NotFoundError):

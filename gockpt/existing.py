@@ -1,6 +1,6 @@
-"""Whether a model may be saved into a path, or an object store, that holds checkpoints already.
+"""Permission to save a model into a path, or an object store, that holds checkpoints already.
 
-Promise: where it may not, that is said before anything is deleted, written or made there.
+Promise: a refusal is raised before anything is deleted, written or created there.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _log = logging.getLogger("gockpt")
 
 
 def homes(path: str, options: Options) -> tuple[str, ...]:
-    """Return where a path's checkpoints are: there, and in its object store."""
+    """Return the locations of a path's checkpoints: the path, and its object store."""
     return (path,) if options.remote is None else (path, options.remote.rstrip("/"))
 
 
 def permitted(path: str, model: Model, options: Options) -> Follow:
-    """Return as which run a model is saved into a directory.
+    """Return the run as which a model is saved into a directory.
 
     Raises:
         ExistingCheckpoints: If another run's checkpoints are there.
         UsageError: If the directory is a checkpoint itself.
-        PathBusy: If another run's are, and it is saving there right now.
-        StorageError: If the directory can't be looked through.
+        PathBusy: If another run's are there, and it is saving there right now.
+        StorageError: If the directory can't be listed.
     """
     if os.path.lexists(f"{path}/{MANIFEST_FILE}"):
         msg = f"{path} is one checkpoint's own directory; pass the one above it, or another path"
@@ -70,7 +70,7 @@ def permitted(path: str, model: Model, options: Options) -> Follow:
 
 
 def _newest_in(path: str) -> Manifest | None:
-    """Return the newest checkpoint of a directory, ``None`` if there is none, or no directory."""
+    """Return the newest checkpoint of a directory; ``None`` if it has none, or doesn't exist."""
     with storage_errors("look through", path):
         try:
             location = LocalLocation(path)
@@ -81,7 +81,7 @@ def _newest_in(path: str) -> Manifest | None:
 
 
 def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
-    """Make sure that an object store holds no other run's checkpoints.
+    """Check that an object store holds no other run's checkpoints.
 
     Raises:
         ExistingCheckpoints: If it does.
@@ -102,7 +102,7 @@ def expect_remote(url: str, model: Model, run: Run, options: Options) -> None:
 def _claimed(
     model: Model, home: str, newest: tuple[str, int], run: Run | None, new_id: str, options: Options
 ) -> Claim | None:
-    """Return as which run a model may be saved beside the newest (run, seq) of ``home``; else ``None``."""
+    """Return the run as which a model may be saved next to ``newest`` (run, seq) of ``home``, or ``None``."""
     origin = origin_of(model)
     return claim(
         newest,

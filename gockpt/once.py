@@ -1,4 +1,4 @@
-"""Warnings that a process logs once, however often their cause comes up."""
+"""Warnings that a process logs once, however often their cause occurs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def warn_once(cause: Hashable, message: str, *arguments: object) -> None:
 
 
 def leave_to_trainer() -> None:
-    """Log none of them from here on: a worker process meets the same causes as its trainer."""
+    """Log none of them from here on: a worker process finds the same causes as its trainer."""
     global _silent  # noqa: PLW0603 - of this process, as what it has logged
     _silent = True

@@ -1,4 +1,4 @@
-"""Opening a path for writing: as which run, by whom, and with copies in an object store or without."""
+"""Opening of a path for writing: its run, its background, and its copies in an object store."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Opened:
     """A path that is open for writing.
 
     Attributes:
-        run: As which run.
-        background: Who writes there.
-        uploads: What copies checkpoints to ``Options.remote``, if that is set.
+        run: The run to write as.
+        background: The background that writes there.
+        uploads: The uploads to ``Options.remote``, if that is set.
     """
 
     run: Run
@@ -41,12 +41,12 @@ class Opened:
 
 
 def open_path(path: str, model: Model, origin: Origin | None, options: Options) -> Opened:
-    """Take a path for writing, unless other runs' checkpoints are there.
+    """Take a path for writing, unless it holds other runs' checkpoints.
 
     Raises:
         ExistingCheckpoints: If the path or ``options.remote`` holds some; nothing was changed then.
         PathBusy: If another writer has the path.
-        StorageError: If the path can't be made or written.
+        StorageError: If the path can't be created or written.
         RemoteError: If ``options.remote`` can't be reached.
     """
     parent = origin.seq if origin is not None and origin.path in homes(path, options) else None
@@ -57,7 +57,7 @@ def open_path(path: str, model: Model, origin: Origin | None, options: Options) 
         try:
             background, publications = _background(path, options, parent=parent, follow=follow)
         except PathBusy:
-            # Whoever was there before may have ended meanwhile, and published something.
+            # The former writer may have published something before it ended.
             if permitted(path, model, options).newest == follow.newest:
                 raise
         else:
@@ -75,7 +75,7 @@ def open_path(path: str, model: Model, origin: Origin | None, options: Options) 
 def _background(
     path: str, options: Options, *, parent: int | None, follow: Follow
 ) -> tuple[Background[Any], Publications]:
-    """Take the path for writing; return who works there, and who numbers what is published."""
+    """Take the path for writing; return the background, and the writer that numbers publications."""
     if options.worker == "process":
         from gockpt.workers.process_executor import InProcess
 

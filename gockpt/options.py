@@ -24,7 +24,7 @@ def _half_the_cores() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """Which checkpoints stay when old ones are removed: all that at least one of the rules names.
+    """Rules for keeping checkpoints when old ones are removed: one that any rule names is kept.
 
     Attributes:
         newest: The newest this many, by publication. A run that went back to an older step and published
@@ -65,7 +65,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How saves are made. Frozen: pass a new value to change something.
+    """Options of saves. Frozen: pass a new value to change something.
 
     Attributes:
         window: Steps one save is spread over: ``"auto"`` (measured in the run) or 1 to 16.
@@ -86,9 +86,9 @@ class Options:
             fit is refused before memory is taken for it. What ``state_dict()`` of extras itself makes, JSON
             documents, checksums and uploads come on top.
         device_memory: Upper bound in bytes of device memory for staging and a snapshot. With it, state on a
-            CUDA device leaves behind training; the kernels' tables, a thousandth of the state, and gradients
-            that have not left yet come on top. ``None`` copies such state inside the call. That road has been
-            tested on a simulated device only. State on the CPU needs none.
+            CUDA device is copied in the background; the kernels' tables, a thousandth of the state, and
+            gradients that wait to be copied come on top. ``None`` copies such state inside the call. Copying
+            in the background has been tested on a simulated device only. State on the CPU needs none.
         cpu_threads: Background threads for replay, checksums and writing; ``None`` is half the
             usable cores, between 1 and 8.
         nice: Niceness of those threads (0 to 19). With ``every`` above 1, a captured save that is not durable

@@ -1,8 +1,8 @@
-"""Signals that announce the end of a process: the state is saved before the former handlers run.
+"""Handlers for signals that announce the end of a process: they save the state, then run the former handlers.
 
-One request at a time. The next step that is told saves its state. If none comes in time, as during an
-evaluation, a thread sends the signal once more, so that the main thread looks whether the state still is
-that of the last step, and saves it. Handlers are those of this process: a forked child gets the former ones.
+One request at a time. The next reported step saves its state. If none comes in time, as during an evaluation,
+a thread sends the signal again, so that the main thread checks whether the state is still that of the last
+step, and saves it. Handlers belong to this process: a forked child gets the former ones back.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ __all__ = ["after_step", "let_go", "watch"]
 _log = logging.getLogger("gockpt")
 
 PATIENT_STEPS = 4
-"""A step that takes this many times as long as usual is not waited for any more."""
+"""A step that takes this many times its usual duration is no longer waited for."""
 LEAST_PATIENCE = 0.2
 LOOK = 0.25
-"""Seconds between two looks whether the state of the last step stands, at first; doubles up to 2 s."""
+"""Initial seconds between two checks whether the state is still the last step's; doubles up to 2 s."""
 
 
 @dataclass(slots=True)
 class _Request:
-    """One signal on its way to its former handler.
+    """One received signal, until its former handler runs.
 
     Attributes:
         number: The signal.
-        deadline: When the grace ends, in ``monotonic`` seconds.
+        deadline: End of the grace, in ``monotonic`` seconds.
         waiting: The checkpointers whose state is still to be saved.
-        saving: Whether one of them is being saved: looks that come meanwhile, while it waits for the disk,
-            find nothing to do.
+        saving: Whether one of them is being saved: checks meanwhile, while it waits for the disk, do
+            nothing.
         done: Set when the former handler may run.
     """
 
@@ -54,14 +54,14 @@ class _Request:
 
 
 _former: dict[int, Any] = {}
-"""The handlers that were there before, by signal."""
+"""The former handlers, by signal."""
 _request: _Request | None = None
 _looks: set[int] = set()
-"""Signals that the waiting thread has sent, to have the main thread look."""
+"""Signals that the waiting thread has sent, to make the main thread check the state."""
 
 
 def watch(saver: Saver) -> None:
-    """Install the handlers that a checkpointer's options ask for."""
+    """Install the handlers for a checkpointer's ``on_signal``."""
     for number in _numbers(saver):
         if number in _former:
             continue
@@ -77,7 +77,7 @@ def watch(saver: Saver) -> None:
 
 
 def let_go(saver: Saver) -> None:
-    """Put the former handlers back where no open checkpointer asks for others any more."""
+    """Restore the former handlers of signals that no open checkpointer needs."""
     if _request is not None and saver in _request.waiting:
         _request.waiting.remove(saver)
     needed = {n for other in registry.open_here() if other is not saver for n in _numbers(other)}
@@ -85,14 +85,14 @@ def let_go(saver: Saver) -> None:
         if _request is not None and _request.number == number:
             continue  # its former handler is still to be run
         if threading.current_thread() is not threading.main_thread():
-            return  # only there can it be done; an idle handler passes everything on
+            return  # only the main thread can do this; an idle handler calls the former one
         former = _former.pop(number)
         if handler_of(number) is _arrived:
             set_handler(number, signal.SIG_DFL if former is None else former)
 
 
 def after_step(saver: Saver) -> None:
-    """Save the state of the step that was just told, if a signal asked for it, and pass the signal on."""
+    """Save the state of the step just reported, if a signal was received, and run the former handler."""
     request = _request
     if request is None or request.saving or saver not in request.waiting:
         return
@@ -108,7 +108,7 @@ def _numbers(saver: Saver) -> list[int]:
 
 
 def _arrived(number: int, _frame: Any) -> None:
-    """Handle a signal of the main thread."""
+    """Handle a signal, in the main thread."""
     global _request  # noqa: PLW0603 - one for the process
     if number in _looks:
         _looks.discard(number)
@@ -117,7 +117,7 @@ def _arrived(number: int, _frame: Any) -> None:
     if _request is not None:
         if number == signal.SIGINT == _request.number:
             _request.saving = False
-            _request.waiting.clear()  # who presses Ctrl-C twice does not want to wait
+            _request.waiting.clear()  # a second Ctrl-C means: do not wait
             _pass_on_if_done()
         return
     waiting = [saver for saver in registry.open_here() if number in _numbers(saver) and saver.last_told]
@@ -134,18 +134,18 @@ def _arrived(number: int, _frame: Any) -> None:
 
 
 def _wait(request: _Request, patience: float) -> None:
-    """Have the main thread look again and again, until the signal was passed on."""
+    """Make the main thread check the state repeatedly, until the former handler has run."""
     pause = LOOK
     while not request.done.wait(min(patience, max(0.01, request.deadline - monotonic()))):
         patience, pause = pause, min(2.0, 2 * pause)
         if _arrived not in (signal.getsignal(request.number), *kept_handlers()):
-            return  # another handler took its place: the signal would be news to it
+            return  # the handler was replaced: the new one must not get the signal
         _looks.add(request.number)
         signal.pthread_kill(threading.main_thread().ident or 0, request.number)
 
 
 def _look() -> None:
-    """Save what still stands as it was at its last step; give up what can't be saved when the grace ends."""
+    """Save each state that is still that of its last step; drop the others when the grace ends."""
     request = _request
     if request is None or request.saving:
         return
@@ -155,7 +155,7 @@ def _look() -> None:
         elif monotonic() >= request.deadline:
             request.waiting.remove(saver)
             _log.error(
-                "%s: no step of %s came within the grace of %.0f s, and its state is not shown to be that of "
+                "%s: no step of %s came within the grace of %.0f s, and its state may have changed since "
                 "the last step: the newest checkpoint is an older one",
                 *(signal.Signals(request.number).name, saver.path, saver.options.grace),
             )
@@ -180,7 +180,7 @@ def _save(saver: Saver, request: _Request) -> None:
 
 
 def _pass_on_if_done() -> None:
-    """Run the former handler, or what the system does by default, once all is saved."""
+    """Run the former handler, or the system's default action, after everything is saved."""
     global _request  # noqa: PLW0603 - one for the process
     request = _request
     if request is None or request.waiting or request.saving:
@@ -193,11 +193,11 @@ def _pass_on_if_done() -> None:
     elif former != signal.SIG_IGN:
         signal.signal(request.number, signal.SIG_DFL)
         signal.raise_signal(request.number)
-        signal.signal(request.number, _arrived)  # where the default is to go on
+        signal.signal(request.number, _arrived)  # if the default action doesn't end the process
 
 
 def _after_fork() -> None:
-    """In a forked child: nothing here is its own."""
+    """Restore the former handlers in a forked child."""
     global _request  # noqa: PLW0603 - one for the process
     _request = None
     _looks.clear()

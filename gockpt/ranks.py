@@ -1,8 +1,8 @@
-"""Process groups: which rank saves, until many ranks save together.
+"""Choice of the rank that saves in a process group: rank 0, for models that are equal on all ranks.
 
 Promise: a model that ``DistributedDataParallel`` keeps equal on all ranks is saved by rank 0, and the other
-ranks' calls return at once. Whatever is not equal on all ranks is refused by name, on every rank: rank 0
-would save a part of it, or all ranks would want the same path.
+ranks' calls return at once. A model or optimizer that may differ between ranks is refused by name, on every
+rank: rank 0 would save only a part of it, or all ranks would write to the same path.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WAY_OUT = (
 
 
 def is_bystander(model: Any, optimizer: Any) -> bool:
-    """Whether another rank saves this model: the process group has several, and this is not rank 0.
+    """Whether another rank saves this model: the process group has several, and this rank is not 0.
 
     Raises:
         UsageError: If the group has several ranks, and the model or optimizer is not equal on all of them.
@@ -50,14 +50,14 @@ def is_bystander(model: Any, optimizer: Any) -> bool:
     warn_once(
         "rank 0 saves",
         "rank 0 of %d saves the DistributedDataParallel model, with its own extras and random states; on the "
-        "other ranks save calls return None (this is rank %d; told once)",
+        "other ranks save calls return None (this is rank %d; logged once)",
         *(ranks, rank),
     )
     return rank != 0
 
 
 def _not_replicated(model: Any, optimizer: Any, ranks: int) -> str | None:
-    """Say what is not equal on all ranks; ``None`` if everything is."""
+    """Return the part that may differ between ranks, as text; ``None`` if everything is equal."""
     for _, part in models_of(model):
         if not isinstance(part, torch.nn.Module):
             return "the model is a mapping of tensors"
@@ -79,7 +79,7 @@ def _not_replicated(model: Any, optimizer: Any, ranks: int) -> str | None:
 
 
 def _replica(module: torch.nn.Module) -> DistributedDataParallel | None:
-    """Return the wrapper that keeps a module equal on all ranks, inside others."""
+    """Return the wrapper that keeps a module equal on all ranks, also inside other wrappers."""
     while not isinstance(module, DistributedDataParallel):
         children = dict(module.named_children())
         inner = next((children[name] for name in TRANSPARENT if name in children), None)
@@ -111,7 +111,7 @@ def _class_names(one: object) -> set[str]:
 
 
 class Bystander:
-    """What a rank has in place of an engine, where another rank saves. Does nothing, and says so."""
+    """Engine of a rank for which another rank saves: counts steps and saves nothing."""
 
     handle: None = None
     busy = False
@@ -122,7 +122,7 @@ class Bystander:
     step_seconds = 0.0
 
     def __init__(self) -> None:
-        """Begin to stand by."""
+        """Start with no counted steps."""
         self.closed = False
         self.last_told = 0.0
         self.training_thread = threading.current_thread()
@@ -131,7 +131,7 @@ class Bystander:
 
     @property
     def of_this_process(self) -> bool:
-        """Whether this is the process that it was made in."""
+        """Whether this is the process in which it was made."""
         return os.getpid() == self._pid
 
     def tick(self, step: int | None, extra: object) -> None:
@@ -142,7 +142,7 @@ class Bystander:
         self.counted = (last + 1 if step is None else step, updates)
 
     def count_from(self, step: int, updates: int) -> None:
-        """Count on from these."""
+        """Continue the counts from these."""
         self.counted = (step, updates)
 
     def wait(self) -> None:
@@ -167,5 +167,5 @@ class Bystander:
         """Return: no model is saved."""
 
     def close(self) -> None:
-        """Stand by no more."""
+        """Return: nothing is held."""
         self.closed = True

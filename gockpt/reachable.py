@@ -1,8 +1,8 @@
-"""Whether a program still uses an object, or only something that is left over keeps it alive.
+"""Detection of objects that a program no longer uses, but leftover references keep alive.
 
-A traceback, a frame that was interrupted and a notebook's output history keep objects alive that nothing
-will use again. Promise: what a running frame or a module's variable leads to counts as used, and so does what
-can't be told.
+A traceback, an interrupted frame and a notebook's output history keep objects alive that nothing will use
+again. Promise: an object that is reachable from a running frame or a module's variable counts as used, and so
+does one in doubt.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MOST_OBJECTS = 50_000
 """Bounds of the search: beyond them an object counts as used."""
 
 _HISTORY = re.compile(r"_+|_\d+|_i+\d*|_i?h|_oh|_dh|In|Out|last_(traceback|value|exc|type)")
-"""Names under which notebooks and the interpreter keep what was shown and what failed."""
+"""Names under which notebooks and the interpreter keep outputs and errors."""
 
 
 def in_use(get: Callable[[], list[Any]]) -> bool:
-    """Whether a running frame or a module's variable leads to one of some objects.
+    """Whether one of some objects is reachable from a running frame or a module's variable.
 
     Args:
-        get: Returns them in a list of its own, which holds the only reference that the caller has to them:
-            frames that run are told by references that no object the garbage collector knows accounts for.
+        get: Returns the objects in a new list, which holds the caller's only reference to them: a running
+            frame is recognised by references that no object known to the garbage collector holds.
     """
     variables, skipped = _module_variables()
     alone = next(map(sys.getrefcount, [object()])) - 1
@@ -61,7 +61,7 @@ def in_use(get: Callable[[], list[Any]]) -> bool:
 
 
 def _module_variables() -> tuple[set[int], set[int]]:
-    """Return the ids of what modules' variables are, and of namespaces and histories, which lead nowhere."""
+    """Return the ids of modules' variables, and of namespaces and histories, which the search skips."""
     variables: set[int] = set()
     skipped: set[int] = set()
     for module in list(sys.modules.values()):
@@ -77,7 +77,7 @@ def _module_variables() -> tuple[set[int], set[int]]:
 
 
 def _is_left_over(one: object) -> bool:
-    """Whether what it leads to is not used for that. Frames that run are no objects that lead anywhere."""
+    """Whether references of an object don't count as use; running frames are recognised otherwise."""
     return isinstance(one, (FrameType, TracebackType)) or _is_ours(type(one).__module__)
 
 

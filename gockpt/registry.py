@@ -1,4 +1,4 @@
-"""The checkpointers of this process: which are open, which ``save_overlapped`` made, which lost their model.
+"""Registry of this process's checkpointers: open ones, those of ``save_overlapped``, those without a model.
 
 Every function but :func:`model_gone` may close checkpointers, and so may wait for saves in flight.
 """
@@ -56,11 +56,11 @@ _log = logging.getLogger("gockpt")
 
 lock = threading.RLock()
 opened: set[Saver] = set()
-"""Every checkpointer that was not closed: the exit of the interpreter finishes them."""
+"""Every checkpointer that is not closed: the exit of the interpreter finishes them."""
 by_call: dict[Key, Saver] = {}
-"""Those that ``save_overlapped`` made, by model and path."""
+"""Checkpointers that ``save_overlapped`` made, by model and path."""
 _orphans: deque[Saver] = deque()
-"""Those whose models were collected; closed at the next call of the library."""
+"""Checkpointers whose models were collected; closed at the next call of the library."""
 
 
 def open_here() -> list[Saver]:
@@ -69,35 +69,35 @@ def open_here() -> list[Saver]:
 
 
 def model_gone(saver: Saver) -> None:
-    """Let go of the optimizers at once; takes no lock, since a finalizer may run anywhere."""
+    """Release the optimizers of a collected model; takes no lock, since a finalizer may run anywhere."""
     saver.let_go()
     _orphans.append(saver)
 
 
 def close_later(saver: Saver) -> None:
-    """Close a checkpointer whose closing was interrupted, as soon as nothing has to be waited for."""
+    """Schedule the close of a checkpointer whose closing was interrupted, once that takes no waiting."""
     if saver not in _orphans:
         _orphans.append(saver)
 
 
 def close_orphans() -> None:
-    """Close the checkpointers whose models are gone, as far as that takes no waiting: a tick calls this.
+    """Close the checkpointers whose models are gone, as far as that takes no waiting: called by each tick.
 
-    Finalizers only note them: they run anywhere.
+    Finalizers only record them, since they may run anywhere.
     """
     for _ in range(len(_orphans)):
         saver = _orphans.popleft()
         if not saver.retire():
             _orphans.append(saver)
             continue
-        if not saver.model_is_gone:  # its close was interrupted: the next call still counts on from it
+        if not saver.model_is_gone:  # its close was interrupted: the next call continues its counts
             continue
         forget_call(saver)
         saver.forget_model()
 
 
 def forget_call(saver: Saver) -> list[Key]:
-    """Let no later ``save_overlapped`` go on with a checkpointer; return the keys that it was found by."""
+    """Remove a checkpointer from those that ``save_overlapped`` uses again; return its keys."""
     keys = [key for key, known in by_call.items() if known is saver]
     for key in keys:
         del by_call[key]
@@ -105,10 +105,10 @@ def forget_call(saver: Saver) -> list[Key]:
 
 
 def each(savers: Iterable[Saver], do: Callable[[Saver], object]) -> None:
-    """Do something with each checkpointer, and close what can be closed without waiting.
+    """Call a function with each checkpointer, and close those that can be closed without waiting.
 
     Raises:
-        SaveError: The first error, after all were done; the others are notes of it.
+        SaveError: The first error, after all calls; the others are its notes.
     """
     first: GockptError | None = None
     for saver in savers:
@@ -128,7 +128,7 @@ def each(savers: Iterable[Saver], do: Callable[[Saver], object]) -> None:
 
 
 def chosen_by(path_or_model: Any) -> Callable[[Saver], bool]:
-    """Return whether a checkpointer is that of a path, or of a model (or what it wraps); all are of ``None``.
+    """Return a filter of checkpointers by path, or by model (also inside a wrapper); ``None`` chooses all.
 
     Raises:
         UsageError: If it is neither a path nor a model.
@@ -138,18 +138,18 @@ def chosen_by(path_or_model: Any) -> Callable[[Saver], bool]:
     if isinstance(path_or_model, (str, bytes, os.PathLike)):
         path = directory_to_save(path_or_model)
         return lambda saver: saver.path == path
-    model_ids(path_or_model)  # refuses what is no model
+    model_ids(path_or_model)  # raises if it isn't a model
     wanted = anchors(path_or_model)
     return lambda saver: bool(wanted & anchors(saver.model))
 
 
 def take_over(path: str, by: Saver, *, resumed: bool) -> None:
-    """Let the checkpointer of this process that has a path hand it to the next one.
+    """Make this process's checkpointer of a path hand the path over to the next one.
 
-    That is meant for the same model, for one that was loaded from this very path, and when the other's model
-    is gone. Where that lives, it may be a traceback or the output of a notebook's cell that keeps it alive:
-    it hands over as well, and is refused when it is to be saved again. What was captured is published, an
-    open window is given up.
+    Meant for the same model, for one that was loaded from this very path, and for the case that the other
+    model is gone. If the other model is alive, perhaps only because of a traceback or the output of a
+    notebook's cell, it hands over as well, and saving it again is refused. A captured state is published, an
+    open window is aborted.
 
     Raises:
         PathBusy: If another thread saves the other model.
@@ -167,9 +167,9 @@ def take_over(path: str, by: Saver, *, resumed: bool) -> None:
         error = release(saver, "another checkpointer takes its path")
         if meant:
             if error is not None and not isinstance(error, (SaveAborted, UploadError)):
-                raise error  # the next call hears of it
+                raise error  # the next call raises it
             continue
-        gc.collect()  # a save under way has kept the model alive, and so does a reference cycle
+        gc.collect()  # a save in flight kept the model alive, and a reference cycle may still do so
         if not saver.model_is_gone:
             saver.taken = True
             _log.warning(
@@ -182,11 +182,11 @@ def take_over(path: str, by: Saver, *, resumed: bool) -> None:
 def expect_alone(path: str, model: Any, step: int | None) -> None:
     """Refuse to save a model into a path that another model of the program is being saved into.
 
-    That is so where the other one is in use and has a window open, or was saved at this very step. One that
-    is only kept alive by what is left of an interrupted or ended program does not count.
+    The other one counts if it is in use and has a window open, or was saved at this very step. A model does
+    not count if only remains of an interrupted or ended program keep it alive.
 
     Raises:
-        PathBusy: If it is so.
+        PathBusy: If there is another one.
     """
     ids, origin = model_ids(model), origin_of(model)
     if origin is not None and origin.path == path:
@@ -204,26 +204,26 @@ def expect_alone(path: str, model: Any, step: int | None) -> None:
 
 
 def release(saver: Saver, why: str) -> GockptError | None:
-    """Close a checkpointer: publish what was captured, give an open window up.
+    """Close a checkpointer: publish a captured state, abort an open window.
 
     Returns:
-        What failed, which is logged.
+        The error, if any, which is logged.
     """
     if saver.window_open:
         saver.abort(why)
     try:
         saver.close()
     except GockptError as error:
-        _log.warning("of the checkpointer of %s, closed since %s: %s", saver.path, why, error)
+        _log.warning("the checkpointer of %s, closed because %s: %s", saver.path, why, error)
         return error
     return None
 
 
 def expect_not_taken(saver: Saver) -> None:
-    """Refuse to go on with a checkpointer whose path another living model's has taken over.
+    """Refuse to use a checkpointer whose path was taken over for another living model.
 
     Raises:
-        PathBusy: If that is so.
+        PathBusy: If it was.
     """
     others = [
         other
@@ -240,7 +240,7 @@ def expect_not_taken(saver: Saver) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """What is left of a checkpointer that ``save_overlapped`` made, used once, and closed.
+    """Record of a checkpointer that ``save_overlapped`` made, used once, and closed.
 
     Attributes:
         counted: Its last step, and the updates that it had seen.
@@ -250,16 +250,16 @@ class Retired:
 
 
 retired: dict[Key, Retired] = {}
-"""By model and path, for as long as the model lives."""
+"""Retired checkpointers by model and path, as long as the model lives."""
 _leaving: list[Saver] = []
-"""Those that are closed as soon as nothing has to be waited for."""
+"""Checkpointers that are closed as soon as that takes no waiting."""
 _failures: deque[GockptError] = deque()
 
 
 def retire_others(by: Saver) -> None:
-    """Close what the same model has saved once into other paths: a new path for each save leaks nothing.
+    """Close the same model's checkpointers of paths that it was saved into once: new paths then leak nothing.
 
-    What is still being written is closed at a later call. A path that is come back to stays open.
+    One that is still writing is closed at a later call. A path that is used again stays open.
     """
     for saver in list(by_call.values()):
         if (
@@ -274,9 +274,9 @@ def retire_others(by: Saver) -> None:
 
 
 def close_leaving() -> None:
-    """Close those that were used once, as far as that takes no waiting."""
+    """Close the checkpointers that were used once, as far as that takes no waiting."""
     for saver in list(_leaving):
-        if not saver.serves_single_saves:  # it was come back to meanwhile
+        if not saver.serves_single_saves:  # it was used again meanwhile
             _leaving.remove(saver)
             continue
         error = saver.retire_with_error()
@@ -292,10 +292,10 @@ def close_leaving() -> None:
 
 
 def raise_failure() -> None:
-    """Raise what a checkpointer failed of that was closed in passing; once.
+    """Raise the error of a checkpointer that was closed by another call, once.
 
     Raises:
-        SaveError: If one did.
+        SaveError: If there is one.
     """
     if _failures:
         raise _failures.popleft()

@@ -1,4 +1,4 @@
-"""Letting go of what ``save_overlapped`` made: threads, memory, hooks, and the right to write into a path."""
+"""Release of the checkpointers of ``save_overlapped``: their threads, memory, hooks and paths."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _log = logging.getLogger("gockpt")
 
 @uninterrupted
 def close(path_or_model: str | os.PathLike[str] | Model | None = None) -> None:
-    """Release what :func:`save_overlapped` made for a path or a model, or all of it.
+    """Release the checkpointers that :func:`save_overlapped` made for a path or a model, or all of them.
 
-    What was captured is published first, uploads included; an open window is given up, which is logged.
-    Then another process or model may save into the path. Saving again afterwards takes the path afresh. A
-    A :class:`Checkpointer` of the user's own is not closed: it has ``close()``. Again is fine.
+    Captured saves are published first, uploads included; an open window is aborted, which is logged. Then
+    another process or model may save into the path. Saving again afterwards opens the path again. A
+    :class:`Checkpointer` that the user made is not closed: call its ``close()``. Repeated calls are fine.
 
     Args:
-        path_or_model: A path, a model as it was passed (or what it wraps), or ``None`` for all.
+        path_or_model: A path, a model as it was passed (or the model inside it), or ``None`` for all.
 
     Raises:
-        SaveError: If a save or an upload failed; all the same everything is released.
+        SaveError: If a save or an upload failed; everything is released nevertheless.
         UsageError: If it is neither a path nor a model.
     """
     chosen = registry.chosen_by(path_or_model)

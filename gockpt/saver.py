@@ -1,6 +1,6 @@
-"""Saving one model and its optimizers into one directory, by itself.
+"""Saver of one model and its optimizers into one directory, without regard to the rest of the process.
 
-:class:`gockpt.checkpointer.Checkpointer` adds the process around it: other savers, signals and its end.
+:class:`gockpt.checkpointer.Checkpointer` adds that: other savers, signals and the end of the process.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _log = logging.getLogger("gockpt")
 
 
 def failure_now() -> int:
-    """Identify the uncaught exception that was reported last; 0 if there was none."""
+    """Return an id of the uncaught exception that was reported last; 0 if there was none."""
     failure = getattr(sys, "last_value", None)
     return 0 if failure is None else id(failure)
 
 
 class Saver:
-    """Saver of one model and its optimizers into one directory, which knows no other of the process.
+    """Saver of one model and its optimizers into one directory, independent of other savers.
 
     Attributes:
         options: The checked options.
@@ -67,7 +67,7 @@ class Saver:
         model_ids: Identities of the model's parts.
         taken: Whether another living model's saver has taken over the path.
         comes_back: Whether ``save_overlapped`` was called for this model and path before it was made.
-        failure_before: The uncaught exception that had been reported when the last step was told.
+        failure_before: Id of the uncaught exception that had been reported before the last step.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Saver:
         """Check the arguments, attach to the model and its optimizers, and take the path for writing.
 
         Raises:
-            UsageError: If an argument can't work, or ``path`` holds checkpoints of another run.
+            UsageError: If an argument is invalid, or ``path`` holds checkpoints of another run.
             PathBusy: If another living writer saves into ``path``.
-            StorageError: If ``path`` can't be made or written.
+            StorageError: If ``path`` can't be created or written.
             RemoteError: If ``options.remote`` can't be reached.
         """
         self.options = checked_options(options)
@@ -109,7 +109,7 @@ class Saver:
         self._origin = origin
 
     def _begin(self, model: Model, optimizer: Optimizers, origin: Origin | None) -> Engine:
-        """Take the path, and return what saves into it."""
+        """Take the path for writing, and return the engine that saves into it."""
         self._take_over(resumed=origin is not None and origin.path == self.path)
         opened = open_path(self.path, model, origin, self.options)
         self._uploads = opened.uploads
@@ -134,11 +134,11 @@ class Saver:
     def after_step(
         self, step: int | None = None, extra: Mapping[str, Any] | None = None
     ) -> SaveHandle | None:
-        """Tell that a training step is complete: the one call in the loop.
+        """Report that a training step is complete: the one call in the loop.
 
-        Call it after ``optimizer.step()`` and ``scheduler.step()``. Whatever the state is at this call
-        is what a save of this step holds. With ``every`` it never waits for storage. With ``every=None``
-        it waits until the former save is durable, and copies the state before it returns.
+        Call it after ``optimizer.step()`` and ``scheduler.step()``. A save of this step holds the state at
+        this call. With ``every`` it never waits for storage. With ``every=None`` it waits until the former
+        save is durable, and copies the state before it returns.
 
         Args:
             step: The step just completed; ``None`` counts calls.
@@ -159,7 +159,7 @@ class Saver:
             return self.handle
         self._calls += 1
         self.failure_before = failure_now()
-        # Calls and updates are counted on from what was loaded meanwhile.
+        # If a checkpoint was loaded meanwhile, counting continues from its step and updates.
         origin = origin_of(self._model())
         if origin is not None and origin is not self._origin:
             self._engine.count_from(origin.step, origin.optimizer_steps)
@@ -172,12 +172,12 @@ class Saver:
         return self.handle
 
     def wait(self) -> None:
-        """Finish what is in flight, uploads too; an open window closes at the last step told."""
+        """Finish saves and uploads in flight; an open window closes at the last reported step."""
         if not self._put_off("wait", harmless=self._engine.only_waits):
             self._finish(self._engine.wait)
 
     def finish(self) -> SaveHandle | None:
-        """Save the last step's state if it isn't saved, and return when all is durable, uploads too.
+        """Save the last step's state if it isn't saved; return when it is durable and uploaded.
 
         See :func:`gockpt.finish`.
 
@@ -185,7 +185,7 @@ class Saver:
             The newest save; ``None`` if there is none.
 
         Raises:
-            SaveError: If the state changed after the last call and so can't be saved under its step; or
+            SaveError: If the state changed after the last call, so that it can't be saved under its step; or
                 if a save failed.
         """
         if not self._put_off("finish", harmless=self._engine.finishes):
@@ -206,28 +206,26 @@ class Saver:
 
     @property
     def step_seconds(self) -> float:
-        """How long a step takes, measured; 0 before two were told."""
+        """Measured duration of a step; 0 before two were reported."""
         return self._engine.step_seconds
 
     def _put_off(self, what: str, *, harmless: Callable[[], bool]) -> bool:
-        """Leave a call to the next step, if it comes where the state may be torn; return whether it is left.
+        """Defer a call to the next step if the state may be inconsistent now; return whether it is deferred.
 
-        That is in the middle of an update, and in a signal handler also while a step is told, or where the
-        state is not that of the last step; but not where the call is ``harmless`` all the same.
+        Calls in the middle of an update or in a signal handler are deferred, except ``harmless`` ones while
+        no step is being reported.
         """
         engine = self._engine
         if not engine.updating and not in_signal_handler():
-            return False  # also an extra that calls the library, which is told so
+            return False  # also for an extra that calls the library: the engine raises for that
         if not engine.inside and harmless():
             return False
-        _log.warning(
-            "%s() was called in the middle of an update: it is done when the next step is told", what
-        )
+        _log.warning("%s() was called in the middle of an update: it runs after the next reported step", what)
         self._waiting_for_step.add(what)
         return True
 
     def _do_what_was_put_off(self) -> None:
-        """After a step was told: do what was asked for in the middle of one."""
+        """Make the calls that were deferred until a step was reported."""
         asked, self._waiting_for_step = self._waiting_for_step, set()
         if "finish" in asked:
             self._finish(self._engine.finish)
@@ -238,16 +236,16 @@ class Saver:
 
     @uninterrupted
     def close(self) -> None:
-        """Finish what is in flight, uploads too, then let go of threads, memory and the path."""
+        """Finish saves and uploads in flight, then release threads, memory and the path."""
         try:
             self._finish(self._engine.close)
         finally:
             self._leave()
 
     def retire_with_error(self) -> GockptError | None:
-        """Close it if there is nothing to wait for; return what a save or upload of it failed of, if one did.
+        """Close the saver if there is nothing to wait for; return the error of a failed save or upload.
 
-        Whether it could be closed, :attr:`closed` says.
+        :attr:`closed` tells whether it was closed.
         """
         if self.busy or self.closed:
             return None
@@ -266,10 +264,10 @@ class Saver:
         return failure
 
     def retire(self) -> bool:
-        """Close it, now that its model is gone, if there is nothing to wait for; return whether it is closed.
+        """Close the saver of a model that is gone, if that takes no waiting; return whether it is closed.
 
-        A failed upload is tried once more behind the caller, and waited for like one under way. What fails
-        is logged: nobody is left to hear of it.
+        A failed upload is tried once more in the background, and waited for like one in flight. Errors are
+        logged: no caller is left to raise them to.
         """
         if not self.of_this_process:
             return True
@@ -280,7 +278,7 @@ class Saver:
         return self.closed
 
     def _finish(self, saves: Callable[[], object]) -> None:
-        """Finish the saves, then the uploads. A failed save is raised, a failed upload added to it."""
+        """Finish the saves, then the uploads. A failed save is raised, with a failed upload as its note."""
         try:
             saves()
         except Exception as error:
@@ -295,17 +293,17 @@ class Saver:
 
     @uninterrupted
     def abort(self, why: str = "abort() was called") -> None:
-        """Give an open window up; what was captured already goes on to disk."""
+        """Abort an open window; a state that was captured already is still written."""
         self._engine.abort_window(why)
 
     @property
     def training_thread(self) -> threading.Thread:
-        """The thread that told the last step."""
+        """The thread that reported the last step."""
         return self._engine.training_thread
 
     @property
     def last_told(self) -> float:
-        """When the last step was told, in seconds of a clock that only goes on."""
+        """Time of the last reported step, in seconds of a monotonic clock."""
         return self._engine.last_told
 
     @property
@@ -315,21 +313,21 @@ class Saver:
 
     @property
     def uploads(self) -> UploadStatus | None:
-        """How far the copies in the object store are; ``None`` without ``Options.remote``."""
+        """Progress of the copies in the object store; ``None`` without ``Options.remote``."""
         return None if self._uploads is None else self._uploads.status
 
     @property
     def model(self) -> Any:
-        """The model, or ``None`` if it does not exist any more."""
+        """The model, or ``None`` if it no longer exists."""
         return self._model()
 
     def modules(self) -> list[torch.nn.Module]:
-        """Return the modules of the model; none if it does not exist any more."""
+        """Return the modules of the model; none if it no longer exists."""
         return modules(self._model() or {})
 
     @property
     def model_is_gone(self) -> bool:
-        """Whether the model does not exist any more."""
+        """Whether the model no longer exists."""
         return self._model() is None
 
     @property
@@ -339,7 +337,7 @@ class Saver:
 
     @property
     def of_this_process(self) -> bool:
-        """Whether it was made in this process, not in the one that forked it."""
+        """Whether it was made in this process, not in a parent that forked it."""
         return self._engine.of_this_process
 
     @property
@@ -353,7 +351,7 @@ class Saver:
         return self._engine.handle
 
     def serves(self, model: Model, optimizer: Optimizers, every: int | str | None, options: Options) -> bool:
-        """Whether this checkpointer was made for exactly these arguments."""
+        """Whether this saver was made for exactly these arguments."""
         return (
             not self.closed
             and self.model_ids == model_ids(model)
@@ -363,17 +361,17 @@ class Saver:
         )
 
     def rebind(self, model: Model) -> None:
-        """Save from this object from now on: a mapping or list may be made anew for each call."""
+        """Save this object from now on: a mapping or list may be a new one in each call."""
         self._model = reference(model)
         self._engine.rebind(self._model)
 
     def let_go(self) -> None:
-        """Forget the optimizers of a model that is gone, and with them its parameters."""
+        """Drop the references to the optimizers of a model that is gone, and so to its parameters."""
         self._optimizers = Found()
         self._engine.let_go()
 
     def forget_model(self) -> None:
-        """Take no notice of the model's end any more: as long as it lives, it would keep this alive."""
+        """Remove the finalizers of the model: they would keep this saver alive as long as the model."""
         for farewell in self._farewells:
             farewell.detach()
 
@@ -382,13 +380,13 @@ class Saver:
         return bool(anchors(self._model()) & anchors(other.model))
 
     def when_model_goes(self, call: Callable[..., object], *given: object) -> None:
-        """Have something called when the model is collected."""
+        """Register a function to be called when the model is collected."""
         for module in self.modules():
             weakref.finalize(module, call, *given)
 
     @property
     def serves_single_saves(self) -> bool:
-        """Whether it was called once only, for a save of that very state, and nobody has come back to it."""
+        """Whether it was called only once, for a save of that state, and its path was not used before."""
         return self.every in (None, 1) and self._calls <= 1 and not self.comes_back
 
     @property
@@ -402,27 +400,27 @@ class Saver:
         return self._engine.counted
 
     def continue_after(self, counted: tuple[int, int]) -> None:
-        """Count calls on from another checkpointer of the same model and path."""
+        """Continue the counts of another saver of the same model and path."""
         self._engine.count_from(*counted)
 
     def _upload(self, saved: Saved) -> None:
         if self._uploads is not None:
             self._uploads.offer(saved.step, saved.seq, str(saved.path))
 
-    # -- the process around it: what a subclass adds -----------------------------------------
+    # -- the rest of the process: overridden by a subclass -----------------------------------
 
     def _take_over(self, *, resumed: bool) -> None:
-        """Make another saver of the path let go of it; ``resumed`` if the model was loaded from there."""
+        """Make another saver of the path release it; ``resumed`` if the model was loaded from there."""
 
     def _refuse_step(self) -> NoReturn:
-        """Raise for a step that is told after :meth:`close`."""
+        """Raise for a step that is reported after :meth:`close`."""
         msg = f"the checkpointer of {self.path} is closed; make a new one"
         raise UsageError(msg)
 
     def _stepped(self) -> None:
-        """Do what has to follow a step that was told, even if that failed."""
+        """Run after each reported step, even if it failed."""
 
     def _leave(self) -> None:
-        """Let go of what only saving needs, once it is closed."""
+        """Release everything that only saving needs, after it is closed."""
         if self.closed:
             self.let_go()

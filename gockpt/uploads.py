@@ -1,4 +1,4 @@
-"""Copies in an object store: one checkpoint by a call, or each new one behind a running training."""
+"""Copies in an object store: of one checkpoint by a call, or of each new one in the background."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ __all__ = ["UploadStatus", "Uploads", "upload"]
 _log = logging.getLogger("gockpt")
 
 LOOK = 0.1
-"""Seconds between two looks whether a signal came, while waiting."""
+"""Seconds between two checks for signals while waiting."""
 
 
 def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
     """Copy one complete checkpoint into an object store and return when it is complete there.
 
-    Every byte is compared with its checksum before it is sent, and the manifest goes last: what an
-    interruption leaves is no checkpoint to any reader, and the next call sends only what is missing.
+    Every byte is compared with its checksum before it is sent, and the manifest goes last: after an
+    interruption no reader finds a checkpoint there, and the next call sends only the missing objects.
 
     Args:
         path: Where checkpoints are saved, or one checkpoint's own directory.
-        url: Where to, such as ``"s3://bucket/run"``; or an obstore store.
+        url: The destination, such as ``"s3://bucket/run"``; or an obstore store.
         step: The wanted step; ``None`` for the newest.
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
-        CheckpointCorrupt: If it is damaged; then it isn't uploaded.
-        RemoteError: If the store refuses or can't be reached; call again to go on.
+        CheckpointCorrupt: If it is damaged; it is not uploaded then.
+        RemoteError: If the store refuses or can't be reached; call again to continue.
         UsageError: If the URL can't be used, or holds checkpoints of another run.
     """
     with open_checkpoint(path, checked_step(step)) as stored:
@@ -59,10 +59,10 @@ def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
 
 
 def _expect_related(manifest: Manifest, objects: Objects) -> None:
-    """Refuse to mix the checkpoints of two runs, of which none descends from the other."""
+    """Refuse to mix the checkpoints of two runs unless one descends from the other."""
     newest = newest_manifest(ObjectLocation(objects))
     if newest is None or any(ancestors_of(one.attributes) is None for one in (manifest, newest)):
-        return  # an older gockpt wrote one of them, and it can't be told
+        return  # an older gockpt wrote one of them, so the ancestry is unknown
     if not run_of(manifest).owns(newest.run, newest.seq) and not run_of(newest).owns(
         manifest.run, manifest.seq
     ):
@@ -74,10 +74,10 @@ def _expect_related(manifest: Manifest, objects: Objects) -> None:
 
 
 class Publications(Protocol):
-    """The writer of a path, as far as uploads concern it."""
+    """The writer of a path, as uploads see it."""
 
     def continue_after(self, seq: int) -> None:
-        """Number publications from above ``seq`` on, which was given out elsewhere."""
+        """Number later publications above ``seq``, which was used elsewhere."""
 
     def holding(self, seq: int) -> AbstractContextManager[None]:
         """Keep a publication from being pruned while the context is open."""
@@ -85,16 +85,16 @@ class Publications(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UploadStatus:
-    """How far the copies of one path's checkpoints are.
+    """Progress of the copies of one path's checkpoints.
 
     Attributes:
-        url: Where they go.
-        newest: The last one that became complete there since this writer began, if any.
+        url: The destination.
+        newest: The last step whose upload was completed by this writer, if any.
         active: The step that is being uploaded, or ``None``.
         waiting: The step that comes next, or ``None``.
-        done: Bytes of the active one that are there.
-        total: Bytes that it has.
-        error: What the last upload failed of, in words; ``None`` if it went well.
+        done: Uploaded bytes of the active one.
+        total: All bytes of the active one.
+        error: Message of the last upload's error; ``None`` if it succeeded.
     """
 
     url: str
@@ -115,17 +115,17 @@ class _Job:
 
 
 class Uploads:
-    """Copies the newest checkpoint of a path into an object store whenever there is a newer one.
+    """Background uploads of a path's newest checkpoint into an object store.
 
     One at a time, on a thread of its own. Of several that became complete meanwhile only the newest is
-    uploaded. A failure is logged and disturbs nobody; :meth:`wait` and :meth:`settle` try again and raise.
+    uploaded. A failure is only logged; :meth:`wait` and :meth:`settle` try again and raise.
     """
 
     def __init__(self, url: Where, path: str, store: Publications, run: Run, *, nice: int) -> None:
-        """Look into the store once, so that what can't work shows at once.
+        """List the store once, so that errors are raised at once.
 
-        Numbers of publications go on above those that are there, and the path's newest checkpoint is
-        uploaded if it is of this run, and isn't there yet, or not as a whole.
+        Later publications are numbered above those in the store, and the path's newest checkpoint is uploaded
+        if it is of this run and isn't complete in the store.
 
         Raises:
             UsageError: If the URL can't be used.
@@ -154,7 +154,7 @@ class Uploads:
 
     @property
     def status(self) -> UploadStatus:
-        """How far it is."""
+        """Current progress."""
         with self._changed:
             return UploadStatus(
                 url=self._objects.url,
@@ -168,15 +168,15 @@ class Uploads:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being uploaded."""
+        """Whether an upload is in flight."""
         return self._active is not None
 
     def offer(self, step: int, seq: int, path: str) -> None:
-        """Upload a checkpoint next; returns at once. One that has waited until now is left out."""
+        """Queue a checkpoint for upload, in place of one that still waits; returns at once."""
         with self._changed:
             if self._waiting is not None:
                 _log.info(
-                    "step %d is not uploaded: step %d is newer, and step %s is still on its way",
+                    "step %d is not uploaded: step %d is newer, and step %s is still being uploaded",
                     self._waiting.step,
                     step,
                     "another" if self._active is None else self._active.step,
@@ -185,7 +185,7 @@ class Uploads:
             self._start()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Return when nothing is being uploaded, or after ``timeout`` seconds. What failed is tried again.
+        """Return when no upload is in flight, or after ``timeout`` seconds. A failed one is tried again.
 
         Raises:
             UploadError: If the newest checkpoint could not be uploaded; raised once.
@@ -206,10 +206,12 @@ class Uploads:
             let_through()
 
     def settle(self) -> bool:
-        """Return whether nothing is left to do, at once. What failed is first tried once more, on its thread.
+        """Return at once whether nothing is left to do. A failed upload is first tried once more.
+
+        That second try runs on the upload's thread.
 
         Raises:
-            UploadError: If the newest checkpoint could not be uploaded then either; raised once.
+            UploadError: If the newest checkpoint could not be uploaded in the second try; raised once.
         """
         if os.getpid() != self._pid:
             return True
@@ -222,13 +224,13 @@ class Uploads:
             return True
 
     def _retry(self) -> None:
-        """Begin once more with what failed, if anything did; the lock is held."""
+        """Start a failed upload again, if there is one; the lock is held."""
         if self._failed is not None:
             self._waiting, self._failed = replace(self._failed, again=True), None
             self._start()
 
     def _raise_failure(self) -> None:
-        """Raise what the last upload failed of, if it did; the lock is held."""
+        """Raise the last upload's error, if there is one; the lock is held."""
         failed, self._failed = self._failed, None
         failure = self._failure
         if failed is not None:
@@ -239,18 +241,18 @@ class Uploads:
             raise UploadError(msg) from failure
 
     def _start(self) -> None:
-        """Begin with what waits, unless something is on its way; the lock is held."""
+        """Start the waiting upload, unless one is in flight; the lock is held."""
         if self._active is None and self._waiting is not None:
             self._active, self._waiting, self._progress = self._waiting, None, (0, 0)
             try:
                 threading.Thread(
                     target=self._run, args=(self._active,), name="gockpt-upload", daemon=True
                 ).start()
-            except RuntimeError as error:  # no thread to be had: the save has gone well all the same
+            except RuntimeError as error:  # no thread could be started; the save itself succeeded
                 self._failure, self._failed, self._active = error, self._active, None
 
     def _run(self, job: _Job | None) -> None:
-        """Upload ``job``, then whatever waits by then; which that is is settled under the lock."""
+        """Upload ``job``, then the jobs that wait by then, which are taken under the lock."""
         while job is not None:
             failure: BaseException | None = None
             done: Uploaded | None = None
@@ -260,7 +262,7 @@ class Uploads:
             except BaseException as error:  # noqa: BLE001 - wait() raises it
                 failure = error
                 _log.warning(
-                    "step %d was not uploaded to %s: %s; the next checkpoint will be, or this one by wait()",
+                    "step %d was not uploaded to %s: %s; wait() or the next checkpoint's upload tries again",
                     job.step,
                     self._objects.url,
                     error,
@@ -276,7 +278,7 @@ class Uploads:
                 self._changed.notify_all()
 
     def _upload(self, job: _Job) -> Uploaded | None:
-        """Upload one checkpoint; ``None`` if it is gone, or another one stands in its place."""
+        """Upload one checkpoint; return ``None`` if it is gone, or another one has its place."""
         with self._store.holding(job.seq):
             try:
                 with open_checkpoint(job.path) as stored:
@@ -298,7 +300,7 @@ class Uploads:
         self._progress = (done, total)
 
     def _be_nice(self) -> None:
-        # On Linux the priority belongs to the thread, not to the process. Refused where the process itself
-        # is nicer than that.
+        # On Linux the priority belongs to the thread, not to the process. The call fails if the process
+        # itself is nicer than that.
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)

@@ -1,4 +1,4 @@
-"""What users pass to save: checked, and models told apart without keeping them alive."""
+"""Checks of users' arguments, and identities of models without references that keep them alive."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Model = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.Tensor]
 
 
 def reference(model: Model) -> Callable[[], Any]:
-    """Return a function that gives the model while it is alive; modules are not kept alive."""
+    """Return a function that returns the model while it is alive; modules are referenced weakly."""
     if isinstance(model, torch.nn.Module):
         return weakref.ref(model)
     if isinstance(model, Mapping):
@@ -44,14 +44,14 @@ def reference(model: Model) -> Callable[[], Any]:
 
 
 def modules(model: Model) -> list[torch.nn.Module]:
-    """Return the modules that a model is made of; a mapping has none."""
+    """Return the modules of a model; a mapping has none."""
     if isinstance(model, torch.nn.Module):
         return [model]
     return [] if isinstance(model, Mapping) else list(model)
 
 
 def anchors(model: Model | None) -> frozenset[int]:
-    """Return the ids by which a living model is known again, also inside another wrapper or mapping."""
+    """Return the ids that identify a living model, also inside another wrapper or mapping."""
     if model is None:
         return frozenset()
     if isinstance(model, Mapping):
@@ -60,7 +60,7 @@ def anchors(model: Model | None) -> frozenset[int]:
 
 
 def model_ids(model: Model) -> tuple[int, ...]:
-    """Identify a model, and refuse what is none. Mappings are all one: they may be made anew each call."""
+    """Return the ids of a model, or raise ``UsageError``. Mappings share one id: calls may pass new ones."""
     if isinstance(model, Mapping):
         return ()
     if isinstance(model, torch.nn.Module):
@@ -75,7 +75,7 @@ def model_ids(model: Model) -> tuple[int, ...]:
 
 
 def checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the extras as a mapping of its own, or raise ``UsageError``."""
+    """Return a copy of the extras, or raise ``UsageError``."""
     if extra is None:
         return None
     if not isinstance(extra, Mapping):
@@ -95,10 +95,10 @@ def checked_options(options: Options | None) -> Options:
 
 
 def checked_step(step: int | None) -> int | None:
-    """Return the step as Python's own number, or raise ``UsageError``."""
+    """Return the step as an ``int``, or raise ``UsageError``."""
     if step is None:
         return None
-    # NumPy's and torch's whole numbers count as such; True and 3.0 do not.
+    # Integers of NumPy and torch are accepted; True and 3.0 are not.
     if hasattr(step, "__index__") and not isinstance(step, bool) and 0 <= operator.index(step) < 1 << 62:
         return operator.index(step)
     msg = f"step={step!r}: expected a whole number from 0 up, or None to count calls"
