@@ -90,6 +90,14 @@ def test_memory_bench_and_its_bar(bench):
     assert printed.count("held") == 2
 
 
+def test_fingerprint_bench(bench):
+    result, printed = run(bench / "bench_fingerprint.py")
+    assert {"crc32c", "fingerprint", "copy and fingerprint"} < result["seconds"].keys()
+    for name, taken in result["seconds"].items():
+        assert name in printed
+        assert len(taken) == 3
+
+
 def test_store_bench(bench):
     result, printed = run(bench / "bench_store.py")
     (tiny,) = result["results"]
@@ -140,6 +148,7 @@ def test_compression_bench(bench):
         "bench_store.py",
         "bench_load.py",
         "bench_compression.py",
+        "bench_fingerprint.py",
         "bench_gpu.py",
         "demo.py",
     ],

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import gockpt
+from gockpt.core import arena_layout
+from gockpt.core.array_spec import ArraySpec
 from gockpt.saving.device_selection import CudaDevices
 
 KB = 1024
@@ -104,6 +106,41 @@ def test_what_is_published_is_the_boundary(devices, memory, refuse):
     state = sum(t.nbytes for t in run.moments[4].values())
     assert 2.5 * state < sum(device.copied) < 3 * state  # what is small is copied inside the call
     assert 0 < device.peak <= memory
+
+
+def uneven():
+    model = torch.nn.ParameterDict(
+        {
+            "narrow": torch.nn.Parameter(torch.randn(30_001, 3).to(torch.bfloat16)),
+            "wide": torch.nn.Parameter(torch.randn(4_001, 5)),
+        }
+    )
+    return model, [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)]
+
+
+@pytest.mark.parametrize(
+    ("memory", "window"),
+    [(None, 1), (None, 2), (FEW, 1), (PLENTY, 1)],
+    ids=["host", "host, a window", "staging", "snapshot"],
+)
+def test_chunks_that_begin_inside_a_word_of_a_fingerprint_are_saved(request, monkeypatch, memory, window):
+    monkeypatch.setattr(arena_layout, "WHOLE_LIMIT", 70_000)
+    monkeypatch.setattr(arena_layout, "CHUNK_TARGET", 70_001)
+    if memory is not None:
+        request.getfixturevalue("devices")
+    run = Run(build=uneven, ready=memory is not None, device_memory=memory, window=window, every=window)
+    run.ticks(2 * window)
+    run.saver.close()
+    chunks = {
+        array.spec.name[-1]: [slot.row * array.spec.nbytes // array.spec.shape[0] % 8 for slot in array.slots]
+        for array in arena_layout.lay_out(
+            [ArraySpec(("narrow",), (30_001, 3), "bfloat16"), ArraySpec(("wide",), (4_001, 5), "float32")]
+        ).arrays
+    }
+    assert any(chunks["narrow"])
+    assert any(chunks["wide"])
+    assert len(gockpt.steps("ckpts")) >= 2
+    run.check()
 
 
 @pytest.mark.parametrize("memory", [FEW, PLENTY], ids=["staging", "snapshot"])
