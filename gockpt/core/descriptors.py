@@ -8,11 +8,23 @@ these values.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 from gockpt.core.arena_layout import ArrayLayout  # noqa: TC001 - read with messages, whose types are checked
 
-__all__ = ["ArrayPlace", "Capture", "Gradient", "ReplayPiece", "Stretch"]
+__all__ = ["ArenaId", "ArrayPlace", "Capture", "Gradient", "ReplayPiece", "Stretch"]
+
+
+class ArenaId(IntEnum):
+    """The arenas of a save, and the index of each wherever they are listed."""
+
+    STATE = 0
+    """Parameters, buffers and optimizer state."""
+    RING = 1
+    """Gradients on their way to replay, and behind them live values of probes."""
+    EXTRA = 2
+    """Extras and random states, which the closing tick adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +113,12 @@ class ArrayPlace:
 
     Attributes:
         layout: Its chunks and slots.
-        arena: Index of the arena of its slots.
+        arena: The arena of its slots.
         strides: Its element strides, if its memory order isn't row-major.
     """
 
     layout: ArrayLayout
-    arena: int
+    arena: ArenaId
     strides: tuple[int, ...] | None = None
 
 

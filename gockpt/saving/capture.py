@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gockpt.core.descriptors import ArrayPlace
+from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.planning.planner import part_ranges
 from gockpt.saving.at_once import AtOnce
 from gockpt.saving.device_capture import Aboard
@@ -407,7 +407,8 @@ class Attempt:
         for array in self.layout.arrays:
             tensor = live.entries[array.spec.name]
             stored = array.spec.name not in at_once and not tensor.is_contiguous()
-            result.append(ArrayPlace(array, 0, tuple(tensor.stride()) if stored else None))
+            strides = tuple(tensor.stride()) if stored else None
+            result.append(ArrayPlace(array, ArenaId.STATE, strides))
         return tuple(result)
 
     def _copy(self, piece: Piece, stretch: Stretch) -> Copy:

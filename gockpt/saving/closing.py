@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gockpt.core.arena_layout import lay_out
 from gockpt.core.array_spec import ArraySpec
-from gockpt.core.descriptors import ArrayPlace
+from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.errors import SaveError, UnsupportedState, UsageError
 from gockpt.saving.at_once import copy_at_once
 from gockpt.state import rng_state
@@ -38,7 +38,7 @@ def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memor
     arena = memory.additions(layout)
     for array, tensor in zip(layout.arrays, added.values(), strict=True):
         copy_at_once(tensor, array, arena)
-    return tuple(ArrayPlace(array, 2) for array in layout.arrays)
+    return tuple(ArrayPlace(array, ArenaId.EXTRA) for array in layout.arrays)
 
 
 def added_at(

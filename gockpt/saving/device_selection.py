@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from gockpt.core.descriptors import ArenaId
 from gockpt.staging.copy_batches import Shipment, Urgency
 from gockpt.staging.device import Source
 from gockpt.staging.device_budget import make_room
@@ -224,7 +225,7 @@ class Road:
 def to_ring(source: Source, offset: int, form: Form | None = None) -> Shipment:
     """Return a shipment to a place in the ring; ``form`` says how it is encoded on the way, if it is."""
     encoded = form is not None and form.encoding is not None
-    return Shipment(source, 1, offset, None, form if encoded else None)
+    return Shipment(source, ArenaId.RING, offset, None, form if encoded else None)
 
 
 def sources_of(live: LiveState, pieces: Sequence[Piece]) -> list[Source]:
@@ -240,7 +241,8 @@ def _shipments(live: LiveState, pieces: Sequence[Piece]) -> list[Shipment]:
             tensor = live.entries[stretch.name]
             low = stretch.start * stretch.itemsize
             source = Source(tensor, low, stretch.nbytes, stretch.position)
-            found.append(Shipment(source, 0, stretch.offset, owners.get(stretch.name)))
+            owner = owners.get(stretch.name)
+            found.append(Shipment(source, ArenaId.STATE, stretch.offset, owner))
     return found
 
 

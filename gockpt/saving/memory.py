@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING, Any
 
+from gockpt.core.descriptors import ArenaId
 from gockpt.errors import StateTooLarge
 from gockpt.kernels.gradient16_launch import fitting
 from gockpt.planning.planner import RING_GRADIENTS
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Memory"]
 
-STATE, RING, EXTRA = range(3)
-
 
 class Memory:
     """The arenas of one engine: state, gradient ring, and what a closing tick adds. Kept between saves.
@@ -53,7 +52,7 @@ class Memory:
         self._options = options
         self._background = background
         self._roads = roads
-        self._held: list[Arena | None] = [None, None, None]
+        self._held: list[Arena | None] = [None] * len(ArenaId)
         self._passing = 0
         self._reordering = 0
         self._encoded = 0
@@ -73,13 +72,13 @@ class Memory:
     @property
     def arenas(self) -> tuple[Arena, ...]:
         """State, ring and additions."""
-        return tuple(self._arena(use, 0) for use in (STATE, RING, EXTRA))
+        return tuple(self._arena(use, 0) for use in ArenaId)
 
     def prepare(self, live: LiveState, shape: Shape, transfer: Transfer) -> None:
         """Reserve the state's arena and take its pages behind the caller, and make the road into it."""
         self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
-        self._make_room({STATE: shape.layout.nbytes, RING: 0, EXTRA: 0})
-        arena = self._arena(STATE, shape.layout.nbytes)
+        self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: 0, ArenaId.EXTRA: 0})
+        arena = self._arena(ArenaId.STATE, shape.layout.nbytes)
         transfer.submit([arena.prefault])
         self._roads.prepare(live, arena, transfer)
 
@@ -93,7 +92,7 @@ class Memory:
         def admit(nbytes: int) -> None:
             nonlocal copied
             copied += nbytes
-            self._make_room({EXTRA: copied}, copies=copied)
+            self._make_room({ArenaId.EXTRA: copied}, copies=copied)
 
         return admit
 
@@ -105,12 +104,12 @@ class Memory:
         """
         encoded = largest_encoded(self._options.compression, layout.arrays)
         copies = sum(array.spec.nbytes for array in layout.arrays)
-        self._make_room({EXTRA: layout.nbytes}, copies=copies, encoded=encoded)
-        return self._arena(EXTRA, layout.nbytes)
+        self._make_room({ArenaId.EXTRA: layout.nbytes}, copies=copies, encoded=encoded)
+        return self._arena(ArenaId.EXTRA, layout.nbytes)
 
     def road(self, live: LiveState) -> Road | None:
         """Return the road into the state's arena, if there is one that the state may take."""
-        return self._roads.ready(live, self._held[STATE])
+        return self._roads.ready(live, self._held[ArenaId.STATE])
 
     def obstacle(self, live: LiveState) -> str | None:
         """Return why no state leaves a device behind training; ``None`` if some does or none is on one."""
@@ -137,10 +136,10 @@ class Memory:
             self._ring_bytes(pieces, plan, shape) + sample_bytes_of(pieces, plan, self._options.grad_dtype)
             for pieces, plan in plans
         )
-        self._make_room({STATE: shape.layout.nbytes, RING: nbytes, EXTRA: 0})
-        if self._held[STATE] is not road.arena:
+        self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: nbytes, ArenaId.EXTRA: 0})
+        if self._held[ArenaId.STATE] is not road.arena:
             return "the road has to be made anew"
-        return self._roads.reach(road, self._arena(RING, nbytes), transfer)
+        return self._roads.reach(road, self._arena(ArenaId.RING, nbytes), transfer)
 
     def attempt(
         self,
@@ -180,10 +179,10 @@ class Memory:
             self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
             self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
             ring_bytes = self._ring_bytes(pieces, plan, shape)
-            needs = {STATE: shape.layout.nbytes, RING: ring_bytes + samples}
-            self._make_room(needs | {EXTRA: 0} if afresh else needs)
-            arena = self._arena(STATE, shape.layout.nbytes)
-            ring = self._held[RING] if self._kept(RING) >= ring_bytes + samples else None
+            needs = {ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: ring_bytes + samples}
+            self._make_room(needs | {ArenaId.EXTRA: 0} if afresh else needs)
+            arena = self._arena(ArenaId.STATE, shape.layout.nbytes)
+            ring = self._held[ArenaId.RING] if self._kept(ArenaId.RING) >= ring_bytes + samples else None
             if road is not None and road.arena is not arena:
                 road = None  # it led to an arena that was too small, or too large
             elif (
@@ -196,12 +195,12 @@ class Memory:
             else:
                 break
         self._roads.prepare(live, arena, transfer)
-        if self._kept(RING) < ring_bytes + samples:
-            transfer.submit([self._arena(RING, ring_bytes + samples).prefault])
+        if self._kept(ArenaId.RING) < ring_bytes + samples:
+            transfer.submit([self._arena(ArenaId.RING, ring_bytes + samples).prefault])
         room = Ring(0, ring_bytes)
         job = self._background.job(
             # Not the third: what is added may yet need a larger one, and the job would keep this one alive.
-            arenas=self.arenas[:EXTRA],
+            arenas=self.arenas[: ArenaId.EXTRA],
             pieces=[p.message() for p in pieces.pieces],
             ring=room,
             outcome=outcome,
@@ -214,7 +213,7 @@ class Memory:
             plan=plan,
             arena=arena,
             ring=room,
-            ring_arena=self._arena(RING, ring_bytes + samples),
+            ring_arena=self._arena(ArenaId.RING, ring_bytes + samples),
             transfer=transfer,
             options=self._options,
             racing=racing,
@@ -227,31 +226,31 @@ class Memory:
     def release(self) -> None:
         """Let the memory go."""
         self._roads.leave(join=True)
-        self._held = [None, None, None]
+        self._held = [None] * len(ArenaId)
 
     def _ring_bytes(self, pieces: Cut, plan: Plan, shape: Shape) -> int:
         """Return the room for gradients; as much as for a state on the host where there is no more."""
         most = ring_bytes_of(pieces, plan, self._options.grad_dtype)
         limit = self._options.host_memory
-        extras = max(self._kept(EXTRA), whole_pages(0))
+        extras = max(self._kept(ArenaId.EXTRA), whole_pages(0))
         taken = whole_pages(shape.layout.nbytes) + extras + self._beside()
         if limit is None or taken + whole_pages(most) <= limit:
             return most
         return ring_bytes_of(pieces, plan, self._options.grad_dtype, of_device=RING_GRADIENTS)
 
-    def _let_go(self, use: int) -> None:
+    def _let_go(self, use: ArenaId) -> None:
         """Let one arena go; the road into it ends first."""
-        if use == STATE and self._held[use] is not None:
+        if use == ArenaId.STATE and self._held[use] is not None:
             self._roads.leave()
-        if use == RING and self._held[use] is not None:
+        if use == ArenaId.RING and self._held[use] is not None:
             self._roads.leave_ring()
         self._held[use] = None
 
-    def _kept(self, use: int) -> int:
+    def _kept(self, use: ArenaId) -> int:
         arena = self._held[use]
         return 0 if arena is None else arena.nbytes
 
-    def _arena(self, use: int, nbytes: int) -> Arena:
+    def _arena(self, use: ArenaId, nbytes: int) -> Arena:
         """Return the arena of one use, at least that large; a smaller one goes first."""
         arena = self._held[use]
         if arena is None or arena.nbytes < nbytes:
@@ -260,7 +259,7 @@ class Memory:
             arena = self._held[use] = self._background.arena(nbytes)
         return arena
 
-    def _make_room(self, needs: dict[int, int], *, copies: int = 0, encoded: int = 0) -> None:
+    def _make_room(self, needs: dict[ArenaId, int], *, copies: int = 0, encoded: int = 0) -> None:
         """Refuse what can't fit; arenas that are larger than they need to be go first.
 
         Args:
@@ -274,7 +273,7 @@ class Memory:
         beside = self._beside(copies, encoded)
 
         def total() -> int:
-            uses = (max(self._kept(use), whole_pages(needs.get(use, 0))) for use in (STATE, RING, EXTRA))
+            uses = (max(self._kept(use), whole_pages(needs.get(use, 0))) for use in ArenaId)
             return sum(uses) + beside
 
         if total() > limit:
@@ -283,7 +282,7 @@ class Memory:
                     self._let_go(use)
         nbytes = total()
         if nbytes > limit:
-            extras = copies and copies + needs[EXTRA]
+            extras = copies and copies + needs[ArenaId.EXTRA]
             self._refuse(nbytes, limit, extras=extras, encoding=self._encoding(encoded))
 
     def _beside(self, copies: int = 0, encoded: int = 0) -> int:

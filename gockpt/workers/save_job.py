@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from gockpt.core.descriptors import ArenaId
 from gockpt.core.nonfinite import NonFinite, attributes_with
 from gockpt.errors import WorkerError, as_background_error
 from gockpt.replay.rounding_error import Findings
@@ -261,7 +262,7 @@ class Job(JobClient):
         self, state: PieceReplay, gradients: list[Gradient], capture: Capture | None
     ) -> Report | None:
         """Replay a piece's gradients; prove it as well if there was a capture when this was taken."""
-        arena, ring = self._arenas[:2]
+        arena, ring = self._arenas[ArenaId.STATE], self._arenas[ArenaId.RING]
         began = perf_counter()
         try:
             if gradients:

@@ -28,6 +28,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import gockpt
 from gockpt import registry
+from gockpt.core.descriptors import ArenaId
 from gockpt.kernels import replay
 from gockpt.saving.device_selection import CudaDevices
 from gockpt.state import lineage
@@ -513,7 +514,7 @@ def _rounded_astray(lab):
             if chosen is not None:
                 one = kept[chosen]
                 if how == "damaged":
-                    job._arenas[1].view(one.offset, 1)[:] ^= 1
+                    job._arenas[ArenaId.RING].view(one.offset, 1)[:] ^= 1
                 elif how == "lost":
                     job._ring.free(kept.pop(chosen).offset)
                 else:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gockpt.core.arena_layout import lay_out
 from gockpt.core.array_spec import ArraySpec
-from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
+from gockpt.core.descriptors import ArenaId, ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.core.nonfinite import NonFinite, attributes_with
 from gockpt.core.timeline import Trace
 from gockpt.errors import StorageError, WorkerError
@@ -116,7 +116,7 @@ class Bench:
             for p in self.pieces
             if p not in late
         }
-        places = tuple(ArrayPlace(array, 0) for array in self.layout.arrays)
+        places = tuple(ArrayPlace(array, ArenaId.STATE) for array in self.layout.arrays)
         return Capture(7, places, proofs, {"a": 1}, {"b": 2}, exact=True)
 
     def close(self, capture=None, added=None):

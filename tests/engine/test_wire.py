@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gockpt.core.arena_layout import ArrayLayout, Slot
 from gockpt.core.array_spec import DTYPES, ArraySpec
-from gockpt.core.descriptors import ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
+from gockpt.core.descriptors import ArenaId, ArrayPlace, Capture, Gradient, ReplayPiece, Stretch
 from gockpt.core.exactness import Deviation
 from gockpt.core.nonfinite import NonFinite
 from gockpt.core.runs import Run
@@ -65,7 +65,7 @@ layouts = st.builds(
 captures = st.builds(
     Capture,
     step=counts,
-    arrays=many(st.builds(ArrayPlace, layouts, counts, st.none() | numbers)),
+    arrays=many(st.builds(ArrayPlace, layouts, st.sampled_from(ArenaId), st.none() | numbers)),
     proofs=st.dictionaries(counts, st.lists(bits, max_size=3).map(tuple), max_size=3),
     state=documents,
     attributes=documents,

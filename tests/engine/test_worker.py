@@ -13,7 +13,7 @@ import pytest
 import gockpt
 from gockpt.core.arena_layout import lay_out
 from gockpt.core.array_spec import ArraySpec
-from gockpt.core.descriptors import ArrayPlace, Capture
+from gockpt.core.descriptors import ArenaId, ArrayPlace, Capture
 from gockpt.core.runs import Run
 from gockpt.errors import WorkerError
 from gockpt.staging.arena import Arena
@@ -118,7 +118,7 @@ def test_what_was_captured_is_published_though_the_next_message_is_none(tmp_path
     arena = Arena(layout.nbytes, shared=True)
     trainer.send(messages.GiveArena(1, arena.nbytes, (1,)), arena.fd)
     trainer.send(messages.Begin(1, (1, 1), (), None))
-    places = tuple(ArrayPlace(one, 0) for one in layout.arrays)
+    places = tuple(ArrayPlace(one, ArenaId.STATE) for one in layout.arrays)
     trainer.send(messages.Close(1, (1, 1, 1), (), Capture(7, places, {}, {"version": 1}, {}, exact=True)))
     trainer.hear(messages.Taken)
     then(trainer, arena)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gockpt
+from gockpt.core.descriptors import ArenaId
 from gockpt.kernels import replay
 from gockpt.replay import tiled
 from gockpt.saving import gradient_capture
@@ -358,7 +359,7 @@ def test_a_gradient_that_is_not_the_one_that_was_posted_is_caught(harness, monke
                 job._ring.free(gradient.offset)
                 continue
             kept.append(gradient)
-            view = job._arenas[1].view(gradient.offset, gradient.nbytes)
+            view = job._arenas[ArenaId.RING].view(gradient.offset, gradient.nbytes)
             if damage == "bytes":
                 view[len(view) // 3 :][:40] ^= 0x55
             else:

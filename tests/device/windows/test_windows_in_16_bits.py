@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gockpt
+from gockpt.core.descriptors import ArenaId
 from gockpt.replay.gradient_encoding import decode
 from gockpt.replay.tiled import SCRATCH_BYTES
 from gockpt.saving import update_order
@@ -171,7 +172,7 @@ def test_a_gradient_that_is_not_the_one_that_was_sent_is_caught(
         mine = [n for n, g in enumerate(kept) if g.piece == 0 and g.number >= first]
         for n in mine[:1]:
             gradient = kept[n]
-            view = job._arenas[1].view(gradient.offset, gradient.nbytes)
+            view = job._arenas[ArenaId.RING].view(gradient.offset, gradient.nbytes)
             if damage == "lost":
                 kept.pop(n)
                 job._ring.free(gradient.offset)
@@ -254,7 +255,7 @@ def test_what_the_bus_gets_wrong_is_seen(devices, runs, monkeypatch, what, grad_
     device = devices.opened()
     run.let_arrive()
     real, hurt = device.copy, []
-    ring = run.saver._engine._save.memory.arenas[1]
+    ring = run.saver._engine._save.memory.arenas[ArenaId.RING]
     base = ring.data.ctypes.data
     behind = run.saver._engine._save.attempt._gathering.samples_end
 
