@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gockpt.core.arena_layout import lay_out
-from gockpt.core.array_spec import ArraySpec
 from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.errors import SaveError, UnsupportedState, UsageError
 from gockpt.saving.at_once import copy_at_once
 from gockpt.state import rng_state
 from gockpt.state.state_document import build_document, capture_extras
+from gockpt.state.tensors import spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +31,7 @@ def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memor
 
     They are laid out at the close because only then is it known which there are.
     """
-    specs = [
-        ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in added.items()
-    ]
-    layout = lay_out(specs)
+    layout = lay_out([spec_of(name, tensor) for name, tensor in added.items()])
     arena = memory.additions(layout)
     for array, tensor in zip(layout.arrays, added.values(), strict=True):
         copy_at_once(tensor, array, arena)

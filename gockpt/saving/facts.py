@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gockpt.core.arena_layout import ArenaLayout, lay_out
-from gockpt.core.array_spec import ArraySpec
 from gockpt.kernels.gradient16_launch import form_of
 from gockpt.planning.planner import RING_GRADIENTS, ROAD_GRADIENTS, Facts, part_ranges
 from gockpt.replay.gradient_encoding import usual_bytes
 from gockpt.replay.rounding_probes import most_elements
 from gockpt.saving.write_items import cut
 from gockpt.staging.gradient_ring import block_bytes
+from gockpt.state.tensors import spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,10 +50,7 @@ class Shape:
 
 def shape_of(live: LiveState, known: Shape | None = None) -> Shape:
     """Return the geometry of ``live``; ``known`` itself if it is the same."""
-    specs = [
-        ArraySpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch."))
-        for name, t in live.entries.items()
-    ]
+    specs = [spec_of(name, tensor) for name, tensor in live.entries.items()]
     orders = tuple(None if t.is_contiguous() else t.stride() for t in live.entries.values())
     owners = tuple((p.fqn, id(p.param), p.optimizer_index, p.group_index) for p in live.params)
     key = (tuple(specs), orders, owners, tuple(sorted(live.aliases.items())), frozenset(live.buffers))
