@@ -24,7 +24,7 @@ LAYERS = (
     ("core",),
     ("planning",),
     ("kernels", "storage"),
-    ("state", "staging"),
+    ("tensor_memory", "state", "staging"),
     ("replay",),
     ("workers",),
     ("catalog", "uploads", "loading", "saving"),

@@ -11,16 +11,17 @@ from gockpt.errors import ManifestCorrupt, StateMismatch
 from gockpt.loading.fit_model import Assign, Fill
 from gockpt.loading.lazy_tensor import read_whole
 from gockpt.state.strides import allocate
-from gockpt.state.tensors import DTYPE_OF, as_bytes, is_subclass, may_alias_itself
+from gockpt.state.tensors import DTYPE_OF, is_subclass, may_alias_itself
 from gockpt.storage.read.checkpoint import Wanted
+from gockpt.tensor_memory import as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from gockpt.loading.load_plan import Create
     from gockpt.state.strides import Strides
-    from gockpt.state.tensors import Bytes
     from gockpt.storage.read.checkpoint import StoredCheckpoint
+    from gockpt.tensor_memory import Bytes
 
 __all__ = ["Filler", "Kept", "copy_into"]
 

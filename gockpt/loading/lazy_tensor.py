@@ -14,7 +14,8 @@ import torch
 
 from gockpt.core.boxes import Box
 from gockpt.errors import ManifestCorrupt
-from gockpt.state.tensors import DTYPE_OF, as_bytes
+from gockpt.state.tensors import DTYPE_OF
+from gockpt.tensor_memory import as_bytes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from gockpt.loading.fit_model import Fill
     from gockpt.state.saved_document import SavedState, SavedSubclass
-    from gockpt.state.tensors import Bytes
+    from gockpt.tensor_memory import Bytes
 
     Read = Callable[[tuple[str, ...]], torch.Tensor]
     BytesOf = Callable[[tuple[str, ...]], Bytes]

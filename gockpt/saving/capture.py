@@ -19,7 +19,8 @@ from gockpt.saving.device_capture import Aboard
 from gockpt.saving.fingerprints import of_piece, of_pieces, take
 from gockpt.saving.gradient_capture import INSIDE, Gathering, bar, make_late
 from gockpt.saving.update_order import CHANGED, OVERTAKEN
-from gockpt.staging.host_stager import Batch, Copy, dense_bytes
+from gockpt.staging.host_stager import Batch, Copy
+from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -412,10 +413,7 @@ class Attempt:
         return tuple(result)
 
     def _copy(self, piece: Piece, stretch: Stretch) -> Copy:
-        source = dense_bytes(self.live.entries[stretch.name])
-        if source is None:
-            msg = f"{'/'.join(stretch.name)} does not lie gapless in memory any more"
-            raise ValueError(msg)
+        source = expect_dense_bytes(stretch.name, self.live.entries[stretch.name])
         low, high = stretch.start * stretch.itemsize, stretch.stop * stretch.itemsize
         target = self._arena.view(stretch.offset, stretch.nbytes)
         expected = self._evidence[stretch.name, stretch.start]

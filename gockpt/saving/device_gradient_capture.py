@@ -20,7 +20,7 @@ from gockpt.saving.device_selection import to_ring
 from gockpt.saving.gradient_capture import INSIDE, make_late
 from gockpt.saving.update_order import Follow, Following, Numbers, Role, Update
 from gockpt.staging.device import Source
-from gockpt.staging.host_stager import is_dense
+from gockpt.tensor_memory import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

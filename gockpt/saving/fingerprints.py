@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.staging.host_stager import dense_bytes
+from gockpt.tensor_memory import expect_dense_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -66,11 +66,7 @@ def _piece_task(
 ) -> Callable[[], None]:
     for stretch in piece.stretches:
         if stretch.name not in views:
-            view = dense_bytes(live.entries[stretch.name])
-            if view is None:
-                msg = f"{'/'.join(stretch.name)} does not lie gapless in memory any more"
-                raise ValueError(msg)
-            views[stretch.name] = view
+            views[stretch.name] = expect_dense_bytes(stretch.name, live.entries[stretch.name])
 
     def task() -> None:
         for stretch in piece.stretches:

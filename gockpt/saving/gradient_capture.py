@@ -19,7 +19,7 @@ from gockpt.replay.gradient_encoding import encode, seal
 from gockpt.replay.pending_scalars import LateNumbers
 from gockpt.replay.rounding_probes import choose, elements
 from gockpt.staging.gradient_ring import block_bytes
-from gockpt.staging.host_stager import dense_bytes
+from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -131,10 +131,7 @@ class Gathering:
             nbytes = 4 * at.size * len(stretches)
             rows = self._arena.view(offset, nbytes).view(np.float32).reshape(len(stretches), at.size)
             for stretch, row in zip(stretches, rows, strict=True):
-                data = dense_bytes(live.entries[stretch.name])
-                if data is None:
-                    msg = f"{'/'.join(stretch.name)} does not lie gapless in memory any more"
-                    raise ValueError(msg)
+                data = expect_dense_bytes(stretch.name, live.entries[stretch.name])
                 np.take(data.view(np.float32)[stretch.start : stretch.stop], at, out=row)
             places[index] = (offset, self._posted[index])
             offset += block_bytes(nbytes)

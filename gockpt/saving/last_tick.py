@@ -18,8 +18,8 @@ import torch
 from gockpt.errors import StateTooLarge
 from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.saving.closing import added_at
-from gockpt.staging.host_stager import dense_bytes
 from gockpt.state.tensors import is_subclass, refusal
+from gockpt.tensor_memory import dense_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

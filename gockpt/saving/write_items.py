@@ -15,7 +15,7 @@ import torch
 from gockpt.core.descriptors import ReplayPiece, Stretch
 from gockpt.replay import rules
 from gockpt.replay.calibration_runs import lab_for
-from gockpt.staging.host_stager import is_dense
+from gockpt.tensor_memory import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

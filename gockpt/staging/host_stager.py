@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gockpt.kernels.fingerprint_numba import copy_fingerprint, fingerprint
 
 if TYPE_CHECKING:
@@ -25,37 +23,7 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Batch", "Copy", "Transfer", "dense_bytes", "is_dense"]
-
-
-def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
-    """Return the tensor's memory as 1-D bytes in storage order, sharing it.
-
-    Returns:
-        ``None`` when the elements don't fill one gapless stretch of CPU memory exactly once (views
-        with holes, expanded or lazily conjugated tensors, other layouts or devices).
-    """
-    if tensor.device.type != "cpu" or not is_dense(tensor):
-        return None
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    result: Bytes = flat.view(torch.uint8).numpy()
-    return result
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's elements, as they are, fill one gapless stretch of memory exactly once."""
-    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
-        return False
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+__all__ = ["Batch", "Copy", "Transfer"]
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from gockpt.errors import UnsupportedState
 from gockpt.kernels import launch_tables
 from gockpt.kernels.gradient16_format import Gradient, Message, plan_message
 from gockpt.kernels.gradient16_launch import Place, plan_each
-from gockpt.staging.host_stager import is_dense
+from gockpt.tensor_memory import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,23 +1,16 @@
-"""Tensors as arrays of a checkpoint: which can be stored, their specs, and their memory as bytes."""
+"""Tensors as arrays of a checkpoint: which can be stored, and their specs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TypeGuard
 
 import torch
 
 from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Bytes = npt.NDArray[np.uint8]
-
 __all__ = [
     "DTYPE_OF",
     "NAME_OF",
-    "as_bytes",
     "is_subclass",
     "may_alias_itself",
     "refusal",
@@ -129,14 +122,6 @@ def _special_way_out(kind: type) -> str | None:
 def spec_of(name: tuple[str, ...], tensor: torch.Tensor) -> ArraySpec:
     """Return the spec of the array that stores a tensor for which :func:`refusal` is ``None``."""
     return ArraySpec(name, tuple(tensor.shape), NAME_OF[tensor.dtype])
-
-
-def as_bytes(tensor: torch.Tensor) -> Bytes:
-    """Return a contiguous CPU tensor's memory as 1-D bytes, row-major, sharing it."""
-    # Not reshape(-1): dimensions of size 1 may have any stride, and keep it.
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    result: Bytes = flat.view(torch.uint8).numpy()
-    return result
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

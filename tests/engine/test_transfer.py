@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.staging.host_stager import Batch, Copy, Transfer, dense_bytes
+from gockpt.staging.host_stager import Batch, Copy, Transfer
+from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
 
 DTYPES = [
     torch.float32,
@@ -89,6 +90,8 @@ def test_channels_last_is_dense():
 )
 def test_what_is_not_dense_memory_has_no_dense_bytes(tensor):
     assert dense_bytes(tensor) is None
+    with pytest.raises(ValueError, match="model/w is no longer contiguous in memory"):
+        expect_dense_bytes(("model", "w"), tensor)
 
 
 def test_a_parameter_is_read_without_its_graph():

@@ -13,9 +13,10 @@ from gockpt.staging.arena import Arena
 from gockpt.state import rng_state
 from gockpt.state.collect import collect
 from gockpt.state.state_document import build_document, capture_extras
-from gockpt.state.tensors import as_bytes, spec_of, to_host
+from gockpt.state.tensors import spec_of, to_host
 from gockpt.storage.local.filesystem import Filesystem
 from gockpt.storage.local.store import Store
+from gockpt.tensor_memory import as_bytes
 
 
 class Quick(Filesystem):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gockpt
-from gockpt.state.tensors import DTYPE_OF, as_bytes, to_host
+from gockpt.state.tensors import DTYPE_OF, to_host
+from gockpt.tensor_memory import as_bytes
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 ORDERS = st.sampled_from(["contiguous", "transposed", "strided", "offset"])

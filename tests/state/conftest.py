@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gockpt.state.tensors import as_bytes, to_host
+from gockpt.state.tensors import to_host
+from gockpt.tensor_memory import as_bytes
 
 
 def word(value):

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gockpt.errors import ManifestCorrupt, UnsupportedState
-from gockpt.state.tensors import DTYPE_OF, as_bytes
+from gockpt.state.tensors import DTYPE_OF
 from gockpt.state.value_decoder import array_name, decode, is_mapping, items
 from gockpt.state.value_encoder import MAX_DEPTH, NUMPY_SCALARS, encode, is_ordinary_key, join
 from gockpt.storage.format import strict_json
+from gockpt.tensor_memory import as_bytes
 
 
 def through(value):

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt.core.array_spec import DTYPES
-from gockpt.state.tensors import DTYPE_OF, NAME_OF, as_bytes, may_alias_itself, spec_of, to_host
+from gockpt.state.tensors import DTYPE_OF, NAME_OF, may_alias_itself, spec_of, to_host
+from gockpt.tensor_memory import as_bytes
 
 GEOMETRIES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), max_size=3)
 

@@ -1,0 +1,70 @@
+"""Memory of tensors as bytes, shared with them.
+
+A tensor is *dense* when its elements fill one range of memory exactly once, in any order of dimensions
+(row-major, transposed, ``channels_last``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from gockpt.core.array_spec import public_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from gockpt.core.array_spec import Name
+
+    Bytes = npt.NDArray[np.uint8]
+
+__all__ = ["as_bytes", "dense_bytes", "expect_dense_bytes", "is_dense"]
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's elements, as they are, fill one range of memory exactly once."""
+    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+        return False
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def as_bytes(tensor: torch.Tensor) -> Bytes:
+    """Return the memory of a dense CPU tensor as 1-D bytes in storage order, sharing it."""
+    # Not reshape(-1): dimensions of size 1 may have any stride, and keep it.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    result: Bytes = flat.view(torch.uint8).numpy()
+    return result
+
+
+def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
+    """Return a tensor's memory as 1-D bytes in storage order, sharing it.
+
+    Returns:
+        ``None`` when the tensor is not dense, or not in CPU memory (views with holes, expanded or lazily
+        conjugated tensors, other layouts or devices).
+    """
+    return as_bytes(tensor) if tensor.device.type == "cpu" and is_dense(tensor) else None
+
+
+def expect_dense_bytes(name: Name, tensor: torch.Tensor) -> Bytes:
+    """Return the memory of a tensor that was dense before as 1-D bytes in storage order, sharing it.
+
+    Raises:
+        ValueError: If it is not dense any more, or not in CPU memory; names it.
+    """
+    found = dense_bytes(tensor)
+    if found is None:
+        msg = f"{public_name(name)} is no longer contiguous in memory"
+        raise ValueError(msg)
+    return found
