@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from gockpt.core.descriptors import ArenaId, ArrayPlace
-from gockpt.planning.planner import part_ranges
 from gockpt.saving.at_once import AtOnce
 from gockpt.saving.device_capture import Aboard
 from gockpt.saving.fingerprints import of_piece, of_pieces, take
@@ -116,7 +115,7 @@ class Attempt:
         self._full = options.verify == "full" or self._encodes
         self._samples: dict[int, tuple[int, int]] = {}
         self._racing = racing
-        self._parts = part_ranges([p.nbytes for p in cut.pieces], plan.shares)
+        self._parts = cut.parts(plan)
         self._next_part = 0
         self._copies: list[Copy] = []
         self._batch: Batch | None = None
@@ -133,8 +132,8 @@ class Attempt:
         self.ticks += 1
         self._note_graph()
         evidence = self._look(live)
-        last = self._next_part >= len(self._parts) - 1
-        part = [] if last else [self.cut.pieces[i] for i in self._parts[self._next_part]]
+        last = self._next_part >= len(self._parts)
+        part = [] if last else self._parts[self._next_part]
         if self.aboard is not None:
             self.aboard.tick(live, [piece for piece in part if piece.aboard])
         if last:

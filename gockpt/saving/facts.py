@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gockpt.core.arena_layout import ArenaLayout, lay_out
 from gockpt.kernels.gradient16_launch import form_of
-from gockpt.planning.planner import RING_GRADIENTS, ROAD_GRADIENTS, Facts, part_ranges
+from gockpt.planning.planner import RING_GRADIENTS, ROAD_GRADIENTS, Facts
 from gockpt.replay.gradient_encoding import usual_bytes
 from gockpt.replay.rounding_probes import most_elements
 from gockpt.saving.write_items import cut
@@ -113,7 +113,7 @@ def ring_bytes_of(
         grad_dtype: How gradients are encoded, if at all.
         of_device: How many full gradients there is room for at the most if some leave a device.
     """
-    early = _early(pieces, plan)
+    early = pieces.parts(plan)
     sizes = [[block_bytes(_gradient_bytes(p, grad_dtype)) for p in part] for part in early]
     one_update = sum(sum(part) for part in sizes)
     units = {id(p.unit) for part in early for p in part if p.aboard}
@@ -131,7 +131,7 @@ def sample_bytes_of(pieces: Cut, plan: Plan, grad_dtype: str | None) -> int:
         return 0
     return sum(
         block_bytes(4 * most_elements(_count(p)) * len(p.stretches))
-        for part in _early(pieces, plan)
+        for part in pieces.parts(plan)
         for p in part
         if _gradient_bytes(p, grad_dtype) < p.stretches[0].nbytes
     )
@@ -141,11 +141,6 @@ def _gradient_bytes(piece: Piece, grad_dtype: str | None) -> int:
     """Return what one gradient of a piece takes, if there is not an unusual lot of Inf and NaN in it."""
     count = _count(piece)
     return form_of(grad_dtype, count).nbytes if piece.aboard else usual_bytes(grad_dtype, count)
-
-
-def _early(pieces: Cut, plan: Plan) -> list[list[Piece]]:
-    parts = part_ranges([p.nbytes for p in pieces.pieces], plan.shares)
-    return [[pieces.pieces[i] for i in part] for part in parts[:-1]]
 
 
 def _count(piece: Piece) -> int:

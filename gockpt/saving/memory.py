@@ -189,7 +189,7 @@ class Memory:
                 road is not None
                 and stay is None
                 and (ring is None or road.ring is not ring)
-                and _early(pieces)
+                and pieces.any_aboard
             ):
                 stay = "its gradients can't follow now"
             else:
@@ -304,11 +304,6 @@ class Memory:
         if extras:
             msg += f", or save less along with it: copies of extras take {extras} bytes"
         raise StateTooLarge(msg)
-
-
-def _early(pieces: Cut) -> bool:
-    """Whether something leaves a device before the closing tick."""
-    return any(piece.aboard for piece in pieces.pieces)
 
 
 def _rearranged(live: LiveState, layout: ArenaLayout, pieces: Cut, options: Options) -> tuple[int, int]:

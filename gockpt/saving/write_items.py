@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gockpt.core.descriptors import ReplayPiece, Stretch
+from gockpt.planning.planner import part_ranges
 from gockpt.replay import rules
 from gockpt.replay.calibration_runs import lab_for
 from gockpt.tensor_memory import is_dense
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from gockpt.core.arena_layout import ArenaLayout, ArrayLayout
     from gockpt.core.array_spec import Name
+    from gockpt.planning.planner import Plan
     from gockpt.replay.rules import Rule
     from gockpt.state.live_state import LiveState, ParamEntry
 
@@ -152,6 +154,16 @@ class Cut:
     def grad_bytes(self) -> int:
         """Bytes of one full gradient of what can leave early."""
         return sum(p.stretches[0].nbytes for p in self.pieces)
+
+    @property
+    def any_aboard(self) -> bool:
+        """Whether something can leave a device before the closing tick."""
+        return any(piece.aboard for piece in self.pieces)
+
+    def parts(self, plan: Plan) -> list[list[Piece]]:
+        """Divide the pieces into those that leave before the closing tick, one part per tick."""
+        ranges = part_ranges([piece.nbytes for piece in self.pieces], plan.shares)
+        return [[self.pieces[index] for index in part] for part in ranges[:-1]]
 
 
 def cut(
