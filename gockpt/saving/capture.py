@@ -15,7 +15,7 @@ import torch
 from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.saving.at_once import AtOnce
 from gockpt.saving.device_capture import Aboard
-from gockpt.saving.fingerprints import of_piece, of_pieces, take
+from gockpt.saving.fingerprints import looks_at_updates, of_piece, of_pieces, take
 from gockpt.saving.gradient_capture import INSIDE, Gathering, bar, make_late
 from gockpt.saving.update_order import CHANGED, OVERTAKEN
 from gockpt.staging.host_stager import Batch, Copy
@@ -98,7 +98,7 @@ class Attempt:
                 ring_arena=ring_arena,
                 job=job,
                 trace=trace,
-                full=options.verify == "full",
+                full=looks_at_updates(options),
                 grad_dtype=options.grad_dtype,
             )
         self.graphed = False
@@ -110,9 +110,8 @@ class Attempt:
         self._copied = (0, 0.0)
         self._arena = arena
         self._transfer = transfer
-        # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
         self._encodes = options.grad_dtype is not None
-        self._full = options.verify == "full" or self._encodes
+        self._full = looks_at_updates(options)
         self._samples: dict[int, tuple[int, int]] = {}
         self._racing = racing
         self._parts = cut.parts(plan)

@@ -74,8 +74,7 @@ class GatheringAboard:
         self._ring = ring
         self._job = job
         self._arrived = arrived
-        # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
-        self._full = full or grad_dtype is not None
+        self._full = full
         self._grad_dtype = grad_dtype
         self._numbers: Counter[int] = Counter()
         self._pre: dict[int, tuple[Update, dict[int, list[Follow]]]] = {}

@@ -18,14 +18,21 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gockpt.core.array_spec import Name
+    from gockpt.options import Options
     from gockpt.saving.write_items import Cut, Piece
     from gockpt.staging.host_stager import Transfer
     from gockpt.state.live_state import LiveState
 
-__all__ = ["Evidence", "take"]
+__all__ = ["Evidence", "looks_at_updates", "of_piece", "of_pieces", "take"]
 
 Evidence = dict[tuple["Name", int], int]
 """Fingerprints by array name and first element of the stretch."""
+
+
+def looks_at_updates(options: Options) -> bool:
+    """Whether what left is fingerprinted before and after each update, not at ticks alone."""
+    # What changes behind the optimizer's back must be seen by its bits: rounding might explain it later.
+    return options.verify == "full" or options.grad_dtype is not None
 
 
 def take(live: LiveState, cut: Cut, transfer: Transfer) -> Evidence:
