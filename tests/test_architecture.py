@@ -84,8 +84,8 @@ ORDER = {
     """,
     "saving": """
         boundary lock moments handle optimizer_hooks write_items facts fingerprints at_once device_selection
-        update_order gradient_capture device_gradient_capture device_capture capture memory window_plan
-        closing last_tick session inside_call without_tick engine
+        late_pieces update_order gradient_capture device_gradient_capture device_capture capture memory
+        window_plan closing last_tick session inside_call without_tick engine
     """,
     "cli": "output commands run __init__ __main__",
 }

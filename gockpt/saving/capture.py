@@ -16,8 +16,16 @@ from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.saving.at_once import AtOnce
 from gockpt.saving.device_capture import Aboard
 from gockpt.saving.fingerprints import looks_at_updates, of_piece, of_pieces, take
-from gockpt.saving.gradient_capture import INSIDE, Gathering, bar, make_late
-from gockpt.saving.update_order import CHANGED, OVERTAKEN
+from gockpt.saving.gradient_capture import Gathering
+from gockpt.saving.late_pieces import (
+    CHANGED,
+    ELSEWHERE,
+    GRAPHED,
+    OVERTAKEN,
+    REPLACED,
+    UNSEEN,
+    bar_for_closure,
+)
 from gockpt.staging.host_stager import Batch, Copy
 from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
 
@@ -43,8 +51,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt"]
 
-GRAPHED = "an update was captured into a graph, which runs unseen"
-ELSEWHERE = "what its gradient scaler found stands on another device"
 CPU = torch.device("cpu")
 
 
@@ -208,9 +214,9 @@ class Attempt:
 
     def _judge(self, piece: Piece, now: tuple[int, ...] | None) -> None:
         if now is None:
-            make_late(piece, "its tensors were replaced", self.job)
+            self._gathering.drop(piece, REPLACED)
         elif piece.known is not None and now != piece.known:
-            make_late(piece, CHANGED, self.job)
+            self._gathering.drop(piece, CHANGED)
         piece.known = now
 
     def _sent(self) -> list[Piece]:
@@ -221,7 +227,7 @@ class Attempt:
         if not self.graphed:
             return
         for piece in self._sent():
-            make_late(piece, GRAPHED, self.job)
+            self._gathering.drop(piece, GRAPHED)
         if self.aboard is not None:
             self.aboard.gathering.all_late(GRAPHED)
 
@@ -306,7 +312,7 @@ class Attempt:
             piece, name = copy.owner
             lost.append(name)
             if piece.sent and piece.late is None:
-                make_late(piece, OVERTAKEN, self.job)
+                self._gathering.drop(piece, OVERTAKEN)
         if batch is not None:
             nbytes, seconds = self._copied
             self._copied = (nbytes + batch.nbytes, seconds + batch.ended - batch.started)
@@ -338,16 +344,9 @@ class Attempt:
         self.settle()
         if self.aboard is not None:
             self.aboard.before_update(optimizer, closure=closure)
-        for unit in self.cut.units if closure else ():
-            if unit.optimizer is not optimizer or unit.barred is not None:
-                continue
-            # The closure is yet to compute the gradient that will be consumed.
-            if unit.aboard:
-                continue
-            if unit.rule.gradient_at == "pre":
-                bar(unit, "its gradient comes from a closure, and the step overwrites it", self.job)
-            elif self._encodes:
-                bar(unit, INSIDE, self.job)
+        if closure:
+            ashore = (unit for unit in self.cut.units if not unit.aboard)
+            bar_for_closure(ashore, optimizer, self._gathering.drop, encodes=self._encodes)
         if self._full:
             for piece, now in of_pieces(self._sent(), self._live_bytes(), self._transfer):
                 self._judge(piece, now)
@@ -381,7 +380,7 @@ class Attempt:
             return
         for piece, now in of_pieces(moved, self._live_bytes(), self._transfer):
             if piece.index not in collected and now != piece.known:
-                make_late(piece, "updated without a gradient that was seen", self.job)
+                self._gathering.drop(piece, UNSEEN)
             piece.known = now
 
     def _unread(self, optimizer: torch.optim.Optimizer) -> None:
@@ -389,7 +388,7 @@ class Attempt:
         self._gathering.forget()
         for piece in self._sent():
             if piece.unit is not None and piece.unit.optimizer is optimizer:
-                make_late(piece, ELSEWHERE, self.job)
+                self._gathering.drop(piece, ELSEWHERE)
 
     # -- small helpers -----------------------------------------------------------------------
 

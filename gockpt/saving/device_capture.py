@@ -16,8 +16,9 @@ from gockpt.errors import SaveError
 from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.replay.rounding_probes import RUN
 from gockpt.saving.at_once import AtOnce
-from gockpt.saving.device_gradient_capture import REFUSED, GatheringAboard
+from gockpt.saving.device_gradient_capture import GatheringAboard
 from gockpt.saving.device_selection import sources_of, to_ring
+from gockpt.saving.late_pieces import REFUSED
 from gockpt.saving.update_order import Following, Role
 from gockpt.staging.device import Source
 from gockpt.staging.gradient_ring import block_bytes

@@ -17,13 +17,25 @@ from gockpt.replay import rules
 from gockpt.replay.gradient_encoding import seal_position
 from gockpt.replay.pending_scalars import LateNumbers
 from gockpt.saving.device_selection import to_ring
-from gockpt.saving.gradient_capture import INSIDE, make_late
+from gockpt.saving.late_pieces import (
+    ELSEWHERE,
+    FULL,
+    NOT_DENSE,
+    OPTIONS,
+    REFUSED,
+    REPLACED,
+    SCALAR_ELSEWHERE,
+    bar,
+    bar_for_closure,
+    followed,
+    make_late,
+)
 from gockpt.saving.update_order import Follow, Following, Numbers, Role, Update
 from gockpt.staging.device import Source
 from gockpt.tensor_memory import is_dense
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from gockpt.core.descriptors import Stretch
     from gockpt.kernels.gradient16_launch import Form
@@ -35,10 +47,6 @@ if TYPE_CHECKING:
     from gockpt.workers.job_client import JobClient
 
 __all__ = ["GatheringAboard"]
-
-REPLACED = "its tensors were replaced"
-FULL = "the gradient ring is full"
-REFUSED = "the device refused"
 
 
 class GatheringAboard:
@@ -83,13 +91,8 @@ class GatheringAboard:
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Take the gradients that the update is about to overwrite."""
         self.make_late()
-        for unit in self._units if closure else ():
-            if unit.optimizer is not optimizer or unit.barred is not None:
-                continue
-            if unit.rule.gradient_at == "pre":
-                self._bar(unit, "its gradient comes from a closure, and the step overwrites it")
-            elif self._grad_dtype is not None:
-                self._bar(unit, INSIDE)
+        if closure:
+            bar_for_closure(self._units, optimizer, self.drop, encodes=self._grad_dtype is not None)
         if self._full:
             self._look([(piece, Role.SAME) for piece in self._following.pieces])
         update = Update()
@@ -97,7 +100,7 @@ class GatheringAboard:
         self._pre[id(optimizer)] = update, taken
         cargo: list[Shipment] = []
         follows: list[Follow] = []
-        for unit, pieces in self._concerned(optimizer):
+        for unit, pieces in followed(self._units, optimizer):
             if unit.rule.gradient_at == "pre":
                 taken[id(unit)] = self._take(unit, pieces, update, cargo)
                 follows += taken[id(unit)]
@@ -114,13 +117,13 @@ class GatheringAboard:
         update, taken = self._pre.pop(id(optimizer), (Update(), {}))
         numbers = _Collection()
         if found_inf is not None and not numbers.found(found_inf, self._road):
-            self.all_late("a gradient scaler's verdict stands elsewhere", optimizer)
+            self.all_late(ELSEWHERE, optimizer)
         cargo: list[Shipment] = []
         follows: list[Follow] = []
         collected: set[int] = set()
         concerned = [
             (unit, pieces)
-            for unit, pieces in self._concerned(optimizer)
+            for unit, pieces in followed(self._units, optimizer)
             if (taken.get(id(unit)) if unit.rule.gradient_at == "pre" else unit.param.grad is not None)
         ]
         rows = _rows([unit for unit, _ in concerned])
@@ -128,10 +131,10 @@ class GatheringAboard:
             got = taken[id(unit)] if unit.rule.gradient_at == "pre" else None
             row = rows[id(unit)]
             if row is None:
-                self._bar(unit, "its parameter group's options changed")
+                bar(unit, OPTIONS, self.drop)
                 continue
             if isinstance(row, LateNumbers) and not numbers.take(row, self._road):
-                self._bar(unit, "a number that its replay needs stands elsewhere")
+                bar(unit, SCALAR_ELSEWHERE, self.drop)
                 continue
             if got is None:
                 got = self._take(unit, pieces, update, cargo)
@@ -174,9 +177,9 @@ class GatheringAboard:
             return []
         problem = rules.gradient_reason(unit.param)
         if problem is None and not (self._road.holds(grad) and is_dense(grad)):
-            problem = "its gradient stands elsewhere, or has holes in memory"
+            problem = NOT_DENSE
         if problem is not None:
-            self._bar(unit, problem)
+            bar(unit, problem, self.drop)
             return []
         taken = []
         for piece in pieces:
@@ -270,14 +273,6 @@ class GatheringAboard:
             found.append(Source(tensor, low, stretch.nbytes, stretch.position))
         return found
 
-    def _concerned(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:
-        """Yield the optimizer's units of which something left, with those pieces."""
-        for unit in self._units:
-            if unit.optimizer is optimizer:
-                pieces = [p for p in unit.pieces if p.sent and p.late is None]
-                if pieces:
-                    yield unit, pieces
-
     # -- what leaves at the close after all --------------------------------------------------
 
     def make_late(self) -> None:
@@ -285,11 +280,6 @@ class GatheringAboard:
         if self._following.error is not None:
             self.give_up(self._following.error)
         for piece, why in self._following.problems():
-            self.drop(piece, why)
-
-    def _bar(self, unit: Unit, why: str) -> None:
-        unit.barred = why
-        for piece in unit.pieces:
             self.drop(piece, why)
 
     def drop(self, piece: Piece, why: str) -> None:

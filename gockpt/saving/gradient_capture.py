@@ -18,11 +18,12 @@ from gockpt.replay import rules
 from gockpt.replay.gradient_encoding import encode, seal
 from gockpt.replay.pending_scalars import LateNumbers
 from gockpt.replay.rounding_probes import choose, elements
+from gockpt.saving.late_pieces import FULL, NOT_DENSE, OPTIONS, bar, followed, make_late
 from gockpt.staging.gradient_ring import block_bytes
 from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     import torch
 
@@ -32,26 +33,10 @@ if TYPE_CHECKING:
     from gockpt.state.live_state import LiveState
     from gockpt.workers.job_client import JobClient
 
-__all__ = ["INSIDE", "Gathering", "bar", "make_late"]
-
-INSIDE = "a closure or hook runs inside the step; what it changes can't be told from rounding"
+__all__ = ["Gathering"]
 
 RING_PATIENCE = 30.0
 """Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
-
-
-def make_late(piece: Piece, why: str, job: JobClient) -> None:
-    """Let a piece leave at the closing tick, whatever was planned; what was sent of it is forgotten."""
-    if piece.late is None:
-        piece.late = why
-        job.discard([piece.index])
-
-
-def bar(unit: Unit, why: str, job: JobClient) -> None:
-    """Let all of a unit leave at the closing tick, from now on."""
-    unit.barred = why
-    for piece in unit.pieces:
-        make_late(piece, why, job)
 
 
 class Gathering:
@@ -62,7 +47,7 @@ class Gathering:
     """
 
     def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: JobClient, grad_dtype: str | None) -> None:
-        """Gather for the pieces of ``cut``.
+        """Gather for the pieces of ``cut`` that stand on the host.
 
         Args:
             cut: What is saved.
@@ -71,7 +56,7 @@ class Gathering:
             job: Where gradients are replayed.
             grad_dtype: How gradients are encoded, if at all.
         """
-        self._units = cut.units
+        self._units = [unit for unit in cut.units if not unit.aboard]
         self._pieces = cut.pieces
         self._ring = ring
         self._arena = arena
@@ -84,7 +69,7 @@ class Gathering:
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gradients that the update is about to overwrite."""
-        for unit, pieces in self._concerned(optimizer):
+        for unit, pieces in followed(self._units, optimizer):
             if unit.rule.gradient_at == "pre":
                 got = self._take(unit, pieces)
                 self._at_pre.update({id(unit): got} if got else {})
@@ -96,7 +81,7 @@ class Gathering:
             The pieces that will be replayed for this update.
         """
         collected: set[int] = set()
-        for unit, pieces in self._concerned(optimizer):
+        for unit, pieces in followed(self._units, optimizer):
             at_pre = unit.rule.gradient_at == "pre"
             got = self._at_pre.pop(id(unit), []) if at_pre else self._take(unit, pieces)
             gradients = self._with_scalars(unit, got)
@@ -138,13 +123,9 @@ class Gathering:
         self.samples_end = offset
         return places
 
-    def _concerned(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:
-        """Yield the optimizer's units on the host of which something left, with those pieces."""
-        for unit in self._units:
-            if unit.optimizer is optimizer and not unit.aboard:
-                pieces = [p for p in unit.pieces if p.sent and p.late is None]
-                if pieces:
-                    yield unit, pieces
+    def drop(self, piece: Piece, why: str) -> None:
+        """Let a piece leave at the closing tick, whatever was planned."""
+        make_late(piece, why, self._job)
 
     def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
         if not gradients:
@@ -153,7 +134,7 @@ class Gathering:
         if isinstance(row, LateNumbers):
             row = row.row(tuple(float(tensor) for tensor in row.tensors))
         if row is None:
-            bar(unit, "its parameter group's options changed", self._job)
+            bar(unit, OPTIONS, self.drop)
             for gradient in gradients:
                 self._ring.free(gradient.offset)
             return []
@@ -182,7 +163,7 @@ class Gathering:
         problem = rules.gradient_reason(unit.param)
         source = None if problem else dense_bytes(grad)
         if source is None:
-            bar(unit, problem or "its gradient has holes in memory", self._job)
+            bar(unit, problem or NOT_DENSE, self.drop)
             return []
         taken = []
         for piece in pieces:
@@ -191,7 +172,7 @@ class Gathering:
             values = source[low : low + stretch.nbytes].view(np.float32)
             found = encode(self._grad_dtype, values, self._allocate, self._arena.view, self._ring.free)
             if found is None:
-                make_late(piece, "the gradient ring is full", self._job)
+                self.drop(piece, FULL)
                 continue
             wanted = found.encoding is not None and piece.index not in self._probes and values.any()
             probes = choose(values) if wanted else ()

@@ -19,6 +19,7 @@ import torch
 from gockpt.core.descriptors import Gradient
 from gockpt.replay.gradient_encoding import empty, incomplete, sealed
 from gockpt.replay.rounding_probes import choose_encoded, spread
+from gockpt.saving.late_pieces import BROKEN, CHANGED, NOT_ARRIVED, OPTIONS, OVERTAKEN, UNSEEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,12 +34,7 @@ if TYPE_CHECKING:
 
     Row = tuple[float, ...]
 
-__all__ = ["CHANGED", "OVERTAKEN", "Follow", "Following", "Numbers", "Role", "Update"]
-
-CHANGED = "changed outside optimizer.step()"
-OVERTAKEN = "overtaken by a change while it was copied"
-UNSEEN = "updated without a gradient that was seen"
-BROKEN = "too many of its gradient's blocks of 1024 have an Inf or NaN"
+__all__ = ["Follow", "Following", "Numbers", "Role", "Update"]
 
 
 class Role(Enum):
@@ -417,7 +413,7 @@ class Following:
         ):
             lost = set(load.follows)
         for offset in lost & load.follows.keys():
-            self._blame(load.follows[offset], "its gradient did not arrive as it was")
+            self._blame(load.follows[offset], NOT_ARRIVED)
         # Gradients come first in what was sent. Of one that has no fingerprint there is no seal either.
         expected = () if sent.error is not None else sent.expected
         for follow, made in zip(load.follows.values(), expected, strict=False):
@@ -555,7 +551,7 @@ def _blame(lane: _Lane, why: str, *, torn: bool = False) -> None:
 def _row(late: LateNumbers, values: Row) -> tuple[Row | None, str]:
     """Return the kernel's numbers, or why there are none."""
     try:
-        return late.row(values), "its parameter group's options changed"
+        return late.row(values), OPTIONS
     except Exception as error:  # noqa: BLE001 - whatever a rule raises: the piece leaves at the close
         return None, f"its numbers can't be used: {type(error).__name__}: {error}"
 

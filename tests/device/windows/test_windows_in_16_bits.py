@@ -13,7 +13,7 @@ import gockpt
 from gockpt.core.descriptors import ArenaId
 from gockpt.replay.gradient_encoding import decode
 from gockpt.replay.tiled import SCRATCH_BYTES
-from gockpt.saving import update_order
+from gockpt.saving import late_pieces, update_order
 from gockpt.staging.gradient_ring import Ring
 from gockpt.workers.save_job import Job
 
@@ -368,7 +368,7 @@ def test_what_found_no_raw_slot_is_never_replayed(devices, runs, monkeypatch):
     settled(run)
     saved = finish(run)[1]
     assert any(asked)
-    told = update_order.BROKEN in saved.late_parts.values()
+    told = late_pieces.BROKEN in saved.late_parts.values()
     assert told or saved.attempts == 2
 
 
@@ -387,7 +387,7 @@ def test_what_is_found_too_late_to_leave_at_the_close_says_why(devices, runs):
     run.ticks(4)
     devices.gate.set()
     assert settled(run).attempts == 2
-    assert f"model/a can't be replayed: {update_order.BROKEN}" in run.handles[-1].events
+    assert f"model/a can't be replayed: {late_pieces.BROKEN}" in run.handles[-1].events
     assert run.saver._engine._save.racing == frozenset()
     run.ticks(EVERY - 1)
     assert finish(run)[-1].attempts == 1
