@@ -34,6 +34,7 @@ STEPS = {
     "three units": 3,
     "float64 exponent": 1 << 52,
 }
+CONTENTS = ("zeros", "ones", "normal float32", "normal bfloat16", "any")
 
 
 def contents(count: int) -> dict[str, np.ndarray]:
@@ -68,60 +69,64 @@ def check_ranges(what: str, differences: np.ndarray) -> None:
     assert (sums[1:] != sums[:-1]).all(), what
 
 
-def check_changes_of_two_words(count: int, first: int) -> None:
-    at = numbers(count, first)
-    for name, words in contents(count).items():
-        before = reference.mixed(words, at)
-        for kind, flip in FLIPS.items():
-            found = reference.mixed(words ^ np.uint64(flip), at) - before
-            check_pairs(f"{kind} of {name}", found)
-            check_ranges(f"{kind} of {name}", found)
-        for kind, step in STEPS.items():
-            more = reference.mixed(words + np.uint64(step), at) - before
-            less = reference.mixed(words - np.uint64(step), at) - before
-            # Up here and down there; and a second difference over neighbours: +1, -2, +1.
-            check_pairs(f"{kind} of {name}", np.concatenate([more, less]))
-            twice = reference.mixed(words - np.uint64(2 * step % 2**64), at) - before
-            check_pairs(f"{kind} of {name}, over three", more[:-2] + twice[1:-1] + more[2:])
+def check_changes_of_two_words(name: str, count: int, first: int) -> None:
+    words, at = contents(count)[name], numbers(count, first)
+    before = reference.mixed(words, at)
+    for kind, flip in FLIPS.items():
+        found = reference.mixed(words ^ np.uint64(flip), at) - before
+        check_pairs(kind, found)
+        check_ranges(kind, found)
+    for kind, step in STEPS.items():
+        more = reference.mixed(words + np.uint64(step), at) - before
+        less = reference.mixed(words - np.uint64(step), at) - before
+        # Up here and down there; and a second difference over neighbours: +1, -2, +1.
+        check_pairs(kind, np.concatenate([more, less]))
+        twice = reference.mixed(words - np.uint64(2 * step), at) - before
+        check_pairs(f"{kind}, over three", more[:-2] + twice[1:-1] + more[2:])
 
 
-def check_moves(count: int, first: int) -> None:
-    at = numbers(count, first)
-    for name in ("normal float32", "normal bfloat16", "any"):
-        words = contents(count)[name]
-        before = reference.mixed(words, at)
-        zeroed = reference.mixed(np.zeros_like(words), at) - before
-        check_pairs(f"zeroing of {name}", zeroed)
-        check_ranges(f"zeroing of {name}", zeroed)
-        constant = reference.mixed(np.full_like(words, words[0]), at) - before
-        check_ranges(f"constant in {name}", constant[1:])
-        for distance in (1, 2, 3, 8, 64, 512, 1024, 4096, count // 2):
-            ahead = reference.mixed(words[distance:], at[:-distance]) - before[:-distance]
-            check_ranges(f"{name} copied over what is {distance} words before", ahead)
-            behind = reference.mixed(words[:-distance], at[distance:]) - before[distance:]
-            check_ranges(f"{name} copied over what is {distance} words behind", behind)
-            # Each word and its partner are exchanged, once at a place or at two of them.
-            check_pairs(f"{name} exchanged over {distance} words", ahead + behind)
-        for shift in range(1, 8):  # by elements that are no whole words
-            low, high = np.uint64(8 * shift), np.uint64(64 - 8 * shift)
-            moved = (words[1:] << low) | (words[:-1] >> high)
-            check_ranges(f"{name} shifted by {shift} bytes", reference.mixed(moved, at[1:]) - before[1:])
+def check_moves(name: str, count: int, first: int) -> None:
+    words, at = contents(count)[name], numbers(count, first)
+    before = reference.mixed(words, at)
+    zeroed = reference.mixed(np.zeros_like(words), at) - before
+    check_pairs("zeroed", zeroed)
+    check_ranges("zeroed", zeroed)
+    check_ranges("constant", (reference.mixed(np.full_like(words, words[0]), at) - before)[1:])
+    for distance in (1, 2, 3, 8, 64, 512, 1024, 4096, count // 2):
+        ahead = reference.mixed(words[distance:], at[:-distance]) - before[:-distance]
+        check_ranges(f"copied over what is {distance} words before", ahead)
+        behind = reference.mixed(words[:-distance], at[distance:]) - before[distance:]
+        check_ranges(f"copied over what is {distance} words behind", behind)
+        # Each word and its partner are exchanged, once or at two places.
+        check_pairs(f"exchanged over {distance} words", ahead + behind)
+    for shift in range(1, 8):  # by elements that are no whole words
+        low, high = np.uint64(8 * shift), np.uint64(64 - 8 * shift)
+        moved = (words[1:] << low) | (words[:-1] >> high)
+        check_ranges(f"shifted by {shift} bytes", reference.mixed(moved, at[1:]) - before[1:])
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 1000, 2**59])
-def test_changes_of_two_words_and_of_stretches_do_not_cancel(first):
-    check_changes_of_two_words(1 << 12, first)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_changes_of_two_words_and_of_stretches_do_not_cancel(name, first):
+    check_changes_of_two_words(name, 1 << 12, first)
 
 
-def test_words_that_are_moved_zeroed_or_exchanged_are_seen():
-    check_moves(1 << 17, 0)
+@pytest.mark.parametrize("name", CONTENTS[2:])
+def test_words_that_are_moved_zeroed_or_exchanged_are_seen(name):
+    check_moves(name, 1 << 17, 0)
 
 
 @pytest.mark.soak
-def test_far_more_changes_are_seen():
-    for first in (0, 2**32 - 1000):
-        check_changes_of_two_words(1 << 21, first)
-        check_moves(1 << 23, first)
+@pytest.mark.parametrize("first", [0, 2**32 - 1000])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_far_more_changes_of_two_words_are_seen(name, first):
+    check_changes_of_two_words(name, 1 << 21, first)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", CONTENTS[2:])
+def test_far_more_words_that_are_moved_are_seen(name):
+    check_moves(name, 1 << 22, 2**32 - 1000)
 
 
 def test_the_kernel_sees_what_these_values_say():
