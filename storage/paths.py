@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["directory_to_save", "local_path", "store_to_write"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How a URL begins; ``pathlib`` makes ``s3:/bucket`` of ``s3://bucket``."""
+"""Beginning of a URL; ``pathlib`` turns ``s3://bucket`` into ``s3:/bucket``."""
 
 
 def local_path(path: Any) -> str:

@@ -1,4 +1,4 @@
-"""The regular grid that an array's chunks stand on: their names, their rows, and whether they are on it."""
+"""Regular chunk grid of an array: chunk names, rows, and the check that a layout is on it."""
 
 from __future__ import annotations
 

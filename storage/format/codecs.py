@@ -1,9 +1,9 @@
-"""Encoding whole chunks: which codecs there are, what Zarr calls them, and how bytes go through them.
+"""Codecs of whole chunks: their names in Zarr, encoding and decoding.
 
 Promise: every codec here is read by zarr-python, zarrs and tensorstore; :func:`decode` returns the bytes that
-:func:`encode` was given or raises, and never writes outside the target, whatever the bytes are: what they
-say about their own size is compared with what it must be before anything is decoded. Both leave the GIL to
-others while they work.
+:func:`encode` was given or raises, and never writes outside the target, whatever its input: the size that
+encoded bytes state is compared with the expected one before anything is decoded. Both release the GIL while
+they work.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _BLOSC_RAW, _BLOSC_ZSTD = 2, 4
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """How the chunks of one array are encoded.
+    """Encoding of the chunks of one array.
 
     Attributes:
         codec: One of :data:`CODECS`.
-        nbytes: Length of each chunk as encoded, without the checksum behind it.
-        first_blocks: Which of the array's blocks each chunk begins with, and how many there are at the end.
+        nbytes: Encoded length of each chunk, without its checksum.
+        first_blocks: Index of each chunk's first block among the array's blocks; at the end their number.
     """
 
     codec: str
@@ -65,9 +65,9 @@ class Coded:
 
 
 def zarr_codec(codec: str, itemsize: int) -> dict[str, Any]:
-    """Return a codec as an array's ``zarr.json`` has it.
+    """Return a codec's entry in an array's ``zarr.json``.
 
-    blosc sorts the bits of small elements and the bytes of large ones: which was smaller on weights and
+    blosc sorts the bits of small elements and the bytes of large ones: measured to be smaller on weights and
     moments of training, and on token ids.
 
     Examples:
@@ -87,12 +87,12 @@ def zarr_codec(codec: str, itemsize: int) -> dict[str, Any]:
 
 
 def most_nbytes(nbytes: int) -> int:
-    """Return how long ``nbytes`` bytes can get by being encoded: a bound that holds for every codec."""
+    """Return the greatest encoded length of ``nbytes`` bytes, a bound for every codec."""
     return nbytes + (nbytes >> 8) + 64
 
 
 def encode(codec: str, itemsize: int, data: memoryview | npt.NDArray[np.uint8]) -> bytes:
-    """Return a chunk encoded; at most :func:`most_nbytes` of it, equal for equal data.
+    """Return an encoded chunk; at most :func:`most_nbytes` long, equal for equal data.
 
     Args:
         codec: One of :data:`CODECS`.
@@ -109,7 +109,7 @@ def encode(codec: str, itemsize: int, data: memoryview | npt.NDArray[np.uint8]) 
 
 
 def decode(codec: str, data: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8], *, where: str) -> None:
-    """Fill ``out`` with what ``data`` stands for, which must be exactly that many bytes.
+    """Decode ``data`` into ``out``, which must have exactly the decoded size.
 
     Args:
         codec: One of :data:`CODECS`.
@@ -118,7 +118,7 @@ def decode(codec: str, data: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8], 
         where: The chunk's file, for messages.
 
     Raises:
-        ChunkCorrupt: If the bytes are no such chunk; ``out`` is undefined then.
+        ChunkCorrupt: If the bytes aren't such a chunk; ``out`` is undefined then.
     """
     from numcodecs import blosc, zstd
 
@@ -131,10 +131,10 @@ def decode(codec: str, data: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8], 
 
 
 def expect_nbytes(codec: str, data: npt.NDArray[np.uint8], nbytes: int, *, where: str) -> None:
-    """Refuse an encoded chunk that doesn't itself say that it stands for ``nbytes`` bytes.
+    """Refuse an encoded chunk whose header doesn't state ``nbytes`` as the decoded size.
 
     Raises:
-        ChunkCorrupt: If it says otherwise, or nothing.
+        ChunkCorrupt: If it states another size, or none.
     """
     stated = _zstd_content(data) if codec == "zstd" else _blosc_content(data)
     if stated != nbytes:
@@ -144,7 +144,7 @@ def expect_nbytes(codec: str, data: npt.NDArray[np.uint8], nbytes: int, *, where
 
 
 def _zstd_content(data: npt.NDArray[np.uint8]) -> int | None:
-    """Return the size that a zstd frame says its content has; see RFC 8878, section 3.1.1.1."""
+    """Return the content size that a zstd frame states; see RFC 8878, section 3.1.1.1."""
     head = data[:_ZSTD_HEADER_NBYTES].tobytes()
     if len(head) < 6 or head[:4] != _ZSTD_MAGIC:
         return None
@@ -158,7 +158,7 @@ def _zstd_content(data: npt.NDArray[np.uint8]) -> int | None:
 
 
 def _blosc_content(data: npt.NDArray[np.uint8]) -> int | None:
-    """Return the size that a blosc buffer says its content has, if it is as long as it says, and of zstd."""
+    """Return the content size that a blosc buffer of zstd states, if its own stated length is right."""
     if data.nbytes < _BLOSC_HEADER.size:
         return None
     _, _, flags, _, nbytes, _, stored = _BLOSC_HEADER.unpack(data[: _BLOSC_HEADER.size].tobytes())

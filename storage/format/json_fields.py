@@ -1,7 +1,7 @@
-"""Take values out of a parsed JSON document, each by the type and range it must have.
+"""Typed access to the values of a parsed JSON document.
 
-Promise: what a function returns has exactly the stated type (``true`` is no integer, ``1.0`` neither)
-and lies in the stated range. What doesn't raises :class:`Broken`, which says what is wrong in words.
+Promise: a returned value has exactly the stated type (neither ``true`` nor ``1.0`` is an integer) and lies in
+the stated range. Any other value raises :class:`Broken`, whose message names the fault.
 """
 
 from __future__ import annotations

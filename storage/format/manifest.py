@@ -1,8 +1,8 @@
-"""The manifest: what a checkpoint consists of, and the mark that it is complete.
+"""The manifest: the list of a checkpoint's files and arrays, and the mark that it is complete.
 
-Promise: :func:`parse` accepts exactly what :func:`encode` writes. Every number it returns is in range,
-every size follows from shapes and chunks or is bounded by them, every path is the one its name leads to and
-lies inside the checkpoint, and the names are distinct; whoever wrote the bytes. Readers trust nothing else.
+Promise: :func:`parse` accepts exactly the output of :func:`encode`. Whoever wrote the bytes, every number it
+returns is in range, every size follows from shapes and chunks or is bounded by them, every path is the one
+derived from its name and lies inside the checkpoint, and the names are distinct. Readers trust nothing else.
 
 File ``gockpt.json``: one line with a JSON object, one line ``{"crc32c": "xxxxxxxx"}`` with the checksum of
 the first line, its newline included. Format version 1 knows raw chunks only. A checkpoint with an encoded
@@ -56,7 +56,7 @@ __all__ = [
 
 FORMAT = "gockpt"
 VERSION = 2
-"""The newest version; written only where something of it is used."""
+"""The newest version; written only if a feature of it is used."""
 MANIFEST_FILE = "gockpt.json"
 STATE_FILE = "state.json"
 BLOCKS_FILE = "blocks.crc32c"
@@ -73,7 +73,7 @@ _TOP_KEYS = (
 _ARRAY_KEYS = ("name", "path", "shape", "dtype", "chunk", "meta")
 _CODED_KEYS = ("codec", "stored")
 _CHECK_LINE = re.compile(rb'\{"crc32c": "([0-9a-f]{8})"\}\n')
-# How every manifest begins that encode() wrote, up to what glance() is after.
+# Beginning of every manifest that encode() wrote, up to the fields that glance() reads.
 _HEAD = re.compile(
     rb'\{"format":"%s","version":[1-%d],"step":(0|[1-9][0-9]{0,17}),"seq":(0|[1-9][0-9]{0,17}),'
     rb'"attempt":"([0-9a-f]{8,64})",' % (FORMAT.encode(), VERSION)
@@ -87,13 +87,13 @@ class Manifest:
 
     Attributes:
         step: The user's step.
-        seq: Which publication in this path it was; the highest is the newest.
-        attempt: Hexadecimal, unique to this try of writing the step.
-        run: Hexadecimal, the training run's id: a load carries it on.
+        seq: Its number among this path's publications; the highest is the newest.
+        attempt: Hexadecimal, unique to this writing of the step.
+        run: Hexadecimal, the training run's id, which a load preserves.
         parent: ``seq`` of the checkpoint that the run continued from, if known.
         exact: Whether every bit equals a blocking save's.
         created: ISO 8601 time with offset.
-        writer: Who wrote it: ``{"gockpt": version}``.
+        writer: The program that wrote it: ``{"gockpt": version}``.
         attributes: The root group's attributes.
         arrays: In the order of the block checksums.
         files: Group documents, state document, block checksums.
@@ -116,21 +116,21 @@ class Manifest:
         return next(entry for entry in self.files if entry.path == path)
 
     def first_blocks(self) -> tuple[int, ...]:
-        """Return where each array's entries begin in the block checksums, and the total at the end."""
+        """Return the index of each array's first entry in the block checksums, and the total at the end."""
         return tuple(accumulate((entry.block_count for entry in self.arrays), initial=0))
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which checkpoint it is: what :func:`identify` reads.
+    """Identity of a checkpoint: the fields that :func:`identify` reads.
 
     Attributes:
         step: The user's step.
-        seq: Which publication in its path it was.
+        seq: Its number among its path's publications.
         attempt: Unique to this writing of the step.
-        metrics: Numbers among its extras, by name; not part of which checkpoint it is.
-        finite: Whether parameters and optimizer state have no NaN or Inf; ``None`` if nobody counted.
-        run: The training run's id; not part of it either.
+        metrics: Numbers among its extras, by name; not compared.
+        finite: Whether parameters and optimizer state have no NaN or Inf; ``None`` if not counted.
+        run: The training run's id; not compared.
         ancestors: Runs that it descends from; ``None`` if an older gockpt wrote it.
     """
 
@@ -144,7 +144,7 @@ class Identity:
 
 
 def finite_of(attributes: Any) -> bool | None:
-    """Return whether attributes say that parameters and optimizer state are finite; ``None`` if nothing."""
+    """Return whether parameters and optimizer state are finite by the attributes; ``None`` if not stated."""
     found = nonfinite_of(attributes)
     return None if found is None else found.finite
 
@@ -152,7 +152,7 @@ def finite_of(attributes: Any) -> bool | None:
 def metrics_of(attributes: Any) -> dict[str, float]:
     """Return the numbers among a checkpoint's extras, as the root group's attributes list them.
 
-    What isn't a finite number there is left out: attributes are anybody's.
+    Only finite numbers are returned: attributes are untrusted.
     """
     own = attributes.get(FORMAT) if isinstance(attributes, dict) else None
     metrics = own.get("metrics") if isinstance(own, dict) else None
@@ -181,8 +181,8 @@ def encode(manifest: Manifest, arrays: bytes | None = None) -> bytes:
     """Return the bytes of ``gockpt.json``.
 
     Args:
-        manifest: What it says.
-        arrays: What :func:`encode_arrays` returned for its arrays, where that is known.
+        manifest: The manifest.
+        arrays: The result of :func:`encode_arrays` for its arrays, if known.
 
     Raises:
         UnsupportedState: If attributes or names have no exact form as JSON.
@@ -211,7 +211,7 @@ def encode(manifest: Manifest, arrays: bytes | None = None) -> bytes:
 
 
 def encode_arrays(entries: Sequence[ArrayEntry]) -> bytes:
-    """Return what a manifest says of its arrays, as JSON: the same for all checkpoints of them, raw."""
+    """Return a manifest's list of arrays as JSON; equal for all checkpoints of the same raw arrays."""
     return _dump([_array_object(entry) for entry in entries])
 
 
@@ -238,14 +238,14 @@ def _array_object(entry: ArrayEntry) -> dict[str, Any]:
 
 
 def parse(data: bytes, *, where: str) -> Manifest:
-    """Return the manifest that ``data``, the bytes of a ``gockpt.json``, stands for.
+    """Return the manifest in ``data``, the bytes of a ``gockpt.json``.
 
     Args:
         data: The whole file.
         where: Its path, for messages.
 
     Raises:
-        ManifestCorrupt: If a byte differs from what was written, or what was written breaks a rule.
+        ManifestCorrupt: If a byte differs from the written one, or the manifest breaks a rule.
     """
     document = strict_json.loads(_line(data, where), what=where)
     try:
@@ -256,10 +256,10 @@ def parse(data: bytes, *, where: str) -> Manifest:
 
 
 def identify(data: bytes, *, where: str) -> Identity:
-    """Return which checkpoint an undamaged manifest is of, without looking at its arrays.
+    """Return the identity in an undamaged manifest, without reading its arrays.
 
     Raises:
-        ManifestCorrupt: As for :func:`parse`, as far as it looks.
+        ManifestCorrupt: As for :func:`parse`, for the part it reads.
     """
     document = strict_json.loads(_line(data, where), what=where)
     try:
@@ -279,12 +279,12 @@ def identify(data: bytes, *, where: str) -> Identity:
 
 
 def run_of(manifest: Manifest) -> Run:
-    """Return the run that a checkpoint is of."""
+    """Return a checkpoint's run."""
     return Run(manifest.run, ancestors_of(manifest.attributes) or ())
 
 
 def identity_of(content: Manifest) -> Identity:
-    """Return which checkpoint a manifest is of."""
+    """Return a manifest's identity."""
     return Identity(
         step=content.step,
         seq=content.seq,
@@ -297,13 +297,13 @@ def identity_of(content: Manifest) -> Identity:
 
 
 def glance(data: bytes, *, where: str) -> Identity:
-    """Return which checkpoint a manifest that agrees with its checksum says it is of.
+    """Return the identity in a manifest that agrees with its checksum.
 
-    It takes a hundredth of the time of :func:`identify`, with which it agrees where that raises nothing:
-    what :func:`encode` wrote is not parsed, but compared with its checksum.
+    It takes a hundredth of the time of :func:`identify`, and returns the same for every manifest that
+    :func:`identify` accepts: the text is not parsed, but compared with its checksum.
 
     Raises:
-        ManifestCorrupt: If a byte differs from what was written, or it doesn't say.
+        ManifestCorrupt: If a byte differs from the written one, or the identity is missing.
     """
     head = _HEAD.match(_line(data, where))
     if head is None:
@@ -312,7 +312,7 @@ def glance(data: bytes, *, where: str) -> Identity:
 
 
 def _line(data: bytes, where: str) -> bytes:
-    """Return the one line that is not the checksum, which must agree with it."""
+    """Return the line before the checksum, which must agree with it."""
     match = _CHECK_LINE.fullmatch(data[-_CHECK_LINE_NBYTES:])
     if not match:
         msg = f"{where} doesn't end with its checksum: it is cut off, or no manifest"
@@ -337,7 +337,7 @@ def _expect_readable(document: Any) -> None:
 
 
 def _integers(value: Any, which: str, what: str) -> tuple[int, ...]:
-    """Return the numbers of a shape; words for what is wrong are only made when something is."""
+    """Return the numbers of a shape; a message is only made for an error."""
     numbers = json_fields.items(value, what, MAX_NDIM)
     for n in numbers:
         if type(n) is not int or not 0 <= n <= json_fields.MAX_INTEGER:
@@ -380,7 +380,7 @@ def _array(value: Any) -> ArrayEntry:
 
 
 def _coded(entry: ArrayEntry, codec: Any, stored: Any, *, what: str) -> Coded:
-    """Return how the chunks of a raw ``entry`` are encoded: to no more than they could ever get."""
+    """Return the encoding of the chunks of a raw ``entry``; lengths beyond the codec's bound are refused."""
     expect(
         json_fields.text(codec, f"the codec of {what}") in CODECS, f"{what} has the unknown codec {codec!r}"
     )

@@ -1,4 +1,4 @@
-"""What the manifest says of one file and of one array, and the sizes that follow from it."""
+"""Entries of the manifest for one file and for one array, and the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ArrayEntry", "FileEntry"]
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file that the manifest vouches for.
+    """A file that the manifest lists with its checksum.
 
     Attributes:
         path: Relative to the checkpoint's directory.
@@ -42,7 +42,7 @@ class ArrayEntry:
         path: Its directory, relative to the checkpoint's; equals the escaped name.
         chunk_shape: Shape of a whole chunk; only dimension 0 is ever cut.
         meta: Its ``zarr.json``.
-        coded: How its chunks are encoded; ``None``: raw.
+        coded: Encoding of its chunks; ``None``: raw.
     """
 
     spec: ArraySpec
@@ -53,14 +53,14 @@ class ArrayEntry:
 
     @property
     def chunks(self) -> int:
-        """How many chunk files there are; 0 for an array without elements."""
+        """Number of chunk files; 0 for an array without elements."""
         if not self.spec.numel:
             return 0
         return -(-self.spec.shape[0] // self.chunk_shape[0]) if self.spec.shape else 1
 
     @property
     def codec(self) -> str | None:
-        """What its chunks are encoded with; ``None``: raw."""
+        """Codec of its chunks; ``None``: raw."""
         return None if self.coded is None else self.coded.codec
 
     @property
@@ -76,18 +76,18 @@ class ArrayEntry:
         return self.chunks * (self.chunk_nbytes + CHECKSUM_BYTES)
 
     def file_nbytes(self, chunk: int) -> int:
-        """Return the length of a chunk's file: the whole chunk or what it is encoded to, and its checksum."""
+        """Return the length of a chunk's file: the whole or encoded chunk, and its checksum."""
         content = self.chunk_nbytes if self.coded is None else self.coded.nbytes[chunk]
         return content + CHECKSUM_BYTES
 
     def covered_nbytes(self, chunk: int) -> int:
-        """Return how many bytes of a chunk's file have block checksums: its real rows, or what is encoded."""
+        """Return the bytes of a chunk's file with block checksums: its real rows, or the encoded chunk."""
         if self.coded is not None:
             return self.coded.nbytes[chunk]
         return min(self.chunk_nbytes, self.spec.nbytes - chunk * self.chunk_nbytes)
 
     def first_block(self, chunk: int) -> int:
-        """Return how many blocks the chunks before ``chunk`` have; behind the last: how many there are."""
+        """Return the number of blocks before ``chunk``; after the last chunk, the number of all."""
         if self.coded is not None:
             return self.coded.first_blocks[chunk]
         before = min(chunk, max(0, self.chunks - 1))
@@ -96,7 +96,7 @@ class ArrayEntry:
 
     @property
     def block_count(self) -> int:
-        """How many entries of the block checksums belong to this array."""
+        """Number of this array's entries in the block checksums."""
         return self.first_block(self.chunks)
 
     def layout(self) -> ArrayLayout:

@@ -1,9 +1,9 @@
-"""The names of what stands in a checkpoint path, written and read.
+"""Names of the entries of a checkpoint path: formatting and parsing.
 
 ``step-0000001200`` is complete; ``step-0000001200.partial-<attempt>`` is being written, or was when its
 writer died; ``step-0000001200.old-<attempt>`` is complete too, and was replaced by a newer publication
-of the same step; ``.trash-<attempt>`` is being deleted; ``.owner-<attempt>`` says who writes a partial.
-Everything else is somebody else's and never touched.
+of the same step; ``.trash-<attempt>`` is being deleted; ``.owner-<attempt>`` names the writer of a partial.
+Any other entry isn't gockpt's and is never touched.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _UPLOADED = re.compile(r"step-([0-9]{10,19})-([0-9]{1,19})-([0-9a-f]{8,64})", re
 
 @dataclass(frozen=True, slots=True)
 class DirectoryName:
-    """What a name says.
+    """Parts of a directory entry's name.
 
     Attributes:
         kind: ``step``, ``partial``, ``old``, ``trash`` or ``owner``.
@@ -56,11 +56,11 @@ class DirectoryName:
 
 @dataclass(frozen=True, slots=True)
 class UploadedName:
-    """What the prefix of an uploaded checkpoint says.
+    """Parts of an uploaded checkpoint's prefix.
 
     Attributes:
         step: The step.
-        seq: Which publication it was.
+        seq: Its number among the path's publications.
         attempt: The attempt.
     """
 
@@ -90,17 +90,17 @@ def of_old(step: int, attempt: str) -> str:
 
 
 def of_trash(attempt: str) -> str:
-    """Return the name of what is being deleted."""
+    """Return the name of a directory that is being deleted."""
     return f".trash-{attempt}"
 
 
 def of_owner(attempt: str) -> str:
-    """Return the name of the file that says who writes a partial."""
+    """Return the name of the file that names a partial's writer."""
     return f".owner-{attempt}"
 
 
 def parse(name: str) -> DirectoryName | None:
-    """Return what a directory entry's name says, or ``None`` if gockpt never writes such a name.
+    """Return the parts of a directory entry's name, or ``None`` if gockpt never writes such a name.
 
     Examples:
         >>> parse("step-0000001200.old-00ff00ff")
@@ -132,7 +132,7 @@ def of_uploaded(step: int, seq: int, attempt: str) -> str:
 
 
 def parse_uploaded(name: str) -> UploadedName | None:
-    """Return what the prefix of an uploaded checkpoint says, or ``None`` if gockpt never makes such a one.
+    """Return the parts of an uploaded checkpoint's prefix, or ``None`` if gockpt never makes such a one.
 
     Examples:
         >>> parse_uploaded("step-0000001200-12-00ff00ff")

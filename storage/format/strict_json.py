@@ -1,7 +1,8 @@
-"""JSON from a file that somebody else may have written: bounded, and with one meaning only.
+"""Strict JSON for untrusted files: bounded, and unambiguous.
 
-Promise: :func:`loads` neither overflows the stack nor lets two readers see different documents. What
-Python's parser lets pass and the standard does not (``NaN``, ``1e400``, a key given twice) is refused.
+Promise: :func:`loads` never overflows the stack, and accepts only texts that every reader parses to the same
+document. Texts that Python's parser accepts and the standard doesn't (``NaN``, ``1e400``, a duplicate key)
+are refused.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def nesting(data: bytes) -> int:
-    """Return how deep arrays and objects nest in a JSON text, without parsing it.
+    """Return the nesting depth of a JSON text, without parsing it.
 
-    For a text that is no JSON the answer is at least the depth a parser would reach before it fails.
+    For malformed JSON it is at least the depth that a parser would reach before it fails.
 
     Examples:
         >>> nesting(b'{"a": [1, {"[[[[": 2}]}')
@@ -115,7 +116,7 @@ def loads(data: bytes, *, what: str, depth: int = MANIFEST_DEPTH) -> Any:
         depth: How deep arrays and objects may nest.
 
     Raises:
-        ManifestCorrupt: If it is no JSON, or larger, deeper or looser than is ever written.
+        ManifestCorrupt: If it is malformed, or larger, deeper or looser than is ever written.
     """
     if len(data) > MAX_BYTES:
         msg = f"{what} has {len(data)} bytes; at most {MAX_BYTES} are ever written"

@@ -1,8 +1,7 @@
 """The ``zarr.json`` documents of Zarr v3, written without zarr.
 
-Promise: zarr-python 3, zarrs and tensorstore open what these describe, and zarr-python would describe
-the same arrays in the same words. Creating 444 arrays through ``zarr.create_array`` costs half a second;
-these take milliseconds.
+Promise: zarr-python 3, zarrs and tensorstore open the described arrays, and zarr-python would write the same
+documents. Creating 444 arrays through ``zarr.create_array`` costs half a second; these take milliseconds.
 """
 
 from __future__ import annotations
@@ -94,8 +93,8 @@ def root(attributes: Mapping[str, Any], metadata: bytes | None) -> bytes:
     """Return the root group's document.
 
     Args:
-        attributes: The root's attributes, which are anybody's.
-        metadata: What :func:`consolidated` said.
+        attributes: The root's attributes, which may hold anything.
+        metadata: The result of :func:`consolidated`.
 
     Raises:
         UnsupportedState: If the attributes have no exact form as JSON, or the whole is larger than readers
@@ -111,5 +110,5 @@ def root(attributes: Mapping[str, Any], metadata: bytes | None) -> bytes:
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a document that holds nothing of users'."""
+    """Return the bytes of a document without users' values."""
     return json.dumps(document, allow_nan=False, separators=(",", ":")).encode("ascii")

@@ -1,7 +1,7 @@
-"""What the arrays of a checkpoint alone say of its files: worked out once for all the saves of a run.
+"""Outline of a checkpoint: the documents that follow from its arrays, computed once for all saves of a run.
 
-Promise: for arrays that equal its own, an outline says what would be worked out anew. What a save adds
-(numbers, attributes, which arrays are encoded) is none of it. Safe to use from several threads.
+Promise: an outline gives the same results as a new one for the same arrays. It holds nothing specific to a
+save (numbers, attributes, the choice of encoded arrays). Safe to use from several threads.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class ArrayFile:
     """The document of one array.
 
     Attributes:
-        codec: What the array's chunks are encoded with; ``None``: raw.
+        codec: Codec of the array's chunks; ``None``: raw.
         text: Its bytes.
-        entry: What the manifest says of it.
+        entry: Its entry in the manifest.
     """
 
     codec: str | None
@@ -39,11 +39,11 @@ class ArrayFile:
 
 @dataclass(frozen=True, slots=True)
 class RawArrays:
-    """What a manifest says of arrays none of which is encoded.
+    """A manifest's list of arrays if all are raw.
 
     Attributes:
-        entries: Of each array.
-        text: How it says it: see :func:`~gockpt.storage.format.manifest.encode_arrays`.
+        entries: The entry of each array.
+        text: The list as JSON: see :func:`~gockpt.storage.format.manifest.encode_arrays`.
         blocks_nbytes: Length of the file of their block checksums.
     """
 
@@ -53,21 +53,21 @@ class RawArrays:
 
 
 class Outline:
-    """Where each array goes, and what is written of it beside its chunks.
+    """Paths of all arrays, and their documents.
 
     Attributes:
         arrays: All arrays, in the manifest's order.
         paths: The directory of each, by name.
         files: The paths of all files that are neither in an array's directory nor the manifest.
         groups: The directories that hold arrays, but for the root: parents before children.
-        vetted: Whether readers were seen to take a manifest that lists these arrays, all of them raw.
+        vetted: Whether a manifest that lists these arrays, all raw, has been parsed without error.
     """
 
     def __init__(self, arrays: Iterable[ArrayLayout]) -> None:
-        """Find a place for every array.
+        """Compute the path of every array.
 
         Raises:
-            UsageError: If names can't stand together.
+            UsageError: If names conflict.
             UnsupportedState: If a name has no path.
         """
         self.arrays = tuple(arrays)
@@ -83,10 +83,10 @@ class Outline:
         self._raw: RawArrays | None = None
 
     def document(self, array: ArrayLayout, codec: str | None) -> ArrayFile:
-        """Return the document of an array whose chunks are encoded so.
+        """Return the document of an array whose chunks are encoded with a codec.
 
         Raises:
-            UsageError: If its grid is none that readers know.
+            UsageError: If its grid isn't regular, as readers expect.
         """
         name = array.spec.name
         made = self._documents.get((name, codec))
@@ -100,10 +100,10 @@ class Outline:
         return made
 
     def consolidated(self, codecs: tuple[str | None, ...]) -> bytes | None:
-        """Return all documents in one, for the root's; ``None`` where some reader could not take that.
+        """Return all documents in one, for the root's; ``None`` if a reader would refuse that.
 
         Args:
-            codecs: What the chunks of each array are encoded with.
+            codecs: The codec of each array's chunks.
         """
         known = self._consolidated
         if known is None or known[0] != codecs:
@@ -117,7 +117,7 @@ class Outline:
         return known[1]
 
     def raw(self) -> RawArrays:
-        """Return what the manifest says of the arrays if all are raw."""
+        """Return the manifest's list of the arrays if all are raw."""
         if self._raw is None:
             entries = tuple(
                 ArrayEntry(

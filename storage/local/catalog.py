@@ -1,7 +1,7 @@
-"""What stands in a checkpoint path, as its writer knows it: who is newest, and what may go.
+"""Catalog of the checkpoints in a path, as its writer sees them: the newest one, and those to remove.
 
-Promise: newest is the highest ``seq``, and no ``seq`` is given out twice. What isn't a complete checkpoint
-by its name and its manifest is not in the catalog, so it is neither counted nor ever removed.
+Promise: newest is the highest ``seq``, and no ``seq`` is used twice. Only complete checkpoints, by name and
+manifest, are in the catalog; anything else is neither counted nor ever removed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MANIFEST_LIMIT = strict_json.MAX_BYTES + 4096
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """Where checkpoints stand, and the means to look at them.
+    """An open directory of checkpoints, for reading.
 
     Attributes:
         fs: The file system.
@@ -54,11 +54,11 @@ class Directory:
     path: str
 
     def of(self, name: str) -> str:
-        """Return the path of what stands there under a name, for messages."""
+        """Return the path of an entry, for messages."""
         return os.path.join(self.path, name)
 
     def has(self, name: str) -> bool:
-        """Whether anything stands there under a name."""
+        """Whether an entry of that name exists."""
         try:
             self.fs.stat(name, dir_fd=self.fd)
         except FileNotFoundError:
@@ -68,20 +68,20 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Place(Directory):
-    """Where checkpoints go: also the right to write there.
+    """An open directory of checkpoints, with the right to write there.
 
     Attributes:
-        lock: That right.
+        lock: The writer lock: that right.
     """
 
     lock: WriterLock
 
 
 def identify(place: Directory, name: str) -> manifest.Identity | None:
-    """Return which checkpoint stands there under a name; ``None`` if it isn't a complete one.
+    """Return the identity of an entry's checkpoint; ``None`` if it isn't a complete one.
 
     Raises:
-        OSError: If that can't be told: no permission, a failing device.
+        OSError: If it can't be read: no permission, a failing device.
     """
     try:
         return manifest.identify(_manifest_of(place, name), where=place.of(name))
@@ -106,7 +106,7 @@ def remove_entry(place: Place, name: str, attempt: str) -> None:
     """Delete a directory so that no reader ever lists a half of it: rename, sync, then delete.
 
     Raises:
-        OSError: What the system says; what is left has a name that the next pruning or sweep deletes.
+        OSError: The system's error; the remains have a name that the next pruning or sweep deletes.
     """
     trash = step_names.of_trash(attempt)
     files.remove_tree(place.fs, place.fd, trash)
@@ -119,14 +119,14 @@ class Catalog:
     """The complete checkpoints of a place; safe to use from several threads.
 
     Attributes:
-        turn: Held while a checkpoint gets its number and its name, and while some are removed: between a look
-            at a name and its renaming nobody else may rename it.
+        turn: Lock held while a checkpoint gets its number and its name, and while some are removed: no other
+            thread may rename an entry between its check and its renaming.
     """
 
     __slots__ = ("_entries", "_held", "_mutex", "_owns", "_place", "_read", "_seq", "_told", "turn")
 
     def __init__(self, place: Directory) -> None:
-        """Look at every name in the directory.
+        """Read every entry of the directory.
 
         Raises:
             StorageError: If the directory or one of the manifests can't be read.
@@ -163,21 +163,21 @@ class Catalog:
 
     @property
     def unlabelled(self) -> list[Ancestor]:
-        """Run and ``seq`` of each that says nothing about its ancestors: an older gockpt wrote it."""
+        """Run and ``seq`` of each one without a list of ancestors, written by an older gockpt."""
         with self._mutex:
             return [(entry.run, entry.seq) for entry in self._entries.values() if entry.ancestors is None]
 
     def belong_to(self, owns: Callable[[manifest.Identity], bool]) -> int:
-        """Let retention count and remove only what ``owns`` names; return how many it doesn't."""
+        """Let retention count and remove only what ``owns`` accepts; return the number of the others."""
         with self._mutex:
             self._owns = owns
             return sum(not owns(entry) for entry in self._entries.values())
 
     def keep_to_newest_run(self) -> int:
-        """Let retention count and remove only what belongs to the run of the newest checkpoint.
+        """Let retention count and remove only checkpoints of the newest one's run.
 
         Returns:
-            How many belong to others.
+            The number of checkpoints of other runs.
         """
         newest = self.newest
         if newest is None:
@@ -194,14 +194,14 @@ class Catalog:
             return self._seq
 
     def continue_after(self, seq: int) -> None:
-        """Give out only numbers above ``seq`` from now on; not if there are none above it."""
+        """Return only numbers above ``seq`` from now on; no effect if there are none above it."""
         with self._mutex:
             if seq < MAX_INTEGER:
                 self._seq = max(self._seq, seq)
 
     @contextmanager
     def holding(self, seq: int) -> Iterator[None]:
-        """Spare a publication, whatever is pruned meanwhile; a later pruning takes it."""
+        """Keep a publication from being pruned while the context is open."""
         with self._mutex:
             self._held.add(seq)
         try:
@@ -211,24 +211,24 @@ class Catalog:
                 self._held.discard(seq)
 
     def add(self, name: str, identity: manifest.Identity) -> None:
-        """Enter what was just published."""
+        """Enter a new publication."""
         with self._mutex:
             self._entries[name] = identity
             self._read.add(identity.attempt)
 
     def forget(self, name: str) -> None:
-        """Strike a name off, if it is in."""
+        """Remove a name, if it is there."""
         with self._mutex:
             self._entries.pop(name, None)
 
     def prune(self, place: Place, keep: Keep) -> list[int]:
-        """Delete what need not be kept; returns the steps deleted, oldest publication first.
+        """Delete checkpoints that no rule keeps; return the deleted steps, oldest publication first.
 
-        What a newer publication of the same step replaced goes too; it neither counts nor is reported. What
-        is held is left for the next time. What an earlier pruning could not delete to its end is tried again.
+        Superseded publications are deleted too; they are neither counted nor returned. A held publication is
+        left for the next pruning. Remains of an earlier pruning are deleted.
 
         Raises:
-            StorageError: If the disk refuses; what was deleted until then is deleted.
+            StorageError: If the disk refuses; earlier deletions of this call stay.
         """
         _empty_trash(place)
         going = self.expendable(keep)
@@ -240,7 +240,7 @@ class Catalog:
                 if identity.seq in self._held:
                     continue
             with storage_errors("delete", place.of(name)):
-                # Not what another process put in its place meanwhile.
+                # Not a directory that another process put in its place meanwhile.
                 if identify(place, name) == identity:
                     remove_entry(place, name, identity.attempt)
                     if identity.seq not in replaced:
@@ -256,7 +256,7 @@ class Catalog:
     def _publications(
         self, entries: list[tuple[str, manifest.Identity]], keep: Keep
     ) -> list[retention.Publication]:
-        """Return what retention needs to know of each entry."""
+        """Return each entry as retention sees it."""
         return [
             retention.Publication(
                 seq=identity.seq,
@@ -269,12 +269,12 @@ class Catalog:
         ]
 
     def expendable(self, keep: Keep) -> list[tuple[str, manifest.Identity]]:
-        """Return the names of what may go, oldest first: what :meth:`prune` removes, and a rehearsal names.
+        """Return the names that may be removed, oldest first: for :meth:`prune` and for its dry run.
 
-        Each is looked at once more: what has no valid manifest any more neither counts nor goes.
+        Each one is read again: an entry that no longer has a valid manifest is neither counted nor removed.
 
         Raises:
-            StorageError: If that can't be told.
+            StorageError: If one can't be read.
         """
         with storage_errors("look through", self._place.path):
             return self._expendable(keep)
@@ -293,7 +293,7 @@ class Catalog:
                     "until one has it (told once)",
                     *(self._place.path, keep.metric),
                 )
-            # Two of one number: one was copied in from elsewhere, and which is meant can't be told.
+            # Two with one number: one is a copy from elsewhere, and nothing tells which.
             going = frozenset(seq for seq in going if numbers[seq] == 1)
             if not going:
                 return []
@@ -301,11 +301,11 @@ class Catalog:
             if not lost:
                 return [entry for entry in by_age if entry[1].seq in going]
             for name in lost:
-                _log.warning("%s is no complete checkpoint any more: it is not counted", self._place.of(name))
+                _log.warning("%s is no longer a complete checkpoint: it is not counted", self._place.of(name))
                 self.forget(name)
 
     def _still_there(self, name: str, identity: manifest.Identity) -> bool:
-        """Whether a checkpoint stands there as it was entered, with a manifest that readers take."""
+        """Whether an entry still is the entered checkpoint, with a manifest that readers accept."""
         if identify(self._place, name) != identity:
             return False
         if identity.attempt not in self._read:
@@ -324,7 +324,7 @@ def _anybody(_: manifest.Identity) -> bool:
 
 @contextmanager
 def looked_through(path: str) -> Iterator[Catalog]:
-    """Give the catalog of a path that this process doesn't write into; nothing is locked or changed.
+    """Open the catalog of a path that this process doesn't write into; nothing is locked or changed.
 
     Raises:
         StorageError: If the directory or one of the manifests can't be read.
@@ -339,11 +339,11 @@ def looked_through(path: str) -> Iterator[Catalog]:
 
 
 def _empty_trash(place: Place) -> None:
-    """Delete what could not be deleted when it was set aside; what still can't be waits for the next time."""
+    """Delete remains that could not be deleted before; those that still can't be wait for the next call."""
     try:
         names = place.fs.listdir(place.fd)
     except OSError as error:
-        _log.warning("%s could not be looked through for what is being deleted: %s", place.path, error)
+        _log.warning("%s could not be listed to delete remains: %s", place.path, error)
         return
     for name in names:
         known = step_names.parse(name)

@@ -1,10 +1,10 @@
-"""Write one chunk to its file: from its arena slot, without copying it, or encoded.
+"""Writer of one chunk's file: from its arena slot without a copy, or encoded.
 
-Promise: the file holds the real rows, zeros up to the whole chunk (sparse) and the checksum of all of
-that, little-endian; or the encoded chunk and its checksum. Its length is exact; and no byte of stale memory
-reaches the disk: a small chunk is written to its exact length, and the slot of a large one is zeroed behind
-the rows first. What is written of large ones are whole pages at page offsets, so that the same calls serve
-direct and buffered I/O; the length is set last. Nothing is synced here.
+Promise: the file holds the real rows, zeros up to the whole chunk (sparse) and the checksum of both,
+little-endian; or the encoded chunk and its checksum. Its length is exact, and no byte of stale memory reaches
+the disk: a small chunk is written to its exact length, and the slot of a large one is zeroed after the rows
+first. Large chunks are written in whole pages at page offsets, so that the same calls serve direct and
+buffered I/O; the length is set last. Nothing is synced here.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class WrittenChunk:
     """A chunk that was written and not yet synced.
 
     Attributes:
-        fd: Its open file: only this descriptor is sure to be told of a failed write.
+        fd: Its open file: only this descriptor certainly reports a failed write.
         blocks: crc32c of each block of its real or encoded bytes, little-endian uint32.
-        nbytes: Bytes of the file that were really written, padding excluded.
+        nbytes: Bytes of the file that were written, padding excluded.
         direct: Whether it went past the page cache.
         refused: Whether the file system refused that.
     """
@@ -101,13 +101,13 @@ def write_chunk(
         slot: Which chunk.
         buffer: The whole slot: writable bytes, ``slot.capacity`` of them. What lies behind the real
             rows is overwritten.
-        direct: Whether to try direct I/O; where the file system refuses it, the page cache is used. Memory
-            that isn't page-aligned is copied by pieces of 8 MiB.
-        known: Whether a file beside it was written directly: then it isn't asked again what that takes.
+        direct: Whether to try direct I/O; if the file system refuses it, the page cache is used. Memory that
+            isn't page-aligned is copied by pieces of 8 MiB.
+        known: Whether another file there was written directly: its alignment is then not queried again.
 
     Raises:
         ValueError: If the buffer is not the slot's size.
-        OSError: What the system says. The file is of no use then.
+        OSError: The system's error. The file is unusable then.
     """
     if buffer.nbytes != slot.capacity:
         msg = f"the buffer has {buffer.nbytes} bytes, its slot {slot.capacity}"
@@ -140,7 +140,7 @@ def write_chunk(
 
 
 def _write_small(fs: Filesystem, dir_fd: int, name: str, buffer: memoryview, nbytes: int) -> WrittenChunk:
-    """Write a chunk for which the page cache is the way, and its checksum behind it: in one call.
+    """Write a chunk and its checksum through the page cache, in one call.
 
     A checkpoint has hundreds of these, and their cost is that of the calls.
     """
@@ -159,12 +159,12 @@ def write_encoded(
         fs: The file system.
         dir_fd: The directory that ``name`` is relative to.
         name: The file, which must not exist.
-        data: The chunk as encoded.
+        data: The encoded chunk.
         direct: As for :func:`write_chunk`.
-        known: Likewise.
+        known: As for :func:`write_chunk`.
 
     Raises:
-        OSError: What the system says. The file is of no use then.
+        OSError: The system's error. The file is unusable then.
     """
     view = memoryview(data)
     blocks = checksum.crc32c_blocks(view)

@@ -1,8 +1,8 @@
-"""Which arrays of a checkpoint are encoded, with what, and by how many threads at a time.
+"""Compression of a checkpoint's arrays: the choice of codecs, and bounded concurrent encoding.
 
 Promise: an array has one codec in one checkpoint, chosen before its first chunk is written; memory for
 encoding is bounded by :func:`memory_bound`. ``"auto"`` writes the first checkpoint raw, measures meanwhile,
-and then keeps to what :func:`choose` makes of the figures: a pure function of them.
+and then uses the result of :func:`choose`, a pure function of the measurements.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SMALLEST = 4096
 """Arrays below this many bytes stay raw: a file takes a page on the disk whatever is in it."""
 
 WORTH = 0.9
-"""What is encoded must bring the time of a save below this share of a raw one's."""
+"""Encoding is chosen only if it brings a save's time below this share of a raw one's."""
 
 HANDLING = 1.5
 """Encoding takes about this many times what the codec takes: its result is memory to be got, hashed, copied
@@ -55,7 +55,7 @@ and written, all by the same cores."""
 
 SAMPLE = 1 << 20
 SAMPLES = 8
-"""How many samples are taken of each kind, and the most bytes of one."""
+"""Number of samples of each kind, and the most bytes of one."""
 
 _SAMPLE_FROM = 64 << 10
 _WRITING = 3  # results that may be on their way to the disk while others are being made
@@ -85,7 +85,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one codec did to samples of one kind.
+    """Measurement of one codec on samples of one kind.
 
     Attributes:
         rate: Raw bytes that one thread encodes in a second.
@@ -98,7 +98,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What is known about one kind.
+    """Measurements of one kind.
 
     Attributes:
         nbytes: Raw bytes of it in one checkpoint.
@@ -111,12 +111,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is to be encoded.
+    """Choice of the kinds to encode.
 
     Attributes:
-        codecs: By kind; what isn't there stays raw.
-        seconds: What writing a checkpoint should take with that.
-        raw_seconds: And without.
+        codecs: Codec by kind; kinds without one stay raw.
+        seconds: Expected time of writing a checkpoint with it.
+        raw_seconds: Expected time of writing it raw.
     """
 
     codecs: Mapping[Kind, str]

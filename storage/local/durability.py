@@ -1,9 +1,9 @@
-"""Files that were written and are not yet known to be on the disk.
+"""Written files that are not yet synced.
 
-Promise: after :meth:`Unsynced.sync` returned, every file that was added is on the disk, whole, and no
-failed write of any of them went unnoticed. A failed write is told once, to whoever has the file open: so
-files stay open until they are synced. Where too many would be open, and ``syncfs`` doesn't report errors,
-a file is synced at once instead.
+Promise: after :meth:`Unsynced.sync` returned, every added file is on the disk, whole, and a failed write of
+any of them was reported. The system reports a failed write once, to open descriptors of the file: so files
+stay open until they are synced. If too many would be open, and ``syncfs`` doesn't report errors, a file is
+synced at once instead.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Unsynced:
             raise as_storage_error(error, "write", where) from error
 
     def close(self) -> None:
-        """Let go of all files; what becomes of them doesn't matter any more."""
+        """Close all files without syncing them."""
         with self._mutex:
             left, self._open = self._open, []
         for _, fd in left:

@@ -1,4 +1,4 @@
-"""From what the operating system says to what the caller can do about it."""
+"""Conversion of the operating system's errors into errors that name the way out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def as_storage_error(error: OSError, doing: str, path: str) -> StorageError:
 
 
 def _when_full(path: str, way_out: str) -> str:
-    """Tell a file system without free inodes, where bytes may well be free, from one without free bytes."""
+    """Return the way out for ``ENOSPC``, which differs if inodes are used up rather than bytes."""
     found = None
     while found is None:
         try:

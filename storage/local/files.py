@@ -1,4 +1,4 @@
-"""Small things done with several calls: write all of it, read a small file, remove a tree."""
+"""File operations that take several system calls: write all bytes, read a small file, remove a tree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PIECE = 1 << 30  # Linux writes at most 0x7ffff000 bytes at once
 
 
 class NotSmallRegularFile(Exception):
-    """What stands there is not a file that gockpt could have written."""
+    """The entry is not a file that gockpt could have written."""
 
 
 def write_all(fs: Filesystem, fd: int, data: memoryview, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""Everything the write side asks of the operating system, one method per call.
+"""System calls of the write side, one method per call.
 
 The seam for faults: a test replaces single methods to fail, to stop, or to write down what was done.
 Each method is one effect, raises ``OSError`` and holds no policy. Names are relative to ``dir_fd``, an

@@ -1,8 +1,8 @@
-"""Who writes a partial checkpoint, and whether it still can.
+"""Owner records: the process that writes a partial checkpoint, and the check that it is gone.
 
-Promise: a partial is called abandoned only when its writer is certainly gone, or has not been heard of
-for :data:`QUIET_SECONDS`. A process id alone proves nothing: every container has a pid 1, and ids are
-used again; so the record also holds the host, its boot, the pid namespace and the process's start.
+Promise: a partial counts as abandoned only if its writer is certainly gone, or has given no sign of life for
+:data:`QUIET_SECONDS`. A process id alone proves nothing: every container has a pid 1, and ids are used again;
+so the record also holds the host, its boot, the pid namespace and the process's start.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def encode(owner: Owner) -> bytes:
 
 
 def parse(data: bytes) -> Owner | None:
-    """Return who an owner file names, or ``None`` if it is damaged or cut off."""
+    """Return the process in an owner file, or ``None`` if the file is damaged or truncated."""
     try:
         host, boot, namespace, pid, start = json_fields.fields(
             strict_json.loads(data, what="an owner file"), "an owner", _KEYS
@@ -97,7 +97,7 @@ def parse(data: bytes) -> Owner | None:
 
 
 def is_abandoned(owner: Owner | None, *, observer: Owner, quiet_seconds: float) -> bool:
-    """Whether nobody will write on.
+    """Whether a partial is abandoned: its writer will not continue it.
 
     The observer holds the path's writer lock, so what it wrote itself in an earlier try is abandoned.
 

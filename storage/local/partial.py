@@ -1,8 +1,8 @@
-"""The contents of a checkpoint that is being written: directories, chunks, documents.
+"""Directory of a checkpoint that is being written: chunks and documents.
 
-Promise: after :meth:`Draft.sync` returned, all of it is on the disk; after :meth:`Draft.complete`, so is
-the manifest that vouches for it. Every error is a :class:`StorageError` that names the file; after one the
-draft is of no use, and nothing of it is written or synced again.
+Promise: after :meth:`Draft.sync` returned, all of it is on the disk; after :meth:`Draft.complete`, so is its
+manifest. Every error is a :class:`StorageError` that names the file; after one the draft is unusable, and
+nothing of it is written or synced again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MANIFEST_IN_THE_MAKING = f"{MANIFEST_FILE}.tmp"
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint is to hold: everything but the bytes of its arrays.
+    """Contents of a checkpoint to be written: everything but the bytes of its arrays.
 
     Attributes:
         arrays: All arrays, in the manifest's order.

@@ -24,7 +24,7 @@ __all__ = ["Replaced", "expect_replaceable", "publish", "set_aside"]
 _UNKNOWN_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 Replaced = tuple[str, "Identity"] | None
-"""What stood there before and is still there: its present name and which checkpoint it is."""
+"""A replaced checkpoint that still exists: its present name and its identity."""
 
 
 Owns = Callable[["Identity"], bool]

@@ -1,4 +1,4 @@
-"""How long something went on that several threads do side by side."""
+"""Stopwatch for work that several threads do at the same time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Stopwatch:
     """A context manager that runs while at least one thread is inside.
 
     Attributes:
-        seconds: How long it has run, up to when it last stopped.
+        seconds: Time that it has run, until it last stopped.
     """
 
     def __init__(self) -> None:

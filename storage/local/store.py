@@ -1,7 +1,7 @@
-"""Where checkpoints are written: one directory, one writer.
+"""Store: one directory of checkpoints with one writer.
 
-Promise: whatever happened to earlier writers, a :class:`Store` finds every complete checkpoint as it was,
-removes only what a writer that is certainly gone left behind, and never touches what isn't gockpt's.
+Promise: whatever happened to earlier writers, a :class:`Store` finds every complete checkpoint unchanged,
+removes only remains of writers that are certainly gone, and never touches entries that aren't gockpt's.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _log = logging.getLogger("gockpt")
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """The right to go on in a path.
+    """The right to write into a path.
 
     Attributes:
-        run: As which run.
-        newest: The attempt of the newest checkpoint there, as it was when that was decided, if there was one.
+        run: The run to write as.
+        newest: The attempt of the newest checkpoint there when that was decided, if there was one.
         here: Whether the model was loaded from this path: then checkpoints of a gockpt that wrote no
             ancestors count as its own.
     """

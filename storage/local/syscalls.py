@@ -1,4 +1,4 @@
-"""What Python's ``os`` has no function for: calls of libc, and what Linux tells of an open file."""
+"""System calls that Python's ``os`` lacks: calls of libc, and Linux's properties of an open file."""
 
 from __future__ import annotations
 

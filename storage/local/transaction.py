@@ -1,8 +1,8 @@
-"""One checkpoint on its way to the disk: chunks first, in any order; then all the rest at once.
+"""Transaction: the writing of one checkpoint, chunks first, in any order, then everything else.
 
-Promise: readers see nothing of it until :meth:`Transaction.commit` has made all of it durable; then they
-see all of it. After any error it is dead for good, and the previous checkpoint of that step, and every
-other, is as it was.
+Promise: readers see nothing of it until :meth:`Transaction.commit` has made all of it durable; then they see
+all of it. After any error it stays failed, and the previous checkpoint of that step, and every other, is
+unchanged.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _HEARTBEAT_SECONDS = 60.0
 
 @dataclass(slots=True)
 class Lineage:
-    """Where a writer's checkpoints come from.
+    """Lineage of a writer's checkpoints.
 
     Attributes:
-        run: Whose they are.
+        run: Their run.
         parent: ``seq`` of the checkpoint it resumed from or published last, if any.
         labelled: Whether the run's ancestors are written into them, and others' are never replaced.
     """
@@ -57,7 +57,7 @@ class Lineage:
     labelled: bool = True
 
     def owns(self, identity: manifest.Identity) -> bool:
-        """Whether a checkpoint is the run's own; anybody's is, for a writer without a run."""
+        """Whether a checkpoint is the run's own; a writer without a run owns all."""
         return not self.labelled or self.run.owns(identity.run, identity.seq)
 
     def label(self, contents: Contents) -> Contents:
@@ -76,7 +76,7 @@ class Published:
 
     Attributes:
         step: The user's step.
-        seq: Which publication in its path it is; the highest is the newest.
+        seq: Its number among its path's publications; the highest is the newest.
         attempt: Hexadecimal, unique to this writing of the step.
         path: Its directory.
         nbytes: Bytes written: real rows or encoded chunks, checksums and documents; no padding.
@@ -130,7 +130,7 @@ class Transaction:
         attempt: str,
         on_end: Callable[[Transaction], None],
     ) -> None:
-        """Make the partial's directory, and say whose it is.
+        """Create the partial's directory and its owner record.
 
         Raises:
             StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
@@ -254,10 +254,10 @@ class Transaction:
         )
 
     def abort(self) -> None:
-        """Give the save up and delete what there is of it, once no thread writes any more. Never raises.
+        """Abort the save and delete its files after the last thread has stopped writing. Never raises.
 
-        It waits for a :meth:`commit` under way, and what that published stays. What can't be deleted now the
-        next sweep deletes.
+        It waits for a :meth:`commit` in progress, whose publication stays. The next sweep deletes files that
+        can't be deleted now.
         """
         with self._changed:
             if self._ended or os.getpid() != self._pid:

@@ -1,8 +1,7 @@
-"""Which checkpoints this process has read as a whole and found right.
+"""Record of the checkpoints that this process has read as a whole and verified.
 
-Promise: nothing is in here that :meth:`~gockpt.storage.read.checkpoint.StoredCheckpoint.verify` didn't find
-without a problem, in this very process. It is not written down: a disk that rots between two processes would
-make such a note a lie.
+Promise: it holds only checkpoints for which :meth:`~gockpt.storage.read.checkpoint.StoredCheckpoint.verify`
+found no problem in this very process. It is not stored: a disk may decay between two processes.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ _attempts: set[str] = set()
 
 
 def remember(attempt: str, *, ok: bool) -> None:
-    """Note how the verification of an attempt, which is unique to its writing, ended last."""
+    """Record the result of the last verification of an attempt."""
     (_attempts.add if ok else _attempts.discard)(attempt)
 
 
 def known() -> tuple[str, ...]:
-    """Return all of them: for a process that works for this one."""
+    """Return all of them, for a worker process."""
     return tuple(_attempts)
 
 
 def learn(attempts: Iterable[str]) -> None:
-    """Know just what the process that this one works for knows."""
+    """Replace the record by that of the trainer's process."""
     _attempts.clear()
     _attempts.update(attempts)
 
 
 def is_known(attempt: str) -> bool:
-    """Whether that writing was verified last with no problem."""
+    """Whether the last verification of an attempt found no problem."""
     return attempt in _attempts

@@ -104,7 +104,7 @@ def test_what_is_no_checkpoint_any_more_does_not_count_as_the_newest(scratch, sa
                 file.write(b"?")
         with caplog.at_level(logging.WARNING):
             assert store.prune(2) == [1]
-        assert "no complete checkpoint any more" in caplog.text
+        assert "no longer a complete checkpoint" in caplog.text
         assert os.path.isdir(paths[3])  # damaged: not ours to delete
         assert store.prune(2) == []
     assert sorted(name for name in os.listdir(scratch) if name.startswith("step")) == [
