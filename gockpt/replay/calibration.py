@@ -1,8 +1,8 @@
-"""Ask the installed torch which kernel tells the truth about it.
+"""Calibration on the CPU: finds the replay kernel that equals an optimizer of the installed torch.
 
-Formulas are candidates, not beliefs. Once per process and kind of optimizer the real ``step`` runs on probe
+Every formula is only a candidate. Once per process and kind of optimizer the real ``step`` runs on probe
 tensors of awkward sizes, with zeros, denormals and overflowing gradients and with options that change at
-every update; a candidate is accepted when the parameters and all states are bit-equal after each of them.
+every update; a candidate is accepted if the parameters and all states are bit-equal after each of them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kind of optimizer to be asked about.
+    """One kind of optimizer to calibrate.
 
     Attributes:
         optimizer: One of :data:`OPTIMIZERS`.
@@ -87,7 +87,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What calibration found for one kind of optimizer.
+    """Result of calibration for one kind of optimizer.
 
     Attributes:
         flags: The flags with which the kernel equals torch.
@@ -112,10 +112,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def finding_for(case: Case) -> Finding | str:
-    """Return how the kernel equals the optimizer on this host, or why none does. Measured once per process.
+    """Return the finding for an optimizer on this host, or why no kernel equals it. Made once per process.
 
-    Takes a few hundredths of a second when the kernels are compiled. Never raises: an optimizer that
-    can't be run on probes is not believed.
+    Takes a few hundredths of a second when the kernels are compiled. Never raises: an optimizer that can't be
+    run on probes is not replayed.
     """
     key = (case, torch.backends.cpu.get_cpu_capability())
     if kernels.WHY_NOT:
@@ -159,7 +159,7 @@ def counts_for_scheduler(step: Any, kind: type[torch.optim.Optimizer]) -> bool:
 
 
 def row(kernel: str, group: dict[str, Any], state: dict[str, Any]) -> tuple[float, ...]:
-    """Return one update's numbers as torch derives them from the group's options, for ``kernel``.
+    """Return one update's scalars for ``kernel``, as torch derives them from the group's options.
 
     In Python floats (float64), like torch; the kernel rounds each to float32 once, like torch.
     ``state["step"]`` already counts the update.
@@ -231,13 +231,13 @@ class _Copies:
         self.arrays: list[list[np.ndarray]] = []
 
     def take(self, live: list[list[np.ndarray]]) -> None:
-        """Start from what the optimizer has now."""
+        """Start from the optimizer's current values."""
         self.arrays = [[array.copy() for array in arrays] for arrays in live]
 
     def follow(
         self, live: list[list[np.ndarray]], gradients: list[np.ndarray], scalars: tuple[float, ...]
     ) -> bool:
-        """Replay one update; return whether everything equals what the optimizer has now."""
+        """Replay one update; return whether everything equals the optimizer's current values."""
         for (p, *states), real, gradient in zip(self.arrays, live, gradients, strict=True):
             flat = gradient.reshape(-1)
             kernels.run(self.kernel, self.flags, p, states, [flat], [scalars], tail=True)

@@ -1,12 +1,12 @@
-"""Ask a device which kernel tells the truth about its optimizers.
+"""Calibration on a CUDA device: finds the replay kernel that equals the device's optimizers.
 
-For a device nothing is believed that was not tried on it: once per process and kind of device and optimizer,
+A formula is used for a device only after a trial on it: once per process and kind of device and optimizer,
 the real one takes a few steps there on probes, and every candidate formula is compared bit for bit, on the
-parameters and all states. The probes have zeros, denormals, infinities and NaN, and besides some on which
-formulas fall apart that hardly differ otherwise: where terms cancel, what was rounded off is all that stays.
+parameters and all states. The probes have zeros, denormals, infinities and NaN, and some where terms cancel,
+so that only rounding errors remain: these separate formulas that hardly differ otherwise.
 
-Two NaN count as equal whatever their bits: kernels give CUDA's, other makes have others. Should a run's
-NaN differ, the proof at the closing tick finds that, as it finds everything.
+Two NaN count as equal whatever their bits: kernels return CUDA's, other vendors have others. If a run's NaN
+differ, the verification at the closing tick finds that.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BETAS = (
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way in which a device may compute an update.
+    """Candidate formula for a device's update.
 
     Attributes:
         kernel: A kernel of ``gockpt.kernels.replay``.
@@ -65,10 +65,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What calibration found for one kind of optimizer on one kind of device.
+    """Result of calibration for one kind of optimizer on one kind of device.
 
     Attributes:
-        candidate: What equals it.
+        candidate: The candidate that equals it.
         overwrites_gradient: Whether the step changed ``.grad`` for nesterov without decay or maximize.
     """
 
@@ -78,13 +78,13 @@ class Found:
 
 @dataclass(slots=True)
 class Difference:
-    """How far a candidate is from a device, over all probes.
+    """Difference between a candidate and a device, over all probes.
 
     Attributes:
         candidate: The candidate.
-        elements: How many elements differ, of each array: the parameter, then the states.
-        ulps: By how many units in the last place at most, where both are finite.
-        nans: How many NaN have other bits; these don't count as different.
+        elements: Number of elements that differ, of each array: the parameter, then the states.
+        ulps: Greatest difference in units in the last place, of elements finite in both.
+        nans: Number of NaN with other bits; these don't count as different.
     """
 
     candidate: Candidate
@@ -107,7 +107,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def candidates(case: Case) -> list[Candidate]:
-    """Return what may equal an optimizer on a device, the likeliest first."""
+    """Return the candidates for an optimizer on a device, the likeliest first."""
     if case.kernel in ("sgd", "momentum"):
         name = f"cuda_{case.kernel}"
         forms = _forms(name, ((0, 1, 1), (1, 1, 1)))
@@ -127,10 +127,10 @@ def candidates(case: Case) -> list[Candidate]:
 
 
 def finding_for(case: Case, lab: Lab) -> Found | str:
-    """Return what equals the optimizer on the lab's device, or why nothing is known to.
+    """Return the finding for an optimizer on the lab's device, or why no candidate equals it.
 
     Measured once per process and kind of device. Never raises: an optimizer that can't be run on probes is
-    not believed. Not to be called in a hook: it runs the optimizer.
+    not replayed. Not to be called in a hook: it runs the optimizer.
     """
     key = (case, lab.key)
     if kernels.WHY_NOT:
@@ -169,7 +169,7 @@ def calibrate(case: Case, lab: Lab, among: Sequence[Candidate]) -> Found | str:
 
 
 def diagnose(case: Case, lab: Lab, among: Sequence[Candidate]) -> list[Difference]:
-    """Return for each candidate how far it is from the device: what helps to find the right one."""
+    """Return each candidate's difference from the device, for the search of the right one."""
     found = [Difference(candidate) for candidate in among]
     for trial in _trials(case, lab):
         for difference in found:
@@ -179,7 +179,7 @@ def diagnose(case: Case, lab: Lab, among: Sequence[Candidate]) -> list[Differenc
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """One update on the device, and what went in."""
+    """One update on the device, with its inputs."""
 
     group: dict[str, Any]
     step: float

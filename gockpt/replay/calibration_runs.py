@@ -1,7 +1,7 @@
-"""Where a device's optimizer is tried out: real updates, on arrays that come from the host and go back there.
+"""Trial updates of a device's optimizers, on arrays copied from the host and back.
 
-A laboratory says what the device did and claims nothing about why; :mod:`gockpt.replay.calibration_cuda` does
-the thinking. In tests another one stands for a device that is not there.
+A :class:`Lab` only returns the device's results; :mod:`gockpt.replay.calibration_cuda` compares them with
+formulas. In tests another one simulates a device.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["CudaLab", "Lab", "Seen", "lab_for"]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one update did.
+    """Results of one update.
 
     Attributes:
         arrays: For each parameter itself and its states, in the kernel's order.
-        gradients: What stood in ``.grad`` afterwards.
+        gradients: The values of ``.grad`` afterwards.
         powers: ``beta1**t`` and ``beta2**t`` of the counter after the update, for each of ``POWERS``; empty
             where the counter is not on the device.
     """
@@ -46,14 +46,14 @@ class Lab(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are that it speaks for."""
+        """The device of the tensors."""
 
     @property
     def key(self) -> Hashable:
-        """All that the outcome may depend on, but the kind of optimizer. Comparable and printable."""
+        """Everything that the results depend on, except the kind of optimizer. Comparable and printable."""
 
     def refusal(self) -> str | None:
-        """Return why nothing can be tried at the moment, if so."""
+        """Return why no update can be tried now, or ``None``."""
 
     def update(
         self,
@@ -177,5 +177,5 @@ def _gradient(tensor: torch.Tensor, given: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def lab_for(device: torch.device) -> Lab | None:
-    """Return where optimizers on ``device`` are tried out; ``None`` for a device of another kind."""
+    """Return the lab of ``device``; ``None`` for a device that isn't a CUDA one."""
     return CudaLab(device) if device.type == "cuda" and torch.cuda.is_available() else None

@@ -1,8 +1,9 @@
-"""The numbers of an update on a device, for the kernels that follow a device's formulas.
+"""Scalars of an update on a device, for the kernels that follow a device's formulas.
 
-For-loop and foreach get theirs from Python floats, as on the CPU. The fused kernels take the powers of beta
-from the device's own ``pow``, of a step counter that stands there; these can't be known here without waiting.
-So what is known goes into a row with gaps, and the powers leave the device as small tensors that fill them.
+For-loop and foreach compute theirs from Python floats, as on the CPU. The fused kernels compute the powers of
+beta by the device's own ``pow``, from a step counter on the device, which can't be read without waiting. So
+the known scalars go into a row with gaps, and the powers are copied from the device as small tensors that
+fill them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["POWERS", "filled", "numbers", "numbers_of", "power", "row"]
 
 POWERS = ("single", "single from a tensor", "double")
-"""How a fused kernel may get a power of beta: in float32, the base a scalar or a tensor, or in float64."""
+"""Ways in which a fused kernel may compute a power of beta: float32 of a scalar or a tensor, or float64."""
 
 _LR, _BC1, _BC2S = 3, 6, 7
 _STEP = 5
@@ -42,7 +43,7 @@ def power(form: str, beta: float, steps: torch.Tensor) -> torch.Tensor:
 
 
 def row(kernel: str, form: tuple[int, ...], group: dict[str, Any], state: dict[str, Any]) -> Row:
-    """Return what is known here of an update's numbers; NaN for what only the device knows."""
+    """Return an update's scalars as far as the host knows them; NaN for those that only the device has."""
     if kernel in ("cuda_adam", "cuda_amsgrad"):
         return calibration.row("adam", group, state)
     sign = -1.0 if group["maximize"] else 1.0
@@ -61,14 +62,14 @@ def row(kernel: str, form: tuple[int, ...], group: dict[str, Any], state: dict[s
 
 
 def filled(kernel: str, form: tuple[int, ...], known: Row, powers: Sequence[float], lr: float | None) -> Row:
-    """Return the kernel's numbers, with what has come from the device.
+    """Return the kernel's scalars, with the values that have arrived from the device.
 
     Args:
         kernel: The kernel.
         form: Its form, as calibration found it.
-        known: What :func:`row` gave.
+        known: The result of :func:`row`.
         powers: ``beta1**t`` and ``beta2**t`` for a fused Adam; else nothing.
-        lr: The learning rate, where it stands on the device; else ``None``.
+        lr: The learning rate, if it is on the device; else ``None``.
     """
     numbers = list(known)
     if lr is not None and kernel in ("cuda_sgd", "cuda_momentum"):
@@ -86,7 +87,7 @@ def filled(kernel: str, form: tuple[int, ...], known: Row, powers: Sequence[floa
 def numbers(
     kernel: str, form: tuple[int, ...], late: str | None, group: dict[str, Any], state: dict[str, Any]
 ) -> Row | LateNumbers:
-    """Return the numbers of the update that has just been queued, for one parameter."""
+    """Return the scalars of the update that has just been queued, for one parameter."""
     return numbers_of(kernel, form, late, group, [state])[0]
 
 
@@ -117,7 +118,7 @@ def numbers_of(
 
 
 def _settled(kernel: str, form: tuple[int, ...], known: Row, with_rate: bool, values: Row) -> Row | None:  # noqa: FBT001
-    """Make the kernel's numbers from what has arrived."""
+    """Return the kernel's scalars from the arrived values."""
     powers, lr = (values[:-1], values[-1]) if with_rate else (values, None)
     return filled(kernel, form, known, powers, lr)
 

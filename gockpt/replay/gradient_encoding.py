@@ -1,4 +1,4 @@
-"""Gradients as they stand in the ring: as they are, or in 16 bits.
+"""Encodings of gradients in the ring: raw float32, or 16 bits.
 
 Encodings of one piece's gradient, which starts its own blocks of 1024; those that a device has made are the
 same, but for the number of raw slots (:mod:`gockpt.kernels.gradient16_launch`):
@@ -8,7 +8,7 @@ same, but for the number of raw slots (:mod:`gockpt.kernels.gradient16_launch`):
   blocks as there are blocks with an Inf or NaN.
 - ``"bf16"``: the upper halves of float32, rounded to nearest even.
 
-One that would not be smaller than the float32 it stands for is not used: the gradient then travels as it is.
+An encoding that would not be smaller than the float32 values is not used: the gradient then stays float32.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _KINDS = (None, "fp16", "bf16")
 
 
 class Encoded(NamedTuple):
-    """Where a gradient stands in the ring, and how.
+    """Place and encoding of a gradient in the ring.
 
     Attributes:
         offset: Its offset.
@@ -60,7 +60,7 @@ class Encoded(NamedTuple):
 
 
 def usual_bytes(encoding: str | None, count: int) -> int:
-    """Return what a gradient of ``count`` values takes unless there is an Inf or NaN among them."""
+    """Return the bytes of a gradient of ``count`` values without Inf and NaN."""
     plain = 4 * count
     if encoding == "bf16":
         return 2 * count
@@ -74,17 +74,17 @@ def encode(
     view: Callable[[int, int], np.ndarray],
     free: Callable[[int], None],
 ) -> Encoded | None:
-    """Put a gradient into the ring, in the smallest form that says all of it.
+    """Put a gradient into the ring, encoded if that is smaller.
 
     Args:
-        encoding: The one that is wanted.
+        encoding: The wanted encoding.
         values: One-dimensional contiguous float32.
         allocate: Returns the offset of that many bytes, or ``None`` if there is no room.
-        view: Returns the bytes that are there: offset, number.
-        free: Gives an offset back.
+        view: Returns the bytes at an offset: offset, number.
+        free: Frees an offset.
 
     Returns:
-        Where it stands; ``None`` if there is no room.
+        Its place; ``None`` if there is no room.
     """
     plain = values.nbytes
     if encoding == "bf16":
@@ -118,11 +118,11 @@ def decode(encoding: str | None, data: np.ndarray, count: int, first: int, out: 
     """Write values of an encoded gradient, from the ``first`` on, to ``out``: contiguous float32.
 
     Args:
-        encoding: How it stands there.
+        encoding: Its encoding.
         data: All of its bytes.
-        count: How many values it has.
-        first: Index of the first one wanted.
-        out: Its length says how many are.
+        count: Its number of values.
+        first: Index of the first wanted value.
+        out: The target; its length is the number of wanted values.
     """
     if encoding == "fp16":
         layout_of(data.size, count).read(data, 0, out, first)
@@ -133,14 +133,14 @@ def decode(encoding: str | None, data: np.ndarray, count: int, first: int, out: 
 
 
 def seal(piece: int, encoding: str | None, data: np.ndarray, number: int, scalars: Sequence[float]) -> int:
-    """Return 64 bits that stand for a gradient as it was posted: by them replay knows that it has that one.
+    """Return 64 bits that identify a gradient as posted, by which replay checks that it got the same one.
 
     Args:
         piece: Index of its piece.
-        encoding: How it stands in the ring.
+        encoding: Its encoding in the ring.
         data: All of its bytes.
-        number: Which gradient of its piece, counted from 1.
-        scalars: The update's numbers.
+        number: Its number among its piece's gradients, from 1.
+        scalars: The update's scalars.
     """
     print_ = fingerprint(data, seal_position(number))
     return sealed(print_, piece, encoding, number, scalars)
@@ -152,14 +152,14 @@ def seal_position(number: int) -> int:
 
 
 def sealed(print_: int, piece: int, encoding: str | None, number: int, scalars: Sequence[float]) -> int:
-    """Return the seal of a gradient of which the bytes' fingerprint is known; see :func:`seal`."""
+    """Return the seal of a gradient, given its bytes' fingerprint; see :func:`seal`."""
     whose = np.array([piece, _KINDS.index(encoding)], np.int64).view(np.uint8)
     numbers = np.asarray(scalars, np.float64).view(np.uint8)
     return print_ ^ fingerprint(np.concatenate([whose, numbers]), seal_position(number))
 
 
 def incomplete(encoding: str | None, data: np.ndarray, count: int) -> bool:
-    """Whether a gradient that was encoded on a device lacks blocks with an Inf or NaN: it is none then."""
+    """Whether a gradient encoded on a device lacks blocks with an Inf or NaN, so that it is unusable."""
     return encoding == "fp16" and layout_of(data.size, count).incomplete(data) > 0
 
 
@@ -173,15 +173,15 @@ def empty(encoding: str | None, data: np.ndarray, count: int) -> bool:
         if (data[message.codes : message.codes + message.blocks] == RAW).any():
             return False
         halves = data[message.values : message.values + 2 * count].view(np.uint16)
-    # Piece by piece: most gradients say so at once, and none needs much memory.
+    # Part by part: most gradients are decided by the first, and little memory is needed.
     parts = range(0, halves.size, _LOOK)
     return not any((halves[first : first + _LOOK] << np.uint16(1)).any() for first in parts)
 
 
 def glance(encoding: str | None, data: np.ndarray, count: int, step: int) -> np.ndarray:
-    """Return every ``step``-th value of an encoded gradient, float32: how large it is there.
+    """Return every ``step``-th value of an encoded gradient, as float32, to find where it is large.
 
-    Of a block with an Inf or NaN it is 0.
+    Values of blocks with an Inf or NaN are 0.
     """
     at = np.arange(0, count, step)
     if encoding is None:
@@ -199,9 +199,9 @@ def glance(encoding: str | None, data: np.ndarray, count: int, step: int) -> np.
 def uncertainty(
     encoding: str | None, data: np.ndarray, count: int, at: np.ndarray, values: np.ndarray
 ) -> np.ndarray:
-    """Return by how much rounding may have moved the decoded ``values`` of the elements ``at``; float32.
+    """Return the greatest rounding error of the decoded ``values`` of the elements ``at``, as float32.
 
-    Half of the distance between neighbours, at the most. 0 where a value stands as it was.
+    At most half of the distance between neighbours. 0 for a value that was stored raw.
     """
     sizes = np.where(np.isfinite(values), np.abs(values), 0).astype(np.float64)
     if encoding == "fp16":
@@ -217,7 +217,7 @@ def uncertainty(
 
 
 def warm(encoding: str | None) -> None:
-    """Have what writes and reads an encoding compiled, or loaded from the disk, before it is needed."""
+    """Compile the code of an encoding, or load it from the disk, before it is needed."""
     if encoding is not None and not WHY_NOT:
         values, memory = np.zeros(2 * BLOCK, np.float32), np.zeros(12 * BLOCK, np.uint8)
         done = encode(encoding, values, lambda _: 0, lambda _, n: memory[:n], lambda _: None)

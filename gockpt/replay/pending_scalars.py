@@ -1,4 +1,4 @@
-"""An update's numbers of which some stand on a device still when the update has been queued."""
+"""Update scalars that are still being computed on the device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ __all__ = ["LateNumbers"]
 
 @dataclass(frozen=True, slots=True)
 class LateNumbers:
-    """What :func:`gockpt.replay.rules.scalars` returns where reading a number would wait for a device.
+    """Scalars of an update some of which are on a device, so that reading them now would wait for it.
 
-    The tensors leave the device with the update's gradients, as they are when that is queued. Nothing waits
-    for them: ``row`` is called when they have arrived.
+    Returned by :func:`gockpt.replay.rules.scalars`. The tensors are copied from the device with the update's
+    gradients. Nothing waits for them: ``row`` is called when they have arrived.
 
     Attributes:
-        tensors: On the parameter's device, of one element each.
-        row: Makes the kernel's numbers from the tensors' values, in order; ``None`` if it can't. It is called
-            on another thread, once per update. It holds no tensor, and nothing that the next update changes.
+        tensors: Tensors of one element each, on the parameter's device.
+        row: Returns the kernel's scalars from the tensors' values, in order; ``None`` if it can't. It is
+            called on another thread, once per update. It holds no tensor, and nothing that the next update
+            changes.
     """
 
     tensors: tuple[Tensor, ...]

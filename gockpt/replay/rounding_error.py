@@ -1,4 +1,4 @@
-"""What was measured of a checkpoint that is not exact: array by array, in sums, and in its documents."""
+"""Measured rounding errors of a checkpoint that is not exact: by array, summed, and in its documents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Sums:
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return what the state document says of a tensor."""
+        """Return a tensor's entry in the state document."""
         return {
             "max_abs": self.max_abs,
             "of_movement": _share(self.error, self.movement),
@@ -58,7 +58,7 @@ class Sums:
 
 
 def summary(grad_dtype: str, tensors: Mapping[str, Sums]) -> Deviation:
-    """Return what there is to say of all tensors together."""
+    """Return the deviation of all tensors together."""
     shares = [(_share(s.error, s.movement), _share(s.error, s.values)) for s in tensors.values()]
     return Deviation(
         grad_dtype=grad_dtype,
@@ -72,18 +72,18 @@ def summary(grad_dtype: str, tensors: Mapping[str, Sums]) -> Deviation:
 
 
 class Findings:
-    """What is found of the arrays of one checkpoint, stretch by stretch. Not thread-safe."""
+    """Measurements of one checkpoint's arrays, collected by stretch. Not thread-safe."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Sums] = {}
 
     def add(self, name: tuple[str, ...], sums: Sums) -> None:
-        """Take the measurement of one stretch that is not exact."""
+        """Add the measurement of one stretch that is not exact."""
         known = self._sums.get(name)
         self._sums[name] = sums if known is None else known + sums
 
     def documents(self, capture: Capture) -> tuple[Deviation, dict[str, Any], dict[str, Any]] | None:
-        """Return what there is to say, and the state document and the attributes that say it.
+        """Return the deviation, and the state document and the attributes that contain it.
 
         ``None`` if all is exact.
         """

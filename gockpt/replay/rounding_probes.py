@@ -1,22 +1,22 @@
-"""How far replay from gradients in 16 bits is from what training computed: measured, and judged.
+"""Verification of replay from 16-bit gradients: the error is measured at probes, and bounded.
 
-Such a replay can't be proven by its bits. A few elements of each piece, its *probes*, are followed instead:
-what they were when the piece left, what the live state says of them at the closing tick, and what replay
-makes of them. Rounding is bounded, so it is known how far it may take them: the probes are replayed several
-times more, each time from gradients moved by as much as rounding can have moved them. They are moved upwards;
-away from zero; away from zero in some updates and towards it in the others, in patterns that tell any two
-updates apart, since Adam takes no notice of gradients that all become larger. A piece is right if its probes
-are no further from the live ones than
+Such a replay can't be verified by its bits. A few elements of each piece, its *probes*, are followed instead:
+their values when the piece was copied, in the live state at the closing tick, and after replay. Rounding is
+bounded, and so is its effect on them: the probes are replayed several times more, each time from gradients
+changed by as much as rounding can have changed them. They are changed upwards; away from zero; away from zero
+in some updates and towards it in the others, in patterns that differ between any two updates, since Adam does
+not react to gradients that all become larger. A piece is accepted if its probes are no further from the live
+ones than
 
     2 * the largest of these moves + 2 units in the last place of the values,
 
 in the Euclidean norm over its probes, array by array. A replay that uses a wrong learning rate, drops an
 update or follows another formula is far beyond that.
 
-Probes that saw nothing say nothing: where only a few rows of a parameter move, all of them may stand between
-these. A piece that is not exact counts as measured only if rounding touched a gradient at one of its probes,
-and if in each array that differs a probe moved, or differs itself. That every such array has a probe that
-differs would be too much to ask: where steps are small, rounding changes one value in thousands.
+Probes without a gradient prove nothing: if only a few rows of a parameter change, all probes may lie between
+them. A piece that is not exact counts as measured only if rounding changed a gradient at one of its probes,
+and if in each array that differs a probe changed during the window, or differs itself. A differing probe in
+every such array can't be required: with small steps, rounding changes one value in thousands.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ __all__ = [
 ]
 
 RUN = 16
-"""How many probes stand side by side."""
+"""Number of adjacent probes."""
 
 FEW, MANY, LARGE = 64, 256, 1 << 14
-"""How many elements of a piece are probes, and of how many a piece must be to have the larger number."""
+"""Smaller and larger number of probes of a piece, and the size from which it has the larger one."""
 
 PATTERNS = 4
 """Bits of an update's number: enough to tell apart the updates of the longest window."""
@@ -59,10 +59,10 @@ VARIANTS = 3 + PATTERNS
 """As they are, upwards, outwards, and the patterns."""
 
 PROBE_COPIES = 1 + VARIANTS
-"""How often the values of each probe are held beside the live ones."""
+"""Number of copies of each probe's values, besides the live ones."""
 
 LOOKED_AT = 4096
-"""How many elements of a gradient are looked at, at the most, to find where it is large."""
+"""Largest number of a gradient's elements that are read to find where it is large."""
 
 BOUND = 2.0
 ULPS = 2.0 * 2.0**-23

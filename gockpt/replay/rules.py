@@ -1,10 +1,9 @@
-"""Which parameters the kernels can replay, proven on this host before it is believed.
+"""Replay rules: the choice of the kernel for each parameter, verified on this host or device first.
 
-A :class:`Rule` is given out only for torch's own Adam, AdamW and SGD on ordinary float32 tensors, and only
-after the real optimizer has run on probe tensors and a kernel has matched it bit for bit: here for tensors on
-the CPU (:mod:`gockpt.replay.calibration`), on the very kind of device for others
-(:mod:`gockpt.replay.calibration_cuda`). For everything else there is a reason, and the tensor leaves at the
-close.
+A :class:`Rule` is returned only for torch's own Adam, AdamW and SGD on ordinary float32 tensors, and only
+after the real optimizer has run on probe tensors and a kernel has matched it bit for bit: on this host for
+tensors on the CPU (:mod:`gockpt.replay.calibration`), on the very kind of device for others
+(:mod:`gockpt.replay.calibration_cuda`). Everything else gets a reason, and is copied at the closing tick.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ _NO_BETA = 2.0**-25
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How one parameter is replayed. Picklable; holds no tensor.
+    """Rule by which one parameter is replayed. Picklable; holds no tensor.
 
     Attributes:
         kernel: Name of the kernel in ``gockpt.kernels.replay``.
         flags: The kernel's flags, as calibration found them on this host.
         states: Names of the elementwise states, in the kernel's order.
-        gradient_at: ``"post"``: the gradient stands in ``.grad`` at the post-hook. ``"pre"``: the step
+        gradient_at: ``"post"``: the gradient is in ``.grad`` at the post-hook. ``"pre"``: the step
             overwrites it (foreach SGD with nesterov), so it must be taken at the pre-hook; a step that
             was given a closure can't be replayed then.
-        guard: The group options that chose the kernel; when one changes, the rule no longer holds.
-        late: Which numbers of an update only the device knows, see :mod:`gockpt.replay.device_scalars`.
-        overwrites: On a device: whether the step overwrites ``.grad`` under options that let it.
+        guard: The group options that chose the kernel; if one changes, the rule no longer holds.
+        late: Scalars of an update that only the device has, see :mod:`gockpt.replay.device_scalars`.
+        overwrites: On a device: whether the step overwrites ``.grad`` under options that allow it.
     """
 
     kernel: str
@@ -78,7 +77,7 @@ def rule_for(
     state: dict[str, Any],
     lab: Lab | None = None,
 ) -> Rule | str:
-    """Return how ``param`` is replayed, or the reason why it has to leave at the close.
+    """Return the rule of ``param``, or the reason why it has to be copied at the closing tick.
 
     The first call for a kind of optimizer calibrates (a fraction of a second; more when kernels have to
     be compiled); later ones look the result up. Random number generators, hooks and autograd's mode are
@@ -89,7 +88,7 @@ def rule_for(
         group: The parameter group ``param`` is in, as it is now.
         param: The parameter.
         state: ``optimizer.state[param]``, as it is now.
-        lab: Where optimizers on the parameter's device are tried out; ``None`` for the CPU's formulas.
+        lab: The lab of the parameter's device; ``None`` for the CPU's formulas.
     """
     if lab is not None:
         return _rule_on(lab, optimizer, group, param, state)
@@ -154,11 +153,11 @@ def _rule_on(
 def scalars(
     rule: Rule, group: dict[str, Any], state: dict[str, Any]
 ) -> tuple[float, ...] | LateNumbers | None:
-    """Return the numbers of the update that just ran, for the kernel; read at the post-hook.
+    """Return the scalars of the update that just ran, for the kernel; read at the post-hook.
 
-    ``state["step"]`` has already advanced there. Where some of them stand on a device still, what fetches
-    them is returned instead; nothing is waited for. ``None`` when the group's options have changed so that
-    ``rule`` does not describe this update: the parameter then leaves at the close.
+    ``state["step"]`` has already advanced there. If some of them are still on a device, pending scalars are
+    returned instead, without waiting. ``None`` if the group's options have changed so that ``rule`` does not
+    describe this update: the parameter is then copied at the closing tick.
     """
     if rule.follows_device:
         return _scalars_on_device(rule, group, state)
@@ -218,7 +217,7 @@ def _kernel(group: dict[str, Any]) -> str:
 
 
 def _guard(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what must stay as it is for a rule to stay true."""
+    """Return the options that must not change while a rule holds."""
     return (*(group.get(name) for name in _SWITCHES), group.get("momentum", 0) != 0)
 
 

@@ -1,4 +1,4 @@
-"""Replaying a piece from gradients of which some are encoded: tile by tile, none is decoded as a whole."""
+"""Replay of a piece tile by tile, so that no encoded gradient is decoded as a whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SCRATCH_BYTES", "replay_encoded"]
 TILE = 1 << 16
 AT_ONCE = 2
 SCRATCH_BYTES = 4 * TILE * AT_ONCE
-"""What decoded gradients take on each thread that replays."""
+"""Bytes of decoded gradients on each thread that replays."""
 
 
 def replay_encoded(
@@ -33,7 +33,7 @@ def replay_encoded(
     """Apply the updates in order, to a piece and to its probes.
 
     Args:
-        piece: What is replayed.
+        piece: The piece.
         stretches: Its float32 arrays: the parameter's, then the states'.
         gradients: The updates, oldest first.
         data: The gradients' bytes.
