@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gockpt.core import retention
+from gockpt.core.array_spec import public_name
 from gockpt.core.exactness import Deviation, deviation_of
 from gockpt.core.nonfinite import NonFinite, nonfinite_of
 from gockpt.core.runs import ancestors_of
@@ -122,8 +123,8 @@ def state_of(stored: StoredCheckpoint) -> SavedState:
             raise ManifestCorrupt(msg)
     for name, saved in state.subclasses.items():
         for inner, array in saved.arrays():
-            if name in stored.arrays or "/".join(array) not in stored.arrays:
-                msg = f"{where} is not valid: {'/'.join((name, *inner))!r} refers to {'/'.join(array)!r}"
+            if name in stored.arrays or public_name(array) not in stored.arrays:
+                msg = f"{where} is not valid: {'/'.join((name, *inner))!r} refers to {public_name(array)!r}"
                 raise ManifestCorrupt(msg)
     return state
 

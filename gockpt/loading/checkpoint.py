@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gockpt.catalog import checked_step, metadata_of, state_of
+from gockpt.core.array_spec import public_name
 from gockpt.errors import TensorNotFound, UsageError
 from gockpt.loading.lazy_tensor import LazyTensor, not_found, read_whole
 from gockpt.state.value_decoder import decode
@@ -69,7 +70,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
             yield "", name
             return
         for inner, array in saved.arrays():
-            yield f"/{'/'.join(inner)}", "/".join(array)
+            yield f"/{'/'.join(inner)}", public_name(array)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
@@ -102,7 +103,7 @@ class _Extras(Mapping[str, Any]):
         self._state = state
 
     def __getitem__(self, name: str) -> Any:
-        return decode(self._state.extra[name], lambda array: read_whole(self._stored, "/".join(array)))
+        return decode(self._state.extra[name], lambda array: read_whole(self._stored, public_name(array)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state.extra)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import ManifestCorrupt, StateMismatch
 from gockpt.loading.fit_model import Assign, Fill
 from gockpt.loading.lazy_tensor import read_whole
@@ -44,7 +45,7 @@ class Filler:
 
     def bytes_of(self, name: tuple[str, ...]) -> Bytes:
         """Return an array's bytes, row-major, in new memory."""
-        public = "/".join(name)
+        public = public_name(name)
         data = np.empty(self._stored.arrays[public].spec.nbytes, np.uint8)
         if data.size:
             self._stored.read_into(public, None, data)
@@ -52,7 +53,7 @@ class Filler:
 
     def read(self, name: tuple[str, ...]) -> torch.Tensor:
         """Return an array as a new CPU tensor."""
-        return read_whole(self._stored, "/".join(name))
+        return read_whole(self._stored, public_name(name))
 
     def read_as(self, name: tuple[str, ...], strides: Strides | None, device: torch.device) -> torch.Tensor:
         """Return an array as a new tensor on a device, with these strides (``None``: row-major)."""
@@ -60,7 +61,7 @@ class Filler:
         if strides is None:
             return values.to(device)
         if len(strides) != values.dim():
-            msg = f"the state document gives {'/'.join(name)!r} {len(strides)} strides"
+            msg = f"the state document gives {public_name(name)!r} {len(strides)} strides"
             raise ManifestCorrupt(msg)
         return reordered(values, strides, device)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import ManifestCorrupt
 from gockpt.loading.fit_model import Fill, ModelFit, fills_for
 from gockpt.loading.load_plan import Create, FillInner, LoadPlan, OptimizerPlan, ParamPlan, Value
@@ -168,7 +169,7 @@ class _Fitter:
 
     def holds(self, param: ParamEntry, name: str, saved: SavedOptimizer) -> bool:
         """Whether the checkpoint holds this very parameter, so that its saved state applies to it."""
-        public = "/".join(param.name)
+        public = public_name(param.name)
         if param.name[0] == "model":
             return id(param.param) not in self.unfit and public not in self.unfit
         if name not in saved.outside:
@@ -179,7 +180,7 @@ class _Fitter:
         return public in self.fitted
 
     def stored(self, name: tuple[str, ...]) -> str:
-        public = "/".join(name)
+        public = public_name(name)
         if public not in self.arrays and public not in self.saved.subclasses:
             msg = f"the state document refers to an array {public!r} that the checkpoint does not hold"
             raise ManifestCorrupt(msg)
@@ -208,7 +209,7 @@ class _Fitter:
             label = f"optimizer/{param.owner}/{key}"
             there = _device(key, spec, param.param, options)
             tensor = param.state.get(key) if isinstance(key, str) else None
-            of_param = self.resolve("/".join(param.name))
+            of_param = self.resolve(public_name(param.name))
             order = order_of_state(self.saved, self.arrays, source, param.param, of_param)
             if (
                 tensor is not None

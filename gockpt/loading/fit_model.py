@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gockpt.core.array_spec import public_name
 from gockpt.loading.fit_subclass import inner_names, inner_targets
 from gockpt.state.known_classes import class_name
 from gockpt.state.saved_document import SavedSubclass
@@ -149,7 +150,7 @@ def fit_mapping(live: LiveState, saved: SavedState, arrays: Mapping[str, ArraySp
     for name, tensor in live.tensors().items():
         if name[0] != "model":
             continue
-        public = "/".join(name)
+        public = public_name(name)
         every = [public, *ties.get(public, ())]
         taken.update(every)
         sources = {one: saved.aliases.get(one, one) for one in every if one in there}

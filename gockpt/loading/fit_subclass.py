@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import ManifestCorrupt, StateMismatch, UnsupportedState
 from gockpt.state.saved_document import SavedSubclass
 from gockpt.state.tensor_subclasses import Flattened, context_text, flatten, rebuild
@@ -46,7 +47,7 @@ def inner_targets(
         return why
     live = dict(flat.leaves())
     return [
-        ("/".join(array), live[inner].detach(), f"{name}/{'/'.join(inner)}")
+        (public_name(array), live[inner].detach(), f"{name}/{'/'.join(inner)}")
         for inner, array in saved.arrays()
     ]
 
@@ -69,7 +70,7 @@ def _differing(saved: SavedSubclass, flat: Flattened, arrays: Mapping[str, Array
         if isinstance(part, SavedSubclass) and isinstance(other, Flattened):
             why = _differing(part, other, arrays)
         elif isinstance(part, tuple) and isinstance(other, torch.Tensor):
-            spec = arrays["/".join(part)]
+            spec = arrays[public_name(part)]
             if (spec.shape, spec.dtype) != (tuple(other.shape), NAME_OF[other.dtype]):
                 why = f"saved {spec.dtype} {spec.shape}, live {NAME_OF[other.dtype]} {tuple(other.shape)}"
         else:

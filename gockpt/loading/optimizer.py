@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import ManifestCorrupt
 from gockpt.loading.fill import copy_into
 from gockpt.loading.fit_model import Fill
@@ -81,7 +82,7 @@ class OptimizerRestore:
         """Return a function that reads an array as a new tensor on a device, in its saved memory order."""
 
         def read(name: Name) -> torch.Tensor:
-            public = "/".join(name)
+            public = public_name(name)
             saved = self._plan.subclasses.get(public)
             if saved is not None:
                 return make_subclass(saved, read, device, public)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.loading.fit_model import Fill
 from gockpt.loading.fit_subclass import make_subclass
 from gockpt.loading.load_plan import Create
@@ -134,7 +135,7 @@ class Feeding:
         devices = [param.entry.param.device for plan in inside for param in plan.params]
 
         def read(name: Name) -> torch.Tensor:
-            public = "/".join(name)
+            public = public_name(name)
             if public in form.tensors:
                 return form.tensors[public]
             near = devices and (name[0] != OPTIONS or public in self._plan.elsewhere)
@@ -221,6 +222,6 @@ def _arrays(document: Json) -> set[str]:
             for key in ("$tensor", "$ndarray"):
                 name = part.get(key)
                 if isinstance(name, list) and all(isinstance(component, str) for component in name):
-                    found.add("/".join(map(str, name)))
+                    found.add(public_name(tuple(map(str, name))))
             left += part.values()
     return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from gockpt.core.array_spec import ArraySpec
+from gockpt.core.array_spec import ArraySpec, public_name
 from gockpt.errors import ManifestCorrupt
 from gockpt.loading.fit_model import fills_for
 from gockpt.loading.fit_subclass import inner_names, make_subclass
@@ -220,7 +220,7 @@ def saved_entries(
         if alias.startswith("model/") and alias not in inside:
             entries[alias.removeprefix("model/")] = stored(target)
     for fqn, document in saved.computed.items():
-        public = "/".join(array_name(document) or ())
+        public = public_name(array_name(document) or ())
         entries[fqn] = stored(public) if public in arrays else decode(document, read)
     known = [key for key in saved.keys if key in entries]
     return {key: entries[key] for key in dict.fromkeys([*known, *entries])}

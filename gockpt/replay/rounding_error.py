@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from gockpt.core.array_spec import public_name
 from gockpt.core.exactness import Deviation
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Findings:
         """
         if not self._sums:
             return None
-        tensors = {"/".join(name): sums for name, sums in sorted(self._sums.items())}
+        tensors = {public_name(name): sums for name, sums in sorted(self._sums.items())}
         deviation = summary(capture.grad_dtype or "", tensors)
         plain = {name: sums.plain() for name, sums in tensors.items()}
         own = {**capture.attributes["gockpt"], "exact": False, "deviation": asdict(deviation)}

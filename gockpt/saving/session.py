@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from gockpt.core.array_spec import Name
+from gockpt.core.array_spec import Name, public_name
 from gockpt.core.descriptors import Capture
 from gockpt.core.save_state import Command, Event, State, advance
 from gockpt.core.timeline import Trace
@@ -230,7 +230,7 @@ class Save:
             racing = frozenset(a.spec.name for a in attempt.layout.arrays if a.spec.name[0] in kinds)
             first = (raced or lost)[0]
             what = "changed before it was copied" if raced else f"can't be replayed: {attempt.doubts[first]}"
-            why = attempt.refused or f"{'/'.join(first)} {what}"
+            why = attempt.refused or f"{public_name(first)} {what}"
             self._run(Event.TORN, (frozenset[str](), racing, why))
         else:
             self._run(Event.ARRIVED)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import UnsupportedState
 from gockpt.once import warn_once
 from gockpt.state.known_classes import class_name
@@ -117,13 +118,13 @@ class _Collector:
         An inner tensor of a subclass may be tied to any entry; only inner tensors may be tied to one.
         """
         if is_subclass(tensor):
-            return self.add_subclass(name, flatten(tensor, "/".join(name)))
+            return self.add_subclass(name, flatten(tensor, public_name(name)))
         if why := refusal(tensor):
-            msg = f"{'/'.join(name)} can't be saved: {why}"
+            msg = f"{public_name(name)} can't be saved: {why}"
             raise UnsupportedState(msg)
         known = self.held(tensor, inner=inner)
         if known is not None:
-            self.aliases["/".join(name)] = "/".join(known)
+            self.aliases[public_name(name)] = public_name(known)
             return known
         self.entries[name] = tensor.detach()
         if tensor.numel():
@@ -134,7 +135,7 @@ class _Collector:
         """Enter the inner tensors of a subclass; return its name, which differs if it is tied."""
         known = self.find_subclass(flat)
         if known is not None:
-            self.aliases["/".join(name)] = "/".join(known)
+            self.aliases[public_name(name)] = public_name(known)
             return known
         arrays = {inner: self.add((*name, *inner), leaf, inner=True) for inner, leaf in flat.leaves()}
         self.inside.update(array for array in arrays.values() if array[: len(name)] == name)
@@ -265,8 +266,8 @@ class _Collector:
             name = (*name[:-1], f"{name[-1]}~")
         if not is_subclass(value):
             return self.add(name, value)
-        flat = flatten(value, "/".join(name))
-        check_rebuild(flat, "/".join(name))
+        flat = flatten(value, public_name(name))
+        check_rebuild(flat, public_name(name))
         return self.add_subclass(name, flat)
 
     def result(self) -> LiveState:

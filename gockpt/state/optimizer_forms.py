@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import UnsupportedState
 from gockpt.state.tensors import refusal
 
@@ -171,7 +172,7 @@ class Forms:
         self._names |= dict.fromkeys(places, name)
         self._note(name, tensor)
         if tensor.device.type != "cpu":
-            self.elsewhere.append("/".join(name))
+            self.elsewhere.append(public_name(name))
         return None
 
 

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import UnsupportedState, UsageError
 from gockpt.state.optimizer_forms import Forms
 from gockpt.state.saved_document import VERSION
@@ -141,7 +142,7 @@ def build_document(
 
     def note_strides(name: tuple[str, ...], tensor: torch.Tensor) -> None:
         if not is_subclass(tensor) and (order := strides_of(tensor)) is not None:
-            strides["/".join(name)] = list(order)
+            strides[public_name(name)] = list(order)
 
     for name in _held_by_optimizers(live):
         note_strides(name, live.entries[name])
@@ -157,7 +158,7 @@ def build_document(
         "exact": exact,
         "inexact": dict(inexact or {}),
         "aliases": dict(live.aliases),
-        "buffers": [*sorted("/".join(name) for name in live.buffers)],
+        "buffers": [*sorted(public_name(name) for name in live.buffers)],
         "computed": {fqn: plain(made.value, "model", fqn) for fqn, made in live.computed.items()},
         "optimizers": optimizers,
         "wrappers": forms.wrappers(),
@@ -171,7 +172,7 @@ def build_document(
         document["keys"] = [*live.keys]
     if live.subclassed:
         document["subclasses"] = {
-            "/".join(name): _subclass(known.flat, known.arrays) for name, known in live.subclassed.items()
+            public_name(name): _subclass(known.flat, known.arrays) for name, known in live.subclassed.items()
         }
     _check_names(live, arrays)
     return document, arrays
@@ -254,7 +255,7 @@ def _state(param: ParamEntry, plain: Any) -> Json:
 def _check_names(live: LiveState, arrays: Arrays) -> None:
     seen: set[str] = set()
     for name in (*live.entries, *live.subclassed, *arrays):
-        public = "/".join(name)
+        public = public_name(name)
         if public in seen or public in live.aliases:
             msg = f"two arrays would have the name {public!r}; rename one of them"
             raise UnsupportedState(msg)

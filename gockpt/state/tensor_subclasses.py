@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import StateMismatch, UnsupportedState
 from gockpt.state.known_classes import class_name, known_subclasses
 from gockpt.state.saved_document import MAX_DEPTH
@@ -187,7 +188,7 @@ def _decode_context(document: Json, device: torch.device, where: str) -> Any:
 
 
 def _no_array(name: tuple[str, ...]) -> torch.Tensor:
-    msg = f"a context refers to the array {'/'.join(name)!r}"
+    msg = f"a context refers to the array {public_name(name)!r}"
     raise ValueError(msg)
 
 

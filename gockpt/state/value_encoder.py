@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from gockpt.core.array_spec import DTYPES
+from gockpt.core.array_spec import DTYPES, public_name
 from gockpt.errors import UnsupportedState
 from gockpt.state.known_classes import class_name
 from gockpt.state.tensors import is_subclass, refusal, to_host
@@ -152,7 +152,7 @@ class _Encoder:
         self.enums = enums
         self.arrays: dict[tuple[str, ...], torch.Tensor] = {}
         self.name = list(prefix)
-        self.path = ["/".join(prefix)]
+        self.path = [public_name(prefix)]
         self.open: set[int] = set()
 
     def encode(self, value: Any) -> Json:
