@@ -16,12 +16,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from gockpt.options import MAX_WINDOW
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MAX_AUTO_WINDOW", "Facts", "Plan", "choose_every", "make_plan", "part_ranges"]
+__all__ = ["Facts", "Plan", "choose_every", "make_plan", "part_ranges"]
 
-MAX_AUTO_WINDOW = 16
 RING_GRADIENTS = 2
 """Full gradients that the ring holds at most: one being replayed, one arriving."""
 ROAD_GRADIENTS = 3
@@ -169,11 +170,9 @@ def _auto_window(facts: Facts) -> tuple[int, str]:
     best = max(1, round(1.0 / ratio + 0.5))
     if ratio * load < 1.0 and ratio < 1.0:
         exact = math.ceil(math.log(1.0 - ratio * load) / math.log(1.0 - ratio))
-        if exact <= MAX_AUTO_WINDOW:
+        if exact <= MAX_WINDOW:
             return max(1, exact), "the fewest steps that hide the copy and the gradients after it"
-    return min(
-        best, MAX_AUTO_WINDOW
-    ), "no window hides all; this one leaves the smallest stall (N = 1/r + 1/2)"
+    return min(best, MAX_WINDOW), "no window hides all; this one leaves the smallest stall (N = 1/r + 1/2)"
 
 
 def _shares(facts: Facts, window: int) -> tuple[float, ...]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from gockpt.planning.planner import MAX_AUTO_WINDOW, Facts, choose_every, make_plan, part_ranges
+from gockpt.options import MAX_WINDOW
+from gockpt.planning.planner import Facts, choose_every, make_plan, part_ranges
 
 SECONDS = st.floats(1e-4, 10)
 RATES = st.floats(1e6, 1e12)
@@ -27,7 +28,7 @@ def facts(draw, *, measured=True, fixed=True):
 @given(facts(), st.integers(1, 16) | st.just("auto"), st.integers(1, 40))
 def test_a_plan_fits_its_ticks_and_its_shares_fit_one(given_facts, window, ticks):
     plan = make_plan(given_facts, window=window, ticks=ticks)
-    assert 1 <= plan.window <= min(ticks, MAX_AUTO_WINDOW)
+    assert 1 <= plan.window <= min(ticks, MAX_WINDOW)
     assert len(plan.shares) == plan.window - 1
     assert all(share >= 0 for share in plan.shares)
     assert sum(plan.shares) <= 1 + 1e-9
@@ -112,10 +113,10 @@ def test_the_automatic_window_is_the_shortest_that_hides_the_copy(ratio, load):
     near = [steps_needed(given_facts.ratio, given_facts.load * f) for f in (1 - 1e-9, 1 + 1e-9)]
     assume(near[0] == near[1])  # on the edge between two windows either is right
     plan = make_plan(given_facts, window="auto", ticks=64)
-    if needed is not None and needed <= MAX_AUTO_WINDOW:
+    if needed is not None and needed <= MAX_WINDOW:
         assert plan.window == needed
     else:
-        assert plan.window == min(MAX_AUTO_WINDOW, max(1, round(1 / given_facts.ratio + 0.5)))
+        assert plan.window == min(MAX_WINDOW, max(1, round(1 / given_facts.ratio + 0.5)))
         assert "stall" in plan.reason
     if needed is not None:
         assert given_facts.load < 1 / given_facts.ratio
