@@ -6,7 +6,6 @@ Promise: only :func:`prune` changes anything, and it removes only what retention
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from gockpt.core.array_spec import public_name
 from gockpt.core.exactness import Deviation, deviation_of
 from gockpt.core.nonfinite import NonFinite, nonfinite_of
 from gockpt.core.runs import ancestors_of
+from gockpt.core.step_number import checked_step
 from gockpt.deferred_signals import deferred
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt, NotACheckpoint, UsageError
 from gockpt.options import Keep
@@ -50,7 +50,6 @@ _SHOWN = 20  # names in a message
 __all__ = [
     "Metadata",
     "Pruned",
-    "checked_step",
     "checkpoints",
     "diff",
     "latest",
@@ -355,13 +354,3 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
         more = report.more + len(problems[MAX_PROBLEMS:])
         report = dataclasses.replace(report, problems=problems[:MAX_PROBLEMS], more=more)
     return report
-
-
-def checked_step(step: Any) -> int | None:
-    """Return the requested step, or raise :class:`UsageError`."""
-    if step is None:
-        return None
-    if hasattr(step, "__index__") and not isinstance(step, bool) and operator.index(step) >= 0:
-        return operator.index(step)
-    msg = f"step={step!r}: expected a whole number from 0, or None for the newest"
-    raise UsageError(msg)

@@ -11,6 +11,7 @@ import weakref
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from gockpt.core.step_number import checked_step
 from gockpt.deferred_signals import uninterrupted
 from gockpt.errors import GockptError, UploadError, UsageError
 from gockpt.opening import open_path
@@ -19,13 +20,12 @@ from gockpt.saving.engine import Engine
 from gockpt.saving.moments import in_signal_handler
 from gockpt.state.lineage import note_run, origin_of
 from gockpt.state.optimizers import Found, find_optimizers
+from gockpt.state.state_document import checked_extra
 from gockpt.storage.paths import directory_to_save
 from gockpt.validation import (
     anchors,
     checked_every,
-    checked_extra,
     checked_options,
-    checked_step,
     model_ids,
     modules,
     reference,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
-from gockpt.catalog import checked_step
 from gockpt.core.runs import ancestors_of
+from gockpt.core.step_number import checked_step
 from gockpt.deferred_signals import deferred, let_through
 from gockpt.errors import GockptError, NotFoundError, UploadError, UsageError
 from gockpt.storage.format.manifest import run_of

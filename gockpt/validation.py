@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,15 +10,13 @@ import torch
 
 from gockpt.errors import OptionsError, UsageError
 from gockpt.options import Options
-from gockpt.state.naming import bare_module
+from gockpt.state.naming import MODEL_FORMS, bare_module, models_of
 
 __all__ = [
     "Model",
     "anchors",
     "checked_every",
-    "checked_extra",
     "checked_options",
-    "checked_step",
     "model_ids",
     "modules",
     "reference",
@@ -63,25 +60,11 @@ def model_ids(model: Model) -> tuple[int, ...]:
     """Return the ids of a model, or raise ``UsageError``. Mappings share one id: calls may pass new ones."""
     if isinstance(model, Mapping):
         return ()
-    if isinstance(model, torch.nn.Module):
-        return (id(model),)
-    if isinstance(model, Sequence) and model and all(isinstance(m, torch.nn.Module) for m in model):
-        return tuple(id(m) for m in model)
-    msg = (
-        f"model is a {type(model).__name__}; pass a torch.nn.Module, a non-empty list of modules, "
-        "or a mapping of names to tensors"
-    )
-    raise UsageError(msg)
-
-
-def checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return a copy of the extras, or raise ``UsageError``."""
-    if extra is None:
-        return None
-    if not isinstance(extra, Mapping):
-        msg = f"extra is a {type(extra).__name__}; pass a mapping of names to values"
+    parts = models_of(model)
+    if not parts:
+        msg = f"model={model!r} has nothing to save; pass {MODEL_FORMS}"
         raise UsageError(msg)
-    return dict(extra)
+    return tuple(id(part) for _, part in parts)
 
 
 def checked_options(options: Options | None) -> Options:
@@ -92,17 +75,6 @@ def checked_options(options: Options | None) -> Options:
         msg = f"options is a {type(options).__name__}; pass gockpt.Options(...)"
         raise OptionsError(msg)
     return options
-
-
-def checked_step(step: int | None) -> int | None:
-    """Return the step as an ``int``, or raise ``UsageError``."""
-    if step is None:
-        return None
-    # Integers of NumPy and torch are accepted; True and 3.0 are not.
-    if hasattr(step, "__index__") and not isinstance(step, bool) and 0 <= operator.index(step) < 1 << 62:
-        return operator.index(step)
-    msg = f"step={step!r}: expected a whole number from 0 up, or None to count calls"
-    raise UsageError(msg)
 
 
 def checked_every(every: int | str | None, options: Options) -> int | Literal["auto"] | None:

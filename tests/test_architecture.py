@@ -39,7 +39,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ORDER = {
     "core": """
         boxes array_spec arena_layout descriptors timeline exactness nonfinite runs retention save_policy
-        save_state
+        save_state step_number
     """,
     "planning": "rates planner save_interval",
     "kernels": """

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from gockpt.catalog import checked_step, metadata_of, state_of
+from gockpt.catalog import metadata_of, state_of
 from gockpt.core.array_spec import public_name
+from gockpt.core.step_number import checked_step
 from gockpt.errors import TensorNotFound, UsageError
 from gockpt.loading.lazy_tensor import LazyTensor, not_found, read_whole
 from gockpt.state.value_decoder import decode

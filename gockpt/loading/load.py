@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gockpt.catalog import Metadata, checked_step, metadata_of, state_of
+from gockpt.catalog import Metadata, metadata_of, state_of
+from gockpt.core.step_number import checked_step
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, UsageError
 from gockpt.loading.fill import Filler, Kept
 from gockpt.loading.fit import fit
@@ -34,6 +35,7 @@ from gockpt.state import rng_state as generators
 from gockpt.state.collect import collect
 from gockpt.state.known_classes import class_name
 from gockpt.state.lineage import Origin, remember
+from gockpt.state.state_document import checked_extra
 from gockpt.state.value_decoder import decode
 from gockpt.storage.format.manifest import run_of
 from gockpt.storage.read.find import open_checkpoint
@@ -218,7 +220,7 @@ class _Load:
         self.model = model
         self.optimizer = optimizer
         self.strict = strict
-        self.wanted_extras = _checked_extras(extra)
+        self.wanted_extras = _expect_targets(extra)
         self.rng = rng
         self.filler = Filler(stored)
         self.options = OptionsReport()
@@ -387,20 +389,16 @@ class _Load:
         )
 
 
-def _checked_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    if extra is None:
-        return {}
-    if not isinstance(extra, Mapping):
-        msg = f"extra is a {type(extra).__name__}; pass a mapping of names, as in extra={{'sched': sched}}"
-        raise UsageError(msg)
-    for name, target in extra.items():
+def _expect_targets(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    targets = checked_extra(extra) or {}
+    for name, target in targets.items():
         if not hasattr(target, "load_state_dict") and not callable(target):
             msg = (
                 f"extra[{name!r}] is a {type(target).__name__}, which can't be restored in place; pass an "
                 f"object with load_state_dict() or a function, or use the result's .extra[{name!r}]"
             )
             raise UsageError(msg)
-    return dict(extra)
+    return targets
 
 
 def _hand_over(target: Any, value: Any) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 __all__ = [
+    "MODEL_FORMS",
     "REPLICAS",
     "TRANSPARENT",
     "ModelEntry",
@@ -47,6 +48,9 @@ __all__ = [
 
 TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes under which wrappers hold the module that they wrap; left out of natural names."""
+
+MODEL_FORMS = "a torch.nn.Module, a list of modules, or a {name: tensor} mapping"
+"""Forms of a model, for messages."""
 
 REPLICAS = (DataParallel, DistributedDataParallel)
 """Wrappers that hold the model under ``module``, a name that models use as well."""
@@ -94,10 +98,7 @@ def models_of(model: Any) -> list[tuple[str, Any]]:
         return [("", model)]
     if isinstance(model, (list, tuple)) and all(isinstance(part, nn.Module) for part in model):
         return [(f"{index}.", part) for index, part in enumerate(model)]
-    msg = (
-        f"model is a {type(model).__module__}.{type(model).__qualname__}; pass a torch.nn.Module, "
-        "a list of modules, or a {name: tensor} mapping"
-    )
+    msg = f"model is a {type(model).__module__}.{type(model).__qualname__}; pass {MODEL_FORMS}"
     raise UsageError(msg)
 
 

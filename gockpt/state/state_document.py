@@ -54,11 +54,25 @@ if TYPE_CHECKING:
     from gockpt.state.tensor_subclasses import Inner
     from gockpt.state.value_encoder import Place
 
-__all__ = ["build_document", "capture_extras", "metrics_of"]
+__all__ = ["build_document", "capture_extras", "checked_extra", "metrics_of"]
 
 OPTIONS = "optimizer_options"
 
 Arrays = dict[tuple[str, ...], torch.Tensor]
+
+
+def checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the extras as a mapping of its own; ``None`` if there are none.
+
+    Raises:
+        UsageError: If ``extra`` isn't a mapping.
+    """
+    if extra is None:
+        return None
+    if not isinstance(extra, Mapping):
+        msg = f"extra is a {type(extra).__name__}; pass a mapping of names, as in extra={{'sched': sched}}"
+        raise UsageError(msg)
+    return dict(extra)
 
 
 def capture_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -70,13 +84,8 @@ def capture_extras(extra: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         UsageError: If ``extra`` isn't a mapping whose names are ordinary strings.
     """
-    if extra is None:
-        return {}
-    if not isinstance(extra, Mapping):
-        msg = f"extra is a {type(extra).__name__}; pass a mapping of names, as in extra={{'sched': sched}}"
-        raise UsageError(msg)
     values = {}
-    for name, source in extra.items():
+    for name, source in (checked_extra(extra) or {}).items():
         if not is_ordinary_key(name):
             msg = f"extra has the name {name!r}; use non-empty text without '/' that does not start with '#'"
             raise UsageError(msg)
