@@ -179,10 +179,23 @@ class UploadError(SaveError):
     """A checkpoint could not be uploaded. It is complete on disk; the next upload is tried afresh."""
 
 
+def wrap(kind: type[SaveError], what: str, error: BaseException, advice: str = "") -> SaveError:
+    """Return an error of a kind that says what failed, with the original in its text and as its cause."""
+    wrapped = kind(f"{what}: {type(error).__name__}: {error}{advice}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
 def as_background_error(error: BaseException) -> GockptError:
     """Return what the background raised as one of gockpt's own, the original as its cause."""
     if isinstance(error, GockptError):
         return error
-    wrapped = WorkerError(f"the background of a save failed: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+    return wrap(WorkerError, "the background of a save failed", error)
+
+
+def as_save_error(error: BaseException) -> GockptError:
+    """Return what ended a save in the foreground as one of gockpt's own, the original as its cause."""
+    if isinstance(error, GockptError):
+        return error
+    kind = WorkerError if isinstance(error, Exception) else SaveAborted
+    return wrap(kind, "the save was given up", error)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gockpt.core.save_policy import Cadence, Moment
 from gockpt.core.save_state import Event, State
 from gockpt.deferred_signals import deferred, let_through
-from gockpt.errors import SaveAborted, UsageError
+from gockpt.errors import SaveAborted, UsageError, as_save_error
 from gockpt.planning.planner import make_plan
 from gockpt.planning.rates import Pace
 from gockpt.planning.save_interval import FIRST, Interval
@@ -30,7 +30,7 @@ from gockpt.saving.inside_call import POLL, save_inside_call, wait_until_free
 from gockpt.saving.last_tick import LastTick
 from gockpt.saving.lock import Lock
 from gockpt.saving.optimizer_hooks import Hooks
-from gockpt.saving.session import Save, as_save_error
+from gockpt.saving.session import Save
 from gockpt.saving.without_tick import WithoutTick
 from gockpt.staging.host_stager import Transfer
 from gockpt.state.collect import collect

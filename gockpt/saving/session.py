@@ -16,7 +16,7 @@ from gockpt.core.array_spec import Name, public_name
 from gockpt.core.descriptors import Capture
 from gockpt.core.save_state import Command, Event, State, advance
 from gockpt.core.timeline import Trace
-from gockpt.errors import GockptError, OptionsError, SaveAborted, SaveError, WorkerError
+from gockpt.errors import OptionsError, SaveAborted, SaveError, WorkerError, as_save_error, wrap
 from gockpt.options import Keep
 from gockpt.planning.planner import make_plan
 from gockpt.saving.closing import added_at, write_additions
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     Distrust = tuple[frozenset[str], frozenset[Name], str]
 
-__all__ = ["Save", "as_save_error"]
+__all__ = ["Save"]
 
 _log = logging.getLogger("gockpt")
 
@@ -588,19 +588,7 @@ class Save:
         )
 
 
-def _defect(what: str, error: Exception) -> WorkerError:
+def _defect(what: str, error: Exception) -> SaveError:
     """Log what must not have happened, and return it for the next call to raise."""
     _log.error("%s: please report this", what, exc_info=error)
-    defect = WorkerError(f"{what}: {type(error).__name__}: {error}; please report this")
-    defect.__cause__ = error
-    return defect
-
-
-def as_save_error(error: BaseException) -> BaseException:
-    """Return ``error`` as one of gockpt's own, the original as its cause."""
-    if isinstance(error, GockptError):
-        return error
-    kind = WorkerError if isinstance(error, Exception) else SaveAborted
-    wrapped = kind(f"the save was given up after {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+    return wrap(WorkerError, what, error, "; please report this")
