@@ -1,4 +1,4 @@
-"""How results are shown: tables for people, one JSON document for programs.
+"""Output of results: tables for people, one JSON document for programs.
 
 Promise: whatever a checkpoint's names hold, nothing that moves a cursor, colours, hides or reorders text
 reaches the terminal, be it in results, errors or log lines. With ``--json``, standard output is one ASCII

@@ -16,7 +16,7 @@ __all__ = ["AtOnce", "copy_at_once"]
 
 
 class AtOnce:
-    """The arena's places of such arrays.
+    """Arrays that are copied inside a tick, and their places in the arena.
 
     They are copied at every tick of a window, so the arena holds them as of the last tick.
     """
@@ -40,7 +40,7 @@ class AtOnce:
                 target.copy_(source[slot.row : slot.row + slot.rows])
 
     def same(self, entries: dict[tuple[str, ...], torch.Tensor]) -> bool:
-        """Whether all of them still are, bit for bit, what was copied last."""
+        """Whether all of them still equal their last copies, bit for bit."""
         return all(
             torch.equal(_bits(target), _bits(_rows(entries[name], slot)))
             for name, slots in self._arrays

@@ -1,4 +1,4 @@
-"""Boundary of one tick: the step it tells, and when."""
+"""Boundary of one tick: its step and its time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""One attempt to save: what left, what must follow, what must leave again.
+"""One capture attempt: the pieces that were copied, await gradients, or must be copied again.
 
-The attempt watches the pieces that left before the closing tick. Around every update their live bytes
-are fingerprinted; a piece that changed where no update explains it is *late*: it leaves again at the
-closing tick. At the close the fingerprints of all replayed pieces are taken from the live state:
-the worker publishes only if its replay arrives at exactly these.
+The attempt watches the pieces that were copied before the closing tick. Around every update their live bytes
+are fingerprinted; a piece with a change that no update explains is *late*: it is copied again at the closing
+tick. At the close the fingerprints of all replayed pieces are taken from the live state: the worker publishes
+only if its replay has exactly these.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class Attempt:
 
     @property
     def refused(self) -> str | None:
-        """Why a device did not let what was sent arrive; else ``None``."""
+        """Reason for which a device refused the sent copies; ``None`` if it did not."""
         return None if self.aboard is None else self.aboard.refused
 
     @property

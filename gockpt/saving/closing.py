@@ -1,4 +1,4 @@
-"""What a closing tick adds to the live state: extras, random states, options. Refuses what can't be saved."""
+"""Additions of a closing tick to the live state: extras, random states, options, checked and copied."""
 
 from __future__ import annotations
 

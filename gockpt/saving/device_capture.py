@@ -1,8 +1,8 @@
-"""What leaves a device by its road: parts inside a window, gradients behind them, the rest at the close.
+"""Device half of a capture attempt: stages state parts and gradients from device memory.
 
-Called by the attempt, in the training thread. Calls inside a window queue work on the device and return; what
-has arrived is received on the road's thread (:mod:`gockpt.saving.update_order`). What turns out there not to
-be replayable is made late at the next call; what turns out only after the closing tick, the proof finds.
+Called by the attempt, in the training thread. Calls inside a window queue work on the device and return;
+arrivals are handled on the stager's thread (:mod:`gockpt.saving.update_order`). A piece that turns out there
+not to be replayable is made late at the next call; after the closing tick, verification finds it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Gathering what updates on a device consume: gradients, and numbers, of what already left by the road.
+"""Capture of gradients and scalars of updates on a device, for pieces that were already copied.
 
-Called around every update, in the training thread. All is queued on the device; nothing waits for it. What
-can't follow leaves at the closing tick instead.
+Called around every update, in the training thread. All work is queued on the device; nothing waits for it. A
+piece whose gradient can't be captured is copied at the closing tick instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The road off a device, as one engine uses it: which tensors take it, and when it is ready.
+"""Choice of the device whose state is copied in the background, and setup of its stager.
 
-State leaves a device behind training only where ``Options.device_memory`` says how much of the device it may
-take for that. It is tried for one device, the one that holds most. Whatever fails on the way, the next save
-copies inside the call again.
+State is copied from a device in the background only if ``Options.device_memory`` allows it memory there. It
+is tried for one device, the one that holds most of the state. After any failure the next save copies inside
+the call again.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ class Engine(WithoutTick):
             self._save.raise_pending()
 
     def abort_window(self, why: str) -> None:
-        """Give an open window up; what was captured already goes on to disk."""
+        """Abort an open window; a state that was captured already is still written."""
         self._expect_outside()
         with deferred(), self._changed:
             self._last.left_out = None
@@ -494,7 +494,7 @@ class Engine(WithoutTick):
     def _collect(self) -> LiveState:
         model = self._model()
         if model is None:
-            msg = "the model that this checkpointer saves does not exist any more"
+            msg = "the model of this checkpointer no longer exists"
             raise UsageError(msg)
         with refusing():
             return collect(model, self._optimizers)

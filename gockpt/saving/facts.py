@@ -1,4 +1,4 @@
-"""What the state weighs, and what follows from that: known before the first byte moves."""
+"""Sizes of state, gradients and buffers, computed before a save starts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shape:
 
     Attributes:
         key: Equal for states with the same names, shapes, dtypes, memory orders and parameters.
-        layout: Where every array lies in the arena.
+        layout: Place of every array in the arena.
         nbytes: Payload bytes.
     """
 
@@ -71,7 +71,7 @@ def facts_of(
     stay: str | None = None,
     obstacle: str | None = None,
 ) -> Facts:
-    """Return what a plan is made from: looks at every parameter's optimizer.
+    """Return the facts for a plan; checks every parameter's optimizer.
 
     Args:
         live: The state.

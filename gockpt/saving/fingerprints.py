@@ -1,8 +1,8 @@
-"""Evidence: what the whole state is at one tick, piece by piece, in 64 bits each.
+"""Fingerprints of the whole state at one tick: 64 bits for each stretch of each piece.
 
-From it everything at a boundary is judged: whether what left earlier is still as it must be, what a copy
-behind the step must arrive at, what a replay must arrive at, and whether the training thread still stands
-at the boundary when a window is closed without a tick.
+They decide everything at a boundary: whether pieces copied earlier are unchanged, whether a copy behind the
+step and a replay are right, and whether the state is still that of the boundary when a window is closed
+without a tick.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Gathering what updates consume: the gradients of pieces that already left, on their way to replay.
+"""Capture of the gradients of updates on the host, for replay of pieces that were already copied.
 
-It is called around every update, takes gradients where the rule says that they stand, and puts them into
-the ring, in 16 bits if so asked. A piece whose gradient can't be taken leaves at the closing tick instead.
+It is called around every update, takes each gradient at the hook that its rule names, and puts it into the
+ring, in 16 bits if ``Options.grad_dtype`` is set. A piece whose gradient can't be taken is copied at the
+closing tick instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a caller holds of one save: two futures, and everything there is to see."""
+"""Handle of one save: its two futures, progress, plan and timeline."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ class Saved:
         window: Ticks the published attempt was spread over.
         attempts: 1, or more when the save was retargeted.
         exact: Whether it is bit-exact.
-        deviation: How far it is from exact, measured; ``None`` if it is. Only with ``Options.grad_dtype``.
+        deviation: Measured deviation; ``None`` if it is exact. Only with ``Options.grad_dtype``.
         nonfinite: The NaN and Inf in it; ``nonfinite.finite`` says whether parameters and optimizer state
             have none.
-        exposed_seconds: How long training waited for this save, all ticks and updates together.
+        exposed_seconds: Seconds that training waited for this save, all ticks and updates together.
         hidden_seconds: Background seconds (copying, replay, writing), summed over threads.
         durable_seconds: From the start of the window until the checkpoint was durable.
         host_memory: Bytes of host memory held for it: arena, gradient ring, and the most that compression
             has taken so far.
-        late_parts: Parameters that left at the closing tick although a replay was planned, with why.
+        late_parts: Parameters that were copied at the closing tick although a replay was planned, with the
+            reason.
     """
 
     step: int
@@ -63,7 +64,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a save is.
+    """Progress of a save.
 
     Attributes:
         phase: ``"open"``, ``"closing"``, ``"captured"`` (being replayed and written), ``"void"`` (waiting
@@ -144,7 +145,7 @@ class SaveHandle:
 
     @property
     def attempts(self) -> int:
-        """How often the save was tried; above 1 it was retargeted."""
+        """Number of attempts; above 1 the save was retargeted."""
         return self._attempts
 
     def done(self) -> bool:
@@ -175,11 +176,11 @@ class SaveHandle:
         self.durable.add_done_callback(lambda _: callback(self))
 
     def progress(self) -> Progress:
-        """Return how far the save is, without waiting."""
+        """Return the save's progress, without waiting."""
         return self._progress(self)
 
     def timeline(self) -> tuple[Span, ...]:
-        """Return what happened when, by start time."""
+        """Return the spans of the save, by start time."""
         return self._trace.spans()
 
     def retarget(self, step: int, why: str) -> None:

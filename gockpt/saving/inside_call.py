@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["save_inside_call", "wait_until_free"]
 
 POLL = 0.1
-"""Seconds between two looks whether a signal came."""
+"""Seconds between two checks for signals."""
 
 
 def save_inside_call(

@@ -1,7 +1,7 @@
-"""What is known of the last tick, so that its state can still be saved under its own step.
+"""Record of the last tick, by which its state can still be saved under its own step.
 
-At every tick the engine notes *marks* of the state: addresses and version counters of all tensors, and
-fingerprints of their bytes in host memory, of all of them where they are few (:data:`MOST_BYTES` in
+At every tick the engine records *marks* of the state: addresses and version counters of all tensors, and
+fingerprints of their bytes in host memory, of all of them if they are few (:data:`MOST_BYTES` in
 :data:`MOST_TENSORS`), else of three places in some. A state that no longer fits its marks is not saved.
 """
 

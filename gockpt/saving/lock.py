@@ -1,4 +1,4 @@
-"""The engine's lock: re-entrant, with a condition, and a place for what must not run under it."""
+"""The engine's lock: re-entrant, with a condition, and a queue of calls that must not run under it."""
 
 from __future__ import annotations
 

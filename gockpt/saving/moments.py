@@ -1,4 +1,4 @@
-"""What the calling thread was doing when a signal handler, or another hook, called the library."""
+"""State of the calling thread when a signal handler, or another hook, calls the library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = (
     *("SIGQUIT", "SIGCONT", "SIGTSTP", "SIGXCPU"),
 )
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-"""Signals that programs handle; asking for all there are takes its time."""
+"""Signals that programs handle; checking every signal would take long."""
 
 __all__ = ["in_signal_handler", "in_update"]
 

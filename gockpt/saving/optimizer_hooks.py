@@ -1,8 +1,8 @@
 """Optimizer hooks that only collect: they never raise and never keep the engine alive.
 
-The pre-hook runs last of all pre-hooks and the post-hook first of all post-hooks, so that what is
-seen is what the optimizer consumed, whatever other hooks do. Nested pairs (a subclass calling
-``super().step()``) count as one update: the outermost.
+The pre-hook runs last of all pre-hooks and the post-hook first of all post-hooks, so that they see the values
+that the optimizer consumed, whatever other hooks do. Nested pairs (a subclass calling ``super().step()``)
+count as one update: the outermost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Hooks", "Listener"]
 
 
 class Listener(Protocol):
-    """Who hears of updates."""
+    """Receiver of an optimizer's updates."""
 
     def before_hooks(self) -> None:
         """Other pre-hooks, which may change parameters, are about to run."""
@@ -71,13 +71,13 @@ class Hooks:
         return unfinished
 
     def let_go(self) -> None:
-        """Forget the optimizers; their hooks find nobody to tell any more."""
+        """Forget the optimizers; their hooks then do nothing."""
         self._optimizers = []
 
     def remove(self) -> None:
         """Take the hooks off."""
         if self._calling:
-            # torch is going through the hooks now. These stay, and find nobody to tell any more.
+            # torch is iterating over the hooks now. These stay, and do nothing.
             self._listener = _nobody
             return
         for handle in self._handles:
@@ -85,7 +85,7 @@ class Hooks:
         self._handles.clear()
 
     def _heard(self) -> Listener | None:
-        """Return who hears of updates: nobody in a forked child, nor while a step is being compiled.
+        """Return the listener; ``None`` in a forked child, and while a step is being compiled.
 
         A compiled step must not have these hooks traced into it; its updates are then not seen, which
         the ticks notice.

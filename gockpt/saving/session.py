@@ -64,7 +64,7 @@ class Save:
         handle: The newest save's handle, in flight or done.
         error: What failed in the background and was not raised yet.
         trace: The newest save's spans.
-        barred: Parameters whose replay is not trusted any more.
+        barred: Parameters whose replay is no longer trusted.
         looked_at: The last tick at which the whole state was fingerprinted.
         taken: The tick whose state was taken last, unless that save failed.
         racing: Arrays that are copied inside the closing tick; ``None``: all of them.
@@ -452,7 +452,7 @@ class Save:
         attempt, job, handle = self._started()
         capture = self._capture
         if capture is None or not attempt.proven:
-            msg = "nothing was captured, or not all of it is proven"
+            msg = "commit requested before the capture was verified"
             raise WorkerError(msg)
         # Of what stands on a device they are known only now that all of it has arrived.
         proofs = {**capture.proofs, **attempt.proofs()}

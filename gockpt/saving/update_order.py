@@ -1,9 +1,9 @@
-"""What follows pieces off a device: their updates' gradients, each handed to replay when it may be.
+"""Order of gradients from a device: each is released to replay once its piece's state has been verified.
 
-State and gradients of a piece leave by the road at different moments, and arrive in whatever order. Replay
-is told of an update only once the piece's state has arrived and is proven, the update's gradient has arrived
-and is proven, its numbers are known, and all earlier updates of the piece were handed over. What is told here
-comes from the training thread, what has arrived from the road's; neither ever waits for the other.
+State and gradients of a piece are copied at different moments, and arrive in any order. Replay gets an update
+only after the piece's state and the update's gradient have arrived and were verified, its scalars are known,
+and all earlier updates of the piece were released. The training thread reports what was sent, the stager's
+thread what has arrived; neither waits for the other.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Follow", "Following", "Numbers", "Role", "Update"]
 
 
 class Role(Enum):
-    """What a fingerprint of a piece that left says."""
+    """Meaning of a fingerprint of a piece that was copied."""
 
     FIRST = "what it is as it leaves"
     SAME = "what it must still be"
@@ -271,7 +271,7 @@ class Following:
 
     @property
     def pieces(self) -> list[Piece]:
-        """What left, and is still followed."""
+        """Pieces that were copied, and still get gradients."""
         with self._lock:
             return [lane.piece for lane in self._lanes.values()]
 
@@ -282,7 +282,7 @@ class Following:
 
     @property
     def oldest(self) -> Consignment | None:
-        """What has been on its way for the longest time."""
+        """The sent copy that has been in flight for the longest time."""
         with self._lock:
             return self._open[0][0] if self._open else None
 

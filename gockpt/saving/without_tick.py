@@ -58,7 +58,7 @@ class WithoutTick:
 
     @property
     def last_told(self) -> float:
-        """When the last tick began, in ``perf_counter`` seconds; 0 before the first."""
+        """Start of the last tick, in ``perf_counter`` seconds; 0 before the first."""
         return 0.0 if self._last.boundary is None else self._last.boundary.began
 
     @property

@@ -1,7 +1,7 @@
-"""What is moved, and how it is cut into loads: plain integers, no device.
+"""Copies from a device, cut into loads: plain integers, no device.
 
 A *shipment* is one stretch of device memory and its place on the host. Shipments are cut into *loads*, each
-of which fills one slot of the staging ring by one launch, and leaves it by one or a few copies.
+of which is packed into one slot of the staging ring by one launch, and copied from it in one or a few copies.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class HostCopy:
 
 @dataclass(slots=True)
 class Load:
-    """What is packed by one launch.
+    """Contents of one launch of the packing kernel.
 
     Attributes:
         slices: What is in it, in order.
@@ -115,7 +115,7 @@ class Load:
 
     @property
     def owners(self) -> frozenset[Hashable]:
-        """Who overwrites what is in it."""
+        """Owners of its sources, which may overwrite them."""
         return frozenset(piece.shipment.owner for piece in self.slices)
 
     @property

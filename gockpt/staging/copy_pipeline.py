@@ -76,7 +76,7 @@ class Line:
 
     @property
     def variant(self) -> str:
-        """How bytes get into the arena, in a few words."""
+        """Way of the bytes into the arena, in a few words."""
         if self.detour:
             reasons = sorted({pinned.reason for pinned in self._pinned if pinned.reason})
             return "staging, the copy engine, and a detour through pinned memory: " + "; ".join(reasons)

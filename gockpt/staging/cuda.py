@@ -82,7 +82,7 @@ class CudaDevice:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name of the device in messages."""
         return self._name
 
     def main(self) -> _Stream:

@@ -1,4 +1,4 @@
-"""What is needed of a device, and no more: so that the logic runs against a fake one in the tests.
+"""Protocol of a device: only the needed operations, so that tests run the logic on a fake one.
 
 All launches are asynchronous: they queue work on a stream and return. Nothing here waits for the device but
 :meth:`Event.synchronize` and :meth:`Prints.values`.
@@ -27,7 +27,7 @@ class Source:
 
     Attributes:
         memory: The tensor, or what :meth:`Device.allocate` gave; holds its memory alive. Its elements fill
-            one gapless stretch, and bytes are counted in storage order.
+            one contiguous stretch, and bytes are counted in storage order.
         low: First byte within it.
         nbytes: How many.
         position: Where the first one is in its array, as far as fingerprints go: a multiple of 8.
@@ -75,7 +75,7 @@ class Device(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name of the device in messages."""
 
     def main(self) -> Stream:
         """Return the stream that the calling thread trains on now."""

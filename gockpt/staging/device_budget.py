@@ -1,4 +1,4 @@
-"""How much device memory the road takes, and what it costs training: plain arithmetic.
+"""Budget of device memory for staging, and its cost in training time: plain arithmetic.
 
 The *staging ring* is a few slots that loads pass through. *Scratch* memory holds a snapshot: what is packed
 into it at the boundary leaves later, and no update waits for it.
@@ -19,7 +19,7 @@ SLOTS = 4
 """Slots of the ring: one is packed, one is copied, and two stand by while the host looks what has landed."""
 
 GRAIN = 512
-"""What device allocators round to."""
+"""Granularity of device allocators."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class DeviceTransfer:
 
     @property
     def variant(self) -> str:
-        """How bytes get into the arena, in a few words: for whoever explains a plan."""
+        """Way of the bytes into the arena, in a few words, for a plan's explanation."""
         return self._line.variant
 
     @property

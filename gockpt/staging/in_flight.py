@@ -24,14 +24,14 @@ __all__ = ["Consignment", "Flight", "Slot"]
 
 
 class Consignment:
-    """What one call sent.
+    """Copies that one call sent.
 
     Attributes:
         shipments: What was sent, in order; empty once ``done``, since sources need not live longer.
         nbytes: Bytes that it moves.
         began: When it was sent, in ``perf_counter`` seconds.
         ended: When it was ``done``.
-        done: Set when all of it has arrived, or none of it will any more.
+        done: Set when all of it has arrived, or nothing of it can arrive any longer.
         lost: Shipments that did not arrive as they were at the boundary. Complete when ``done`` is set.
         error: Why it will not arrive; ``None`` if it did, or still may.
         expected: The fingerprints at the boundary, in order: the shipments', of what was encoded on the way

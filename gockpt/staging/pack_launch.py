@@ -61,7 +61,7 @@ class _Launches:
 
         Raises:
             ValueError: If they are others, or one is less aligned than before; nothing was changed.
-            UnsupportedState: If one of them doesn't fill its memory gaplessly.
+            UnsupportedState: If one of them doesn't fill its memory without gaps.
         """
         if list(tensors) != list(self._tensors):
             msg = f"planned for the tensors {list(self._tensors)}, got {list(tensors)}"
@@ -89,7 +89,7 @@ class _Launches:
 class Packing(_Launches):
     """Many tensors, and their places in one buffer.
 
-    A tensor that fills its memory gaplessly travels in storage order, whatever its strides.
+    A tensor that fills its memory without gaps is copied in storage order, whatever its strides.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ def _check(name: str, tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(msg)
     if not is_dense(tensor):
         msg = (
-            f"{name!r} does not fill one gapless stretch of memory (shape {tuple(tensor.shape)}, "
+            f"{name!r} does not fill one contiguous stretch of memory (shape {tuple(tensor.shape)}, "
             f"layout {tensor.layout}): pass a contiguous copy"
         )
         raise UnsupportedState(msg)
