@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +19,7 @@ from gockpt.storage.object_store.upload import Uploaded, upload_checkpoint
 from gockpt.storage.paths import store_to_write
 from gockpt.storage.read.find import list_checkpoints, newest_manifest, open_checkpoint
 from gockpt.storage.read.object_location import ObjectLocation
+from gockpt.workers.thread_pool import lower_priority
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -257,7 +258,7 @@ class Uploads:
             failure: BaseException | None = None
             done: Uploaded | None = None
             try:
-                self._be_nice()
+                lower_priority(self._nice)
                 done = self._upload(job)
             except BaseException as error:  # noqa: BLE001 - wait() raises it
                 failure = error
@@ -286,7 +287,7 @@ class Uploads:
                         done = upload_checkpoint(
                             stored,
                             self._objects,
-                            prepare_thread=self._be_nice,
+                            prepare_thread=partial(lower_priority, self._nice),
                             on_progress=self._show,
                         )
                         _log.info("uploaded step %d to %s: %.1f MB", done.step, done.url, done.sent / 1e6)
@@ -298,9 +299,3 @@ class Uploads:
 
     def _show(self, done: int, total: int) -> None:
         self._progress = (done, total)
-
-    def _be_nice(self) -> None:
-        # On Linux the priority belongs to the thread, not to the process. The call fails if the process
-        # itself is nicer than that.
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)

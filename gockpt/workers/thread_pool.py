@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["WRITERS", "Pool", "Source"]
+__all__ = ["WRITERS", "Pool", "Source", "lower_priority"]
 
 _log = logging.getLogger("gockpt")
 
@@ -17,6 +17,15 @@ WRITERS = 7
 """Threads beside the workers that write large chunks: while some hash theirs, others keep the disk busy."""
 
 Task = Callable[[], None]
+
+
+def lower_priority(nice: int) -> None:
+    """Give the calling thread this nice value; a thread of a nicer process keeps its own."""
+    try:
+        # On Linux the priority belongs to the thread, not to the process.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    except OSError as error:
+        _log.debug("thread keeps its priority: %s", error)
 
 
 class Source(Protocol):
@@ -64,10 +73,6 @@ class Pool:
 
 def _work(take: Callable[[], Task | None], nice: int) -> None:
     if nice:
-        try:
-            # On Linux the priority belongs to the thread, not to the process.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-        except OSError as error:  # pragma: no cover - lowering one's own priority is always allowed
-            _log.debug("worker thread keeps its priority: %s", error)
+        lower_priority(nice)
     while (task := take()) is not None:
         task()

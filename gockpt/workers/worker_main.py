@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import traceback
-from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -321,8 +320,9 @@ def _warm(options: Options) -> None:
     """Have the kernels compiled, or loaded from the disk, before the first save needs them."""
     import numpy as np
 
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), options.nice)
+    from gockpt.workers.thread_pool import lower_priority
+
+    lower_priority(options.nice)
     from gockpt.kernels import replay
     from gockpt.kernels.fingerprint_numba import fingerprint
     from gockpt.replay.gradient_encoding import warm
