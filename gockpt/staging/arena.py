@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from gockpt.core.arena_layout import ALIGNMENT
 from gockpt.errors import SaveError
+from gockpt.storage.local.syscalls import libc
 
 __all__ = ["Arena", "whole_pages"]
 
@@ -112,9 +113,8 @@ class Arena:
         return self.data[offset : offset + nbytes]
 
     def _advise(self, advice: int, start: int = 0, length: int | None = None) -> bool:
-        libc = ctypes.CDLL(None, use_errno=True)
         size = self.nbytes if length is None else length
-        result: int = libc.madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(size), advice)
+        result: int = libc().madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(size), advice)
         return result == 0
 
 
@@ -136,11 +136,11 @@ def _map(fd: int, nbytes: int, *, owned: bool = True) -> npt.NDArray[np.uint8]:
     is collected there, what the child has at those addresses by then; and one of a descriptor keeps another
     descriptor, which the child could not let go of.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long]
+    function = libc().mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long]
     flags = mmap.MAP_SHARED | (mmap.MAP_ANONYMOUS if fd < 0 else 0)
-    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    address = function(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
     if address in (None, ctypes.c_void_p(-1).value):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -157,8 +157,7 @@ def _map(fd: int, nbytes: int, *, owned: bool = True) -> npt.NDArray[np.uint8]:
 def _unmap(address: int, nbytes: int, fd: int, pid: int) -> None:
     if os.getpid() != pid:  # a forked child has neither the mapping nor the descriptor
         return
-    libc = ctypes.CDLL(None)
-    libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+    libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
     if fd >= 0:
         _descriptors.discard(fd)
         with suppress(OSError):

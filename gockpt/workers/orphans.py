@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from gockpt.deferred_signals import let_through
 from gockpt.errors import PathBusy
+from gockpt.storage.local.owner import stat_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,17 +62,17 @@ def is_orphan(pid: int) -> bool:
     """Whether a process is a worker whose trainer is gone. It may have ended since the caller heard of it."""
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        parent = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except FileNotFoundError:
         return True  # the next try finds the path free
-    except (OSError, ValueError, IndexError):
+    except OSError:
         return False
-    if not arguments[0]:
-        return True  # it has just ended, and waits to be noticed
+    fields = stat_fields(pid)
+    if not fields or not arguments[0]:
+        return True  # it has just ended, or waits to be noticed
     if BOOT.encode() not in arguments:
         return False
     try:
         _, trainer, _ = json.loads(arguments[arguments.index(BOOT.encode()) + 1])
     except (ValueError, IndexError):
         return False
-    return bool(parent != trainer)
+    return fields[1] != str(trainer)

@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass
 from gockpt.errors import ManifestCorrupt
 from gockpt.storage.format import json_fields, strict_json
 
-__all__ = ["MAX_OWNER_BYTES", "QUIET_SECONDS", "Owner", "encode", "is_abandoned", "myself", "parse"]
+__all__ = [
+    "MAX_OWNER_BYTES",
+    "QUIET_SECONDS",
+    "Owner",
+    "encode",
+    "is_abandoned",
+    "myself",
+    "parse",
+    "stat_fields",
+]
 
 QUIET_SECONDS = 600.0
 MAX_OWNER_BYTES = 4096
@@ -52,10 +61,15 @@ def _read(path: str) -> str:
         return ""
 
 
+def stat_fields(pid: int) -> list[str]:
+    """Return the fields of ``/proc/<pid>/stat`` from the state on; none if there is no such process."""
+    # The name in parentheses may hold anything; the fields are counted from behind it.
+    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+
+
 def started(pid: int) -> str:
     """Return when a process started, or ``""`` if there is no such process, or only its remains."""
-    # The name in parentheses may hold anything; the fields are counted from behind it.
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = stat_fields(pid)
     return "" if len(fields) < 20 or fields[0] in _DEAD_STATES else fields[19]
 
 

@@ -9,7 +9,7 @@ import mmap
 import os
 from typing import Any
 
-__all__ = ["BTRFS", "EXT4", "XFS", "call", "direct_alignment", "filesystem_type"]
+__all__ = ["BTRFS", "EXT4", "XFS", "call", "direct_alignment", "filesystem_type", "libc"]
 
 EXT4, XFS, BTRFS = 0xEF53, 0x58465342, 0x9123683E
 
@@ -18,13 +18,14 @@ _STATX_DIOALIGN = 0x2000
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def libc() -> ctypes.CDLL:
+    """Return libc, whose calls leave their error in ``ctypes.get_errno()``."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments: Any) -> None:
     """Call a libc function that returns 0 or sets ``errno``, again when a signal interrupts it."""
-    function = getattr(_libc(), name, None)
+    function = getattr(libc(), name, None)
     code = errno.ENOSYS
     while function is not None:
         if function(*arguments) == 0:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from gockpt.errors import CheckpointCorrupt
+from gockpt.storage.local.syscalls import libc
 from gockpt.storage.read.location import expect_plain, expect_size
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _syscall() -> Callable[..., int] | None:
     """Return libc's ``syscall``, or ``None`` where ``openat2`` can't exist."""
     if sys.platform != "linux":
         return None
-    function = ctypes.CDLL(None, use_errno=True).syscall
+    function = libc().syscall
     function.restype = ctypes.c_long
     return function
 
