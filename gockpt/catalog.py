@@ -17,6 +17,7 @@ from gockpt.core.array_spec import public_name
 from gockpt.core.exactness import Deviation, deviation_of
 from gockpt.core.nonfinite import NonFinite, nonfinite_of
 from gockpt.core.runs import ancestors_of
+from gockpt.core.shortened import shortened
 from gockpt.core.step_number import checked_step
 from gockpt.deferred_signals import deferred
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt, NotACheckpoint, UsageError
@@ -300,9 +301,8 @@ def _expect_metric(entries: list[CheckpointEntry], keep: Keep) -> None:
     if not retention.unjudged(judged, keep):
         return
     names = sorted({name for entry in counted for name in entry.metrics})
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    there = f"their numbers are {shown}{more}" if names else "they have no numbers at all"
+    shown = shortened([repr(name) for name in names], _SHOWN)
+    there = f"their numbers are {shown}" if names else "they have no numbers at all"
     msg = (
         f"metric={keep.metric!r}: no checkpoint here has a number of that name; {there}. Nothing was removed"
     )

@@ -38,8 +38,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Lowest first: the modules of each package. A new one takes its place here.
 ORDER = {
     "core": """
-        boxes array_spec arena_layout descriptors timeline exactness nonfinite runs retention save_policy
-        save_state step_number
+        shortened boxes array_spec arena_layout descriptors timeline exactness nonfinite runs retention
+        save_policy save_state step_number
     """,
     "planning": "rates planner save_interval",
     "kernels": """

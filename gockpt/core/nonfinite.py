@@ -6,6 +6,8 @@ from collections.abc import Mapping  # noqa: TC003 - as in descriptors
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gockpt.core.shortened import shortened
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -49,11 +51,10 @@ class NonFinite:
     def __str__(self) -> str:
         if not self.arrays:
             return "none"
-        some = list(self.first.items())[:NAMED]
-        named = [f"{name} ({nan} NaN, {inf} Inf)" for name, (nan, inf) in some]
-        more = f" and {self.arrays - len(named)} more" if self.arrays > len(named) else ""
+        named = [f"{name} ({nan} NaN, {inf} Inf)" for name, (nan, inf) in self.first.items()]
+        listed = shortened(named, NAMED, total=self.arrays)
         where = "" if self.state else ", none of them in parameters or optimizer state"
-        return f"{self.nan} NaN and {self.inf} Inf{where}: {', '.join(named)}{more}"
+        return f"{self.nan} NaN and {self.inf} Inf{where}: {listed}"
 
 
 def is_judged(name: str, buffers: Collection[str]) -> bool:

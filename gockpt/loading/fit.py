@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gockpt.core.array_spec import public_name
+from gockpt.core.shortened import shortened
 from gockpt.errors import ManifestCorrupt
 from gockpt.loading.fit_model import Fill, ModelFit, fills_for
 from gockpt.loading.load_plan import Create, FillInner, LoadPlan, OptimizerPlan, ParamPlan, Value
@@ -161,8 +162,8 @@ class _Fitter:
         if left or None in matched:
             here = [fqn for fqn, name in names.items() if name is None]
             there = [fqn for group in saved.groups for fqn in group.params if fqn not in names.values()]
-            how = [f"only here: {_some(here)}"] if here else []
-            how += [f"only in the checkpoint: {_some(there)}"] if there else []
+            how = [f"only here: {shortened(here, 4)}"] if here else []
+            how += [f"only in the checkpoint: {shortened(there, 4)}"] if there else []
             how = how or ["the same parameters, in other groups or in another order"]
             self.plan.mismatched.append(f"param groups of optimizer {index}: {'; '.join(how)}")
         return matched
@@ -255,8 +256,3 @@ def _device(key: Json, spec: ArraySpec, param: torch.Tensor, options: Mapping[An
 
 def _class(kind: str) -> str:
     return kind.rpartition(".")[2]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

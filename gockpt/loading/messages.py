@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gockpt.catalog import steps
+from gockpt.core.shortened import shortened
 from gockpt.errors import GockptError, StateMismatch
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ PREVIOUS = 'pass on_damage="previous" for the newest that verifies'
 
 def some(names: Sequence[str]) -> str:
     """Return the first names of a list, and the number of the others."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return shortened(names, SHOWN)
 
 
 @dataclass(slots=True)

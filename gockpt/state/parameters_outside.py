@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gockpt.core.shortened import shortened
 from gockpt.errors import UsageError
 from gockpt.once import warn_once
 from gockpt.state.naming import bare_module, models_of
@@ -168,5 +169,4 @@ def _same(references: tuple[weakref.ref[nn.Module], ...], modules: list[nn.Modul
 
 
 def _pairs(pairs: list[tuple[str, str]], word: str) -> str:
-    shown = ", ".join(f"{fqn} ({word} {other})" for fqn, other in pairs[:SHOWN])
-    return f"{shown} and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else shown
+    return shortened([f"{fqn} ({word} {other})" for fqn, other in pairs], SHOWN)
