@@ -24,7 +24,7 @@ __all__ = ["cli"]
 _EXIT_CODES = """\b
 Exit codes: 0 fine; 1 damage or differences were found; 2 the command can't be
 carried out as written; 3 no such checkpoint; 4 the system refused (busy, no
-permission, no network); 130 interrupted; 141 nobody reads the output any more."""
+permission, no network); 130 interrupted; 141 the reader of the output is gone."""
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 _step = click.option("--step", type=click.IntRange(min=0), help="This step instead of the newest.")
