@@ -96,7 +96,7 @@ class Options:
         overhead: For ``every="auto"``: the largest share of training time that saving may take.
         grad_dtype: How gradients travel to replay inside a window. ``None``: as they are. ``"fp16"``: as
             float16 with a power of two for each 1024 values. ``"bf16"``: as bfloat16. These halve the
-            gradient ring, and what is replayed from them is not exact any more: the checkpoint says so
+            gradient ring, and what is replayed from them is no longer exact: the checkpoint says so
             (``exact: false``) and by how much, measured at a sample of its elements. ``verify="close"`` then
             looks as often as ``"full"``.
         compression: ``None`` stores raw bytes. ``"zstd"`` (level 1) and ``"blosc"`` (zstd level 1 over sorted

@@ -61,7 +61,7 @@ def expect_dense_bytes(name: Name, tensor: torch.Tensor) -> Bytes:
     """Return the memory of a tensor that was dense before as 1-D bytes in storage order, sharing it.
 
     Raises:
-        ValueError: If it is not dense any more, or not in CPU memory; names it.
+        ValueError: If it is no longer dense, or not in CPU memory; names it.
     """
     found = dense_bytes(tensor)
     if found is None:

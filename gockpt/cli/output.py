@@ -97,7 +97,7 @@ def finish() -> None:
 
     Raises:
         OutputError: If standard output can't be written.
-        BrokenPipeError: If nobody reads it any more.
+        BrokenPipeError: If its reader is gone.
     """
     if sys.stdout is not None:
         with _explained():

@@ -59,10 +59,10 @@ class Attempt:
 
     Attributes:
         ticks: Ticks it was spread over so far.
-        proven: Whether all that was copied last arrived as it was at its boundary.
-        lost: Names of arrays of which the last copies arrived otherwise.
-        aboard: What leaves a device behind training; ``None`` if nothing does.
-        variant: How it leaves, in a few words; ``None`` if nothing does.
+        proven: Whether all of the last copies equal the state at their boundary.
+        lost: Names of arrays whose last copies don't.
+        aboard: The part whose tensors are copied from a device in the background; ``None`` if there is none.
+        variant: Way of these copies, in a few words; ``None`` if there are none.
         graphed: Whether an update was captured into a graph, which may run unseen.
         broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
@@ -132,7 +132,7 @@ class Attempt:
     # -- ticks -------------------------------------------------------------------------------
 
     def send_part(self, live: LiveState) -> None:
-        """Start copying the next part; its live bytes of this moment are what must arrive."""
+        """Start copying the next part; the copies must equal its live bytes at this moment."""
         self.settle()
         self.ticks += 1
         self._note_graph()
@@ -244,7 +244,7 @@ class Attempt:
 
     @property
     def rest_ended(self) -> bool:
-        """Whether nothing of it is on its way any more, whatever became of it."""
+        """Whether none of its copies is in flight, successful or not."""
         return self.aboard is None or not self.aboard.under_way
 
     @property
@@ -276,7 +276,7 @@ class Attempt:
 
     @property
     def sample(self) -> tuple[int, float]:
-        """Bytes and seconds that tell how fast state is copied."""
+        """Bytes and seconds of copies, for the measured copy rate."""
         nbytes, seconds = (0, 0.0) if self.aboard is None else self.aboard.sample
         return self._copied[0] + nbytes, self._copied[1] + seconds
 
@@ -290,7 +290,7 @@ class Attempt:
         self._batch = self._transfer.submit([c.run for c in copies], nbytes=nbytes, on_done=on_done)
 
     def settle(self) -> None:
-        """Finish the copies under way, helping; prove them; retry what was overtaken and came back.
+        """Finish the copies in flight, helping; verify them; retry those overtaken by an undone change.
 
         May be interrupted anywhere and called again: a copy counts only once it is proven. What is in
         ``lost`` afterwards is late already inside a window; at the close the attempt is void.
@@ -323,7 +323,7 @@ class Attempt:
         self._copies = []
 
     def cancel(self) -> None:
-        """Stop copying; afterwards nothing of this attempt writes into the arena any more."""
+        """Stop copying; afterwards this attempt no longer writes into the arena."""
         batch, self._batch = self._batch, None
         self._copies = []
         if batch is not None:

@@ -41,7 +41,7 @@ def write_additions(added: Mapping[tuple[str, ...], torch.Tensor], memory: Memor
 def added_at(
     live: LiveState, moment: Boundary, admit: Callable[[int], None]
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], torch.Tensor]]:
-    """Copy what is no entry of the live state; return the state document, and the arrays by name.
+    """Copy everything but the live state's entries; return the state document, and the arrays by name.
 
     Raises:
         UnsupportedState: If an extra, an option or a state has no exact form; names it.

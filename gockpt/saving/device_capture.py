@@ -42,13 +42,14 @@ __all__ = ["Aboard"]
 
 
 class Aboard:
-    """The part of one attempt that stands on a device.
+    """The part of one attempt whose tensors are on a device.
 
     Attributes:
-        gathering: What follows what has left.
-        instead: Arrays that were copied inside the closing tick because the road refused.
-        refused: Why the device did not let what was sent arrive; else ``None``.
-        doubts: Of what :meth:`settle` returned: arrays that no change overtook, and what is wrong with them.
+        gathering: The capture of gradients for copied pieces.
+        instead: Arrays that were copied inside the closing tick because the device refused.
+        refused: Why the device refused the sent copies; else ``None``.
+        doubts: Arrays among the result of :meth:`settle` that failed for another reason than a change during
+            the copy, with that reason.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Aboard:
         self._following.look([(piece, roles[piece.index in leaving]) for piece in self._all], sent)
 
     def close(self, live: LiveState, restless: Callable[[Unit], bool], samples_at: int) -> set[int]:
-        """Take the closing boundary, and send all that did not leave before.
+        """Take the closing boundary, and send everything that was not copied before.
 
         Args:
             live: The state.
@@ -171,7 +172,7 @@ class Aboard:
         return kept
 
     def _look_only(self, live: LiveState) -> None:
-        """Take the boundary's fingerprints for :meth:`stands` alone: the road is not taken any more."""
+        """Take the boundary's fingerprints for :meth:`stands` alone: nothing more is sent."""
         for _ in range(2):  # the first time may tell only of what failed before
             try:
                 self._seen = [(self._all, self._road.watch(sources_of(live, self._all), self._arrived))]
@@ -200,10 +201,10 @@ class Aboard:
             self._following.samples(places, self._road.follow(cargo, self._arrived))
 
     def stands(self, live: LiveState) -> bool:
-        """Whether all of it is shown to be what it was at the last tick. Waits for the device.
+        """Whether all of it certainly equals the state at the last tick. Waits for the device.
 
         Raises:
-            SaveError: If the device refuses to say.
+            SaveError: If the device fails.
         """
         if self._at_once is not None:
             return self._at_once.same(live.entries)
@@ -221,7 +222,7 @@ class Aboard:
         return True
 
     def _copy_all(self, live: LiveState) -> None:
-        """Copy all of it now, and let nothing arrive any more."""
+        """Copy all of it now, and drop every copy in flight."""
         self._following.stop()
         self._road.cancel()
         self._kept = self._again = set()
@@ -322,11 +323,11 @@ class Aboard:
 
     @property
     def sample(self) -> tuple[int, float]:
-        """Bytes and seconds that tell how fast state leaves."""
+        """Bytes and seconds of copies, for the measured copy rate."""
         return self._following.sample
 
     def cancel(self) -> None:
-        """Drop what is on its way; afterwards nothing of it writes into the arenas."""
+        """Drop every copy in flight; afterwards none of them writes into the arenas."""
         self._on_rest = None
         self._following.stop()
         # Even if nothing is noted: an interrupt may have come between sending and noting.
@@ -349,7 +350,7 @@ class Aboard:
         try:
             self._road.guard(optimizer)
         except SaveError as error:
-            # Nothing reads what the update overwrites any more. After the closing tick, settle() tells.
+            # Nothing reads what the update overwrites. After the closing tick, settle() reports the error.
             if self._closed:
                 self._road.give_up(error)
             else:

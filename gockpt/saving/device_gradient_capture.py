@@ -255,7 +255,7 @@ class GatheringAboard:
             self.give_up(error)
 
     def _sources(self, piece: Piece) -> list[Source] | None:
-        """Return where a piece stands now; ``None`` if it is not there any more."""
+        """Return a piece's current sources; ``None`` if it no longer exists."""
         unit = piece.unit
         try:
             tensors: list[Any] = [] if unit is None else unit.tensors()
@@ -289,7 +289,7 @@ class GatheringAboard:
         make_late(piece, why, self._job)
 
     def give_up(self, error: BaseException) -> None:
-        """The device refused: nothing is on its way any more."""
+        """Handle a refusal of the device: nothing is in flight then."""
         self._road.give_up(error)
         self.all_late(REFUSED)
 

@@ -41,10 +41,10 @@ REGISTERING = "the gradient ring is being registered with the device"
 
 
 class Devices(Protocol):
-    """The devices there are; another one can be put in for tests."""
+    """The devices of the process; tests use a fake one."""
 
     def find(self, tensors: Iterable[torch.Tensor]) -> torch.device | None:
-        """Return the device that holds most of them, if it is one that there is a road from."""
+        """Return the device that holds most of the tensors, if it is supported."""
 
     def holds(self, device: torch.device, tensor: torch.Tensor) -> bool:
         """Whether a tensor stands on that device."""
@@ -117,14 +117,14 @@ class CudaDevices:
 
 
 class Road:
-    """One road into one arena, and maybe into the ring of gradients.
+    """Background copies from one device into one arena, and possibly into the ring of gradients.
 
     Attributes:
-        arena: Where it leads.
-        ring: Where gradients can follow; ``None`` if they can't.
-        device: Where it comes from.
-        variant: How bytes get into the arena, in a few words.
-        broken: Whether it must not be taken any more.
+        arena: The target of state.
+        ring: The target of gradients; ``None`` if they can't be copied.
+        device: The source.
+        variant: Way of the bytes into the arena, in a few words.
+        broken: Whether it must no longer be used.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Road:
         return why
 
     def dismiss(self) -> None:
-        """Let no gradients follow any more: the ring's arena is about to go."""
+        """Stop copying gradients: the ring's arena is about to be freed."""
         if self.ring is not None:
             self.ring = None
             self._transfer.dismiss()
@@ -204,7 +204,7 @@ class Road:
         self._transfer.guard(None if optimizer is None else {id(optimizer), None})
 
     def give_up(self, error: BaseException) -> None:
-        """Don't take it any more: the device refused."""
+        """Stop using it: the device refused."""
         if not self.broken:
             self.broken = True
             _log.warning("state is copied inside the call from now on: %s", error)
@@ -258,7 +258,7 @@ def _owners(live: LiveState) -> dict[Name, Hashable]:
 
 
 class Roads:
-    """At most one road, made behind the training thread and kept between saves."""
+    """At most one :class:`Road`, set up in the background and kept between saves."""
 
     def __init__(self, options: Options, devices: Devices | None) -> None:
         self._limit = options.device_memory
@@ -272,7 +272,7 @@ class Roads:
         self._given_up = False
 
     def ready(self, live: LiveState, arena: Arena | None) -> Road | None:
-        """Return the road into ``arena``, if one is ready that the state may take."""
+        """Return the road into ``arena``, if one is ready and usable for the state."""
         with self._lock:
             road = self._road
             if road is not None and road.broken:
@@ -282,7 +282,7 @@ class Roads:
         return None
 
     def prepare(self, live: LiveState, arena: Arena, transfer: Transfer) -> None:
-        """Make a road into ``arena`` behind the caller, if the options ask for one and there is a device."""
+        """Set up a road into ``arena`` in the background, if ``device_memory`` is set and a device exists."""
         with self._lock:
             if self._limit is None or self._given_up or self._wanted is arena:
                 return
@@ -341,14 +341,14 @@ class Roads:
         return self._no_ring or REGISTERING
 
     def leave_ring(self) -> None:
-        """Let no gradients follow: the ring's arena is about to go."""
+        """Stop copying gradients: the ring's arena is about to be freed."""
         with self._lock:
             road, self._ring, self._no_ring = self._road, None, None
             if road is not None:
                 road.dismiss()
 
     def leave(self, *, join: bool = False) -> None:
-        """Close the road: the arena that it leads to is about to go."""
+        """Close the road: its arena is about to be freed."""
         with self._lock:
             road, self._road, self._wanted = self._road, None, None
             self._ring = self._no_ring = None

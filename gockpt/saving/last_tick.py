@@ -105,7 +105,7 @@ class LastTick:
         return self._addition
 
     def moved(self, model: Any, optimizers: Sequence[Any]) -> str | None:
-        """Return what shows that the state is no longer that of the last tick; ``None`` if nothing does."""
+        """Return the evidence that the state is no longer that of the last tick, or ``None``."""
         marks = self._marks
         if marks is None:
             return "nothing is known of the state at the last call"

@@ -75,7 +75,7 @@ class Memory:
         return tuple(self._arena(use, 0) for use in ArenaId)
 
     def prepare(self, live: LiveState, shape: Shape, transfer: Transfer) -> None:
-        """Reserve the state's arena and take its pages behind the caller, and make the road into it."""
+        """Reserve the state's arena, and in the background touch its pages and set up the road into it."""
         self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
         self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: 0, ArenaId.EXTRA: 0})
         arena = self._arena(ArenaId.STATE, shape.layout.nbytes)
@@ -154,7 +154,7 @@ class Memory:
         trace: Trace,
         afresh: bool,
     ) -> tuple[Attempt, JobClient]:
-        """Set up one attempt and its background job; ``afresh`` if nothing that was added is needed any more.
+        """Set up one attempt and its background job; ``afresh`` if no earlier additions are needed.
 
         Raises:
             StateTooLarge: If that takes more than is allowed.
@@ -239,7 +239,7 @@ class Memory:
         return ring_bytes_of(pieces, plan, self._options.grad_dtype, of_device=RING_GRADIENTS)
 
     def _let_go(self, use: ArenaId) -> None:
-        """Let one arena go; the road into it ends first."""
+        """Free one arena; the road into it is closed first."""
         if use == ArenaId.STATE and self._held[use] is not None:
             self._roads.leave()
         if use == ArenaId.RING and self._held[use] is not None:

@@ -1,7 +1,7 @@
-"""The save in flight, of which there is at most one: carries out what the lifecycle table says.
+"""Session of the save in flight, at most one: executes the commands of the lifecycle table.
 
-Every method is called with the engine's lock held; the three outcomes take it themselves, since they
-come from worker threads.
+Every method is called with the engine's lock held; the three outcomes acquire it themselves, because worker
+threads report them.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Save:
     """Starts, closes, retargets and ends saves, one after the other.
 
     Attributes:
-        state: Where the save in flight stands.
+        state: State of the save in flight.
         attempt: Its training side; ``None`` when nothing is being captured or replayed.
         job: Its background side.
         handle: The newest save's handle, in flight or done.
-        error: What failed in the background and was not raised yet.
+        error: An error of the background that was not raised yet.
         trace: The newest save's spans.
         barred: Parameters whose replay is no longer trusted.
         looked_at: The last tick at which the whole state was fingerprinted.
@@ -136,11 +136,11 @@ class Save:
         return self.shape
 
     def try_out(self, live: LiveState, moment: Boundary) -> None:
-        """Raise what a save of this state, with these extras, would raise; keeps nothing."""
+        """Raise the error that a save of this state, with these extras, would raise; keeps nothing."""
         added_at(live, moment, self.memory.admission())
 
     def open(self, live: LiveState, plan: Plan, due: int, moment: Boundary) -> None:
-        """Start a window that will close at step ``due``; the first part leaves now."""
+        """Start a window that will close at step ``due``; the first part is copied now."""
         self._clear()
         self._begin(live, plan, due, moment)
         self._run(Event.OPENED, live)
@@ -282,13 +282,13 @@ class Save:
         self.error = pending
 
     def raise_pending(self) -> None:
-        """Raise what failed in the background since the last call."""
+        """Raise an error of the background since the last call."""
         error, self.error = self.error, None
         if error is not None:
             raise error
 
     def progress(self, handle: SaveHandle) -> Progress:
-        """Return how far ``handle`` is."""
+        """Return the progress of ``handle``."""
         with self._lock:
             skipped = handle.skipped
             if handle.durable.done():
@@ -356,7 +356,7 @@ class Save:
         return make_plan(facts, window=self._options.window, ticks=1)
 
     def _broken(self, live: LiveState) -> str | None:
-        """Return why what left early can't be used any more."""
+        """Return why the parts copied earlier can no longer be used, or ``None``."""
         attempt = self.attempt or self._voided
         if attempt is None:
             return None
@@ -374,7 +374,7 @@ class Save:
         self.looked_at = moment
 
     def _add(self, live: LiveState, moment: Boundary) -> tuple[dict[str, Any], tuple[ArrayPlace, ...]]:
-        """Copy what is no entry of the live state; return the state document and where the arrays are."""
+        """Copy everything but the live state's entries; return the state document and the arrays' places."""
         document, added = added_at(live, moment, self.memory.admission())
         return document, write_additions(added, self.memory)
 
@@ -460,7 +460,7 @@ class Save:
         job.close(capture, self.memory.arenas, lambda: self._taken(handle, capture.step))
 
     def _taken(self, handle: SaveHandle, step: int) -> None:
-        """All of a save is where it will be finished whatever training does."""
+        """Resolve ``captured``: training can no longer affect the save."""
         with self._lock:
             if not handle.captured.done() and not handle.failing:
                 self._lock.put_off(lambda: handle.take(step))

@@ -76,8 +76,8 @@ class Follow:
         encoding: How it is encoded; ``None`` for as it is.
         number: Which of its piece it is, counted from 1; 0 where gradients are not sealed.
         row: The kernel's numbers; ``None`` while they are on their way.
-        landed: Whether nothing is written to its place any more.
-        dropped: Whether nobody wants it any more.
+        landed: Whether nothing is written to its place any longer.
+        dropped: Whether it is no longer needed.
         incomplete: Whether it has landed without blocks with an Inf or NaN, and so is none.
         made: The fingerprint of its bytes, as the device took it, once it has landed.
     """
@@ -235,7 +235,7 @@ class Following:
         self.receive()
 
     def settle(self, update: Update, *, skipped: bool = False) -> None:
-        """Nothing about an update is on its way any more but gradients."""
+        """Record that an update's scalars are known, and whether it was skipped."""
         with self._lock:
             update.known, update.skipped = True, skipped
             self._advance()
@@ -328,7 +328,7 @@ class Following:
             return {index: lane.sent - lane.skipped for index, lane in self._lanes.items()}
 
     def drop(self, piece: Piece) -> None:
-        """Follow a piece no more: afterwards replay hears nothing of it."""
+        """Drop a piece: afterwards nothing about it is handed to replay."""
         with self._lock:
             lane = self._lanes.pop(piece.index, None)
             for follow in () if lane is None else lane.follows:
@@ -347,7 +347,7 @@ class Following:
             return {index: lane.proof for index, lane in self._lanes.items() if lane.proof is not None}
 
     def stop(self) -> None:
-        """Hand nothing over any more."""
+        """Stop handing anything over."""
         with self._lock:
             self._over = True
             self.error = None

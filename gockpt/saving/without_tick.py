@@ -105,7 +105,7 @@ class WithoutTick:
     def settle_left_out(self) -> None:
         """Save the last tick's state if the last due save was left out; where it can't be saved, say so.
 
-        Called when nothing is in flight any more.
+        Called when nothing is in flight.
         """
         with deferred(), self._changed, self._at_work():
             left_out, boundary = self._last.left_out, self._last.boundary
@@ -128,7 +128,7 @@ class WithoutTick:
     def finish(self, timeout: float | None = None) -> SaveHandle | None:
         """Save the last tick's state if it isn't saved, and return when nothing is in flight.
 
-        After ``timeout`` seconds it does not wait any more for the disk.
+        After ``timeout`` seconds it no longer waits for the disk.
 
         Raises:
             SaveError: If it can't be saved, because it changed after the last tick; or if that save, or
@@ -193,7 +193,7 @@ class WithoutTick:
         self._last.left_out = self._held = None
 
     def _moved(self, boundary: Boundary) -> str | None:
-        """Return what shows that the state is not the last tick's any more."""
+        """Return the evidence that the state is no longer that of the last tick, or ``None``."""
         if self._updates != boundary.updates or self._hooks.reset():
             return "the optimizer stepped"
         return self._last.moved(self._model(), self._leaves)

@@ -266,7 +266,7 @@ def _place(
     if aboard is not None and all(aboard(tensor) for tensor in tensors):
         unit.aboard = True
         return stay
-    # Of a mixture there is no road for the half.
+    # If only some of them are on that device, none is copied in the background.
     if aboard is not None and any(aboard(tensor) for tensor in tensors):
         return "its state stands on several devices"
     if any(tensor.device.type != "cpu" for tensor in tensors):

@@ -34,7 +34,7 @@ __all__ = ["Line"]
 _log = logging.getLogger("gockpt")
 
 _stranded: list[object] = []
-"""Memory that a device may still write to although it can't be asked any more: never freed, never reused."""
+"""Memory that an unresponsive device may still write to: never freed, never reused."""
 
 
 class Line:
@@ -43,7 +43,7 @@ class Line:
     Attributes:
         detour: Whether an arena could not be registered, so that the host must carry every slot on.
         beside: The stream that packs behind training.
-        dead: Whether the device does not answer any more.
+        dead: Whether the device no longer responds.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Line:
         self._pinned.append(pinned)
 
     def remove(self) -> Pinned:
-        """Let no loads go any more into the arena that was added last."""
+        """Stop copying loads into the arena that was added last."""
         return self._pinned.pop()
 
     def main(self) -> Stream:

@@ -49,7 +49,7 @@ class _Stream:
 
     def wait(self, event: Event) -> None:
         if not isinstance(event, torch.cuda.Event):
-            msg = f"{event!r} is no event of CUDA's"
+            msg = f"expected a CUDA event, got {event!r}"
             raise TypeError(msg)
         self.stream.wait_event(event)
 
@@ -190,7 +190,7 @@ class CudaDevice:
 
 def _own(stream: Stream) -> _Stream:
     if not isinstance(stream, _Stream):
-        msg = f"{stream!r} is no stream of this device"
+        msg = f"expected a stream of this device, got {stream!r}"
         raise TypeError(msg)
     return stream
 
