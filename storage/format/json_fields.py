@@ -42,7 +42,7 @@ def expect(condition: object, otherwise: str) -> None:
 
 def fields(value: Any, what: str, keys: tuple[str, ...]) -> list[Any]:
     """Return the values of an object that has exactly these keys, in their order."""
-    expect(type(value) is dict, f"{what} is no object")
+    expect(type(value) is dict, f"{what} is not an object")
     if value.keys() != set(keys):
         msg = f"{what} has the keys {sorted(value)} instead of {sorted(keys)}"
         raise Broken(msg)
@@ -51,7 +51,7 @@ def fields(value: Any, what: str, keys: tuple[str, ...]) -> list[Any]:
 
 def items(value: Any, what: str, limit: int) -> list[Any]:
     """Return an array of at most ``limit`` items."""
-    expect(type(value) is list, f"{what} is no array")
+    expect(type(value) is list, f"{what} is not an array")
     expect(len(value) <= limit, f"{what} has {len(value)} items; at most {limit} are ever written")
     return list(value)
 
@@ -59,14 +59,14 @@ def items(value: Any, what: str, limit: int) -> list[Any]:
 def integer(value: Any, what: str) -> int:
     """Return an integer from 0 to :data:`MAX_INTEGER`."""
     if type(value) is not int or not 0 <= value <= MAX_INTEGER:
-        msg = f"{what} is {str(value)[:40]}, no integer from 0 to 2**63 - 1"
+        msg = f"{what} is {str(value)[:40]}, not an integer from 0 to 2**63 - 1"
         raise Broken(msg)
     return value
 
 
 def text(value: Any, what: str) -> str:
     """Return a text that has a UTF-8 form."""
-    expect(type(value) is str, f"{what} is no text")
+    expect(type(value) is str, f"{what} is not a string")
     if not value.isascii():
         expect(not _SURROGATE.search(value), f"{what} has an unpaired surrogate")
     return str(value)
@@ -90,5 +90,5 @@ def time(value: Any, what: str) -> str:
         aware = datetime.fromisoformat(text(value, what)).tzinfo is not None
     except ValueError:
         aware = False
-    expect(aware, f"{what} is {str(value)[:40]!r}, no ISO 8601 time with an offset")
+    expect(aware, f"{what} is {str(value)[:40]!r}, not an ISO 8601 time with an offset")
     return str(value)

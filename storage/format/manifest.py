@@ -329,7 +329,7 @@ def _line(data: bytes, where: str) -> bytes:
 
 
 def _expect_readable(document: Any) -> None:
-    expect(type(document) is dict and document.get("format") == FORMAT, "it is no gockpt manifest")
+    expect(type(document) is dict and document.get("format") == FORMAT, "it is not a gockpt manifest")
     version = json_fields.integer(document.get("version"), "the format version")
     if not 1 <= version <= VERSION:
         msg = f"format version {version} is unknown (this gockpt reads up to {VERSION}); upgrade gockpt"
@@ -432,8 +432,8 @@ def _manifest(document: Any) -> Manifest:
         json_fields.fields(document, "the manifest", _TOP_KEYS)
     )
     expect(type(exact) is bool, "exact is neither true nor false")
-    expect(type(attributes) is dict, "attributes is no object")
-    expect(type(writer) is dict, "writer is no object")
+    expect(type(attributes) is dict, "attributes is not an object")
+    expect(type(writer) is dict, "writer is not an object")
     for value in writer.values():
         json_fields.text(value, "a value of writer")
     entries = tuple(_array(value) for value in json_fields.items(arrays, "arrays", MAX_ARRAYS))

@@ -100,7 +100,7 @@ def _check_keys(document: Any) -> None:
         if isinstance(value, dict):
             for key in value:
                 if type(key) is not str:
-                    msg = f"the key {key!r} is no text"
+                    msg = f"the key {key!r} is not a string"
                     raise TypeError(msg)
             left.extend(value.values())
         elif isinstance(value, (list, tuple)):

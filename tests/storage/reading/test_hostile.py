@@ -100,7 +100,7 @@ BAD_MANIFESTS = {
     "attempt with a slash": (lambda d: d.update(attempt="../../x"), "attempt"),
     "unknown key": (lambda d: d.update(more=1), "more"),
     "newer version": (lambda d: d.update(version=3), "upgrade"),
-    "another format": (lambda d: d.update(format="zarr"), "no gockpt manifest"),
+    "another format": (lambda d: d.update(format="zarr"), "not a gockpt manifest"),
     "an array of arrays": (lambda d: d.update(arrays={}), "array"),
     "lots of groups by depth": (array({"name": ["x"] * 40, "path": "/".join("x" * 40)}), "32"),
 }
@@ -121,8 +121,8 @@ BAD_LINES = {
     "infinite": (b'{"format":"gockpt","step":1e400}\n', "out of range"),
     "endless number": (b'{"format":"gockpt","step":' + b"9" * 10_000 + b"}\n", "not valid"),
     "not UTF-8": (b'{"format":"\xff"}\n', "not valid"),
-    "a list": (b"[]\n", "no gockpt manifest"),
-    "null": (b"null\n", "no gockpt manifest"),
+    "a list": (b"[]\n", "not a gockpt manifest"),
+    "null": (b"null\n", "not a gockpt manifest"),
     "no newline": (b'{"format":"gockpt"}', "exactly one line before its checksum"),
     "empty line": (b"\n", "not valid"),
 }
