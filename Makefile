@@ -2,6 +2,7 @@
 #
 #   make demo     train a small GPT, kill it in the middle of a save, resume, compare
 #   make test     lint, types and every test
+#   make unit-fast  the tests of the parts, and of resuming: some minutes, for every day
 #   make check    lint and types only
 #   make bench    the measurements
 #   make gpu      the tests and the benches that need a CUDA device
@@ -39,7 +40,7 @@ PURE := gockpt/core/boxes.py,gockpt/core/save_policy.py,gockpt/planning/save_int
 
 export HYPOTHESIS_PROFILE ?= ci
 
-.PHONY: matrix demo test check lint types unit test-storage-newest coverage bench gpu gpu-tests gpu-bench docs soak powerloss format clean distclean
+.PHONY: matrix demo test check lint types unit unit-fast test-storage-newest coverage bench gpu gpu-tests gpu-bench docs soak powerloss format clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/python bench/demo.py $(ARGS)
@@ -58,6 +59,12 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "$(EVERYDAY) and not alone" $(ARGS)
 	$(BIN)/python -m pytest -m "$(EVERYDAY) and alone" $(ARGS) || test $$? = 5 # 5: ARGS asked for none of them
+
+# Left out: whole runs with faults, killed processes, windows off a device, and what starts many processes.
+unit-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore=tests/storage/crash --ignore=tests/device/windows \
+	  tests/pure tests/state tests/kernels tests/replay tests/engine tests/device tests/storage tests/restore \
+	  tests/promise/test_resume.py tests/test_architecture.py tests/test_exports.py $(ARGS)
 
 soak: export HYPOTHESIS_PROFILE := soak
 soak: $(VENV)/.installed
