@@ -26,7 +26,7 @@ set_hypothesis_home_dir(Path(__file__).resolve().parent.parent / ".hypothesis")
 # Examples here run optimizers and write files: no deadline, and slow generation is no failure.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("dev", max_examples=20, **COMMON)
-settings.register_profile("ci", max_examples=60, derandomize=True, **COMMON)
+settings.register_profile("ci", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("soak", max_examples=2000, **COMMON)
 settings.register_profile("debug", max_examples=20, phases=[Phase.explicit, Phase.generate], **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))

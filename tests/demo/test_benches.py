@@ -131,13 +131,13 @@ def test_load_bench(bench):
 
 def test_compression_bench(bench):
     result, printed = run(bench / "bench_compression.py")
-    assert [each["disk_mb_s"] for each in result["results"]] == [None, 1000, 400, 100, 25]
+    assert [each["disk_mb_s"] for each in result["results"]] == [None, 100]
     for each in result["results"]:
         assert list(each["seconds"]) == ["raw", "zstd", "blosc", "auto"]
         assert all(len(taken) == 1 and taken[0] > 0 for taken in each["seconds"].values())
         assert each["stored_bytes"]["blosc"] < each["stored_bytes"]["raw"]
         assert each["bars"][0]["against"] in {"raw", "zstd", "blosc"}
-    assert printed.count("the best (bar 0.9)") == 5
+    assert printed.count("the best (bar 0.9)") == 2
 
 
 @pytest.mark.parametrize(
