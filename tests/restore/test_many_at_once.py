@@ -146,7 +146,7 @@ def test_with_many_tensors_too_an_error_names_its_own_and_all_that_were_begun(sa
         gockpt.load("ckpts", other, loaded)
     (note,) = caught.value.__notes__
     count = int(note.split()[0])
-    assert 80 < count < 80 * 4
+    assert 80 < count <= 80 * 4  # how many others had been begun by then is chance
     changed = [name for name in live if not np.array_equal(before[name], live[name].detach())]
     assert len(changed) == 80
 
