@@ -66,8 +66,7 @@ class CudaDevices:
     """CUDA's."""
 
     def __init__(self) -> None:
-        self._events: dict[tuple[int, torch.device], torch.cuda.Event] = {}
-        self._noted: dict[torch.device, list[torch.cuda.Event]] = {}
+        self._updates: dict[torch.cuda.Stream, torch.cuda.Event] = {}
 
     def find(self, tensors: Iterable[torch.Tensor]) -> torch.device | None:
         """Return the CUDA device that holds most bytes of them."""
@@ -93,21 +92,16 @@ class CudaDevices:
             return
         params = (param for group in optimizer.param_groups for param in group["params"])
         for device in {param.device for param in params if param.device.type == "cuda"}:
-            event = self._events.get((id(optimizer), device))
-            if event is None:
-                event = self._events[id(optimizer), device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(device))
-            noted = self._noted.setdefault(device, [])
-            if event not in noted:
-                noted.append(event)
+            event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            stream = torch.cuda.current_stream(device)
+            event.record(stream)
+            self._updates[stream] = event  # the newest of a stream stands for those before it
 
     def wait_for_updates(self) -> None:
         """Let the current streams wait for these events: they may be others than the updates'."""
-        for device, events in self._noted.items():
-            stream = torch.cuda.current_stream(device)
-            for event in events:
-                stream.wait_event(event)
-        self._noted.clear()
+        updates, self._updates = self._updates, {}
+        for stream, event in updates.items():
+            torch.cuda.current_stream(stream.device).wait_event(event)
 
     def open(self, device: torch.device) -> Device:
         """Return a :class:`gockpt.staging.cuda.CudaDevice`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -32,9 +33,10 @@ def cuda(monkeypatch):
             self.at = stream.name
             queued.append(("record", stream.name))
 
+    @dataclass(frozen=True)
     class Stream:
-        def __init__(self, name):
-            self.name = name
+        name: str
+        device: torch.device
 
         def wait_event(self, event):
             queued.append(("wait", self.name, event.at))
@@ -42,7 +44,7 @@ def cuda(monkeypatch):
     started = [True]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started[0])
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: Stream(f"{current[d]} of {d}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: Stream(f"{current[d]} of {d}", d))
     return SimpleNamespace(queued=queued, current=current, started=started)
 
 
@@ -64,6 +66,17 @@ def test_the_streams_of_a_call_wait_for_those_of_the_updates(cuda):
     del cuda.queued[:]
     devices.wait_for_updates()
     assert cuda.queued == []
+
+
+def test_one_optimizer_that_updates_on_two_streams_is_waited_for_on_both(cuda):
+    devices, optimizer = CudaDevices(), Optimizer(ONE)
+    for cuda.current[ONE] in ("side", "third", "default"):
+        devices.updated(optimizer)
+    del cuda.queued[:]
+    devices.wait_for_updates()
+    assert sorted(at for _, _, at in cuda.queued) == [
+        f"{name} of cuda:0" for name in ("default", "side", "third")
+    ]
 
 
 def test_nothing_starts_cuda(cuda):
