@@ -55,7 +55,7 @@ ORDER = {
         object_store.client paths
         local.stopwatch local.failures local.syscalls local.filesystem local.files local.owner
         local.writer_lock local.verified local.catalog local.chunk_writer local.compression local.durability
-        local.partial local.publish local.transaction local.store
+        local.partial_files local.partial_directory local.draft local.publish local.transaction local.store
         read.in_threads read.scratch read.location read.safe_open read.direct_io read.local_location
         read.object_location read.read_plan read.decode read.read_execute read.verify read.checkpoint
         read.element_values read.compare read.find

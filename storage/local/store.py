@@ -22,9 +22,9 @@ from gockpt.storage.format.zarr_outline import Outline
 from gockpt.storage.local import files, owner
 from gockpt.storage.local.catalog import Catalog, Place, identify, remove_entry
 from gockpt.storage.local.compression import Compression
+from gockpt.storage.local.draft import Contents
 from gockpt.storage.local.failures import storage_errors
 from gockpt.storage.local.filesystem import Filesystem
-from gockpt.storage.local.partial import Contents
 from gockpt.storage.local.transaction import Lineage, Transaction
 from gockpt.storage.local.writer_lock import WriterLock
 from gockpt.storage.paths import local_path

@@ -21,8 +21,9 @@ from gockpt.errors import SaveAborted, StorageError, UsageError
 from gockpt.storage.format import manifest, step_names
 from gockpt.storage.local import files, owner, publish
 from gockpt.storage.local.catalog import remove_entry
+from gockpt.storage.local.draft import Contents, Draft
 from gockpt.storage.local.failures import storage_errors
-from gockpt.storage.local.partial import Contents, Draft
+from gockpt.storage.local.partial_directory import PartialDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -165,7 +166,7 @@ class Transaction:
                 self._fd = fs.open(self._partial, files.DIRECTORY, dir_fd=place.fd)
                 opened.append(self._fd)
                 self._inode = _inode(fs.fstat(self._fd))
-                self._draft = Draft(fs, self._fd, where, compression, outline, contents)
+                self._draft = Draft(PartialDirectory(fs, self._fd, where), compression, outline, contents)
         except BaseException:
             for fd in opened:
                 with suppress(OSError):

@@ -342,7 +342,7 @@ class Clock:
 
 def auto_saves(path, monkeypatch, seconds, count=3):
     """Save with compression="auto" on a disk that takes ``seconds`` for each checkpoint."""
-    monkeypatch.setattr("gockpt.storage.local.partial.Stopwatch", lambda: Clock(seconds))
+    monkeypatch.setattr("gockpt.storage.local.draft.Stopwatch", lambda: Clock(seconds))
     with Store(path, compression=Compression("auto", threads=2)) as store:
         return [codecs_of(save(store, auto_arrays(), halves, step)) for step in range(count)]
 

@@ -1,4 +1,4 @@
-"""Directory of a checkpoint that is being written: chunks and documents.
+"""Draft of a checkpoint: its chunks, its documents and its manifest, whatever kind of files they go into.
 
 Promise: after :meth:`Draft.sync` returned, all of it is on the disk; after :meth:`Draft.complete`, so is its
 manifest. Every error is a :class:`StorageError` that names the file; after one the draft is unusable, and
@@ -18,11 +18,8 @@ from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.storage.format import checksum, chunk_grid, manifest, strict_json, zarr_metadata
 from gockpt.storage.format.codecs import Coded
 from gockpt.storage.format.json_fields import MAX_INTEGER
-from gockpt.storage.format.manifest import BLOCKS_FILE, GROUP_FILE, MANIFEST_FILE, STATE_FILE
+from gockpt.storage.format.manifest import BLOCKS_FILE, GROUP_FILE, STATE_FILE
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
-from gockpt.storage.local import chunk_writer, files
-from gockpt.storage.local.durability import Unsynced
-from gockpt.storage.local.failures import storage_errors
 from gockpt.storage.local.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -33,13 +30,11 @@ if TYPE_CHECKING:
     from gockpt.core.arena_layout import ArrayLayout, Slot
     from gockpt.storage.format.zarr_outline import ArrayFile, Outline
     from gockpt.storage.local.compression import Compression
-    from gockpt.storage.local.filesystem import Filesystem
+    from gockpt.storage.local.partial_files import PartialFiles, StoredChunk
 
     Describe = Callable[[tuple[ArrayEntry, ...], tuple[FileEntry, ...]], manifest.Manifest]
 
 __all__ = ["Contents", "Draft"]
-
-_MANIFEST_IN_THE_MAKING = f"{MANIFEST_FILE}.tmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,38 +69,25 @@ class _Array:
 
 
 class Draft:
-    """One open directory that is nobody else's. Chunks and documents may be written side by side.
+    """One checkpoint that is being written. Chunks and documents may be written side by side.
 
     Attributes:
         nbytes: Bytes written so far: real rows, checksums, documents.
     """
 
     def __init__(
-        self,
-        fs: Filesystem,
-        dir_fd: int,
-        where: str,
-        compression: Compression,
-        outline: Outline,
-        contents: Contents,
+        self, files: PartialFiles, compression: Compression, outline: Outline, contents: Contents
     ) -> None:
-        """Start in an empty directory.
+        """Start with no files.
 
         Args:
-            fs: The file system.
-            dir_fd: The directory; stays the caller's.
-            where: Its path, for messages.
+            files: Where its files are written.
             compression: Which arrays are encoded.
             outline: What its arrays say of its files.
             contents: What there will be.
-
-        Raises:
-            OSError: If the file system can't be identified.
         """
         self.nbytes = 0
-        self._fs = fs
-        self._fd = dir_fd
-        self._where = where
+        self._files = files
         self._compression = compression
         self._outline = outline
         self._contents = contents
@@ -113,17 +95,13 @@ class Draft:
         self._mutex = threading.Lock()
         self._making = threading.Lock()
         self._documenting = threading.Lock()
-        self._unsynced = Unsynced(fs, dir_fd, where)
         self._arrays = {
             # The save's own layouts: whoever writes a chunk hands in the same objects.
             layout.spec.name: _Array(layout, outline.paths[layout.spec.name])
             for layout in contents.arrays
         }
-        self._directories: dict[str, None] = {}  # parents before children
         self._tried: manifest.Manifest | None = None
         self._documents: tuple[FileEntry, ...] | None = None
-        self._direct = True
-        self._known = False  # whether a chunk was written directly
 
     def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
         """Write one chunk; see :meth:`gockpt.storage.local.transaction.Transaction.write_chunk`."""
@@ -134,38 +112,23 @@ class Draft:
                 raise UsageError(msg)
             array.blocks[slot.chunk] = None
         codec = (array.made or self._make(array)).codec
-        name = f"{array.path}/{chunk_grid.chunk_key(slot.chunk, len(layout.chunk_shape))}"
-        with storage_errors("write", self._where, name):
-            written = self._write_rows(name, layout, slot, buffer, codec)
-            self._unsynced.add(name, written.fd)
+        path = f"{array.path}/{chunk_grid.chunk_key(slot.chunk, len(layout.chunk_shape))}"
+        stored = self._write_rows(path, layout, slot, buffer, codec)
         with self._mutex:
-            array.blocks[slot.chunk] = written.blocks
-            array.stored[slot.chunk] = written.nbytes - CHECKSUM_BYTES
-            self.nbytes += written.nbytes
-            self._direct = self._direct and not written.refused
-            self._known = self._known or written.direct
+            array.blocks[slot.chunk] = stored.blocks
+            array.stored[slot.chunk] = stored.nbytes - CHECKSUM_BYTES
+            self.nbytes += stored.nbytes
 
     def _write_rows(
-        self, name: str, layout: ArrayLayout, slot: Slot, buffer: memoryview, codec: str | None
-    ) -> chunk_writer.WrittenChunk:
+        self, path: str, layout: ArrayLayout, slot: Slot, buffer: memoryview, codec: str | None
+    ) -> StoredChunk:
         """Write a chunk's file, raw or encoded."""
         if codec is None:
             self._compression.sample(layout, slot, buffer)
             with self._stopwatch:
-                return chunk_writer.write_chunk(
-                    self._fs,
-                    self._fd,
-                    name,
-                    layout=layout,
-                    slot=slot,
-                    buffer=buffer,
-                    direct=self._direct,
-                    known=self._known,
-                )
+                return self._files.write_chunk(path, layout, slot, buffer)
         with self._compression.encoded(codec, layout, slot, buffer) as data, self._stopwatch:
-            return chunk_writer.write_encoded(
-                self._fs, self._fd, name, data=data, direct=self._direct, known=self._known
-            )
+            return self._files.write_encoded(path, data)
 
     def restate(self, contents: Contents) -> None:
         """Hold other documents than it was begun with: the same arrays.
@@ -189,12 +152,11 @@ class Draft:
             self._contents = contents
             if self._documents is None:
                 return
-            with storage_errors("replace", self._where, GROUP_FILE):
-                self._fs.unlink(GROUP_FILE, dir_fd=self._fd)
             codecs = tuple((array.made or self._make(array)).codec for array in self._arrays.values())
-            entry = self._write_file(
-                GROUP_FILE, zarr_metadata.root(contents.attributes, self._outline.consolidated(codecs))
-            )
+            data = zarr_metadata.root(contents.attributes, self._outline.consolidated(codecs))
+            self._files.replace_document(GROUP_FILE, data)
+            self._count(len(data))
+            entry = FileEntry(GROUP_FILE, len(data), checksum.crc32c(data))
             self._documents = tuple(entry if old.path == GROUP_FILE else old for old in self._documents)
             self._tried = None  # it was tried with the former attributes
 
@@ -262,10 +224,9 @@ class Draft:
         return entries, (*(self._documents or ()), entry)
 
     def sync(self) -> None:
-        """Make every file and every directory durable, children before parents."""
+        """Make every file durable."""
         with self._stopwatch:
-            self._unsynced.sync(reversed(self._directories))
-            self._sync_itself()
+            self._files.sync()
 
     def learn(self) -> None:
         """Let later checkpoints profit from how fast this one, synced now, was written."""
@@ -279,28 +240,16 @@ class Draft:
             UsageError: If readers would refuse it.
             StorageError: If the disk refuses.
         """
-        fs = self._fs
         known = self._tried is not None and content.arrays is self._tried.arrays
         data = manifest.encode(content, self._outline.raw().text if known else None)
         if self._tried is None or not _is_as_good(content, self._tried):
             _expect_readable(data)
-        with storage_errors("write", self._where, MANIFEST_FILE):
-            fd = files.write_new_file(fs, self._fd, _MANIFEST_IN_THE_MAKING, data)
-            try:
-                fs.fsync(fd)
-            finally:
-                fs.close(fd)
-            fs.rename(_MANIFEST_IN_THE_MAKING, MANIFEST_FILE, dir_fd=self._fd)
-        self._sync_itself()
+        self._files.complete(data)
         self.nbytes += len(data)
 
     def close(self) -> None:
-        """Let go of all open files."""
-        self._unsynced.close()
-
-    def _sync_itself(self) -> None:
-        with storage_errors("write", self._where):
-            self._fs.fsync(self._fd)
+        """Close all open files."""
+        self._files.close()
 
     def _expected(self, layout: ArrayLayout) -> _Array:
         array = self._arrays.get(layout.spec.name)
@@ -313,31 +262,22 @@ class Draft:
         return array
 
     def _make(self, array: _Array) -> ArrayFile:
-        """Make an array's directory and document, unless they are there."""
+        """Write an array's document, unless it is there."""
         with self._making:
             if array.made is None:
                 codec = self._compression.codec_for(array.layout)
                 document = self._outline.document(array.layout, codec)
-                self._make_directory(array.path)
                 self._write(document.entry.path, document.text)
                 array.made = document
             return array.made
 
-    def _make_directory(self, path: str) -> None:
-        """Make a directory, its parents first."""
-        if path not in self._directories:
-            parent = path.rpartition("/")[0]
-            if parent:
-                self._make_directory(parent)
-            with storage_errors("make", self._where, path):
-                self._fs.mkdir(path, dir_fd=self._fd)
-            self._directories[path] = None
-
     def _write(self, path: str, data: bytes) -> None:
-        with storage_errors("write", self._where, path):
-            self._unsynced.add(path, files.write_new_file(self._fs, self._fd, path, data))
+        self._files.write_document(path, data)
+        self._count(len(data))
+
+    def _count(self, nbytes: int) -> None:
         with self._mutex:
-            self.nbytes += len(data)
+            self.nbytes += nbytes
 
     def _write_file(self, path: str, data: bytes) -> FileEntry:
         self._write(path, data)
