@@ -5,9 +5,9 @@ returns is in range, every size follows from shapes and chunks or is bounded by 
 derived from its name and lies inside the checkpoint, and the names are distinct. Readers trust nothing else.
 
 File ``gockpt.json``: one line with a JSON object, one line ``{"crc32c": "xxxxxxxx"}`` with the checksum of
-the first line, its newline included. Format version 1 knows raw chunks only. A checkpoint with an encoded
-array, and no other, is of version 2: a reader of version 1 then says that it is too old, not that the
-checkpoint is damaged.
+the first line, its newline included. The version follows from the arrays, and is the lowest that has what
+they use: 1 has raw chunks in files of their own, 2 encoded ones as well, 3 chunks in an archive. A reader of
+an earlier version then says that it is too old, not that the checkpoint is damaged.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec, public_name
 from gockpt.core.nonfinite import nonfinite_of
 from gockpt.core.runs import Run, ancestors_of
 from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.storage.format import array_paths, checksum, json_fields, strict_json
-from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
 from gockpt.storage.format.json_fields import Broken, expect
+from gockpt.storage.format.manifest_arrays import (
+    MAX_CHUNKS,
+    check_places,
+    dump,
+    encode_arrays,
+    parse_array,
+    version_of,
+)
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
@@ -43,7 +49,6 @@ __all__ = [
     "Identity",
     "Manifest",
     "encode",
-    "encode_arrays",
     "expected_files",
     "finite_of",
     "glance",
@@ -55,7 +60,7 @@ __all__ = [
 ]
 
 FORMAT = "gockpt"
-VERSION = 2
+VERSION = 3
 """The newest version; written only if a feature of it is used."""
 MANIFEST_FILE = "gockpt.json"
 STATE_FILE = "state.json"
@@ -64,14 +69,11 @@ GROUP_FILE = "zarr.json"
 """Every array and group directory has one; the root's too."""
 
 MAX_ARRAYS = 10**6
-MAX_CHUNKS = 4 * 10**6
 
 _TOP_KEYS = (
     *("format", "version", "step", "seq", "attempt", "run", "parent", "exact", "created", "writer"),
     *("attributes", "arrays", "files"),
 )
-_ARRAY_KEYS = ("name", "path", "shape", "dtype", "chunk", "meta")
-_CODED_KEYS = ("codec", "stored")
 _CHECK_LINE = re.compile(rb'\{"crc32c": "([0-9a-f]{8})"\}\n')
 # Beginning of every manifest that encode() wrote, up to the fields that glance() reads.
 _HEAD = re.compile(
@@ -189,7 +191,7 @@ def encode(manifest: Manifest, arrays: bytes | None = None) -> bytes:
     """
     document = {
         "format": FORMAT,
-        "version": _version(manifest.arrays),
+        "version": version_of(manifest.arrays),
         "step": manifest.step,
         "seq": manifest.seq,
         "attempt": manifest.attempt,
@@ -205,36 +207,9 @@ def encode(manifest: Manifest, arrays: bytes | None = None) -> bytes:
     ]
     head = strict_json.dumps(document, what=MANIFEST_FILE, foreign=document["attributes"])[:-1]
     text = encode_arrays(manifest.arrays) if arrays is None else arrays
-    line = head + b',"arrays":' + text + b',"files":' + _dump(files) + b"}\n"
+    line = head + b',"arrays":' + text + b',"files":' + dump(files) + b"}\n"
     strict_json.of_size(line, what=MANIFEST_FILE)
     return line + json.dumps({"crc32c": f"{checksum.crc32c(line):08x}"}).encode() + b"\n"
-
-
-def encode_arrays(entries: Sequence[ArrayEntry]) -> bytes:
-    """Return a manifest's list of arrays as JSON; equal for all checkpoints of the same raw arrays."""
-    return _dump([_array_object(entry) for entry in entries])
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
-def _version(arrays: Sequence[ArrayEntry]) -> int:
-    return VERSION if any(entry.coded is not None for entry in arrays) else 1
-
-
-def _array_object(entry: ArrayEntry) -> dict[str, Any]:
-    array = {
-        "name": entry.spec.name,
-        "path": entry.path,
-        "shape": entry.spec.shape,
-        "dtype": entry.spec.dtype,
-        "chunk": entry.chunk_shape,
-        "meta": {"size": entry.meta.size, "crc32c": f"{entry.meta.crc32c:08x}"},
-    }
-    if entry.coded is not None:
-        array.update(codec=entry.coded.codec, stored=entry.coded.nbytes)
-    return array
 
 
 def parse(data: bytes, *, where: str) -> Manifest:
@@ -336,68 +311,6 @@ def _expect_readable(document: Any) -> None:
         raise Broken(msg)
 
 
-def _integers(value: Any, which: str, what: str) -> tuple[int, ...]:
-    """Return the numbers of a shape; a message is only made for an error."""
-    numbers = json_fields.items(value, what, MAX_NDIM)
-    for n in numbers:
-        if type(n) is not int or not 0 <= n <= json_fields.MAX_INTEGER:
-            json_fields.integer(n, f"a {which} of {what}")
-    return tuple(numbers)
-
-
-def _array(value: Any) -> ArrayEntry:
-    is_coded = type(value) is dict and _CODED_KEYS[0] in value
-    keys = _ARRAY_KEYS + _CODED_KEYS if is_coded else _ARRAY_KEYS
-    name, path, shape, dtype, chunk, meta, *coded = json_fields.fields(value, "an array", keys)
-    parts = json_fields.items(name, "a name", array_paths.MAX_COMPONENTS)
-    components = tuple(json_fields.text(part, "a component of a name") for part in parts)
-    what = f"the array {public_name(components)!r}"
-    extents = _integers(shape, "shape", what)
-    pieces = _integers(chunk, "chunk", what)
-    expect(
-        json_fields.text(dtype, f"the dtype of {what}") in DTYPES, f"{what} has the unknown dtype {dtype!r}"
-    )
-    spec = ArraySpec(components, extents, dtype)
-    # Empty dimensions count as one here: readers multiply the others in 64 bits.
-    whole = tuple(max(1, n) for n in extents)
-    expect(math.prod(whole) * spec.itemsize <= json_fields.MAX_INTEGER, f"{what} is larger than 2**63 bytes")
-    if (
-        len(pieces) != len(whole)
-        or pieces[1:] != whole[1:]
-        or not all(1 <= n <= whole[0] for n in pieces[:1])
-    ):
-        msg = f"{what} of shape {list(extents)} can't have chunks of shape {list(pieces)}"
-        raise Broken(msg)
-    size, crc = json_fields.fields(meta, f"the meta of {what}", ("size", "crc32c"))
-    directory = json_fields.text(path, f"the path of {what}")
-    document = FileEntry(
-        path=f"{directory}/{GROUP_FILE}",
-        size=json_fields.integer(size, f"the meta size of {what}"),
-        crc32c=json_fields.crc(crc, f"the meta crc32c of {what}"),
-    )
-    entry = ArrayEntry(spec, directory, pieces, document)
-    return replace(entry, coded=_coded(entry, *coded, what=what)) if coded else entry
-
-
-def _coded(entry: ArrayEntry, codec: Any, stored: Any, *, what: str) -> Coded:
-    """Return the encoding of the chunks of a raw ``entry``; lengths beyond the codec's bound are refused."""
-    expect(
-        json_fields.text(codec, f"the codec of {what}") in CODECS, f"{what} has the unknown codec {codec!r}"
-    )
-    sizes = tuple(
-        json_fields.integer(n, f"a stored length of {what}")
-        for n in json_fields.items(stored, what, MAX_CHUNKS)
-    )
-    whole, limit = entry.chunk_nbytes, most_nbytes(entry.chunk_nbytes)
-    expect(whole <= MAX_CHUNK_NBYTES, f"{what} has chunks of {whole} bytes, too large to be encoded")
-    expect(
-        len(sizes) == entry.chunks > 0, f"{what} has {len(sizes)} stored lengths for {entry.chunks} chunks"
-    )
-    for size in sizes:
-        expect(1 <= size <= limit, f"{what} has a chunk of {whole} bytes encoded to {size}")
-    return Coded(codec, sizes)
-
-
 def _file(value: Any) -> FileEntry:
     path, size, crc = json_fields.fields(value, "a file", ("path", "size", "crc32c"))
     name = json_fields.text(path, "the path of a file")
@@ -436,8 +349,11 @@ def _manifest(document: Any) -> Manifest:
     expect(type(writer) is dict, "writer is not an object")
     for value in writer.values():
         json_fields.text(value, "a value of writer")
-    entries = tuple(_array(value) for value in json_fields.items(arrays, "arrays", MAX_ARRAYS))
-    expect(version == _version(entries), f"version {version} is not the one for what it describes")
+    entries = tuple(
+        parse_array(value, GROUP_FILE) for value in json_fields.items(arrays, "arrays", MAX_ARRAYS)
+    )
+    expect(version == version_of(entries), f"version {version} is not the one for what it describes")
+    check_places(entries)
     documents = tuple(_file(value) for value in json_fields.items(files, "files", MAX_ARRAYS))
     _check_set(entries, documents)
     number = json_fields.integer(seq, "seq")

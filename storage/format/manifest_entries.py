@@ -43,6 +43,7 @@ class ArrayEntry:
         chunk_shape: Shape of a whole chunk; only dimension 0 is ever cut.
         meta: Its ``zarr.json``.
         coded: Encoding of its chunks; ``None``: raw.
+        at: Offset of each chunk's data in the archive; ``None``: chunks are files of their own.
     """
 
     spec: ArraySpec
@@ -50,6 +51,7 @@ class ArrayEntry:
     chunk_shape: tuple[int, ...]
     meta: FileEntry
     coded: Coded | None = None
+    at: tuple[int, ...] | None = None
 
     @property
     def chunks(self) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from gockpt.errors import UsageError
 from gockpt.storage.format import array_paths, checksum, chunk_grid, manifest, zarr_metadata
 from gockpt.storage.format.manifest import GROUP_FILE
+from gockpt.storage.format.manifest_arrays import encode_arrays
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class RawArrays:
 
     Attributes:
         entries: The entry of each array.
-        text: The list as JSON: see :func:`~gockpt.storage.format.manifest.encode_arrays`.
+        text: The list as JSON: see :func:`~gockpt.storage.format.manifest_arrays.encode_arrays`.
         blocks_nbytes: Length of the file of their block checksums.
     """
 
@@ -129,5 +130,5 @@ class Outline:
                 for array in self.arrays
             )
             nbytes = 4 * sum(entry.block_count for entry in entries)
-            self._raw = RawArrays(entries, manifest.encode_arrays(entries), nbytes)
+            self._raw = RawArrays(entries, encode_arrays(entries), nbytes)
         return self._raw

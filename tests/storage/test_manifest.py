@@ -5,13 +5,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gockpt.core.arena_layout import lay_out
 from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.errors import ManifestCorrupt, UnsupportedState
-from gockpt.storage.format import array_paths, checksum, manifest, strict_json
+from gockpt.storage.format import array_paths, checksum, manifest, strict_json, zip_archive
 from gockpt.storage.format.manifest import Manifest
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
@@ -46,6 +46,20 @@ def make(specs, *, chunk_rows=None, **fields):
     return Manifest(**{**known, **fields}, arrays=tuple(arrays), files=files)
 
 
+def placed(one, gap=0):
+    """Return a manifest as it is in an archive, the chunks in order from the file's start."""
+    at, arrays = gap, []
+    for entry in one.arrays:
+        offsets = []
+        for chunk in range(entry.chunks):
+            path, nbytes = entry.chunk_path(chunk), entry.file_nbytes(chunk)
+            _, data_at = zip_archive.place(at, len(path), nbytes, aligned=True)
+            offsets.append(data_at)
+            at = data_at + nbytes
+        arrays.append(replace(entry, at=tuple(offsets)))
+    return replace(one, arrays=tuple(arrays))
+
+
 SPECS = [
     ArraySpec(("model", "w"), (7, 33), "float32"),
     ArraySpec(("model", "a/b"), (), "bfloat16"),
@@ -73,6 +87,55 @@ def test_what_is_encoded_is_parsed_again(arrays, chunk_rows, step, exact):
     assert manifest.parse(data, where="x") == one
     assert manifest.identify(data, where="x") == manifest.Identity(step, 5, "ab" * 16)
     assert manifest.glance(data, where="x") == manifest.Identity(step, 5, "ab" * 16)
+
+
+@given(specs, st.none() | st.integers(1, 50), st.integers(0, 2**50))
+def test_offsets_make_version_3_and_leave_no_trace_without_them(rows, chunk_rows, gap):
+    plain = make(rows, chunk_rows=chunk_rows)
+    assume(all(entry.chunk_nbytes + 4 < 2**31 for entry in plain.arrays))
+    one = placed(plain, gap)
+    data = manifest.encode(one)
+    assert manifest.parse(data, where="x") == one
+    assert (b'"version":3,' in data) == bool(rows)
+    arrays = tuple(replace(entry, at=None) for entry in manifest.parse(data, where="x").arrays)
+    assert manifest.encode(replace(one, arrays=arrays)) == manifest.encode(plain)
+
+
+LARGE = ArraySpec(("model", "x"), (40_000,), "float32")
+IN_ARCHIVE = placed(make([LARGE, ArraySpec(("model", "y"), (5,), "uint8")], chunk_rows=20_000))
+
+
+@pytest.mark.parametrize(
+    ("at", "match"),
+    [
+        ([(4096, 86_016), None], "some arrays have offsets"),
+        ([(4096,), (200_000,)], "1 offsets for 2 chunks"),
+        ([(4096, 86_016, 200_704), (300_032,)], "3 offsets for 2 chunks"),
+        ([(4096, 86_016 + 64), (200_000,)], "not aligned"),
+        ([(4096, 86_016), (200_001,)], "not aligned"),
+        ([(0, 86_016), (200_000,)], "no room for its header"),
+        ([(4096, 4096), (200_000,)], "overlaps"),
+        ([(4096, 81_920), (200_000,)], "overlaps"),
+        ([(4096, 86_016), (86_016 + 64,)], "overlaps"),
+        ([(4096, 86_016), (84_096,)], "overlaps"),
+        ([(4096, -4096), (200_000,)], "not an integer"),
+        ([(4096, 86_016.0), (200_000,)], "not an integer"),
+        ([(4096, 2**63), (200_000,)], "not an integer"),
+        ([4096, (200_000,)], "not an array"),
+        ([{"0": 4096}, (200_000,)], "not an array"),
+    ],
+)
+def test_offsets_that_chunks_can_not_have_are_refused(at, match):
+    arrays = tuple(replace(entry, at=one) for entry, one in zip(IN_ARCHIVE.arrays, at, strict=True))
+    with pytest.raises(ManifestCorrupt, match=match):
+        manifest.parse(manifest.encode(replace(IN_ARCHIVE, arrays=arrays)), where="x")
+
+
+def test_a_chunk_too_large_for_an_archive_is_refused():
+    one = make([ArraySpec(("model", "x"), (2**31 + 100,), "uint8")])
+    array = replace(one.arrays[0], chunk_shape=(2**31 - 4,), at=(4096, 2**33))
+    with pytest.raises(ManifestCorrupt, match="too large for an archive"):
+        manifest.parse(manifest.encode(replace(one, arrays=(array,))), where="x")
 
 
 @given(specs.filter(bool), st.none() | st.integers(1, 50))
@@ -157,7 +220,7 @@ WHOLE = "a shape|not an integer|instead|can't have chunks"
     ("change", "match"),
     [
         (put("format", "zarr"), "not a gockpt manifest"),
-        (put("version", 3), "version 3 is unknown .* upgrade"),
+        (put("version", 4), "version 4 is unknown .* upgrade"),
         (put("version", 1.0), "not an integer"),
         (put("version", True), "not an integer"),
         (drop("exact"), "has the keys"),
@@ -233,7 +296,7 @@ def test_an_identity_needs_its_fields():
             manifest.glance(rewritten(drop(key)), where="x")
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_glance_compares_the_checksum_and_parses_nothing(version):
     line = b'{"format":"gockpt","version":%d,"step":7,"seq":5,"attempt":"abababab","rubbish' % version
     assert manifest.glance(sealed(line + b"\n"), where="x") == manifest.Identity(7, 5, "abababab")
@@ -241,7 +304,7 @@ def test_a_glance_compares_the_checksum_and_parses_nothing(version):
         with pytest.raises(ManifestCorrupt):
             manifest.glance(damaged, where="x")
     with pytest.raises(ManifestCorrupt):
-        manifest.glance(sealed(line.replace(b":%d," % version, b":3,") + b"\n"), where="x")
+        manifest.glance(sealed(line.replace(b":%d," % version, b":4,") + b"\n"), where="x")
 
 
 def test_far_too_many_chunks_cost_nothing_to_refuse():

@@ -247,10 +247,10 @@ def test_each_manifest_is_opened_once_and_none_that_was_replaced(save, tmp_path,
 def test_a_newer_format_is_passed_over_and_named(save, tmp_path, caplog):
     save(1, 1)
     later = save(2, 2).path / "gockpt.json"
-    line = later.read_bytes().splitlines(keepends=True)[0].replace(b'"version":1', b'"version":3')
+    line = later.read_bytes().splitlines(keepends=True)[0].replace(b'"version":1', b'"version":4')
     later.write_bytes(line + b'{"crc32c": "%08x"}\n' % crc32c(line))
     assert opened(tmp_path / "ckpts") == (1, 1)
-    assert "format version 3 is unknown" in caplog.text
+    assert "format version 4 is unknown" in caplog.text
     with pytest.raises(ManifestCorrupt, match="upgrade gockpt"):
         open_checkpoint(tmp_path / "ckpts", 2)
 
