@@ -225,6 +225,7 @@ class Aboard:
         """Copy all of it now, and drop every copy in flight."""
         self._following.stop()
         self._road.cancel()
+        self._following.release()
         self._kept = self._again = set()
         self._sampled = {}
         self._seen = []
@@ -332,6 +333,7 @@ class Aboard:
         self._following.stop()
         # Even if nothing is noted: an interrupt may have come between sending and noting.
         self._road.cancel()
+        self._following.release()
 
     def _arrived(self) -> None:
         self._following.receive()

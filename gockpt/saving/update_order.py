@@ -204,6 +204,7 @@ class Following:
         self._lanes: dict[int, _Lane] = {}
         self._open: list[tuple[Consignment, _Load]] = []
         self._looks: deque[_Look] = deque()
+        self._kept: set[int] = set()
         self._closed = False
         self._over = False
 
@@ -351,8 +352,19 @@ class Following:
         with self._lock:
             self._over = True
             self.error = None
+            gradients = [load for _, load in self._open if isinstance(load, _Gradients)]
+            self._kept |= {f.offset for lane in self._lanes.values() for f in lane.follows}
+            self._kept |= {f.offset for load in gradients for f in load.follows.values() if f.dropped}
+            self._kept |= {load.numbers.offset for load in gradients if load.numbers is not None}
             self._open.clear()
             self._lanes.clear()
+
+    def release(self) -> None:
+        """Free in the ring what was not handed over; after :meth:`stop`, once nothing is in flight."""
+        with self._lock:
+            kept, self._kept = self._kept, set()
+            for offset in kept:
+                self._ring.free(offset)
 
     # -- what has arrived, on whichever thread saw that --------------------------------------
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib.util
 import random
 import shutil
 import struct
@@ -27,6 +29,13 @@ import gockpt
 from gockpt import registry
 from gockpt.kernels import replay
 from gockpt.state import rng_state
+
+_spec = importlib.util.spec_from_file_location(
+    "fake_device", Path(__file__).parents[1] / "device" / "fake_device.py"
+)
+_fake_device = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_fake_device)
+fakes, devices = _fake_device.fakes, _fake_device.devices
 
 MEMORY = Path("/dev/shm")
 """Where checkpoints of most tests go, if it is there: thousands of synchronised files tire a disk."""
@@ -227,10 +236,15 @@ class Loop:
 
     A window always finds the last save written (``when_busy="wait"``), so that each has its full length.
 
+    Attributes:
+        setup: Ticks by which the first window is shorter, since what it needs is made behind training then.
+
     Args:
         build: Returns (model, optimizer) anew, with other values each time but of the same form.
         update: Called with (model, optimizer, tick): everything up to and including the update.
     """
+
+    setup = 0
 
     def __init__(self, build, update, *, every=1, extra=None, stride=1, start=0, **options):
         self.build = build
@@ -285,6 +299,18 @@ class Loop:
             check_load(self.path, moment, *self.build())
 
 
+class DeviceLoop(Loop):
+    """A loop in which each tick finds ready what the one before has let be made behind training."""
+
+    setup = 1
+
+    def boundary(self, *, save=True):
+        handle = super().boundary(save=save)
+        for saver in registry.open_here():
+            assert saver._engine._transfer.submit([lambda: None]).done.wait(60)
+        return handle
+
+
 @pytest.fixture(scope="session")
 def harness():
     """Return everything above by name."""
@@ -294,6 +320,20 @@ def harness():
     )  # fmt: skip
     for left in _directories:
         shutil.rmtree(left, ignore_errors=True)
+
+
+@pytest.fixture(params=["thread", "process"])
+def worker(request):
+    return request.param
+
+
+@pytest.fixture(params=["host", "device"])
+def loops(request, harness):
+    """Return how a :class:`Loop` is made whose state is in host memory, or on the fake device."""
+    if request.param == "host":
+        return harness.Loop
+    request.getfixturevalue("devices")
+    return functools.partial(DeviceLoop, device_memory=1 << 16)
 
 
 @pytest.fixture(autouse=True)

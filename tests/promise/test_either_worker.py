@@ -1,4 +1,4 @@
-"""What must hold alike with threads as the background and with a process: odd moments of a save.
+"""Odd moments of a save: alike in host memory and on a device, with worker threads and with a process.
 
 Windows that end early, a background that is busy, and changes and damage that nobody announced. What only one
 of the two can do, such as being killed, has trials of its own.
@@ -22,18 +22,13 @@ from gockpt.workers.save_job import Job
 EVERY, WINDOW = 6, 4
 
 
-@pytest.fixture(params=["thread", "process"])
-def worker(request):
-    return request.param
-
-
 @pytest.fixture
-def loop(harness, worker):
+def loop(harness, loops, worker):
     """A run whose first save is written."""
-    return begun(harness, worker)
+    return begun(harness, loops, worker)
 
 
-def begun(harness, worker, **options):
+def begun(harness, loops, worker, **options):
     def build():
         model = harness.Tensors({"a": torch.randn(4000), "b": torch.randn(70, 83)})
         return model, torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -43,7 +38,7 @@ def begun(harness, worker, **options):
             p.grad = torch.randn_like(p)
         optimizer.step()
 
-    made = harness.Loop(build, update, every=EVERY, window=WINDOW, worker=worker, **options)
+    made = loops(build, update, every=EVERY, window=WINDOW, worker=worker, **options)
     made.run(EVERY).handles[-1].result(60)
     return made
 
@@ -87,11 +82,12 @@ def busy(worker):
 
 
 @pytest.mark.parametrize("verify", ["full", "close"])
-def test_saves_are_the_ticks(harness, worker, verify):
+def test_saves_are_the_ticks(harness, loops, worker, verify):
     with harness.closing():
-        saved = begun(harness, worker, verify=verify, keep=4).run(2 * EVERY).finish()
+        loop = begun(harness, loops, worker, verify=verify, keep=4)
+        saved = loop.run(2 * EVERY).finish()
     assert [(s.step, s.attempts) for s in saved] == [(6, 1), (12, 1), (18, 1)]
-    assert {s.window for s in saved} == {WINDOW}
+    assert [s.window for s in saved] == [WINDOW - loop.setup, WINDOW, WINDOW]
 
 
 @pytest.mark.parametrize("ticks", [3, 4, 5])
@@ -158,8 +154,8 @@ def test_an_abort_inside_a_window_frees_all_that_was_sent(loop, updates):
     loop.check(18)
 
 
-def test_what_is_due_while_one_is_written_is_left_out(harness, worker, caplog):
-    loop = begun(harness, worker, when_busy="skip", keep=None)
+def test_what_is_due_while_one_is_written_is_left_out(harness, loops, worker, caplog):
+    loop = begun(harness, loops, worker, when_busy="skip", keep=None)
     update_to_the_due_step(loop)
     with busy(worker), caplog.at_level("INFO", "gockpt"):
         loop.boundary()
@@ -176,8 +172,8 @@ def test_what_is_due_while_one_is_written_is_left_out(harness, worker, caplog):
         loop.check(step)
 
 
-def test_what_is_due_while_one_is_written_is_waited_for(harness, worker, monkeypatch):
-    loop = begun(harness, worker, when_busy="wait", keep=None)
+def test_what_is_due_while_one_is_written_is_waited_for(harness, loops, worker, monkeypatch):
+    loop = begun(harness, loops, worker, when_busy="wait", keep=None)
     update_to_the_due_step(loop)
     waited = []
     real = inside_call.let_through
