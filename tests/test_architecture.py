@@ -51,11 +51,12 @@ ORDER = {
     "storage": """
         format.json_fields format.strict_json format.checksum format.codecs format.chunk_grid
         format.step_names format.array_paths format.zarr_dtypes format.zarr_metadata format.manifest_entries
-        format.zip_archive format.manifest_arrays format.manifest format.zarr_outline
+        format.zip_archive format.archive_plan format.manifest_arrays format.manifest format.zarr_outline
         object_store.client paths
         local.stopwatch local.failures local.syscalls local.filesystem local.files local.owner
         local.writer_lock local.verified local.catalog local.chunk_writer local.compression local.durability
-        local.partial_files local.partial_directory local.draft local.publish local.transaction local.store
+        local.partial_files local.page_writer local.partial_archive local.partial_directory local.draft
+        local.publish local.transaction local.store
         read.in_threads read.scratch read.location read.safe_open read.direct_io read.local_location
         read.object_location read.read_plan read.decode read.read_execute read.verify read.checkpoint
         read.element_values read.compare read.find

@@ -1,9 +1,10 @@
 """Names of the entries of a checkpoint path: formatting and parsing.
 
-``step-0000001200`` is complete; ``step-0000001200.partial-<attempt>`` is being written, or was when its
-writer died; ``step-0000001200.old-<attempt>`` is complete too, and was replaced by a newer publication
-of the same step; ``.trash-<attempt>`` is being deleted; ``.owner-<attempt>`` names the writer of a partial.
-Any other entry isn't gockpt's and is never touched.
+``step-0000001200``, a directory, and ``step-0000001200.zip``, an archive, are complete;
+``step-0000001200.partial-<attempt>`` is being written, or was when its writer died;
+``step-0000001200.old-<attempt>`` is complete too, and was replaced by a newer publication of the same step;
+``.trash-<attempt>`` is being deleted; each of these three may be a directory or an archive.
+``.owner-<attempt>`` names the writer of a partial. Any other entry isn't gockpt's and is never touched.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Literal
 
 __all__ = [
     "LOCK_FILE",
-    "DirectoryName",
+    "EntryName",
+    "EntryName",
     "UploadedName",
     "of_old",
     "of_owner",
@@ -31,7 +33,7 @@ LOCK_FILE = ".gockpt.lock"
 Kind = Literal["step", "partial", "old", "trash", "owner"]
 
 _NAME = re.compile(
-    r"step-(?P<step>[0-9]{10,19})(\.(?P<kind>partial|old)-(?P<attempt>[0-9a-f]{8,64}))?"
+    r"step-(?P<step>[0-9]{10,19})((?P<zip>\.zip)|\.(?P<kind>partial|old)-(?P<attempt>[0-9a-f]{8,64}))?"
     r"|\.(?P<aside>trash|owner)-(?P<of>[0-9a-f]{8,64})",
     re.ASCII,
 )
@@ -40,18 +42,20 @@ _UPLOADED = re.compile(r"step-([0-9]{10,19})-([0-9]{1,19})-([0-9a-f]{8,64})", re
 
 
 @dataclass(frozen=True, slots=True)
-class DirectoryName:
+class EntryName:
     """Parts of a directory entry's name.
 
     Attributes:
         kind: ``step``, ``partial``, ``old``, ``trash`` or ``owner``.
         step: The step, or ``None`` for trash and owners.
         attempt: The attempt, or ``None`` for a published step.
+        archive: Whether the name is an archive's; those of the other kinds don't say it.
     """
 
     kind: Kind
     step: int | None
     attempt: str | None
+    archive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +73,14 @@ class UploadedName:
     attempt: str
 
 
-def of_step(step: int) -> str:
-    """Return the name of a published step.
+def of_step(step: int, *, archive: bool = False) -> str:
+    """Return the name of a published step: of a directory, or of an archive.
 
     Examples:
-        >>> of_step(1200)
-        'step-0000001200'
+        >>> of_step(1200), of_step(1200, archive=True)
+        ('step-0000001200', 'step-0000001200.zip')
     """
-    return f"step-{step:010d}"
+    return f"step-{step:010d}.zip" if archive else f"step-{step:010d}"
 
 
 def of_partial(step: int, attempt: str) -> str:
@@ -90,7 +94,7 @@ def of_old(step: int, attempt: str) -> str:
 
 
 def of_trash(attempt: str) -> str:
-    """Return the name of a directory that is being deleted."""
+    """Return the name of a checkpoint that is being deleted."""
     return f".trash-{attempt}"
 
 
@@ -99,12 +103,12 @@ def of_owner(attempt: str) -> str:
     return f".owner-{attempt}"
 
 
-def parse(name: str) -> DirectoryName | None:
+def parse(name: str) -> EntryName | None:
     """Return the parts of a directory entry's name, or ``None`` if gockpt never writes such a name.
 
     Examples:
         >>> parse("step-0000001200.old-00ff00ff")
-        DirectoryName(kind='old', step=1200, attempt='00ff00ff')
+        EntryName(kind='old', step=1200, attempt='00ff00ff', archive=False)
         >>> parse("step-12"), parse("step-0000001200.bak")
         (None, None)
     """
@@ -113,12 +117,12 @@ def parse(name: str) -> DirectoryName | None:
         return None
     aside: Kind | None = match["aside"]  # type: ignore[assignment]
     if aside:
-        return DirectoryName(aside, None, match["of"])
+        return EntryName(aside, None, match["of"])
     step = int(match["step"])
     if name[5 : 5 + len(match["step"])] != f"{step:010d}":
         return None  # more zeros than are ever written: two names would mean one step
     kind: Kind = match["kind"] or "step"  # type: ignore[assignment]
-    return DirectoryName(kind, step, match["attempt"])
+    return EntryName(kind, step, match["attempt"], archive=bool(match["zip"]))
 
 
 def of_uploaded(step: int, seq: int, attempt: str) -> str:

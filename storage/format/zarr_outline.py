@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from gockpt.errors import UsageError
 from gockpt.storage.format import array_paths, checksum, chunk_grid, manifest, zarr_metadata
+from gockpt.storage.format.archive_plan import ArchivePlan
 from gockpt.storage.format.manifest import GROUP_FILE
 from gockpt.storage.format.manifest_arrays import encode_arrays
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from gockpt.core.arena_layout import ArrayLayout
 
@@ -61,7 +62,8 @@ class Outline:
         paths: The directory of each, by name.
         files: The paths of all files that are neither in an array's directory nor the manifest.
         groups: The directories that hold arrays, but for the root: parents before children.
-        vetted: Whether a manifest that lists these arrays, all raw, has been parsed without error.
+        vetted: The layouts, as for :meth:`raw`, whose manifest of these arrays, all raw, has been parsed without
+            error.
     """
 
     def __init__(self, arrays: Iterable[ArrayLayout]) -> None:
@@ -72,7 +74,7 @@ class Outline:
             UnsupportedState: If a name has no path.
         """
         self.arrays = tuple(arrays)
-        self.vetted = False
+        self.vetted: set[ArchivePlan | None] = set()
         found = [array.spec.name for array in self.arrays]
         array_paths.check_names(found)
         self.paths = array_paths.escape_all(found)
@@ -81,7 +83,8 @@ class Outline:
         self.groups = [path[:-ends] for path in self.files if path.endswith(f"/{GROUP_FILE}")]
         self._documents: dict[tuple[tuple[str, ...], str | None], ArrayFile] = {}
         self._consolidated: tuple[tuple[str | None, ...], bytes | None] | None = None
-        self._raw: RawArrays | None = None
+        self._raw: dict[ArchivePlan | None, RawArrays] = {}
+        self._plan: tuple[tuple[str | None, ...], ArchivePlan] | None = None
 
     def document(self, array: ArrayLayout, codec: str | None) -> ArrayFile:
         """Return the document of an array whose chunks are encoded with a codec.
@@ -117,18 +120,42 @@ class Outline:
             self._consolidated = known
         return known[1]
 
-    def raw(self) -> RawArrays:
-        """Return the manifest's list of the arrays if all are raw."""
-        if self._raw is None:
+    def archive(self, codec_for: Callable[[ArrayLayout], str | None]) -> ArchivePlan:
+        """Return the places of all raw chunks in an archive, and the documents that it holds.
+
+        Args:
+            codec_for: Returns the codec of an array's chunks; ``None``: raw.
+        """
+        codecs = tuple(codec_for(array) for array in self.arrays)
+        if self._plan is None or self._plan[0] != codecs:
+            group = zarr_metadata.dump(zarr_metadata.group_document())
+            documents = [(f"{path}/{GROUP_FILE}", group) for path in self.groups]
+            for array, codec in zip(self.arrays, codecs, strict=True):
+                made = self.document(array, codec)
+                documents.append((made.entry.path, made.text))
+            paths = [self.paths[array.spec.name] for array in self.arrays]
+            self._plan = codecs, ArchivePlan(self.arrays, paths, codecs, documents)
+            self._raw = {plan: raw for plan, raw in self._raw.items() if plan is None}
+        return self._plan[1]
+
+    def raw(self, plan: ArchivePlan | None = None) -> RawArrays:
+        """Return the manifest's list of the arrays if all are raw.
+
+        Args:
+            plan: Their places in an archive; ``None`` in a directory.
+        """
+        raw = self._raw.get(plan)
+        if raw is None:
             entries = tuple(
                 ArrayEntry(
                     array.spec,
                     self.paths[array.spec.name],
                     array.chunk_shape,
                     self.document(array, None).entry,
+                    at=None if plan is None else plan.at[number],
                 )
-                for array in self.arrays
+                for number, array in enumerate(self.arrays)
             )
             nbytes = 4 * sum(entry.block_count for entry in entries)
-            self._raw = RawArrays(entries, encode_arrays(entries), nbytes)
-        return self._raw
+            raw = self._raw[plan] = RawArrays(entries, encode_arrays(entries), nbytes)
+        return raw

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from gockpt.core import retention
 from gockpt.core.runs import Run, adopted
-from gockpt.errors import ManifestCorrupt
-from gockpt.storage.format import manifest, step_names, strict_json
+from gockpt.errors import CheckpointCorrupt, ManifestCorrupt
+from gockpt.storage.format import manifest, step_names, strict_json, zip_archive
 from gockpt.storage.format.json_fields import MAX_INTEGER
 from gockpt.storage.local import files, verified
 from gockpt.storage.local.failures import storage_errors
@@ -90,20 +90,44 @@ def identify(place: Directory, name: str) -> manifest.Identity | None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
-        return None  # gone, a file, or a link
+        return None  # gone, or a link
 
 
 def _manifest_of(place: Directory, name: str) -> bytes:
     fs = place.fs
-    fd = fs.open(name, files.DIRECTORY, dir_fd=place.fd)
+    try:
+        fd = fs.open(name, files.DIRECTORY, dir_fd=place.fd)
+    except NotADirectoryError:
+        return _manifest_in_archive(place, name)
     try:
         return files.read_small_file(fs, fd, manifest.MANIFEST_FILE, limit=_MANIFEST_LIMIT)
     finally:
         fs.close(fd)
 
 
+def _manifest_in_archive(place: Directory, name: str) -> bytes:
+    """Return the last entry of an archive.
+
+    Raises:
+        NotSmallRegularFile: If it is no regular file.
+        ManifestCorrupt: If it doesn't end as an archive does.
+        OSError: What the system says.
+    """
+    fs, where = place.fs, place.of(name)
+    with files.opened_regular(fs, place.fd, name) as (fd, size):
+        end = files.read_exactly(fs, fd, zip_archive.TAIL_NBYTES, max(0, size - zip_archive.TAIL_NBYTES))
+        try:
+            tail = zip_archive.parse_tail(end, size, where=where)
+        except CheckpointCorrupt as error:
+            raise ManifestCorrupt(str(error)) from error
+        if tail.manifest.nbytes > _MANIFEST_LIMIT:
+            msg = f"{where} has a manifest of {tail.manifest.nbytes} bytes"
+            raise ManifestCorrupt(msg)
+        return files.read_exactly(fs, fd, tail.manifest.nbytes, tail.manifest_at)
+
+
 def remove_entry(place: Place, name: str, attempt: str) -> None:
-    """Delete a directory so that no reader ever lists a half of it: rename, sync, then delete.
+    """Delete a checkpoint so that no reader ever lists a half of it: rename, sync, then delete.
 
     Raises:
         OSError: The system's error; the remains have a name that the next pruning or sweep deletes.
@@ -146,7 +170,7 @@ class Catalog:
                 if known is not None and known.kind in ("step", "old"):
                     self._look(name, known)
 
-    def _look(self, name: str, known: step_names.DirectoryName) -> None:
+    def _look(self, name: str, known: step_names.EntryName) -> None:
         found = identify(self._place, name)
         if found is None:
             return

@@ -37,7 +37,6 @@ DIRECT_FROM = 256 << 10
 
 _BOUNCE = 8 << 20
 _RESERVE_FROM = 1 << 20
-_NO_RESERVATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +199,7 @@ def _write_pieces(
     fd, direct = _create(fs, dir_fd, name, direct=wanted, known=known)
     try:
         if end >= _RESERVE_FROM:
-            _reserve(fs, fd, end)
+            files.reserve(fs, fd, end)
         for piece, offset in pieces:
             try:
                 _write(fs, fd, piece, offset, direct=direct)
@@ -252,11 +251,3 @@ def _create(fs: Filesystem, dir_fd: int, name: str, *, direct: bool, known: bool
         with contextlib.suppress(FileNotFoundError):
             fs.unlink(name, dir_fd=dir_fd)
     return fs.open(name, files.NEW_FILE, dir_fd=dir_fd), False
-
-
-def _reserve(fs: Filesystem, fd: int, nbytes: int) -> None:
-    try:
-        fs.fallocate(fd, nbytes)
-    except OSError as error:
-        if error.errno not in _NO_RESERVATION:
-            raise

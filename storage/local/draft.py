@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.core.arena_layout import ArrayLayout, Slot
+    from gockpt.storage.format.archive_plan import ArchivePlan
     from gockpt.storage.format.zarr_outline import ArrayFile, Outline
     from gockpt.storage.local.compression import Compression
     from gockpt.storage.local.partial_files import PartialFiles, StoredChunk
@@ -58,7 +59,8 @@ class Contents:
 class _Array:
     """An array to be written; ``blocks`` has a key for each chunk begun.
 
-    Where it has a codec, ``stored`` has the encoded length of each chunk written.
+    Where it has a codec, ``stored`` has the encoded length of each chunk written; in an archive, ``at`` has
+    the offset of each.
     """
 
     layout: ArrayLayout
@@ -66,6 +68,7 @@ class _Array:
     made: ArrayFile | None = None
     blocks: dict[int, npt.NDArray[np.uint32] | None] = field(default_factory=dict)
     stored: dict[int, int] = field(default_factory=dict)
+    at: dict[int, int] = field(default_factory=dict)
 
 
 class Draft:
@@ -76,7 +79,12 @@ class Draft:
     """
 
     def __init__(
-        self, files: PartialFiles, compression: Compression, outline: Outline, contents: Contents
+        self,
+        files: PartialFiles,
+        compression: Compression,
+        outline: Outline,
+        contents: Contents,
+        plan: ArchivePlan | None = None,
     ) -> None:
         """Start with no files.
 
@@ -85,8 +93,10 @@ class Draft:
             compression: Which arrays are encoded.
             outline: What its arrays say of its files.
             contents: What there will be.
+            plan: Places in the archive, if its files go into one.
         """
         self.nbytes = 0
+        self._plan = plan
         self._files = files
         self._compression = compression
         self._outline = outline
@@ -117,6 +127,8 @@ class Draft:
         with self._mutex:
             array.blocks[slot.chunk] = stored.blocks
             array.stored[slot.chunk] = stored.nbytes - CHECKSUM_BYTES
+            if stored.at is not None:
+                array.at[slot.chunk] = stored.at
             self.nbytes += stored.nbytes
 
     def _write_rows(
@@ -189,15 +201,15 @@ class Draft:
                 if path != BLOCKS_FILE
             )
             if not any(codecs):  # else lengths are yet to be known
-                raw = self._outline.raw()
+                raw = self._outline.raw(self._plan)
                 blocks = FileEntry(BLOCKS_FILE, raw.blocks_nbytes, 0)
                 content = describe(raw.entries, (*documents, blocks))
-                if self._outline.vetted:
+                if self._plan in self._outline.vetted:
                     _expect_readable(manifest.encode(_without_arrays(content)))
                     manifest.encode(content, raw.text)  # for its size
                 else:
                     _expect_readable(manifest.encode(content, raw.text))
-                    self._outline.vetted = True
+                    self._outline.vetted.add(self._plan)
                 self._tried = content
             self._documents = documents
 
@@ -241,7 +253,7 @@ class Draft:
             StorageError: If the disk refuses.
         """
         known = self._tried is not None and content.arrays is self._tried.arrays
-        data = manifest.encode(content, self._outline.raw().text if known else None)
+        data = manifest.encode(content, self._outline.raw(self._plan).text if known else None)
         if self._tried is None or not _is_as_good(content, self._tried):
             _expect_readable(data)
         self._files.complete(data)
@@ -284,14 +296,19 @@ class Draft:
         return FileEntry(path, len(data), checksum.crc32c(data))
 
     def _entries(self) -> tuple[ArrayEntry, ...]:
-        return tuple(_entry(array, array.made or self._make(array)) for array in self._arrays.values())
+        is_archive = self._plan is not None
+        return tuple(
+            _entry(array, array.made or self._make(array), is_archive=is_archive)
+            for array in self._arrays.values()
+        )
 
 
-def _entry(array: _Array, made: ArrayFile) -> ArrayEntry:
-    coded = None
+def _entry(array: _Array, made: ArrayFile, *, is_archive: bool) -> ArrayEntry:
+    layout, coded = array.layout, None
     if made.codec is not None:
-        coded = Coded(made.codec, tuple(array.stored[slot.chunk] for slot in array.layout.slots))
-    return ArrayEntry(array.layout.spec, array.path, array.layout.chunk_shape, made.entry, coded)
+        coded = Coded(made.codec, tuple(array.stored[slot.chunk] for slot in layout.slots))
+    at = tuple(array.at[slot.chunk] for slot in layout.slots) if is_archive else None
+    return ArrayEntry(layout.spec, array.path, layout.chunk_shape, made.entry, coded, at)
 
 
 def _without_arrays(content: manifest.Manifest) -> manifest.Manifest:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gockpt.storage.local.filesystem import Filesystem
 
 __all__ = [
     "DIRECTORY",
     "NEW_FILE",
+    "opened_regular",
+    "read_exactly",
     "read_small_file",
     "remove_tree",
+    "reserve",
     "sync_directory",
     "write_all",
     "write_new_file",
@@ -23,6 +29,7 @@ __all__ = [
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _FILES = frozenset({"c", "zarr.json", "state.json", "gockpt.json", "blocks.crc32c"})
+_NO_RESERVATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 _PIECE = 1 << 30  # Linux writes at most 0x7ffff000 bytes at once
 
 
@@ -54,11 +61,25 @@ def write_new_file(fs: Filesystem, dir_fd: int, name: str, data: memoryview | by
     return fd
 
 
-def read_small_file(fs: Filesystem, dir_fd: int, name: str, *, limit: int) -> bytes:
-    """Return a regular file's bytes; never follows a link, blocks on a FIFO or reads beyond ``limit``.
+def reserve(fs: Filesystem, fd: int, nbytes: int) -> None:
+    """Reserve disk blocks for the first ``nbytes`` of a file, where the file system can.
 
     Raises:
-        NotSmallRegularFile: If it is larger, or no regular file.
+        OSError: What the system says: that there is no space, for instance.
+    """
+    try:
+        fs.fallocate(fd, nbytes)
+    except OSError as error:
+        if error.errno not in _NO_RESERVATION:
+            raise
+
+
+@contextmanager
+def opened_regular(fs: Filesystem, dir_fd: int, name: str) -> Iterator[tuple[int, int]]:
+    """Open a regular file for reading: its descriptor and its length. Never follows a link or blocks on a FIFO.
+
+    Raises:
+        NotSmallRegularFile: If it is no regular file.
         OSError: What the system says.
     """
     try:
@@ -73,15 +94,31 @@ def read_small_file(fs: Filesystem, dir_fd: int, name: str, *, limit: int) -> by
         if not stat.S_ISREG(status.st_mode):
             msg = f"{name} is no regular file"
             raise NotSmallRegularFile(msg)
-        if status.st_size > limit:
-            msg = f"{name} has {status.st_size} bytes"
-            raise NotSmallRegularFile(msg)
-        data = b""
-        while piece := fs.pread(fd, status.st_size + 1 - len(data), len(data)):
-            data += piece
+        yield fd, status.st_size
     finally:
         fs.close(fd)
+
+
+def read_exactly(fs: Filesystem, fd: int, nbytes: int, offset: int) -> bytes:
+    """Return the bytes at an offset: fewer only where the file ends."""
+    data = b""
+    while len(data) < nbytes and (piece := fs.pread(fd, nbytes - len(data), offset + len(data))):
+        data += piece
     return data
+
+
+def read_small_file(fs: Filesystem, dir_fd: int, name: str, *, limit: int) -> bytes:
+    """Return a regular file's bytes; never reads beyond ``limit``.
+
+    Raises:
+        NotSmallRegularFile: If it is larger, or no regular file.
+        OSError: What the system says.
+    """
+    with opened_regular(fs, dir_fd, name) as (fd, size):
+        if size > limit:
+            msg = f"{name} has {size} bytes"
+            raise NotSmallRegularFile(msg)
+        return read_exactly(fs, fd, size + 1, 0)
 
 
 def sync_directory(fs: Filesystem, dir_fd: int, name: str) -> None:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from gockpt.storage.format.manifest import Identity
     from gockpt.storage.local.catalog import Place
 
-__all__ = ["Replaced", "expect_replaceable", "publish", "set_aside"]
+__all__ = ["Replaced", "expect_replaceable", "expect_step_replaceable", "publish", "set_aside"]
 
 _UNKNOWN_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
-Replaced = tuple[str, "Identity"] | None
-"""A replaced checkpoint that still exists: its present name and its identity."""
+Replaced = list[tuple[str, "Identity"]]
+"""Replaced checkpoints that still exist: their present names and their identities."""
 
 
 Owns = Callable[["Identity"], bool]
@@ -54,29 +54,49 @@ def expect_replaceable(place: Place, name: str, owns: Owns) -> Identity | None:
     return identity
 
 
-def publish(place: Place, partial: str, step: int, owns: Owns) -> Replaced:
+def expect_step_replaceable(place: Place, step: int, owns: Owns) -> None:
+    """Refuse to write a step whose names hold anything that may not be replaced.
+
+    Raises:
+        StorageError: As for :func:`expect_replaceable`.
+        OSError: As for :func:`expect_replaceable`.
+    """
+    for archive in (False, True):
+        expect_replaceable(place, step_names.of_step(step, archive=archive), owns)
+
+
+def publish(place: Place, partial: str, step: int, owns: Owns, *, archive: bool) -> Replaced:
     """Rename a partial to its step's name and make that durable.
 
+    Args:
+        place: Where it lies.
+        partial: Its name.
+        step: The step.
+        owns: Whether a checkpoint may be replaced.
+        archive: Whether the partial is an archive.
+
     Returns:
-        What it replaced, if anything.
+        What it replaced: under the same name, and under that of the other layout.
 
     Raises:
         StorageError: If what stands there may not be replaced.
         OSError: What the system says. Then the new checkpoint may or may not be published; the previous
             one is intact either way.
     """
-    target = step_names.of_step(step)
+    target, other = (step_names.of_step(step, archive=which) for which in (archive, not archive))
+    beside = expect_replaceable(place, other, owns)
+    replaced: Replaced = [] if beside is None else [(other, beside)]
     try:
         place.fs.rename_new(partial, target, dir_fd=place.fd)
-        replaced: Replaced = None
     except FileExistsError:
-        replaced = _replace(place, partial, target, step, owns)
+        replaced += _replace(place, partial, target, step, owns)
     except OSError as error:
         if error.errno not in _UNKNOWN_FLAG:
             raise
         # The writer lock keeps the name free between the look and the rename.
-        replaced = _replace(place, partial, target, step, owns) if place.has(target) else None
-        if replaced is None:
+        if place.has(target):
+            replaced += _replace(place, partial, target, step, owns)
+        else:
             place.fs.rename(partial, target, dir_fd=place.fd)
     place.fs.fsync(place.fd)
     return replaced
@@ -86,20 +106,20 @@ def _replace(place: Place, partial: str, target: str, step: int, owns: Owns) -> 
     previous = expect_replaceable(place, target, owns)
     if previous is None:  # removed since
         place.fs.rename(partial, target, dir_fd=place.fd)
-        return None
+        return []
     try:
         place.fs.exchange(partial, target, dir_fd=place.fd)
     except OSError as error:
         if error.errno not in _UNKNOWN_FLAG:
             raise
     else:
-        return partial, previous
+        return [(partial, previous)]
     old = step_names.of_old(step, previous.attempt)
     place.fs.rename(target, old, dir_fd=place.fd)
     # Or a power loss could leave the new name in place of the old one, and the old one nowhere.
     place.fs.fsync(place.fd)
     place.fs.rename(partial, target, dir_fd=place.fd)
-    return old, previous
+    return [(old, previous)]
 
 
 def set_aside(place: Place, replaced: tuple[str, Identity], step: int) -> tuple[str, Identity]:

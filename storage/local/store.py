@@ -11,12 +11,13 @@ import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gockpt.core.runs import Run, adopted
 from gockpt.errors import PathBusy, UsageError
 from gockpt.options import Keep
 from gockpt.storage.format import step_names
+from gockpt.storage.format.archive_plan import is_archivable
 from gockpt.storage.format.json_fields import MAX_INTEGER
 from gockpt.storage.format.zarr_outline import Outline
 from gockpt.storage.local import files, owner
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
     from gockpt.core.arena_layout import ArrayLayout
 
-__all__ = ["Follow", "Store"]
+__all__ = ["Follow", "Layout", "Store"]
+
+Layout = Literal["auto", "file", "directory"]
+"""Layout of the checkpoints that a store writes."""
 
 _log = logging.getLogger("gockpt")
 
@@ -73,6 +77,7 @@ class Store:
         follow: Follow | None = None,
         parent: int | None = None,
         compression: Compression | None = None,
+        layout: Layout = "directory",
     ) -> None:
         """Make the directory if need be, take its writer lock, and sweep up after writers that died.
 
@@ -83,6 +88,8 @@ class Store:
                 checkpoint there counts as its own, and what it publishes names no ancestors.
             parent: ``seq`` of the checkpoint that the run resumed from, if it did.
             compression: What is encoded, and how; nothing by default.
+            layout: ``"file"``: one archive per checkpoint; ``"directory"``: a directory of files; ``"auto"``:
+                an archive, unless a chunk is too long for one.
 
         Raises:
             PathBusy: If another process, or another store of this one, writes there, or has published
@@ -93,6 +100,7 @@ class Store:
         fs = fs or Filesystem()
         self._pid = os.getpid()
         self._compression = compression or Compression(None, threads=1)
+        self._layout = layout
         self._outline: Outline | None = None  # of the latest save: the next one mostly has the same arrays
         self._transactions: set[Transaction] = set()
         self._closed = False
@@ -155,8 +163,8 @@ class Store:
             exact: Whether the checkpoint equals a blocking save bit for bit.
 
         Raises:
-            UsageError: If the step is no integer from 0 to 2**63 - 1, names can't stand together, or the
-                store was closed or forked.
+            UsageError: If the step is no integer from 0 to 2**63 - 1, names can't stand together, a chunk is
+                too long for an archive that was asked for, or the store was closed or forked.
             StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
         """
         self._expect_usable()
@@ -176,10 +184,26 @@ class Store:
             Contents(arrays, state, attributes, exact),
             step=step,
             attempt=secrets.token_hex(16),
+            archive=self._layout != "directory" and self._fits_archive(arrays),
             on_end=self._transactions.discard,
         )
         self._transactions.add(transaction)
         return transaction
+
+    def _fits_archive(self, arrays: Sequence[ArrayLayout]) -> bool:
+        """Whether arrays can be written into an archive.
+
+        Raises:
+            UsageError: If they can't, and an archive was asked for.
+        """
+        fits = is_archivable(arrays)
+        if not fits and self._layout == "file":
+            msg = (
+                "a row of an array has 2 GiB or more, which no reader of archives takes: "
+                'save with Options(layout="directory"), or "auto"'
+            )
+            raise UsageError(msg)
+        return fits
 
     def prune(self, keep: int | Keep) -> list[int]:
         """Delete all but the newest ``keep`` checkpoints, by publication; readers survive it.
@@ -307,7 +331,7 @@ def _is_abandoned(place: Place, name: str, attempt: str) -> bool:
     return owner.is_abandoned(who, observer=owner.myself(), quiet_seconds=place.lock.server_time() - seen)
 
 
-def _clear(place: Place, name: str, found: step_names.DirectoryName) -> bool:
+def _clear(place: Place, name: str, found: step_names.EntryName) -> bool:
     """Remove a partial that nobody writes, unless it is the predecessor that its attempt had replaced.
 
     Returns:

@@ -23,6 +23,7 @@ from gockpt.storage.local import files, owner, publish
 from gockpt.storage.local.catalog import remove_entry
 from gockpt.storage.local.draft import Contents, Draft
 from gockpt.storage.local.failures import storage_errors
+from gockpt.storage.local.partial_archive import PartialArchive
 from gockpt.storage.local.partial_directory import PartialDirectory
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from gockpt.storage.format.zarr_outline import Outline
     from gockpt.storage.local.catalog import Catalog, Place
     from gockpt.storage.local.compression import Compression
+    from gockpt.storage.local.partial_files import PartialFiles
 
 __all__ = ["Lineage", "Published", "Transaction"]
 
@@ -79,7 +81,7 @@ class Published:
         step: The user's step.
         seq: Its number among its path's publications; the highest is the newest.
         attempt: Hexadecimal, unique to this writing of the step.
-        path: Its directory.
+        path: Its directory or archive.
         nbytes: Bytes written: real rows or encoded chunks, checksums and documents; no padding.
         encoding_memory: The most bytes that encoding has held so far, beside the slots; 0 if all is raw.
     """
@@ -129,9 +131,10 @@ class Transaction:
         *,
         step: int,
         attempt: str,
+        archive: bool,
         on_end: Callable[[Transaction], None],
     ) -> None:
-        """Create the partial's directory and its owner record.
+        """Create the partial, a directory or an archive, and its owner record.
 
         Raises:
             StorageError: If the disk refuses, or what stands in the step's place is no checkpoint.
@@ -144,6 +147,7 @@ class Transaction:
         self._compression = compression
         contents = self._contents = lineage.label(contents)
         self._on_end = on_end
+        self._archive = archive
         self._pid = os.getpid()
         self._partial = step_names.of_partial(step, attempt)
         self._failure: BaseException | None = None
@@ -158,15 +162,23 @@ class Transaction:
             with storage_errors("begin", where):
                 place.lock.expect_held(place.fd)
                 with catalog.turn:
-                    publish.expect_replaceable(place, step_names.of_step(step), lineage.owns)
+                    publish.expect_step_replaceable(place, step, lineage.owns)
                 who = owner.encode(owner.myself())
                 self._owner_fd = files.write_new_file(fs, place.fd, step_names.of_owner(attempt), who)
                 opened.append(self._owner_fd)
-                fs.mkdir(self._partial, dir_fd=place.fd)
-                self._fd = fs.open(self._partial, files.DIRECTORY, dir_fd=place.fd)
+                if not archive:
+                    fs.mkdir(self._partial, dir_fd=place.fd)
+                flags = files.NEW_FILE if archive else files.DIRECTORY
+                self._fd = fs.open(self._partial, flags, dir_fd=place.fd)
                 opened.append(self._fd)
                 self._inode = _inode(fs.fstat(self._fd))
-                self._draft = Draft(PartialDirectory(fs, self._fd, where), compression, outline, contents)
+                plan = outline.archive(compression.codec_for) if archive else None
+                self._files: PartialFiles = (
+                    PartialDirectory(fs, self._fd, where)
+                    if plan is None
+                    else PartialArchive(fs, place.fd, self._partial, self._fd, where, plan)
+                )
+                self._draft = Draft(self._files, compression, outline, contents, plan)
         except BaseException:
             for fd in opened:
                 with suppress(OSError):
@@ -249,7 +261,7 @@ class Transaction:
             step=self.step,
             seq=content.seq,
             attempt=self.attempt,
-            path=self._place.of(step_names.of_step(self.step)),
+            path=self._place.of(self._name),
             nbytes=self._draft.nbytes,
             encoding_memory=self._compression.peak_nbytes,
         )
@@ -347,15 +359,22 @@ class Transaction:
             if not self._is_ours(self._partial):
                 msg = f"{place.of(self._partial)} was taken away meanwhile; this save is given up"
                 raise StorageError(msg)
-            return publish.publish(place, self._partial, self.step, self._lineage.owns)
+            return publish.publish(
+                place, self._partial, self.step, self._lineage.owns, archive=self._archive
+            )
 
     def _record(self, content: manifest.Manifest, replaced: publish.Replaced) -> None:
-        name = step_names.of_step(self.step)
-        self._catalog.forget(name)
-        if replaced is not None:
-            self._catalog.add(*publish.set_aside(self._place, replaced, self.step))
-        self._catalog.add(name, manifest.identity_of(content))
+        for archive in (False, True):
+            self._catalog.forget(step_names.of_step(self.step, archive=archive))
+        for one in replaced:
+            self._catalog.add(*publish.set_aside(self._place, one, self.step))
+        self._catalog.add(self._name, manifest.identity_of(content))
         self._lineage.parent = content.seq
+
+    @property
+    def _name(self) -> str:
+        """The name that it is published under."""
+        return step_names.of_step(self.step, archive=self._archive)
 
     def _is_ours(self, name: str) -> bool:
         place = self._place

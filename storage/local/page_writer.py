@@ -1,0 +1,175 @@
+"""Writes of any length at any place of one file, carried out in whole pages.
+
+Promise: after :meth:`PageWriter.flush` every byte that was handed in is in the file, at its place; bytes that
+nobody handed in are zero. Whole pages of aligned memory go past the page cache where the file system allows
+it; what shares a page with something else is gathered first. Nothing is synced here. Safe to use from
+several threads, for ranges that don't overlap.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gockpt.core.arena_layout import ALIGNMENT
+from gockpt.storage.local import files
+
+if TYPE_CHECKING:
+    from gockpt.storage.local.filesystem import Filesystem
+
+__all__ = ["DIRECT_FROM", "PageWriter"]
+
+DIRECT_FROM = 256 << 10
+"""Shorter writes go through the page cache, where many leave as one; direct I/O waits for each."""
+
+_BLOCK = 1 << 20
+_SPARE = 8  # blocks kept for the next ones: fresh memory costs more than what is copied into it
+
+
+class _Block:
+    """A range of the file whose bytes are still being gathered."""
+
+    __slots__ = ("filled", "memory", "start")
+
+    def __init__(self, start: int, memory: memoryview) -> None:
+        self.start = start
+        self.memory = memory
+        self.filled = 0
+
+
+class PageWriter:
+    """Writes into one file, which it opens a second time for direct I/O."""
+
+    def __init__(self, fs: Filesystem, dir_fd: int, name: str, fd: int, *, packed_at: int) -> None:
+        """Begin with an empty file.
+
+        Args:
+            fs: The file system.
+            dir_fd: The directory that ``name`` is relative to.
+            name: The file.
+            fd: Its open descriptor, for writing; the caller closes it.
+            packed_at: From here on, what is written is mostly shorter than a page: it is gathered in blocks
+                of 1 MiB instead of in pages.
+
+        Raises:
+            OSError: What the system says.
+        """
+        self._fs = fs
+        self._fd = fd
+        self._packed_at = -(-packed_at // ALIGNMENT) * ALIGNMENT
+        self._mutex = threading.Lock()
+        self._blocks: dict[int, _Block] = {}
+        self._spare: list[memoryview] = []
+        self._direct_fd = self._open_direct(dir_fd, name)
+
+    def _open_direct(self, dir_fd: int, name: str) -> int:
+        """Return a descriptor for direct I/O in whole pages; -1 if the file system has none."""
+        fs = self._fs
+        try:
+            fd = fs.open(name, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW, dir_fd=dir_fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return -1
+        try:
+            fits = 0 < fs.direct_alignment(fd) <= ALIGNMENT
+        except BaseException:
+            fs.close(fd)
+            raise
+        if fits:
+            return fd
+        fs.close(fd)  # refused, or only in larger units than pages
+        return -1
+
+    def write(self, at: int, data: memoryview) -> None:
+        """Write bytes at an offset.
+
+        Args:
+            at: The offset.
+            data: The bytes; aligned pages among them are written from where they lie.
+        """
+        end = at + data.nbytes
+        first, last = -(-at // ALIGNMENT) * ALIGNMENT, end // ALIGNMENT * ALIGNMENT
+        if at >= self._packed_at or last - first < DIRECT_FROM or not _is_aligned(data, first - at):
+            self._gather(at, data)
+            return
+        self._gather(at, data[: first - at])
+        self._write_pages(first, data[first - at : last - at])
+        self._gather(last, data[last - at :])
+
+    def _gather(self, at: int, data: memoryview) -> None:
+        """Copy bytes into the blocks that they lie in, and write each that is full."""
+        while data.nbytes:
+            start, size = self._block_of(at)
+            n = min(start + size - at, data.nbytes)
+            with self._mutex:
+                block = self._blocks.get(start)
+                if block is None:
+                    block = self._blocks[start] = _Block(start, self._memory(size))
+            # Ranges don't overlap, so that threads may fill one block at the same time.
+            np.frombuffer(block.memory, np.uint8)[at - start : at - start + n] = np.frombuffer(data[:n], np.uint8)
+            with self._mutex:
+                block.filled += n
+                full = block.filled == size
+                if full:
+                    del self._blocks[start]
+            if full:
+                self._write_pages(start, block.memory)
+                with self._mutex:
+                    if size == _BLOCK and len(self._spare) < _SPARE:
+                        self._spare.append(block.memory)
+            at += n
+            data = data[n:]
+
+    def _block_of(self, at: int) -> tuple[int, int]:
+        """Return the start and the length of the block that an offset lies in."""
+        if at < self._packed_at:
+            return at // ALIGNMENT * ALIGNMENT, ALIGNMENT
+        start = self._packed_at + (at - self._packed_at) // _BLOCK * _BLOCK
+        return start, _BLOCK
+
+    def _memory(self, size: int) -> memoryview:
+        """Return zeroed memory; whole pages for a block of several."""
+        if size < _BLOCK:
+            return memoryview(bytearray(size))
+        if not self._spare:
+            return memoryview(mmap.mmap(-1, size))
+        memory = self._spare.pop()
+        np.frombuffer(memory, np.uint8)[:] = 0
+        return memory
+
+    def _write_pages(self, at: int, data: memoryview) -> None:
+        """Write whole pages, past the page cache if they are many."""
+        if self._direct_fd >= 0 and data.nbytes >= DIRECT_FROM:
+            try:
+                files.write_all(self._fs, self._direct_fd, data, at)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Some file systems accept the flag and refuse the write.
+            else:
+                return
+        files.write_all(self._fs, self._fd, data, at)
+
+    def flush(self) -> None:
+        """Write what is gathered and is no whole block, when no other thread writes any more."""
+        with self._mutex:
+            blocks, self._blocks = self._blocks, {}
+        for start in sorted(blocks):
+            files.write_all(self._fs, self._fd, blocks[start].memory, start)
+
+    def close(self) -> None:
+        """Close the descriptor for direct I/O."""
+        fd, self._direct_fd = self._direct_fd, -1
+        if fd >= 0:
+            self._fs.close(fd)
+
+
+def _is_aligned(data: memoryview, at: int) -> bool:
+    """Whether a byte of a buffer lies at the beginning of a page of memory."""
+    return (int(np.frombuffer(data, np.uint8).ctypes.data) + at) % ALIGNMENT == 0

@@ -1,0 +1,171 @@
+"""Files of a checkpoint that is being written into an archive: one ZIP file of stored entries."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gockpt.core.arena_layout import CHECKSUM_BYTES
+from gockpt.storage.format import checksum, zip_archive
+from gockpt.storage.format.manifest import MANIFEST_FILE
+from gockpt.storage.local import files
+from gockpt.storage.local.failures import storage_errors
+from gockpt.storage.local.page_writer import PageWriter
+from gockpt.storage.local.partial_files import StoredChunk
+
+if TYPE_CHECKING:
+    from gockpt.core.arena_layout import ArrayLayout, Slot
+    from gockpt.storage.format.archive_plan import ArchivePlan
+    from gockpt.storage.local.filesystem import Filesystem
+
+__all__ = ["PartialArchive"]
+
+_RESERVE_FROM = 1 << 20
+_ZEROS = bytes(checksum.BLOCK)
+
+
+class PartialArchive:
+    """An open file that only this object writes into; see :class:`PartialFiles`."""
+
+    def __init__(
+        self, fs: Filesystem, dir_fd: int, name: str, fd: int, where: str, plan: ArchivePlan
+    ) -> None:
+        """Start in an empty file.
+
+        Args:
+            fs: The file system.
+            dir_fd: The directory that ``name`` is relative to.
+            name: The file.
+            fd: Its open descriptor; the caller closes it.
+            where: Its path, for messages.
+            plan: Places of its raw chunks, and its Zarr documents.
+
+        Raises:
+            OSError: What the system says.
+        """
+        self._fs = fs
+        self._fd = fd
+        self._where = where
+        self._plan = plan
+        self._mutex = threading.Lock()
+        self._crcs = np.zeros(len(plan.chunks), np.uint32)
+        self._end = plan.end  # of the entries that have a place
+        self._records: list[bytes] = []  # central records of the entries without a planned place
+        self._encoded = 0
+        self._documents: dict[str, bytes] = {}
+        if plan.end >= _RESERVE_FROM:
+            files.reserve(fs, fd, plan.end)
+        self._pages = PageWriter(fs, dir_fd, name, fd, packed_at=plan.packed_at)
+
+    def write_chunk(self, path: str, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> StoredChunk:
+        """Write a chunk's entry at its planned place."""
+        entry = self._plan.chunks[path]
+        real, whole = slot.nbytes, layout.chunk_nbytes
+        buffer = buffer.cast("B")
+        blocks, crc, crc32 = _checksums(buffer[:real], whole)
+        trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
+        crc32 = self._crcs[entry.index] = zip_archive.archive_crc32(trailer, crc32)
+        header = entry.sealed(crc32)
+        with storage_errors("write", self._where, path):
+            if real < whole:
+                # The zeros up to the whole chunk are a hole.
+                self._pages.write(entry.header_at, memoryview(header))
+                self._pages.write(entry.data_at, buffer[:real])
+                self._pages.write(entry.data_at + whole, memoryview(trailer))
+            else:
+                buffer[whole : whole + CHECKSUM_BYTES] = trailer
+                self._pages.write(entry.header_at, memoryview(header))
+                self._pages.write(entry.data_at, buffer[: whole + CHECKSUM_BYTES])
+        return StoredChunk(blocks, real + CHECKSUM_BYTES, entry.data_at)
+
+    def write_encoded(self, path: str, data: bytes) -> StoredChunk:
+        """Write an encoded chunk's entry behind those that have a place."""
+        view = memoryview(data)
+        blocks, crc, crc32 = _checksums(view, view.nbytes)
+        trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
+        crc32 = zip_archive.archive_crc32(trailer, crc32)
+        nbytes = view.nbytes + CHECKSUM_BYTES
+        with self._mutex:
+            header_at = self._end
+            padding, data_at = zip_archive.place(header_at, len(path), nbytes, aligned=True)
+            self._end = data_at + nbytes
+            self._encoded += 1
+            self._records.append(zip_archive.central_record(path, nbytes, crc32, header_at))
+        header = zip_archive.local_header(path, nbytes, crc32, padding)
+        with storage_errors("write", self._where, path):
+            self._pages.write(header_at, memoryview(header))
+            self._pages.write(data_at, view)
+            self._pages.write(data_at + view.nbytes, memoryview(trailer))
+        return StoredChunk(blocks, nbytes, data_at)
+
+    def write_document(self, path: str, data: bytes) -> None:
+        """Keep a document until all chunks have their places."""
+        self._documents[path] = data
+
+    def replace_document(self, path: str, data: bytes) -> None:
+        """Keep another document instead."""
+        self._documents[path] = data
+
+    def sync(self) -> None:
+        """Write the documents, and make all that was written durable."""
+        start, plan = self._end, self._plan
+        pieces = [plan.documents]
+        self._records.append(plan.document_records(start))
+        self._end += len(plan.documents)
+        for path, data in self._documents.items():
+            if path not in plan.document_paths:
+                pieces.append(self._entry(path, data))
+        with storage_errors("write", self._where):
+            self._pages.write(start, memoryview(b"".join(pieces)))
+            self._pages.flush()
+            self._fs.fsync(self._fd)
+
+    def complete(self, manifest: bytes) -> None:
+        """Write the manifest, the central directory and the end, and make them durable."""
+        start, plan = self._end, self._plan
+        entry = self._entry(MANIFEST_FILE, manifest)
+        # In the order of the offsets, as they were given out.
+        directory = plan.chunk_records(self._crcs) + b"".join(self._records)
+        entries = len(plan.chunks) + self._encoded + len(self._documents) + 1
+        data = entry + directory + zip_archive.end_records(entries, self._end, len(directory))
+        with storage_errors("write", self._where, MANIFEST_FILE):
+            files.write_all(self._fs, self._fd, memoryview(data), start)
+            self._fs.ftruncate(self._fd, start + len(data))
+            self._fs.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close what it opened."""
+        self._pages.close()
+
+    def _entry(self, path: str, data: bytes) -> bytes:
+        """Give a document the next place; return its entry."""
+        crc32 = zip_archive.archive_crc32(data)
+        self._records.append(zip_archive.central_record(path, len(data), crc32, self._end))
+        entry = zip_archive.local_header(path, len(data), crc32, 0) + data
+        self._end += len(entry)
+        return entry
+
+
+def _checksums(data: memoryview, whole: int) -> tuple[np.ndarray, int, int]:
+    """Return the checksums of a chunk, each block read once while it is in the cache.
+
+    Args:
+        data: The chunk's real or encoded bytes.
+        whole: Length of the chunk with the zeros behind them.
+
+    Returns:
+        crc32c of each block of the data, and crc32c and CRC-32 of the whole chunk.
+    """
+    blocks = []
+    crc32 = 0
+    for at in range(0, data.nbytes, checksum.BLOCK):
+        block = data[at : at + checksum.BLOCK]
+        blocks.append(checksum.crc32c(block))
+        crc32 = zip_archive.archive_crc32(block, crc32)
+    zeros = whole - data.nbytes
+    crc = checksum.crc32c_zeros(zeros, checksum.chain(blocks, data.nbytes))
+    for at in range(0, zeros, checksum.BLOCK):
+        crc32 = zip_archive.archive_crc32(memoryview(_ZEROS)[: zeros - at], crc32)
+    return np.array(blocks, "<u4"), crc, crc32
