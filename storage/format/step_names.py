@@ -16,7 +16,6 @@ from typing import Literal
 __all__ = [
     "LOCK_FILE",
     "EntryName",
-    "EntryName",
     "UploadedName",
     "of_old",
     "of_owner",

@@ -76,7 +76,9 @@ def reserve(fs: Filesystem, fd: int, nbytes: int) -> None:
 
 @contextmanager
 def opened_regular(fs: Filesystem, dir_fd: int, name: str) -> Iterator[tuple[int, int]]:
-    """Open a regular file for reading: its descriptor and its length. Never follows a link or blocks on a FIFO.
+    """Open a regular file for reading: its descriptor and its length.
+
+    It never follows a link or blocks on a FIFO.
 
     Raises:
         NotSmallRegularFile: If it is no regular file.

@@ -66,6 +66,7 @@ class PageWriter:
         self._blocks: dict[int, _Block] = {}
         self._spare: list[memoryview] = []
         self._direct_fd = self._open_direct(dir_fd, name)
+        self._direct = self._direct_fd >= 0
 
     def _open_direct(self, dir_fd: int, name: str) -> int:
         """Return a descriptor for direct I/O in whole pages; -1 if the file system has none."""
@@ -112,7 +113,9 @@ class PageWriter:
                 if block is None:
                     block = self._blocks[start] = _Block(start, self._memory(size))
             # Ranges don't overlap, so that threads may fill one block at the same time.
-            np.frombuffer(block.memory, np.uint8)[at - start : at - start + n] = np.frombuffer(data[:n], np.uint8)
+            np.frombuffer(block.memory, np.uint8)[at - start : at - start + n] = np.frombuffer(
+                data[:n], np.uint8
+            )
             with self._mutex:
                 block.filled += n
                 full = block.filled == size
@@ -145,13 +148,13 @@ class PageWriter:
 
     def _write_pages(self, at: int, data: memoryview) -> None:
         """Write whole pages, past the page cache if they are many."""
-        if self._direct_fd >= 0 and data.nbytes >= DIRECT_FROM:
+        if self._direct and data.nbytes >= DIRECT_FROM:
             try:
                 files.write_all(self._fs, self._direct_fd, data, at)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                # Some file systems accept the flag and refuse the write.
+                self._direct = False  # some file systems accept the flag and refuse the write
             else:
                 return
         files.write_all(self._fs, self._fd, data, at)

@@ -359,9 +359,7 @@ class Transaction:
             if not self._is_ours(self._partial):
                 msg = f"{place.of(self._partial)} was taken away meanwhile; this save is given up"
                 raise StorageError(msg)
-            return publish.publish(
-                place, self._partial, self.step, self._lineage.owns, archive=self._archive
-            )
+            return publish.publish(place, self._partial, self.step, self._lineage.owns, archive=self._archive)
 
     def _record(self, content: manifest.Manifest, replaced: publish.Replaced) -> None:
         for archive in (False, True):
