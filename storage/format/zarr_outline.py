@@ -62,8 +62,8 @@ class Outline:
         paths: The directory of each, by name.
         files: The paths of all files that are neither in an array's directory nor the manifest.
         groups: The directories that hold arrays, but for the root: parents before children.
-        vetted: The plans, as for :meth:`raw`, with which a manifest of these arrays, all raw, was parsed without
-            error.
+        vetted: The plans, as for :meth:`raw`, with which a manifest of these arrays, all raw, was parsed and
+            accepted.
     """
 
     def __init__(self, arrays: Iterable[ArrayLayout]) -> None:

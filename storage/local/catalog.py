@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -127,11 +128,17 @@ def _manifest_in_archive(place: Directory, name: str) -> bytes:
 
 
 def remove_entry(place: Place, name: str, attempt: str) -> None:
-    """Delete a checkpoint so that no reader ever lists a half of it: rename, sync, then delete.
+    """Delete a checkpoint so that no reader ever lists a half of it.
+
+    An archive goes at once; a directory is renamed, which is made durable, and then deleted.
 
     Raises:
         OSError: The system's error; the remains have a name that the next pruning or sweep deletes.
     """
+    if stat.S_ISREG(place.fs.stat(name, dir_fd=place.fd).st_mode):
+        place.fs.unlink(name, dir_fd=place.fd)
+        place.fs.fsync(place.fd)
+        return
     trash = step_names.of_trash(attempt)
     files.remove_tree(place.fs, place.fd, trash)
     place.fs.rename(name, trash, dir_fd=place.fd)

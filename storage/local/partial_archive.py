@@ -109,7 +109,7 @@ class PartialArchive:
         self._documents[path] = data
 
     def sync(self) -> None:
-        """Write the documents, and make all that was written durable."""
+        """Write the documents and all that is still gathered; :meth:`complete` makes it durable."""
         start, plan = self._end, self._plan
         pieces = [plan.documents]
         self._records.append(plan.document_records(start))
@@ -120,10 +120,9 @@ class PartialArchive:
         with storage_errors("write", self._where):
             self._pages.write(start, memoryview(b"".join(pieces)))
             self._pages.flush()
-            self._fs.fsync(self._fd)
 
     def complete(self, manifest: bytes) -> None:
-        """Write the manifest, the central directory and the end, and make them durable."""
+        """Write the manifest, the central directory and the end, and make the whole file durable."""
         start, plan = self._end, self._plan
         entry = self._entry(MANIFEST_FILE, manifest)
         # In the order of the offsets, as they were given out.

@@ -1,8 +1,8 @@
 """Protocol of the files of one checkpoint that is being written, in a directory or in an archive.
 
 Contract for every backend: files are written under relative paths of plain components, each once, from
-several threads; after :meth:`PartialFiles.sync` all of them are on the disk, and after
-:meth:`PartialFiles.complete` so is the manifest. Every error is a
+several threads; after :meth:`PartialFiles.sync` all of them are written, and after
+:meth:`PartialFiles.complete` they and the manifest are on the disk. Every error is a
 :class:`~gockpt.errors.StorageError` that names the file; after one, nothing may be written or synced again.
 """
 
@@ -58,7 +58,7 @@ class PartialFiles(Protocol):
         """Write other bytes into a document that was written before."""
 
     def sync(self) -> None:
-        """Make all that was written durable."""
+        """Make all that was written durable, or leave that to :meth:`complete`."""
 
     def complete(self, manifest: bytes) -> None:
         """Write the manifest, the mark that all the rest is there, and make it durable."""

@@ -7,12 +7,15 @@ and compares every byte, so that writer and reader can't agree on a mistake.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
 import os
 import re
+import struct
 import tempfile
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +29,11 @@ from gockpt.core.arena_layout import ArrayLayout
 from gockpt.core.array_spec import ArraySpec
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local.filesystem import CALLS, Filesystem
+from gockpt.storage.local.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from gockpt.storage.local.store import Store
     from gockpt.storage.local.transaction import Published, Transaction
 
 Tree = dict[str, bytes | None]
@@ -134,6 +137,44 @@ def below(tree: Tree, name: str) -> Tree:
     return {path[len(name) + 1 :]: data for path, data in tree.items() if path.startswith(f"{name}/")}
 
 
+def unpacked(data: bytes) -> tuple[Tree, list[str]]:
+    """Return the files in an archive as a tree, and what is wrong with the archive itself."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        bad = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+        return {}, [f"no archive: {error}"]
+    if bad is not None:
+        return {}, [f"{bad} has another CRC-32"]
+    names = archive.namelist()
+    tree: Tree = {name: archive.read(name) for name in names}
+    found = [] if len(set(names)) == len(names) else ["a name occurs twice"]
+    for name in names:
+        parts = name.split("/")
+        tree.update(dict.fromkeys(("/".join(parts[:n]) for n in range(1, len(parts))), None))
+    if names[-1:] != ["gockpt.json"]:
+        found.append("the manifest is not the last entry")
+        return tree, found
+    at = 0
+    for entry in archive.infolist():
+        length, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
+        if entry.header_offset != at or entry.compress_type:
+            found.append(f"{entry.filename} doesn't begin where the entry before it ends")
+        at = entry.header_offset + 30 + length + extra + entry.file_size
+    if at != archive.start_dir:
+        found.append("there is something before the central directory")
+    for array in json.loads(tree["gockpt.json"].split(b"\n")[0])["arrays"]:
+        for number, offset in enumerate(array["at"]):
+            content = tree[f"{array['path']}/{_key_of(array, number)}"]
+            if data[offset : offset + len(content)] != content:
+                found.append(f"chunk {number} of {array['path']} is not where the manifest says")
+    return tree, found
+
+
+def _key_of(array: dict[str, Any], number: int) -> str:
+    return ".".join(["c", str(number), *("0" * (len(array["shape"]) - 1))]) if array["shape"] else "c"
+
+
 def problems(tree: Tree) -> list[str]:
     """Return everything that is wrong with one checkpoint, given as a tree."""
     data = tree.get("gockpt.json")
@@ -164,11 +205,7 @@ def problems(tree: Tree) -> list[str]:
         chunk = math.prod(array["chunk"]) * size
         left = math.prod(array["shape"]) * size
         for number in range(-(-left // chunk)):
-            key = (
-                "c"
-                if not array["shape"]
-                else ".".join(["c", str(number), *("0" * (len(array["shape"]) - 1))])
-            )
+            key = _key_of(array, number)
             content = compare(f"{array['path']}/{key}", chunk + 4, None)
             if content[-4:] != crc32c(content[:-4]).to_bytes(4, "little"):
                 found.append(f"{array['path']}/{key} has another checksum")
@@ -205,9 +242,10 @@ def examine(tree: Tree) -> list[Seen]:
     """Return every checkpoint that a reader would see in a path, oldest publication first."""
     seen = []
     for name in tree:
-        if re.fullmatch(r"step-[0-9]{10}(\.old-[0-9a-f]+)?", name):
-            checkpoint = below(tree, name)
-            wrong = tuple(problems(checkpoint))
+        if re.fullmatch(r"step-[0-9]{10}(\.zip|\.old-[0-9a-f]+)?", name):
+            data = tree[name]
+            checkpoint, wrong = (below(tree, name), []) if data is None else unpacked(data)
+            wrong = tuple(wrong or problems(checkpoint))
             if wrong:
                 seen.append(Seen(name, -1, -1, wrong))
             else:
@@ -338,6 +376,13 @@ def scratch(tmp_path) -> Iterator[Path]:
             yield Path(directory)
     else:
         yield tmp_path
+
+
+@pytest.fixture(params=["directory", "file"])
+def layout(request, monkeypatch) -> str:
+    """Let every store write checkpoints of one layout, and then of the other."""
+    monkeypatch.setitem(Store.__init__.__kwdefaults__, "layout", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,8 @@ def landmarks(path, scenario, sample, faults):
     return total, publishing[-1] if publishing else total
 
 
+pytestmark = pytest.mark.usefixtures("layout")
+
 SCENARIOS = ["first", "next", "again", "again without renameat2", "prune"]
 
 

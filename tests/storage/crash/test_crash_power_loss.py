@@ -6,12 +6,15 @@ broken on purpose must fail here: a test that can't see them proves nothing.
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
 
 from gockpt.storage.local.store import Store
 from gockpt.storage.read import find
+
+pytestmark = pytest.mark.usefixtures("layout")
 
 SCENARIOS = ["first", "next", "again", "again without renameat2", "prune"]
 
@@ -85,11 +88,14 @@ def test_the_previous_checkpoint_or_the_new_one(scenario, whole, small_sample, c
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["syncfs", "each file"])
-def test_the_same_when_few_files_may_stay_open(whole, small_sample, checker, power, scratch, monkeypatch):
+def test_the_same_when_few_files_may_stay_open(
+    whole, layout, small_sample, checker, power, scratch, monkeypatch
+):
     monkeypatch.setattr("gockpt.storage.local.durability._MOST_OPEN", 3)
     look = run("next", small_sample, checker, power, scratch / "path", whole=whole)
     assert not look.violations, look.violations[:3]
-    if whole:  # closed early, so only syncfs is sure to hear of a lost write: without both it must show
+    if whole and layout == "directory":
+        # Closed early, so only syncfs is sure to hear of a lost write: without both it must show.
         bad = run(
             "next",
             small_sample,
@@ -102,6 +108,7 @@ def test_the_same_when_few_files_may_stay_open(whole, small_sample, checker, pow
         assert bad.violations
 
 
+@pytest.mark.parametrize("layout", ["directory"], indirect=True)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, faults, power, scratch):
     """Lay what a loss leaves on a real disk, open it for reading and for writing, and save on."""
@@ -131,7 +138,14 @@ def is_payload(call, path):
     return os.path.basename(path).startswith(("c", "zarr.json", "state.json", "blocks"))
 
 
-MUTATIONS = {
+EVERYWHERE = {
+    "the path is not synced": ("next", lambda call, path: path == ""),
+    "the path is not synced at first": ("first", lambda call, path: path == ""),
+    "the path is not synced when a step is replaced": ("again", lambda call, path: path == ""),
+    "the path is not synced between two renames": ("again without renameat2", lambda call, path: path == ""),
+}
+IN_ARCHIVES = {"the archive is not synced": ("next", lambda call, path: ".partial-" in path)}
+IN_DIRECTORIES = {
     "files are not synced": ("next", is_payload),
     "one chunk is not synced": ("next", ends("model/tall/c.1")),
     "one array's document is not synced": ("next", ends("model/none/zarr.json")),
@@ -144,17 +158,26 @@ MUTATIONS = {
         "next",
         lambda call, path: ".partial-" in path and "/" not in path,
     ),
-    "the path is not synced": ("next", lambda call, path: path == ""),
-    "the path is not synced at first": ("first", lambda call, path: path == ""),
-    "the path is not synced when a step is replaced": ("again", lambda call, path: path == ""),
-    "the path is not synced between two renames": ("again without renameat2", lambda call, path: path == ""),
     "the path is not synced before a delete": ("prune", lambda call, path: path == ""),
 }
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_protocol_without_one_of_its_syncs_is_caught(mutation, small_sample, checker, power, scratch):
-    scenario, forgets = MUTATIONS[mutation]
+MUTATIONS = [
+    *itertools.product(("directory",), {**EVERYWHERE, **IN_DIRECTORIES}.items()),
+    *itertools.product(("file",), {**EVERYWHERE, **IN_ARCHIVES}.items()),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "mutation"),
+    MUTATIONS,
+    indirect=["layout"],
+    ids=lambda one: one if type(one) is str else one[0],
+)
+def test_a_protocol_without_one_of_its_syncs_is_caught(
+    layout, mutation, small_sample, checker, power, scratch
+):
+    _, (scenario, forgets) = mutation
     look = run(scenario, small_sample, checker, power, scratch / "path", whole=False, forgets=forgets)
     assert look.violations
 
@@ -180,6 +203,7 @@ def test_a_length_set_after_the_sync_is_caught(small_sample, checker, power, scr
     assert look.violations
 
 
+@pytest.mark.parametrize("layout", ["directory"], indirect=True)
 def test_syncfs_alone_does_not_cover_the_manifest(small_sample, checker, power, scratch):
     look = run(
         "next", small_sample, checker, power, scratch / "path", whole=True, forgets=ends("gockpt.json.tmp")

@@ -13,6 +13,8 @@ from gockpt.storage.format import step_names
 from gockpt.storage.local.filesystem import CALLS
 from gockpt.storage.local.store import Store
 
+pytestmark = pytest.mark.usefixtures("layout")
+
 SCENARIOS = ["first", "next", "again", "prune"]
 
 
