@@ -82,5 +82,9 @@ def _background(
         worker = InProcess(path, options, parent=parent, follow=follow)
         return worker, worker
     compression = Compression(options.compression, threads=options.worker_threads)
-    store = open_store(lambda: Store(path, follow=follow, parent=parent, compression=compression))
+
+    def make() -> Store:
+        return Store(path, follow=follow, parent=parent, compression=compression, layout=options.layout)
+
+    store = open_store(make)
     return InThreads(store, options), store

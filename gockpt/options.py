@@ -105,6 +105,9 @@ class Options:
             encodes the kinds of tensor whose encoding makes a save shorter. Encoding takes host memory of its
             own: at most three times the largest chunk for each of ``cpu_threads``, and three times more; and
             up to 8 MiB to write from for each of these threads, and three more.
+        layout: ``"file"``: a checkpoint is one file, ``step-0000001200.zip``, an uncompressed ZIP of a Zarr
+            hierarchy. ``"directory"``: it is a directory of that hierarchy's files. ``"auto"``: one file,
+            unless a row of an array has 2 GiB or more.
         worker: Where the background of saves runs. ``"thread"``: in this process. ``"process"``: in one of
             its own over shared memory, which needs Linux: what it does in Python holds up no training step,
             and a save that is captured is published even if this process is killed.
@@ -134,6 +137,7 @@ class Options:
     overhead: float = 0.01
     grad_dtype: Literal["fp16", "bf16"] | None = None
     compression: Literal["zstd", "blosc", "auto"] | None = None
+    layout: Literal["auto", "file", "directory"] = "directory"
     worker: Literal["thread", "process"] = "thread"
     worker_timeout: float = 60.0
     remote: str | None = None
@@ -165,6 +169,8 @@ class Options:
             _refuse("grad_dtype", self.grad_dtype, 'None, "fp16" or "bf16"')
         if self.compression not in (None, "zstd", "blosc", "auto"):
             _refuse("compression", self.compression, 'None, "zstd", "blosc" or "auto"')
+        if self.layout not in ("auto", "file", "directory"):
+            _refuse("layout", self.layout, '"auto", "file" or "directory"')
         if self.worker not in ("thread", "process"):
             _refuse("worker", self.worker, '"thread" or "process"')
         timeout = self.worker_timeout

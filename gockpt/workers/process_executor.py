@@ -123,6 +123,7 @@ class InProcess:
             "cpu_threads": o.worker_threads,
             "nice": o.nice,
             "compression": o.compression,
+            "layout": o.layout,
             "grad_dtype": o.grad_dtype,
         }
         first = messages.Open(os.fsencode(self._path), self._follow, self._parent, plain, o.keep)

@@ -162,6 +162,7 @@ class Worker:
                     follow=first.follow,
                     parent=first.parent,
                     compression=Compression(self._options.compression, threads=threads),
+                    layout=self._options.layout,
                 ),
                 give_up=lambda: os.getppid() != self._trainer,
             )

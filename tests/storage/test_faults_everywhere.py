@@ -28,7 +28,6 @@ CODES = (
     *(errno.ENOSPC, errno.EIO, errno.EINTR, errno.EMFILE),
     *(errno.EROFS, errno.ESTALE, errno.EACCES, errno.EDQUOT),
 )
-pytestmark = pytest.mark.usefixtures("layout")
 FINAL = {"pwrite", "ftruncate", "syncfs", "mkdir", "exchange", "rename_new", "direct_alignment"}
 """What may never fail unnoticed, wherever it is called."""
 ARRAYS = (
@@ -49,8 +48,6 @@ def _makes_every_call_for_small_things(monkeypatch):
     monkeypatch.setattr("gockpt.storage.local.transaction._HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setattr("gockpt.storage.local.chunk_writer._RESERVE_FROM", 4096)
     monkeypatch.setattr("gockpt.storage.local.chunk_writer.DIRECT_FROM", 4096)
-    monkeypatch.setattr("gockpt.storage.local.partial_archive._RESERVE_FROM", 4096)
-    monkeypatch.setattr("gockpt.storage.local.page_writer.DIRECT_FROM", 4096)
 
 
 @pytest.fixture
