@@ -57,9 +57,10 @@ ORDER = {
         local.writer_lock local.verified local.catalog local.chunk_writer local.compression local.durability
         local.partial_files local.page_writer local.partial_archive local.partial_directory local.draft
         local.publish local.transaction local.store
-        read.in_threads read.scratch read.location read.safe_open read.direct_io read.local_location
+        read.in_threads read.scratch read.location read.archive_files read.safe_open read.direct_io
+        read.local_location
         read.object_location read.read_plan read.decode read.read_execute read.verify read.checkpoint
-        read.element_values read.compare read.find
+        read.copying local.packing read.element_values read.compare read.find
         object_store.upload __init__
     """,
     "state": """

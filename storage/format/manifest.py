@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,10 @@ class Manifest:
     def file(self, path: str) -> FileEntry:
         """Return the entry of one of the non-array files, by path."""
         return next(entry for entry in self.files if entry.path == path)
+
+    def in_directory(self) -> Manifest:
+        """Return the manifest of the same checkpoint with each chunk in a file of its own."""
+        return replace(self, arrays=tuple(replace(entry, at=None) for entry in self.arrays))
 
     def first_blocks(self) -> tuple[int, ...]:
         """Return the index of each array's first entry in the block checksums, and the total at the end."""

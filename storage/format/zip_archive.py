@@ -29,6 +29,7 @@ __all__ = [
     "LOCAL_HEADER_NBYTES",
     "MAX_ENTRY_NBYTES",
     "MAX_PADDING_NBYTES",
+    "MAX_RECORD_NBYTES",
     "TAIL_NBYTES",
     "CentralEntry",
     "Tail",
@@ -37,6 +38,7 @@ __all__ = [
     "central_record",
     "central_record_nbytes",
     "end_records",
+    "is_end",
     "local_header",
     "parse_directory",
     "parse_tail",
@@ -70,6 +72,9 @@ _MADE_BY = 3 << 8 | _VERSION  # 3: Unix, so that the mode below is heeded
 _DATE = 1 << 5 | 1  # 1980-01-01, the first day that a ZIP can name
 _MODE = 0o100644 << 16
 _FULL = 0xFFFFFFFF
+
+MAX_RECORD_NBYTES = _CENTRAL.size + _OFFSET64.size
+"""Most bytes of a central record beside the name."""
 
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -236,6 +241,11 @@ def end_records(entries: int, directory_at: int, directory_nbytes: int) -> bytes
     return end64 + locator + end
 
 
+def is_end(data: bytes) -> bool:
+    """Return whether the last bytes of a file look like those of a ZIP without a comment."""
+    return data[-_END.size :][:4] == b"PK\5\6"
+
+
 def parse_tail(data: bytes, file_nbytes: int, *, where: str) -> Tail:
     """Return what the last :data:`TAIL_NBYTES` of an archive say.
 
@@ -265,10 +275,13 @@ def parse_tail(data: bytes, file_nbytes: int, *, where: str) -> Tail:
     if end_records(entries, at, nbytes) != end:
         msg = f"{where}: the end records of the ZIP are damaged, or another program wrote them"
         raise CheckpointCorrupt(msg)
+    if last[_CENTRAL.size :][: len(_LAST_NAME)] != _LAST_NAME.encode():
+        msg = f"{where}: {_LAST_NAME} is not the last entry of the ZIP"
+        raise CheckpointCorrupt(msg)
     (found,) = _records(last, 1, where)
     manifest_at = found.header_at + LOCAL_HEADER_NBYTES + len(_LAST_NAME)
-    if found.name != _LAST_NAME or manifest_at + found.nbytes != at:
-        msg = f"{where}: {_LAST_NAME} is not the last entry of the ZIP"
+    if manifest_at + found.nbytes != at:
+        msg = f"{where}: {_LAST_NAME} does not end where the central directory begins"
         raise CheckpointCorrupt(msg)
     return Tail(entries, at, nbytes, found, manifest_at)
 

@@ -9,39 +9,29 @@ parts per thread, whatever the size of a chunk.
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from gockpt.core.arena_layout import CHECKSUM_BYTES
-from gockpt.errors import CheckpointCorrupt, CheckpointPruned, ChunkCorrupt, RemoteError, UsageError
+from gockpt.errors import RemoteError, UsageError
 from gockpt.storage.format import step_names
-from gockpt.storage.format.checksum import BLOCK, block_count, chain, crc32c, crc32c_zeros, expect_blocks
-from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, parse
+from gockpt.storage.format.manifest import MANIFEST_FILE, encode
 from gockpt.storage.object_store.client import TakenError
+from gockpt.storage.read.copying import PIECE, chunk_files, document_files
 from gockpt.storage.read.in_threads import in_threads
-from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, read_document, read_small
 from gockpt.storage.read.object_location import ObjectLocation
-from gockpt.storage.read.read_execute import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    import numpy.typing as npt
+    from collections.abc import Callable
 
     from gockpt.storage.format.manifest import Manifest
-    from gockpt.storage.format.manifest_entries import FileEntry
     from gockpt.storage.object_store.client import Objects
     from gockpt.storage.read.checkpoint import StoredCheckpoint
-    from gockpt.storage.read.location import Files
+    from gockpt.storage.read.copying import StoredFile
 
 __all__ = ["Uploaded", "upload_checkpoint"]
 
 THREADS = 4
-PART = 8 * BLOCK
+PART = PIECE
 """Bytes of one request; larger objects go in parts of this size."""
 PARALLEL = 2
 """Parts of one object on their way at once."""
@@ -69,23 +59,6 @@ class Uploaded:
     sent: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Object:
-    """One object to be.
-
-    Attributes:
-        path: Relative to the checkpoint.
-        nbytes: Its size.
-        crc: Its checksum: all follows from the manifest, nothing is read for it.
-        data: Gives its bytes, checked.
-    """
-
-    path: str
-    nbytes: int
-    crc: int
-    data: Callable[[], bytes | Iterator[bytearray]]
-
-
 def upload_checkpoint(
     stored: StoredCheckpoint,
     objects: Objects,
@@ -107,16 +80,12 @@ def upload_checkpoint(
         UsageError: If another checkpoint there has the same ``seq``: it came from another path.
         RemoteError: If the store refuses or can't be reached.
     """
-    manifest, files = stored.manifest, stored.files
+    manifest = stored.manifest
     base = step_names.of_uploaded(manifest.step, manifest.seq, manifest.attempt)
     url = objects.url_of(base)
-    with _explained(files, stored.path):
-        whole = read_small(files, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-        if parse(whole, where=f"{stored.path}/{MANIFEST_FILE}") != manifest:
-            msg = f"{stored.path}: its manifest is not the one it was opened with"
-            raise CheckpointCorrupt(msg)
-        blocks = read_document(files, manifest.file(BLOCKS_FILE))
-    todo = list(_objects(files, stored.path, manifest, np.frombuffer(blocks, "<u4")))
+    # In an object store, each file is an object of its own, whatever it is here.
+    whole = encode(manifest.in_directory())
+    todo = [*document_files(stored, "uploaded"), *chunk_files(stored, "uploaded")]
     nbytes = sum(item.nbytes for item in todo) + len(whole)
     there = _existing(objects, f"{base}/{MANIFEST_FILE}", len(whole))
     if there is not None:
@@ -126,7 +95,7 @@ def upload_checkpoint(
     present = objects.tree(base)
     lock, done, sent = threading.Lock(), 0, 0
 
-    def work(item: _Object, _: None) -> None:
+    def work(item: StoredFile, _: None) -> None:
         nonlocal done, sent
         key = f"{base}/{item.path}"
         missing = present.get(item.path) != item.nbytes or not _is_there(objects, key, item)
@@ -151,59 +120,7 @@ def upload_checkpoint(
     return Uploaded(manifest.step, manifest.seq, manifest.attempt, url, nbytes, sent + len(whole))
 
 
-def _objects(files: Files, path: str, manifest: Manifest, crcs: npt.NDArray[np.uint32]) -> Iterator[_Object]:
-    """Yield every object but the manifest, with what it must be."""
-    for file in (*manifest.files, *(entry.meta for entry in manifest.arrays)):
-        yield _Object(file.path, file.size, file.crc32c, partial(_file_data, files, path, file))
-    for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False):
-        source = Source(files, entry, None)
-        for chunk in range(entry.chunks):
-            nbytes, real = entry.file_nbytes(chunk), entry.covered_nbytes(chunk)
-            at = first + entry.first_block(chunk)
-            known = crcs[at : at + block_count(real)]
-            content = crc32c_zeros(nbytes - CHECKSUM_BYTES - real, chain(known.tolist(), real))
-            stored = content.to_bytes(CHECKSUM_BYTES, "little")
-            data = partial(_chunk_data, source, chunk, path, known, stored)
-            yield _Object(entry.chunk_path(chunk), nbytes, crc32c(stored, content), data)
-
-
-def _file_data(files: Files, path: str, file: FileEntry) -> bytes:
-    with _explained(files, path):
-        return read_document(files, file)
-
-
-def _chunk_data(
-    source: Source, chunk: int, path: str, known: npt.NDArray[np.uint32], stored: bytes
-) -> bytes | Iterator[bytearray]:
-    """Return a chunk file's bytes, as a whole if they are few."""
-    pieces = _chunk_pieces(source, chunk, path, known, stored)
-    return b"".join(pieces) if source.entry.file_nbytes(chunk) <= PART else pieces
-
-
-def _chunk_pieces(
-    source: Source, chunk: int, path: str, known: npt.NDArray[np.uint32], stored: bytes
-) -> Iterator[bytearray]:
-    """Yield a chunk file's bytes, each piece once it agrees with the manifest."""
-    real, whole = source.entry.covered_nbytes(chunk), source.entry.file_nbytes(chunk)
-    with _explained(source.files, path), source.open(chunk) as file:
-        for start in range(0, whole, PART):
-            data = bytearray(min(PART, whole - start))
-            file.read_into([memoryview(data)], start)
-            piece = np.frombuffer(data, np.uint8)
-            rows, behind = piece[: max(0, real - start)], piece[max(0, real - start) :]
-            expect_blocks([rows], known[start // BLOCK :], where=file.path, start=start)
-            # What stands behind the rows: zeros, then the chunk's own checksum.
-            first = max(start, real)
-            padding = behind[: max(0, whole - CHECKSUM_BYTES - first)]
-            own = behind[padding.nbytes :].tobytes()
-            at = first + padding.nbytes - (whole - CHECKSUM_BYTES)
-            if padding.any() or own != stored[at : at + len(own)]:
-                msg = f"{file.path}: the padding or the checksum behind its {real} bytes is wrong"
-                raise ChunkCorrupt(msg)
-            yield data
-
-
-def _is_there(objects: Objects, key: str, item: _Object) -> bool:
+def _is_there(objects: Objects, key: str, item: StoredFile) -> bool:
     try:
         return objects.stat(key) == (item.nbytes, f"{item.crc:08x}")
     except FileNotFoundError:
@@ -234,21 +151,3 @@ def _expect_own_number(objects: Objects, manifest: Manifest, base: str) -> None:
                 "another path: which is newer can't be told. Use a URL of its own for each path"
             )
             raise UsageError(msg)
-
-
-@contextmanager
-def _explained(files: Files, path: str) -> Iterator[None]:
-    """Turn what goes wrong with the checkpoint's own files into an error that says what it means."""
-    try:
-        yield
-    except CheckpointCorrupt as error:
-        msg = f"{error} (in {path}); it was not uploaded"
-        raise type(error)(msg) from error
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
-        if files.is_gone():
-            msg = f"{path} was removed before it was uploaded"
-            raise CheckpointPruned(msg) from error
-        msg = f"{error.filename or 'a file'} is missing (in {path}); it was not uploaded"
-        raise ChunkCorrupt(msg) from error

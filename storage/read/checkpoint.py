@@ -100,7 +100,12 @@ class StoredCheckpoint:
     """
 
     def __init__(self, files: Files, path: str, manifest: Manifest, *, threads: int) -> None:
-        """Take over the files of a checkpoint; large reads use up to ``threads``."""
+        """Take over the files of a checkpoint; large reads use up to ``threads``.
+
+        Raises:
+            ManifestCorrupt: If such files can't have that manifest; they stay open then.
+        """
+        files.accept(manifest, where=path)
         self.path = path
         self.manifest = manifest
         self.arrays: Mapping[str, StoredArray] = MappingProxyType(

@@ -19,7 +19,7 @@ from gockpt.storage.object_store.client import objects_at
 from gockpt.storage.paths import local_path
 from gockpt.storage.read.checkpoint import StoredCheckpoint, manifest_bytes
 from gockpt.storage.read.in_threads import in_threads
-from gockpt.storage.read.local_location import LocalLocation
+from gockpt.storage.read.local_location import local_location
 from gockpt.storage.read.location import GONE
 from gockpt.storage.read.object_location import ObjectLocation
 
@@ -87,9 +87,9 @@ def location_at(where: Where) -> Location:
         NotACheckpoint: If it is a file.
     """
     if isinstance(where, os.PathLike) and not isinstance(os.fspath(where), str):
-        return LocalLocation(local_path(where))  # raises
+        return local_location(local_path(where))  # raises
     objects = objects_at(where)
-    return LocalLocation(local_path(where)) if objects is None else ObjectLocation(objects)
+    return local_location(local_path(where)) if objects is None else ObjectLocation(objects)
 
 
 def list_checkpoints(path: Where, *, superseded: bool = False) -> list[CheckpointEntry]:
@@ -228,8 +228,8 @@ class _Glanced:
         """
         with _closed_on_error(self.files):
             manifest = parse(self.data, where=f"{self.child.path}/{MANIFEST_FILE}")
-        threads = max(threads, location.parallel)
-        return StoredCheckpoint(self.files, self.child.path, manifest, threads=threads)
+            threads = max(threads, location.parallel)
+            return StoredCheckpoint(self.files, self.child.path, manifest, threads=threads)
 
 
 def _look(location: Location, child: Child) -> _Glanced | None:

@@ -1,4 +1,4 @@
-"""Two protocols of the readers: a location, below which checkpoints stand, and the files of one checkpoint.
+"""Protocols of the readers: a location, below which checkpoints stand, and the files of one checkpoint.
 
 Contract for every backend: paths are relative and of plain components; a file that is not there raises an
 ``OSError`` whose ``errno`` is in :data:`GONE`; anything there that can't be a file of gockpt's raises
@@ -17,10 +17,11 @@ from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.format.manifest import BLOCKS_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
     from gockpt.errors import CheckpointNotFound, NotACheckpoint
+    from gockpt.storage.format.manifest import Manifest
     from gockpt.storage.format.manifest_entries import FileEntry
     from gockpt.storage.read.scratch import Scratch
 
@@ -32,6 +33,7 @@ __all__ = [
     "Files",
     "Location",
     "Names",
+    "expect_no_offsets",
     "expect_plain",
     "expect_size",
     "read_document",
@@ -89,14 +91,38 @@ class Files(Protocol):
     def is_copy(self) -> bool:
         """Whether they are a copy: what is found out about them says nothing about the original."""
 
-    def open(self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None) -> File:
+    def accept(self, manifest: Manifest, *, where: str) -> None:
+        """Learn what the checkpoint consists of, before anything but its manifest is opened.
+
+        Args:
+            manifest: Its manifest.
+            where: Its path, for messages.
+
+        Raises:
+            ManifestCorrupt: If a checkpoint in this form can't have such a manifest.
+        """
+
+    def open(
+        self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None, at: int | None = None
+    ) -> File:
         """Open a file, which must have that size if one is given.
 
-        With ``scratch`` much of it will be read, by one thread; the file may use what that has left.
+        With ``scratch`` much of it will be read, by one thread; the file may use what that has left. With
+        ``at``, an offset in an archive out of its manifest, and a size, it is what lies there: ``path`` is
+        for messages.
         """
 
     def names(self, path: str) -> Names:
         """Return the names in a directory; ``""`` is the checkpoint's own."""
+
+    def checked(self) -> Files:
+        """Return the same files for a verification, which reads each one once, from its begin to its end.
+
+        They are compared with all that is said of them beside the manifest. They end with these.
+        """
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong beside the files."""
 
     def is_gone(self) -> bool:
         """Whether the checkpoint was removed, or set aside to be, since it was opened."""
@@ -135,7 +161,7 @@ class Location(Protocol):
         """The path or URL as the user named it."""
 
     @property
-    def kind(self) -> Literal["directory", "object store"]:
+    def kind(self) -> Literal["directory", "file", "object store"]:
         """The kind of place; gockpt saves into directories only, and deletes only there."""
 
     @property
@@ -164,6 +190,17 @@ class Location(Protocol):
 
     def close(self) -> None:
         """Let go of it; files that were opened stay open."""
+
+
+def expect_no_offsets(manifest: Manifest, *, where: str) -> None:
+    """Refuse the manifest of an archive where each chunk is a file.
+
+    Raises:
+        ManifestCorrupt: If it is one.
+    """
+    if any(entry.at is not None for entry in manifest.arrays):
+        msg = f"{where}: its manifest is that of an archive, with the offsets of chunks"
+        raise ManifestCorrupt(msg)
 
 
 def expect_plain(path: str) -> None:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Literal, Self
 from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, NotACheckpoint
 from gockpt.storage.format import step_names
 from gockpt.storage.format.manifest import MANIFEST_FILE
-from gockpt.storage.read.location import Child, Names, expect_plain, expect_size
+from gockpt.storage.read.location import Child, Names, expect_no_offsets, expect_plain, expect_size
 from gockpt.storage.read.scratch import PIECE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
+    from gockpt.storage.format.manifest import Manifest
     from gockpt.storage.object_store.client import Objects
     from gockpt.storage.read.location import File
     from gockpt.storage.read.scratch import Scratch
@@ -95,7 +96,18 @@ class ObjectFiles:
         self._base = base
         self._tree: dict[str, set[str]] = {}
 
-    def open(self, path: str, *, nbytes: int | None = None, scratch: Scratch | None = None) -> File:  # noqa: ARG002 - the contract's
+    def accept(self, manifest: Manifest, *, where: str) -> None:
+        """Refuse the manifest of an archive."""
+        expect_no_offsets(manifest, where=where)
+
+    def open(
+        self,
+        path: str,
+        *,
+        nbytes: int | None = None,
+        scratch: Scratch | None = None,  # noqa: ARG002 - the contract's
+        at: int | None = None,  # noqa: ARG002 - of archives only
+    ) -> File:
         """Open an object. With a size given nothing is asked of the store before the first read."""
         expect_plain(path)
         key = self._key(path)
@@ -116,6 +128,14 @@ class ObjectFiles:
         elif path not in self._tree:
             return Names()
         return Names(sorted(self._tree[path]))
+
+    def checked(self) -> ObjectFiles:
+        """Return these: nothing is said of them beside the manifest."""
+        return self
+
+    def faults(self) -> Iterator[str]:
+        """Yield nothing: there is nothing beside the files."""
+        return iter(())
 
     def is_gone(self) -> bool:
         """Whether its manifest is gone: whoever deletes a checkpoint deletes that first."""

@@ -61,7 +61,8 @@ class Source:
         With the calling thread's ``scratch`` it is read past the page cache where that is sooner.
         """
         nbytes = self.entry.file_nbytes(chunk)
-        return self.files.open(self.entry.chunk_path(chunk), nbytes=nbytes, scratch=scratch)
+        at = None if self.entry.at is None else self.entry.at[chunk]
+        return self.files.open(self.entry.chunk_path(chunk), nbytes=nbytes, scratch=scratch, at=at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-__all__ = ["RegularFile", "open_below", "open_directory", "open_regular"]
+__all__ = ["RegularFile", "SharedFile", "open_below", "open_directory", "open_regular"]
 
 _REFUSED = {
     errno.ELOOP: "a symbolic link is in its path, and links are not followed",
@@ -176,6 +176,17 @@ class RegularFile:
             if got:
                 left[0] = left[0][got:]
         return total
+
+
+class SharedFile(RegularFile):
+    """A regular file whose descriptor belongs to somebody else."""
+
+    __slots__ = ()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave it open."""
 
 
 def open_regular(directory: int, path: str, *, nbytes: int | None = None) -> RegularFile:

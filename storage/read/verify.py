@@ -133,6 +133,9 @@ def verify_files(
         on_progress: Called with the bytes checked and the bytes in all chunk files, from any thread.
     """
     problems = _Problems()
+    files = files.checked()
+    for fault in files.faults():
+        problems.add(Problem("", None, fault))
     foreign: list[str] = []
     for found in _surplus(files, path, manifest):
         if isinstance(found, Problem):

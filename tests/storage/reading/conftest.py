@@ -7,17 +7,20 @@ writer that might share its mistakes.
 from __future__ import annotations
 
 import math
+import shutil
+import zlib
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from gockpt.core.array_spec import DTYPES, ArraySpec
-from gockpt.storage.format import array_paths, strict_json, zarr_metadata
+from gockpt.storage.format import array_paths, strict_json, zarr_metadata, zip_archive
 from gockpt.storage.format.checksum import BLOCK, crc32c
 from gockpt.storage.format.chunk_grid import chunk_key
-from gockpt.storage.format.manifest import Manifest, encode
+from gockpt.storage.format.manifest import Manifest, encode, parse
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
@@ -118,6 +121,74 @@ def write_checkpoint(
     )
     (root / "gockpt.json").write_bytes(encode(distort(manifest)))
     return Written(root, values, manifest)
+
+
+def is_chunk(path: str) -> bool:
+    """Return whether a path inside a checkpoint is a chunk's."""
+    return path.rpartition("/")[2].split(".")[0] == "c"
+
+
+def archive_bytes(contents: dict[str, bytes], *, reserved: int = 0) -> bytes:
+    """Return the archive of some files, whose manifest gets the offsets of the chunks.
+
+    Args:
+        contents: Each file's bytes; the manifest is in the form that it has in a directory.
+        reserved: Offset of the first entry's header, for tests of holes.
+    """
+    order = sorted(contents, key=lambda path: (path == "gockpt.json", not is_chunk(path)))
+    out, records, offsets = bytearray(reserved), [], {}
+    for path in order:
+        data = contents[path]
+        if path == "gockpt.json":
+            manifest = parse(data, where=path)
+            arrays = (
+                replace(one, at=tuple(offsets[one.chunk_path(n)] for n in range(one.chunks)))
+                for one in manifest.arrays
+            )
+            data = encode(replace(manifest, arrays=tuple(arrays)))
+        add_entry(out, records, path, data, offsets)
+    return seal_archive(out, records)
+
+
+def add_entry(out: bytearray, records: list[bytes], path: str, data: bytes, offsets: dict[str, int]) -> None:
+    """Append an entry to an archive in the making."""
+    at, crc = len(out), zlib.crc32(data)
+    padding, offsets[path] = zip_archive.place(at, len(path), len(data), aligned=is_chunk(path))
+    records.append(zip_archive.central_record(path, len(data), crc, at))
+    out += zip_archive.local_header(path, len(data), crc, padding) + data
+
+
+def seal_archive(out: bytearray, records: list[bytes]) -> bytes:
+    """Return an archive in the making with its central directory and its end."""
+    directory = b"".join(records)
+    return bytes(out) + directory + zip_archive.end_records(len(records), len(out), len(directory))
+
+
+def contents_of(directory: Path) -> dict[str, bytes]:
+    """Return the files below a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="session")
+def zips() -> SimpleNamespace:
+    """The functions that make archives: from contents, or entry by entry."""
+    return SimpleNamespace(
+        of=archive_bytes, add=add_entry, seal=seal_archive, contents=contents_of, is_chunk=is_chunk
+    )
+
+
+@pytest.fixture(scope="session")
+def archived() -> Callable[[Path], Path]:
+    """The function that puts an archive in place of a checkpoint's directory, and returns its path."""
+
+    def archive(directory: Path) -> Path:
+        target = directory.with_name(f"{directory.name}.zip")
+        target.write_bytes(archive_bytes(contents_of(directory)))
+        shutil.rmtree(directory)
+        return target
+
+    return archive
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ BAD_MANIFESTS = {
     "seq a string": (lambda d: d.update(seq="1"), "seq"),
     "attempt with a slash": (lambda d: d.update(attempt="../../x"), "attempt"),
     "unknown key": (lambda d: d.update(more=1), "more"),
-    "newer version": (lambda d: d.update(version=3), "upgrade"),
+    "newer version": (lambda d: d.update(version=4), "upgrade"),
     "another format": (lambda d: d.update(format="zarr"), "not a gockpt manifest"),
     "an array of arrays": (lambda d: d.update(arrays={}), "array"),
     "lots of groups by depth": (array({"name": ["x"] * 40, "path": "/".join("x" * 40)}), "32"),

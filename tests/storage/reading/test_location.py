@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import zipfile
 from contextlib import closing
 from functools import partial
 
@@ -92,6 +93,7 @@ class LocationTests:
             yield files
 
     def flip(self, path):
+        """Change one bit of a file that is there."""
         data = bytearray(self.get(path))
         data[10] ^= 4
         self.put(path, bytes(data))
@@ -200,18 +202,6 @@ class LocationTests:
         assert set(files.names("deep")) == {"b", "zarr.json"}
         assert files.names("a").linked == 0
 
-    def test_a_removed_checkpoint_is_told_apart_from_a_damaged_one(self, publish):
-        first, second = publish(1, 1), publish(2, 2)
-        with open_checkpoint(self.where, 1) as gone, open_checkpoint(self.where, 2) as damaged:
-            assert not gone.files.is_gone()
-            self.remove(first)
-            self.remove(f"{second}/{CHUNK}")
-            assert gone.files.is_gone()
-            assert not damaged.files.is_gone()
-            for stored, error in ((gone, CheckpointPruned), (damaged, ChunkCorrupt)):
-                with pytest.raises(error):
-                    stored.read_into("a", None, np.empty(48, np.uint8))
-
     def test_threads_read_at_once(self, files):
         wrong = []
 
@@ -277,25 +267,6 @@ class LocationTests:
         assert calls[0] == going
         assert set(os.listdir("/proc/self/fd")) == before
 
-    def test_a_failing_list_leaves_nothing_open(self, publish, monkeypatch):
-        publish(1, 1)
-        self.remove(f"{publish(2, 2)}/gockpt.json")
-        with closing(location_at(self.where)) as location:
-            backend = type(location)
-        real, calls = backend.children, []
-
-        def children(location):
-            calls.append(location)
-            if len(calls) == 2:  # the first is open, and the second looked for again
-                raise PermissionError(13, "Permission denied")
-            return real(location)
-
-        monkeypatch.setattr(backend, "children", children)
-        before = set(os.listdir("/proc/self/fd"))
-        with pytest.raises(PermissionError):
-            open_checkpoint(self.where)
-        assert set(os.listdir("/proc/self/fd")) == before
-
     def test_what_was_written_is_what_is_read(self, publish, write, tmp_path):
         publish(1, 1)
         values = write(tmp_path / "again", ARRAYS).values
@@ -335,19 +306,6 @@ class LocationTests:
         with pytest.raises(ManifestCorrupt, match="holds step 1, .*attempt 00000001: it was renamed"):
             open_checkpoint(self.where, 2)
 
-    def test_what_has_no_manifest_is_passed_over_in_silence(self, publish, caplog):
-        publish(1, 1)
-        name = publish(2, 2)
-        entry = list_checkpoints(self.where)[-1]
-        self.remove(f"{name}/gockpt.json")
-        assert latest_step(self.where) == 1
-        assert [entry.step for entry in list_checkpoints(self.where)] == [1]
-        assert damaged_checkpoints(self.where) == {}
-        assert not caplog.records
-        for call in (lambda: open_checkpoint(self.where, 2), lambda: open_listed(self.where, entry)):
-            with pytest.raises(CheckpointNotFound):
-                call()
-
     def test_a_place_without_checkpoints_says_what_is_there(self):
         self.put("file", b"")
         self.remove("file")
@@ -361,7 +319,55 @@ class LocationTests:
         assert list_checkpoints(self.where) == []
 
 
-class TestLocalLocation(LocationTests):
+class FileByFileTests(LocationTests):
+    """What those backends promise beside that, where each file of a checkpoint may be there or not."""
+
+    def test_a_removed_checkpoint_is_told_apart_from_a_damaged_one(self, publish):
+        first, second = publish(1, 1), publish(2, 2)
+        with open_checkpoint(self.where, 1) as gone, open_checkpoint(self.where, 2) as damaged:
+            assert not gone.files.is_gone()
+            self.remove(first)
+            self.remove(f"{second}/{CHUNK}")
+            assert gone.files.is_gone()
+            assert not damaged.files.is_gone()
+            for stored, error in ((gone, CheckpointPruned), (damaged, ChunkCorrupt)):
+                with pytest.raises(error):
+                    stored.read_into("a", None, np.empty(48, np.uint8))
+
+    def test_a_failing_list_leaves_nothing_open(self, publish, monkeypatch):
+        publish(1, 1)
+        self.remove(f"{publish(2, 2)}/gockpt.json")
+        with closing(location_at(self.where)) as location:
+            backend = type(location)
+        real, calls = backend.children, []
+
+        def children(location):
+            calls.append(location)
+            if len(calls) == 2:  # the first is open, and the second looked for again
+                raise PermissionError(13, "Permission denied")
+            return real(location)
+
+        monkeypatch.setattr(backend, "children", children)
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(PermissionError):
+            open_checkpoint(self.where)
+        assert set(os.listdir("/proc/self/fd")) == before
+
+    def test_what_has_no_manifest_is_passed_over_in_silence(self, publish, caplog):
+        publish(1, 1)
+        name = publish(2, 2)
+        entry = list_checkpoints(self.where)[-1]
+        self.remove(f"{name}/gockpt.json")
+        assert latest_step(self.where) == 1
+        assert [entry.step for entry in list_checkpoints(self.where)] == [1]
+        assert damaged_checkpoints(self.where) == {}
+        assert not caplog.records
+        for call in (lambda: open_checkpoint(self.where, 2), lambda: open_listed(self.where, entry)):
+            with pytest.raises(CheckpointNotFound):
+                call()
+
+
+class TestLocalLocation(FileByFileTests):
     @pytest.fixture(autouse=True)
     def place(self, tmp_path):
         self.where = tmp_path / "ckpts"
@@ -391,7 +397,147 @@ class TestLocalLocation(LocationTests):
             assert location.kind == "directory"
 
 
-class TestObjectLocation(LocationTests):
+class TestLocalArchives(LocationTests):
+    """Paths inside a checkpoint are entries; they are changed in the archive, and put back into it."""
+
+    @pytest.fixture(autouse=True)
+    def place(self, tmp_path, archived, zips):
+        self.where = tmp_path / "ckpts"
+        self.where.mkdir()
+        self.archived = archived
+        self.zips = zips
+
+    def store(self, directory, step, seq, attempt):
+        return shutil.move(self.archived(directory), self.where / step_names.of_step(step, archive=True)).name
+
+    def split(self, path):
+        name, _, inside = path.partition("/")
+        return self.where / name, inside
+
+    def get(self, path):
+        archive, inside = self.split(path)
+        with zipfile.ZipFile(archive) as file:
+            return file.read(inside)
+
+    def put(self, path, data):
+        archive, inside = self.split(path)
+        if not archive.name.endswith(".zip"):
+            (self.where / path).parent.mkdir(exist_ok=True)
+            (self.where / path).write_bytes(data)
+        else:
+            self.rewrite(archive, inside, data)
+
+    def remove(self, path):
+        archive, inside = self.split(path)
+        if inside:
+            self.rewrite(archive, inside, None)
+        else:
+            archive.unlink()
+
+    def rewrite(self, archive, inside, data):
+        """Write an archive anew into the same file, one entry changed, or away if ``data`` is none."""
+        with zipfile.ZipFile(archive) as file:
+            contents = {name: file.read(name) for name in file.namelist()}
+        last = contents.pop("gockpt.json")
+        contents[inside] = data or b""
+        if data is None:
+            del contents[inside]
+        out, records = bytearray(), []
+        for name, content in contents.items():
+            self.zips.add(out, records, name, content, {})
+        if inside != "gockpt.json":
+            self.zips.add(out, records, "gockpt.json", last, {})
+        archive.write_bytes(self.zips.seal(out, records))
+
+    def below(self, name):
+        return self.where / name
+
+    def test_a_removed_archive_is_still_read_to_its_end(self, publish):
+        name = publish(1, 1)
+        with open_checkpoint(self.where, 1) as stored:
+            assert not stored.files.is_gone()
+            self.remove(name)
+            assert stored.files.is_gone()
+            assert stored.verify().ok
+
+    def test_one_set_aside_to_be_removed_is_gone(self, publish):
+        name = publish(1, 1)
+        with open_checkpoint(self.where, 1) as stored:
+            (self.where / name).rename(self.where / "step-0000000001.old-00000001")
+            assert not stored.files.is_gone()
+            (self.where / "step-0000000001.old-00000001").rename(self.where / ".trash-00000001")
+            assert stored.files.is_gone()
+
+    def test_one_that_was_replaced_counts_where_its_successor_does_not(self, publish):
+        first = publish(1, 1)
+        (self.where / first).rename(self.where / "step-0000000001.old-00000001")
+        second = publish(1, 2)
+        assert [entry.seq for entry in list_checkpoints(self.where)] == [2]
+        assert [entry.seq for entry in list_checkpoints(self.where, superseded=True)] == [1, 2]
+        self.remove(second)
+        with open_checkpoint(self.where) as stored:
+            assert (stored.seq, stored.verify().ok) == (1, True)
+
+    def test_an_archive_without_a_manifest_is_damaged(self, publish, caplog):
+        publish(1, 1)
+        name = publish(2, 2)
+        self.remove(f"{name}/gockpt.json")
+        assert latest_step(self.where) == 1
+        assert [child.name for child in damaged_checkpoints(self.where)] == [name]
+        assert "passing over a damaged checkpoint" in caplog.text
+        with pytest.raises(ManifestCorrupt, match="no archive|not the last entry"):
+            open_checkpoint(self.where, 2)
+
+    def test_what_is_neither_directory_nor_archive_is_refused(self, tmp_path):
+        for name, data in (("a.txt", b"text"), ("empty", b"")):
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(NotACheckpoint, match="is not a directory, and no archive"):
+                open_checkpoint(tmp_path / name)
+        (tmp_path / "a.zip").write_bytes(b"text")
+        with pytest.raises(ManifestCorrupt, match="no archive"):
+            open_checkpoint(tmp_path / "a.zip")
+
+    def test_one_that_was_never_published_is_no_checkpoint(self, publish):
+        name = publish(1, 1)
+        for other in ("step-0000000001.partial-00000001", ".trash-00000001"):
+            (self.where / name).rename(self.where / other)
+            assert list_checkpoints(self.where) == []
+            with pytest.raises(NotACheckpoint, match="never published, or is being deleted"):
+                open_checkpoint(self.where / other)
+            (self.where / other).rename(self.where / name)
+
+    def test_a_manifest_in_the_other_form_is_refused(self, publish, write, tmp_path, zips):
+        name = publish(1, 1)
+        written = write(tmp_path / "plain", ARRAYS, step=2, seq=2)
+        in_directory = (written.path / "gockpt.json").read_bytes()
+        in_archive = self.get(f"{name}/gockpt.json")
+        (written.path / "gockpt.json").write_bytes(in_archive)
+        with pytest.raises(ManifestCorrupt, match="is that of an archive"):
+            open_checkpoint(written.path)
+        self.put(f"{name}/gockpt.json", in_directory)
+        with pytest.raises(ManifestCorrupt, match="is that of a directory"):
+            open_checkpoint(self.where / name)
+
+    def test_links_to_archives_are_not_followed_but_where_the_user_says_so(self, publish, tmp_path):
+        name = publish(1, 1)
+        (self.where / name).rename(tmp_path / "elsewhere.zip")
+        (self.where / name).symlink_to(tmp_path / "elsewhere.zip")
+        with pytest.raises(ManifestCorrupt, match="a symbolic link"):
+            open_checkpoint(self.where, 1)
+        with open_checkpoint(self.where / name) as stored:
+            assert stored.verify().ok
+
+    def test_nothing_stays_open_behind_what_is_refused(self, publish):
+        name = publish(1, 1)
+        os.truncate(self.where / name, 5000)
+        before = set(os.listdir("/proc/self/fd"))
+        for where in (self.where, self.where / name):
+            with pytest.raises(ManifestCorrupt):
+                open_checkpoint(where)
+        assert set(os.listdir("/proc/self/fd")) == before
+
+
+class TestObjectLocation(FileByFileTests):
     @pytest.fixture(autouse=True)
     def place(self):
         self.objects = MemoryStore()
