@@ -29,12 +29,14 @@ and be cut at words from there. A word that is cut has no fingerprint that its p
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
 from gockpt.kernels import reference
 from gockpt.kernels.numba_compile import WHY_NOT, address_of, as_uint8, load_uint64, serial, store_uint64
 
-__all__ = ["MODULUS", "WORD", "copy_fingerprint", "fingerprint"]
+__all__ = ["MODULUS", "WORD", "copy_fingerprint", "copy_fingerprints", "fingerprint", "fingerprints"]
 
 MODULUS = 1 << 64
 WORD = 8
@@ -43,6 +45,7 @@ TILE = 1 << 15
 """Bytes that NumPy works on at a time where nothing is compiled."""
 
 _END = 1 << 63
+_LAST = _END - 1
 _KEY = np.uint64(0x9E3779B97F4A7C15)
 _A, _B, _C = np.uint64(0xCC9E2D52), np.uint64(0x85EBCA6A), np.uint64(0xC2B2AE36)
 _LOW, _1, _8, _32, _61 = (np.uint64(value) for value in (0xFFFFFFFF, 1, 8, 32, 61))
@@ -109,6 +112,14 @@ def _fingerprint(source: int, target: int, nbytes: int, number: int) -> np.uint6
     return total
 
 
+@serial
+def _fingerprints(
+    sources: np.ndarray, targets: np.ndarray, nbytes: np.ndarray, numbers: np.ndarray, found: np.ndarray
+) -> None:
+    for row in range(found.size):
+        found[row] = _fingerprint(sources[row], targets[row], nbytes[row], numbers[row])
+
+
 def fingerprint(data: np.ndarray, position: int = 0) -> int:
     """Return the fingerprint of ``data``, whose first byte stands at ``position``.
 
@@ -152,6 +163,78 @@ def copy_fingerprint(src: np.ndarray, dst: np.ndarray, position: int = 0) -> int
         dst[:] = src
         return _plainly(dst, position)
     return int(_fingerprint(address_of(src), address_of(dst), src.size, position // WORD))
+
+
+def fingerprints(addresses: np.ndarray, nbytes: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return the fingerprint of each row of a table of memory, in one call: uint64[R].
+
+    Releases the GIL. The caller vouches for the memory, and keeps it alive.
+
+    Args:
+        addresses: Where each row's bytes begin: int64[R], any address.
+        nbytes: How many there are: int64[R].
+        positions: Where each row's first byte is in what it is a piece of: int64[R], multiples of 8.
+
+    Raises:
+        ValueError: If the tables do not fit together, a row has no memory, or a position is not at a word.
+    """
+    return _of_rows(np.zeros_like(addresses), addresses, nbytes, positions)
+
+
+def copy_fingerprints(
+    sources: np.ndarray, targets: np.ndarray, nbytes: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Copy each row from its source to its target; return the fingerprints of what stands there then.
+
+    As :func:`copy_fingerprint` for each row, and as :func:`fingerprints` otherwise: the caller vouches for
+    the memory of both, int64[R] addresses each.
+
+    Raises:
+        ValueError: As :func:`fingerprints`.
+    """
+    _expect_memory(sources, nbytes)
+    return _of_rows(sources, targets, nbytes, positions)
+
+
+def _of_rows(
+    sources: np.ndarray, targets: np.ndarray, nbytes: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    columns = (sources, targets, nbytes, positions)
+    if any(c.dtype != np.int64 or c.shape != (targets.size,) or not c.flags.c_contiguous for c in columns):
+        msg = f"expected four int64 columns of one length, got {[(c.dtype, c.shape) for c in columns]}"
+        raise ValueError(msg)
+    _expect_memory(targets, nbytes)
+    bad = np.flatnonzero(
+        (nbytes < 0) | (positions < 0) | (positions % WORD != 0) | (positions > _LAST - nbytes)
+    )
+    if bad.size:
+        row = int(bad[0])
+        msg = (
+            f"position must be a multiple of {WORD} from 0 to 2**63, got {positions[row]} for {nbytes[row]} "
+            f"bytes in row {row}"
+        )
+        raise ValueError(msg)
+    found = np.empty(targets.size, np.uint64)
+    if not WHY_NOT:
+        _fingerprints(sources, targets, nbytes, positions // WORD, found)
+        return found
+    for row, (source, target, count, position) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        data = _memory(target, count)
+        if source:
+            data[:] = _memory(source, count)
+        found[row] = _plainly(data, position)
+    return found
+
+
+def _expect_memory(addresses: np.ndarray, nbytes: np.ndarray) -> None:
+    missing = np.flatnonzero((addresses == 0) & (nbytes > 0))
+    if missing.size:
+        msg = f"row {missing[0]} has {nbytes[missing[0]]} bytes and no memory"
+        raise ValueError(msg)
+
+
+def _memory(address: int, nbytes: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(address))
 
 
 def _plainly(data: np.ndarray, position: int) -> int:

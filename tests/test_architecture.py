@@ -66,7 +66,7 @@ ORDER = {
     "state": """
         tensors strides known_classes module_protocol naming rng_state lineage value_encoder value_decoder
         saved_document saved_forms saved_strides tensor_subclasses live_state parameters_outside
-        optimizer_forms optimizers state_document collect
+        optimizer_forms optimizers state_document collect collection
     """,
     "staging": """
         arena gradient_ring host_stager pack_launch device cuda pinned_memory copy_batches device_budget
@@ -85,7 +85,7 @@ ORDER = {
         stored_state_dict module fill optimizer optimizer_feeding load
     """,
     "saving": """
-        boundary lock moments handle optimizer_hooks write_items facts fingerprints at_once device_selection
+        boundary lock moments handle optimizer_hooks at_once write_items facts fingerprints device_selection
         late_pieces update_order gradient_capture device_gradient_capture device_capture capture memory
         window_plan closing last_tick session inside_call without_tick engine
     """,

@@ -86,6 +86,7 @@ class Attempt:
     ) -> None:
         self.live = live
         self.layout = shape.layout
+        self._shape = shape
         self.shape_key = shape.key
         self.cut = cut
         self.plan = plan
@@ -125,8 +126,7 @@ class Attempt:
         self._copies: list[Copy] = []
         self._batch: Batch | None = None
         self._evidence: Evidence = {}
-        at_once = set(cut.at_once)
-        self._at_once = AtOnce((a for a in shape.layout.arrays if a.spec.name in at_once), arena)
+        self._at_once = AtOnce(cut.at_once, arena)
         self._gathering = Gathering(cut, ring=ring, arena=ring_arena, job=job, grad_dtype=options.grad_dtype)
 
     # -- ticks -------------------------------------------------------------------------------
@@ -399,8 +399,10 @@ class Attempt:
 
     def places(self, live: LiveState) -> tuple[ArrayPlace, ...]:
         """Describe every array to the writer; arrays that stand in storage order say so."""
+        if self._shape.row_major:
+            return self._shape.places
         instead = set() if self.aboard is None else self.aboard.instead
-        at_once = {*self.cut.at_once, *instead}
+        at_once = {*self.cut.at_once.names, *instead}
         result = []
         for array in self.layout.arrays:
             tensor = live.entries[array.spec.name]

@@ -15,7 +15,7 @@ import torch
 from gockpt.errors import SaveError
 from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.replay.rounding_probes import RUN
-from gockpt.saving.at_once import AtOnce
+from gockpt.saving.at_once import AtOnce, slots_of
 from gockpt.saving.device_gradient_capture import GatheringAboard
 from gockpt.saving.device_selection import sources_of, to_ring
 from gockpt.saving.late_pieces import REFUSED
@@ -233,7 +233,7 @@ class Aboard:
             self.gathering.drop(piece, REFUSED)
         self.instead = set(self._names())
         arrays = (array for array in self._layout.arrays if array.spec.name in self.instead)
-        self._at_once = AtOnce(arrays, self._arena)
+        self._at_once = AtOnce(slots_of(arrays), self._arena)
         self._at_once.copy(live.entries)
 
     def _names(self) -> Iterator[Name]:

@@ -33,7 +33,7 @@ from gockpt.saving.optimizer_hooks import Hooks
 from gockpt.saving.session import Save
 from gockpt.saving.without_tick import WithoutTick
 from gockpt.staging.host_stager import Transfer
-from gockpt.state.collect import collect
+from gockpt.state.collection import Collection
 from gockpt.state.optimizers import find_optimizers
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Engine(WithoutTick):
         self._last = LastTick()
         self._updates = updates
         self._held: object = None
+        self._collection = Collection()
 
     # -- the public side ---------------------------------------------------------------------
 
@@ -497,7 +498,7 @@ class Engine(WithoutTick):
             msg = "the model of this checkpointer no longer exists"
             raise UsageError(msg)
         with refusing():
-            return collect(model, self._optimizers)
+            return self._collection.collect(model, self._optimizers)
 
     # -- outcomes ----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gockpt.core.arena_layout import ArenaLayout, lay_out
+from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.kernels.gradient16_launch import form_of
 from gockpt.planning.planner import RING_GRADIENTS, ROAD_GRADIENTS, Facts
 from gockpt.replay.gradient_encoding import usual_bytes
@@ -34,11 +35,15 @@ class Shape:
         key: Equal for states with the same names, shapes, dtypes, memory orders and parameters.
         layout: Place of every array in the arena.
         nbytes: Payload bytes.
+        places: Every array as the writer is told of it where all are row-major.
+        row_major: Whether they are.
     """
 
     key: tuple[object, ...]
     layout: ArenaLayout
     nbytes: int
+    places: tuple[ArrayPlace, ...]
+    row_major: bool
 
     def rough(
         self, step_seconds: float | None, copy_rate: float | None, grad_dtype: str | None = None
@@ -50,13 +55,19 @@ class Shape:
 
 def shape_of(live: LiveState, known: Shape | None = None) -> Shape:
     """Return the geometry of ``live``; ``known`` itself if it is the same."""
+    return live.once("shape", lambda: _shape_of(live, known))
+
+
+def _shape_of(live: LiveState, known: Shape | None) -> Shape:
     specs = [spec_of(name, tensor) for name, tensor in live.entries.items()]
     orders = tuple(None if t.is_contiguous() else t.stride() for t in live.entries.values())
     owners = tuple((p.fqn, id(p.param), p.optimizer_index, p.group_index) for p in live.params)
     key = (tuple(specs), orders, owners, tuple(sorted(live.aliases.items())), frozenset(live.buffers))
     if known is not None and known.key == key:
         return known
-    return Shape(key, lay_out(specs), sum(s.nbytes for s in specs))
+    layout = lay_out(specs)
+    places = tuple(ArrayPlace(array, ArenaId.STATE) for array in layout.arrays)
+    return Shape(key, layout, sum(s.nbytes for s in specs), places, all(order is None for order in orders))
 
 
 def facts_of(

@@ -176,7 +176,9 @@ class Memory:
             # With a helper for saves that are late.
             threads = self._options.worker_threads + 1
             self._replaying = threads * SCRATCH_BYTES + PROBE_COPIES * samples if samples else 0
-            self._passing, self._reordering = _rearranged(live, shape.layout, pieces, self._options)
+            self._passing, self._reordering = (
+                (0, 0) if shape.row_major else _rearranged(live, shape.layout, pieces, self._options)
+            )
             self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
             ring_bytes = self._ring_bytes(pieces, plan, shape)
             needs = {ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: ring_bytes + samples}
@@ -312,7 +314,7 @@ def _rearranged(live: LiveState, layout: ArenaLayout, pieces: Cut, options: Opti
     A closing without a tick compares what was copied at once, chunk by chunk, by way of copies of it. Writing
     reorders a chunk in a copy of it, on as many threads as write.
     """
-    at_once = set(pieces.at_once)
+    at_once = set(pieces.at_once.names)
     compared = 0
     reordered: list[int] = []
     for array in layout.arrays:

@@ -16,6 +16,7 @@ from gockpt.core.descriptors import ReplayPiece, Stretch
 from gockpt.planning.planner import part_ranges
 from gockpt.replay import rules
 from gockpt.replay.calibration_runs import lab_for
+from gockpt.saving.at_once import Slots, slots_of
 from gockpt.tensor_memory import is_dense
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Cut:
         loose: Pieces of arrays that leave at the closing tick, behind the next step.
         shipped: Pieces of arrays on a device that leave at the closing tick, by the road off it.
         prompt: Those of them that are packed inside it.
-        at_once: Arrays that are copied inside the closing tick.
+        at_once: Slots of the arrays that are copied inside the closing tick.
         reasons: Why parameters can't be replayed, by name.
     """
 
@@ -142,7 +143,7 @@ class Cut:
     loose: tuple[Piece, ...]
     shipped: tuple[Piece, ...]
     prompt: tuple[Piece, ...]
-    at_once: tuple[Name, ...]
+    at_once: Slots
     reasons: dict[str, str]
 
     @property
@@ -191,6 +192,26 @@ def cut(
         most_aboard: The most elements that a piece should have that leaves that device early; ``None`` for
             as many as are best.
     """
+
+    def anew() -> Cut:
+        return _cut(live, layout, window, barred, racing, aboard, stay, most_aboard)
+
+    if window == 1 and aboard is None:
+        # Nothing of it depends on options of optimizers, or is noted in its pieces.
+        return live.once(("cut", racing), anew)
+    return anew()
+
+
+def _cut(
+    live: LiveState,
+    layout: ArenaLayout,
+    window: int,
+    barred: frozenset[str],
+    racing: frozenset[Name] | None,
+    aboard: Callable[[torch.Tensor], bool] | None,
+    stay: str | None,
+    most_aboard: int | None,
+) -> Cut:
     arrays = {a.spec.name: a for a in layout.arrays}
     small = min(SMALL, sum(a.spec.nbytes for a in layout.arrays) // 4096)
     size = _piece_elements(live, window, MAX_PIECE)
@@ -199,8 +220,9 @@ def cut(
     pieces: list[Piece] = []
     reasons: dict[str, str] = {}
     taken: set[Name] = set()
-    owners = Counter(id(entry.param) for entry in live.params)
-    for entry in live.params if window > 1 else ():
+    params = live.params if window > 1 else ()
+    owners = Counter(id(entry.param) for entry in params)
+    for entry in params:
         if owners[id(entry.param)] > 1:
             reasons[entry.fqn] = "several optimizers update it"
             continue
@@ -229,7 +251,7 @@ def cut(
     loose: list[Piece] = []
     shipped: list[Piece] = []
     prompt: list[Piece] = []
-    at_once: list[Name] = []
+    at_once: list[ArrayLayout] = []
     for name, array in arrays.items():
         if name in taken or not array.slots:
             continue
@@ -240,7 +262,7 @@ def cut(
         # A window must not wait for the device at each of its ticks.
         packed = there and hurried and window > 1
         if whole or (hurried and not packed) or (not there and tensor.device.type != "cpu"):
-            at_once.append(name)
+            at_once.append(array)
             continue
         into = prompt if packed else shipped if there else loose
         # The road cuts as it needs to.
@@ -253,7 +275,7 @@ def cut(
         tuple(loose),
         tuple(shipped),
         tuple(prompt),
-        tuple(at_once),
+        slots_of(at_once),
         reasons,
     )
 

@@ -1,8 +1,8 @@
 """Tensors of a model and its optimizers that a save stores, by name.
 
 :func:`collect` runs at each save's start and close, because any of them may have been replaced in between
-(``load_state_dict``, late optimizer state, unfrozen layers). Nothing is copied: entries are detached aliases
-of the live memory.
+(``load_state_dict``, late optimizer state, unfrozen layers). Nothing is copied: entries are the live tensors,
+or detached aliases of those that require gradients.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Collector:
         if known is not None:
             self.aliases[public_name(name)] = public_name(known)
             return known
-        self.entries[name] = tensor.detach()
+        self.entries[name] = tensor.detach() if tensor.requires_grad else tensor
         if tensor.numel():
             self.by_address.setdefault(tensor.data_ptr(), []).append(name)
         return name
@@ -271,13 +271,13 @@ class _Collector:
         return self.add_subclass(name, flat)
 
     def result(self) -> LiveState:
+        described = (self.params, self.trained)
         return LiveState(
             self.entries,
             self.aliases,
-            self.params,
             self.buffers,
             self.optimizers,
-            self.trained,
+            lambda: described,
             self.computed,
             self.metadata,
             self.keys,

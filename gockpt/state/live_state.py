@@ -1,15 +1,17 @@
 """State of a model and its optimizers at one moment, by name, as live objects.
 
-Made by :func:`gockpt.state.collect.collect`, which copies no tensor: entries are detached aliases of the live
-memory.
+Made by :func:`gockpt.state.collect.collect`, which copies no tensor.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
     import torch
 
     from gockpt.core.array_spec import Name
@@ -24,6 +26,9 @@ __all__ = [
     "Subclassed",
     "WrapperEntry",
 ]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,39 +132,67 @@ class Subclassed:
     arrays: dict[Inner, Name]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LiveState:
     """Live state of a model and its optimizers.
 
     Attributes:
-        entries: Every array by name: ``("model", fqn)``, ``("optimizer", fqn, state)``. Detached
-            aliases of the live memory; tensors that share memory and geometry have one entry.
+        entries: Every array by name: ``("model", fqn)``, ``("optimizer", fqn, state)``. The live tensors, or
+            detached aliases of those that require gradients; tensors that share memory and geometry have one
+            entry.
         aliases: Public names of the others, each with the public name of the entry it shares.
-        params: Every parameter of every optimizer.
         buffers: Names of entries that are buffers (due before the next forward), or of unknown kind. Never
             a parameter that an optimizer owns.
         optimizers: The live optimizers that hold state, without their wrappers.
-        trained: The state of each of them, in the same order.
+        describe: Returns :attr:`params` and :attr:`trained`.
         computed: Model state without live memory, by natural name.
         metadata: ``state_dict()._metadata`` of each module, by natural name.
         keys: Natural names of all model state, in the order of its state dict.
         subclassed: Tensor subclasses by name; only their inner tensors are entries.
         inside: Names of these inner tensors.
         wrappers: Objects around the optimizers, the outermost of each first.
+        kept: Results of :meth:`once`, shared by all states of the same layout.
     """
 
     entries: dict[Name, torch.Tensor]
     aliases: dict[str, str]
-    params: list[ParamEntry]
     buffers: set[Name]
     optimizers: list[Any]
-    trained: list[OptimizerEntry]
-    computed: dict[str, Computed]
+    describe: Callable[[], tuple[list[ParamEntry], list[OptimizerEntry]]]
+    computed: dict[str, Computed] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     subclassed: dict[Name, Subclassed] = field(default_factory=dict)
     inside: set[Name] = field(default_factory=set)
     wrappers: list[WrapperEntry] = field(default_factory=list)
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _described(self) -> tuple[list[ParamEntry], list[OptimizerEntry]]:
+        return self.describe()
+
+    @property
+    def params(self) -> list[ParamEntry]:
+        """Every parameter of every optimizer."""
+        return self._described[0]
+
+    @property
+    def trained(self) -> list[OptimizerEntry]:
+        """The state of each optimizer, in the order of :attr:`optimizers`."""
+        return self._described[1]
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return ``make()``, which is called once for all states of the same layout.
+
+        Args:
+            key: Identifies the result among those of this layout.
+            make: Its result follows from the layout alone: the names, geometry, memory order, kinds and
+                devices of all tensors, what is tied to what, and which optimizer and group each parameter
+                is in. It holds no tensor and no module.
+        """
+        if key not in self.kept:
+            self.kept[key] = make()
+        return cast("T", self.kept[key])
 
     def arrays_of(self, name: Name) -> tuple[Name, ...]:
         """Return the entries that hold a named tensor: itself, or the inner tensors of a subclass."""

@@ -35,6 +35,7 @@ __all__ = [
     "own_state_dict",
     "post_hooks",
     "pre_hooks",
+    "saves_by_default",
     "sets_extra_state",
 ]
 
@@ -118,6 +119,17 @@ def names_itself(module: nn.Module) -> bool:
         or part._state_dict_hooks  # noqa: SLF001
         or part._state_dict_pre_hooks  # noqa: SLF001
         for part in module.modules()
+    )
+
+
+def saves_by_default(module: nn.Module) -> bool:
+    """Whether the state dict of a module, without its submodules, is its parameters and buffers, by name."""
+    return (
+        getattr(module.state_dict, "__func__", None) is nn.Module.state_dict
+        and getattr(module._save_to_state_dict, "__func__", None) is nn.Module._save_to_state_dict  # noqa: SLF001
+        and type(module).get_extra_state is nn.Module.get_extra_state
+        and not module._state_dict_hooks  # noqa: SLF001
+        and not module._state_dict_pre_hooks  # noqa: SLF001
     )
 
 

@@ -32,13 +32,15 @@ optimizer's options, ``extra/<name>/...``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from gockpt.core.array_spec import public_name
 from gockpt.errors import UnsupportedState, UsageError
+from gockpt.state.known_classes import class_name
 from gockpt.state.optimizer_forms import Forms
 from gockpt.state.saved_document import VERSION
 from gockpt.state.strides import strides_of
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gockpt.core.array_spec import Name
-    from gockpt.state.live_state import LiveState, OptimizerEntry, ParamEntry
+    from gockpt.state.live_state import LiveState, ParamEntry
     from gockpt.state.tensor_subclasses import Inner
     from gockpt.state.value_encoder import Place
 
@@ -153,12 +155,13 @@ def build_document(
         if not is_subclass(tensor) and (order := strides_of(tensor)) is not None:
             strides[public_name(name)] = list(order)
 
-    for name in _held_by_optimizers(live):
-        note_strides(name, live.entries[name])
+    constant = live.once("document", lambda: _constant_of(live))
+    strides.update(constant.strides)
     forms = Forms(live, plain, note_strides)
     noting = partial(plain, place=note_strides)
     optimizers: list[Json] = [
-        _optimizer(index, entry, noting, forms) for index, entry in enumerate(live.trained)
+        _optimizer(index, live, constant.optimizers[index], noting, forms)
+        for index in range(len(live.optimizers))
     ]
     document: dict[str, Json] = {
         "version": VERSION,
@@ -167,7 +170,7 @@ def build_document(
         "exact": exact,
         "inexact": dict(inexact or {}),
         "aliases": dict(live.aliases),
-        "buffers": [*sorted(public_name(name) for name in live.buffers)],
+        "buffers": constant.buffers,
         "computed": {fqn: plain(made.value, "model", fqn) for fqn, made in live.computed.items()},
         "optimizers": optimizers,
         "wrappers": forms.wrappers(),
@@ -183,8 +186,77 @@ def build_document(
         document["subclasses"] = {
             public_name(name): _subclass(known.flat, known.arrays) for name, known in live.subclassed.items()
         }
-    _check_names(live, arrays)
+    _check_names(live, arrays, constant.names)
     return document, arrays
+
+
+@dataclass(frozen=True, slots=True)
+class _Optimizer:
+    """The part of an optimizer's document that follows from the layout.
+
+    Attributes:
+        own: Whether it has saving code of its own.
+        groups: Names of the parameters of each group.
+        states: The document of each parameter's state; ``None`` if that depends on more than the layout,
+            or if there is state under keys that are no parameters.
+        outside: Names of the arrays of parameters that no entry of the model holds.
+    """
+
+    own: bool
+    groups: list[list[Json]]
+    states: dict[str, Json] | None
+    outside: dict[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class _Constant:
+    """The parts of a document that follow from the layout. Documents share them: nothing changes them.
+
+    Attributes:
+        names: Public names of all arrays and subclasses.
+        strides: As in the document, of the entries.
+        buffers: As in the document.
+        optimizers: Of each optimizer.
+    """
+
+    names: frozenset[str]
+    strides: dict[str, Json]
+    buffers: list[Json]
+    optimizers: list[_Optimizer]
+
+
+def _constant_of(live: LiveState) -> _Constant:
+    strides: dict[str, Json] = {}
+    for name in _held_by_optimizers(live):
+        tensor = live.entries[name]
+        if not is_subclass(tensor) and (order := strides_of(tensor)) is not None:
+            strides[public_name(name)] = list(order)
+    names: set[str] = set()
+    for name in (*live.entries, *live.subclassed):
+        _add_name(public_name(name), names, live)
+    optimizers = []
+    for entry in live.trained:
+        params = [param for group in entry.groups for param in group.params]
+        raws = [(param, param.raw) for param in params if param.raw is not None]
+        plain = not entry.values and all(_is_plain(param, raw) for param, raw in raws)
+        optimizers.append(
+            _Optimizer(
+                entry.own,
+                [[param.fqn for param in group.params] for group in entry.groups],
+                {param.fqn: _state(param, lambda value, *_: value) for param, _ in raws} if plain else None,
+                {param.fqn: list(param.name) for param in params if param.name[0] != "model"},
+            )
+        )
+    return _Constant(
+        frozenset(names), strides, [*sorted(public_name(name) for name in live.buffers)], optimizers
+    )
+
+
+def _is_plain(param: ParamEntry, raw: Any) -> bool:
+    """Whether a parameter's state is a dict of arrays of the checkpoint, and ``None``."""
+    return type(raw) is dict and all(
+        is_ordinary_key(key) and (value is None or key in param.state_names) for key, value in raw.items()
+    )
 
 
 def _held_by_optimizers(live: LiveState) -> Iterator[tuple[str, ...]]:
@@ -219,29 +291,29 @@ def _metadata(name: str, value: Any, plain: Any) -> Json:
     return plain(value, "module_metadata", name)  # type: ignore[no-any-return]
 
 
-def _optimizer(index: int, entry: OptimizerEntry, plain: Any, forms: Forms) -> dict[str, Json]:
+def _optimizer(
+    index: int, live: LiveState, constant: _Optimizer, plain: Any, forms: Forms
+) -> dict[str, Json]:
     options = (OPTIONS, str(index))
+    optimizer = live.optimizers[index]
     groups: list[Json] = []
-    states: dict[str, Json] = {}
-    outside: dict[str, Json] = {}
-    for g, group in enumerate(entry.groups):
-        rest = {key: value for key, value in group.options.items() if key != "params" and not entry.own}
-        names: list[Json] = [param.fqn for param in group.params]
+    for g, (group, names) in enumerate(zip(optimizer.param_groups, constant.groups, strict=True)):
+        rest = {key: value for key, value in group.items() if key != "params" and not constant.own}
         groups.append({"params": names, "options": plain(rest, *options, f"group{g}")})
-        for param in group.params:
-            if param.name[0] != "model":
-                outside[param.fqn] = list(param.name)
-            if param.raw is not None and not entry.own:
-                states[param.fqn] = _state(param, plain)
     document: dict[str, Json] = {
-        "class": entry.kind,
+        "class": class_name(type(optimizer)),
         "groups": groups,
-        "states": states,
-        "outside": outside,
-        "values": {} if entry.own else plain(entry.values, *options, "values"),
+        "states": {} if constant.own else constant.states,
+        "outside": constant.outside,
+        "values": {},
     }
-    if entry.own:
+    if constant.own:
         document["state_dict"] = forms.of(index)
+    elif constant.states is None:
+        entry = live.trained[index]
+        params = (param for group in entry.groups for param in group.params if param.raw is not None)
+        document["states"] = {param.fqn: _state(param, plain) for param in params}
+        document["values"] = plain(entry.values, *options, "values")
     return document
 
 
@@ -261,11 +333,21 @@ def _state(param: ParamEntry, plain: Any) -> Json:
     return join(pairs)
 
 
-def _check_names(live: LiveState, arrays: Arrays) -> None:
+def _check_names(live: LiveState, arrays: Arrays, taken: frozenset[str]) -> None:
     seen: set[str] = set()
-    for name in (*live.entries, *live.subclassed, *arrays):
+    for name in arrays:
         public = public_name(name)
-        if public in seen or public in live.aliases:
-            msg = f"two arrays would have the name {public!r}; rename one of them"
-            raise UnsupportedState(msg)
-        seen.add(public)
+        if public in taken:
+            _refuse_name(public)
+        _add_name(public, seen, live)
+
+
+def _add_name(public: str, seen: set[str], live: LiveState) -> None:
+    if public in seen or public in live.aliases:
+        _refuse_name(public)
+    seen.add(public)
+
+
+def _refuse_name(public: str) -> NoReturn:
+    msg = f"two arrays would have the name {public!r}; rename one of them"
+    raise UnsupportedState(msg)

@@ -10,7 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gockpt.kernels import reference
-from gockpt.kernels.fingerprint_numba import MODULUS, copy_fingerprint, fingerprint
+from gockpt.kernels.fingerprint_numba import (
+    MODULUS,
+    copy_fingerprint,
+    copy_fingerprints,
+    fingerprint,
+    fingerprints,
+)
 
 END = 1 << 63
 
@@ -155,3 +161,46 @@ def test_bad_targets_are_named():
     target.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         copy_fingerprint(source, target)
+
+
+# -- tables of memory
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 2**20).map(lambda n: 8 * n)), max_size=9))
+def test_rows_of_a_table_are_fingerprinted_and_copied_one_by_one(rows):
+    parts = [some_bytes(number, n) for number, (n, _) in enumerate(rows)]
+    targets = [np.full(n + 2, 0xA5, np.uint8) for n, _ in rows]
+
+    def column(values):
+        return np.array([*values], np.int64)
+
+    sizes, positions = column(n for n, _ in rows), column(position for _, position in rows)
+    sources = column(part.ctypes.data for part in parts)
+    expected = [fingerprint(part, position) for part, (_, position) in zip(parts, rows, strict=True)]
+    assert fingerprints(sources, sizes, positions).tolist() == expected
+    found = copy_fingerprints(sources, column(t.ctypes.data + 1 for t in targets), sizes, positions)
+    assert found.tolist() == expected
+    for part, target in zip(parts, targets, strict=True):
+        assert np.array_equal(target[1:-1], part)
+        assert target[0] == target[-1] == 0xA5
+
+
+@pytest.mark.parametrize(
+    ("address", "nbytes", "position", "names"),
+    [
+        (0, 8, 0, "row 1 has 8 bytes and no memory"),
+        (8, -8, 0, "got 0 for -8 bytes in row 1"),
+        (8, 8, 4, "got 4 for 8 bytes in row 1"),
+        (8, 8, -8, "got -8"),
+        (8, 8, END - 8, "for 8 bytes in row 1"),
+    ],
+)
+def test_bad_rows_are_named(address, nbytes, position, names):
+    fine = np.zeros(8, np.uint8).ctypes.data
+    columns = [np.array(column, np.int64) for column in ((fine, address), (0, nbytes), (0, position))]
+    with pytest.raises(ValueError, match=names):
+        fingerprints(*columns)
+    with pytest.raises(ValueError, match=names):
+        copy_fingerprints(columns[0], *columns)
+    with pytest.raises(ValueError, match="four int64 columns"):
+        fingerprints(columns[0][:1], *columns[1:])
