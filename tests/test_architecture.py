@@ -58,9 +58,8 @@ ORDER = {
         local.partial_files local.page_writer local.partial_archive local.partial_directory local.draft
         local.publish local.transaction local.store
         read.in_threads read.scratch read.location read.archive_files read.safe_open read.direct_io
-        read.local_location
-        read.object_location read.read_plan read.decode read.read_execute read.verify read.checkpoint
-        read.copying local.packing read.element_values read.compare read.find
+        read.local_location read.object_location read.read_plan read.read_join read.decode read.read_execute
+        read.verify read.checkpoint read.copying local.packing read.element_values read.compare read.find
         object_store.upload __init__
     """,
     "state": """

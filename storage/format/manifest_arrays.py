@@ -5,11 +5,12 @@ Promise: as for :mod:`gockpt.storage.format.manifest`, of which it is a part.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec, public_name
 from gockpt.storage.format import array_paths, json_fields, zip_archive
 from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
@@ -108,8 +109,11 @@ def parse_array(value: Any, document_name: str) -> ArrayEntry:
     )
     entry = ArrayEntry(spec, directory, pieces, document)
     if is_coded:
-        entry = replace(entry, coded=_coded(entry, *more[:2], what=what))
-    return replace(entry, at=_places(entry, more[-1], what=what)) if is_placed else entry
+        entry = ArrayEntry(spec, directory, pieces, document, _coded(entry, *more[:2], what=what))
+    if is_placed:
+        at = _places(entry, more[-1], what=what)
+        entry = ArrayEntry(spec, directory, pieces, document, entry.coded, at)
+    return entry
 
 
 def _integers(value: Any, which: str, what: str) -> tuple[int, ...]:
@@ -146,12 +150,16 @@ def _places(entry: ArrayEntry, value: Any, *, what: str) -> tuple[int, ...]:
     if len(offsets) != entry.chunks:
         msg = f"{what} has {len(offsets)} offsets for {entry.chunks} chunks"
         raise Broken(msg)
-    for chunk, offset in enumerate(offsets):
-        nbytes = entry.file_nbytes(chunk)
+    lengths = (
+        itertools.repeat(entry.chunk_nbytes + CHECKSUM_BYTES)
+        if entry.coded is None
+        else map(entry.file_nbytes, range(len(offsets)))
+    )
+    for offset, nbytes in zip(offsets, lengths, strict=False):
         if nbytes > zip_archive.MAX_ENTRY_NBYTES:
             msg = f"{what} has a chunk of {nbytes} bytes, too large for an archive"
             raise Broken(msg)
-        if json_fields.integer(offset, f"an offset of {what}") % zip_archive.alignment(nbytes):
+        if json_fields.integer(offset, "an offset of a chunk") % zip_archive.alignment(nbytes):
             msg = f"{what} has a chunk of {nbytes} bytes at offset {offset}, which is not aligned"
             raise Broken(msg)
     return tuple(offsets)

@@ -38,6 +38,7 @@ __all__ = [
     "central_record",
     "central_record_nbytes",
     "end_records",
+    "find_entry",
     "is_end",
     "local_header",
     "parse_directory",
@@ -62,6 +63,7 @@ CENTRAL_CRC_AT = 16
 MAX_PADDING_NBYTES = _ALIGNMENT + 5
 
 _LAST_NAME = "gockpt.json"
+_LAST_NAME_BYTES = _LAST_NAME.encode()
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _OFFSET64 = struct.Struct("<2HQ")
@@ -72,6 +74,9 @@ _MADE_BY = 3 << 8 | _VERSION  # 3: Unix, so that the mode below is heeded
 _DATE = 1 << 5 | 1  # 1980-01-01, the first day that a ZIP can name
 _MODE = 0o100644 << 16
 _FULL = 0xFFFFFFFF
+_CENTRAL_MARK = b"PK\1\2"
+_CENTRAL_BEGIN = (_CENTRAL_MARK, _MADE_BY, _VERSION, 0, 0, 0, _DATE)
+_SHORT = struct.Struct("<H")
 
 MAX_RECORD_NBYTES = _CENTRAL.size + _OFFSET64.size
 """Most bytes of a central record beside the name."""
@@ -213,8 +218,8 @@ def central_record(name: str, nbytes: int, crc32: int, header_at: int) -> bytes:
     encoded = name.encode("ascii")
     wide = header_at >= _FULL or name == _LAST_NAME
     offset, extra = (_FULL, _OFFSET64.pack(1, 8, header_at)) if wide else (header_at, b"")
-    fixed = (b"PK\1\2", _MADE_BY, _VERSION, 0, 0, 0, _DATE, crc32, nbytes, nbytes, len(encoded), len(extra))
-    return _CENTRAL.pack(*fixed, 0, 0, 0, _MODE, offset) + encoded + extra
+    lengths = (nbytes, nbytes, len(encoded), len(extra))
+    return _CENTRAL.pack(*_CENTRAL_BEGIN, crc32, *lengths, 0, 0, 0, _MODE, offset) + encoded + extra
 
 
 def central_record_nbytes(name: str, header_at: int) -> int:
@@ -275,7 +280,7 @@ def parse_tail(data: bytes, file_nbytes: int, *, where: str) -> Tail:
     if end_records(entries, at, nbytes) != end:
         msg = f"{where}: the end records of the ZIP are damaged, or another program wrote them"
         raise CheckpointCorrupt(msg)
-    if last[_CENTRAL.size :][: len(_LAST_NAME)] != _LAST_NAME.encode():
+    if last[_CENTRAL.size :][: len(_LAST_NAME)] != _LAST_NAME_BYTES:
         msg = f"{where}: {_LAST_NAME} is not the last entry of the ZIP"
         raise CheckpointCorrupt(msg)
     (found,) = _records(last, 1, where)
@@ -313,37 +318,70 @@ def parse_directory(data: Buffer, tail: Tail, *, where: str) -> list[CentralEntr
     return found
 
 
+def find_entry(data: bytes, name: str) -> CentralEntry | None:
+    """Return the last entry of a name in a central directory, without a look at the others' records.
+
+    Returns:
+        The entry, or ``None`` if there is none of that name.
+
+    Raises:
+        CheckpointCorrupt: If its record is not one of :func:`central_record`'s.
+    """
+    encoded = name.encode("ascii", "replace")
+    length = _SHORT.pack(len(encoded))
+    name_at = len(data)
+    while (name_at := data.rfind(encoded, 0, name_at)) >= 0:
+        at = name_at - _CENTRAL.size
+        if at >= 0 and data[at : at + 4] == _CENTRAL_MARK and data[at + 28 : at + 30] == length:
+            return _record(data, at)[0]
+        name_at += len(encoded) - 1
+    return None
+
+
 def _records(data: bytes, entries: int, where: str) -> Iterator[CentralEntry]:
     """Yield the entries of so many central records, which must fill the data."""
     at = 0
     for index in range(entries):
-        if at + _CENTRAL.size > len(data):
-            break
+        try:
+            entry, at = _record(data, at)
+        except CheckpointCorrupt as error:
+            msg = f"{where}: record {index} of the central directory: {error}"
+            raise CheckpointCorrupt(msg) from error
+        yield entry
+    if at != len(data):
+        msg = f"{where}: the central directory is longer than its {entries} records"
+        raise CheckpointCorrupt(msg)
+
+
+def _record(data: bytes, at: int) -> tuple[CentralEntry, int]:
+    """Return the entry of the central record at an offset, and where the next one begins.
+
+    Raises:
+        CheckpointCorrupt: If it is not one of :func:`central_record`'s.
+    """
+    name_at = at + _CENTRAL.size
+    if name_at <= len(data):
         fields = _CENTRAL.unpack_from(data, at)
-        crc32, nbytes, name_nbytes, extra_nbytes, offset = (
-            fields[7],
-            fields[8],
-            fields[10],
-            fields[11],
-            fields[16],
-        )
-        name_at = at + _CENTRAL.size
+        crc32, nbytes, whole, name_nbytes, extra_nbytes = fields[7:12]
+        header_at = fields[16]
         extra_at = name_at + name_nbytes
         stop = extra_at + extra_nbytes
-        name = data[name_at:extra_at].decode("latin-1")
-        if extra_nbytes == _OFFSET64.size and stop <= len(data):
-            offset = _OFFSET64.unpack_from(data, extra_at)[2]
-        if not (
-            name.isascii()
-            and nbytes <= MAX_ENTRY_NBYTES
-            and data[at:stop] == central_record(name, nbytes, crc32, offset)
+        raw = data[name_at:extra_at]
+        is_wide = extra_nbytes > 0
+        if is_wide and extra_nbytes == _OFFSET64.size and stop <= len(data):
+            wide = _OFFSET64.unpack_from(data, extra_at)
+            is_right = header_at == _FULL and wide[:2] == (1, 8)
+            header_at = wide[2]
+        else:
+            is_right = not is_wide and stop <= len(data)
+        if (
+            is_right
+            and is_wide == (header_at >= _FULL or raw == _LAST_NAME_BYTES)
+            and fields[:7] == _CENTRAL_BEGIN
+            and fields[12:16] == (0, 0, 0, _MODE)
+            and nbytes == whole <= MAX_ENTRY_NBYTES
+            and raw.isascii()
         ):
-            msg = f"{where}: record {index} of the central directory is damaged, or another program wrote it"
-            raise CheckpointCorrupt(msg)
-        yield CentralEntry(name, nbytes, crc32, offset)
-        at = stop
-    else:
-        if at == len(data):
-            return
-    msg = f"{where}: the central directory has another length than its {entries} records"
+            return CentralEntry(raw.decode("ascii"), nbytes, crc32, header_at), stop
+    msg = "it is damaged, or another program wrote it"
     raise CheckpointCorrupt(msg)

@@ -1,8 +1,9 @@
 """Files of a checkpoint that is one archive: stretches of one file, local or in an object store.
 
-Promise: chunks are found by the offsets in the manifest, documents by the central directory, which is read
-when a document is first wanted, and only if it is as long as the manifest's files call for. No stretch
-reaches beyond the last entry. Local headers, padding and CRC-32s are compared by a verification only.
+Promise: chunks are found by the offsets in the manifest, documents by their records in the central directory,
+which is read when a document is first wanted, and only if it is as long as the manifest's files call for. No
+stretch reaches beyond the last entry. Other records, local headers, padding and CRC-32s are looked at by a
+verification only.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ class OneFile(Protocol):
     def is_copy(self) -> bool:
         """As for :class:`~gockpt.storage.read.location.Files`."""
 
-    def open(self, path: str, scratch: Scratch | None) -> File:
-        """Open it to read an entry, ``path`` in messages; with ``scratch``, as :meth:`Files.open` does."""
+    def open(self, path: str, nbytes: int, scratch: Scratch | None) -> File:
+        """Open it to read so many bytes of an entry, ``path`` in messages.
+
+        With ``scratch`` as for :meth:`~gockpt.storage.read.location.Files.open`.
+        """
 
     def is_gone(self) -> bool:
         """Whether it was removed, or set aside to be, since it was opened."""
@@ -75,6 +79,7 @@ class ArchiveFiles:
         self._file = file
         self._mutex = threading.Lock()
         self._manifest: Manifest | None = None
+        self._bytes: bytes | None = None
         self._entries: dict[str, CentralEntry] | CheckpointCorrupt | None = None
         self._tree: dict[str, set[str]] | None = None
         nbytes = min(file.nbytes, zip_archive.TAIL_NBYTES)
@@ -97,11 +102,11 @@ class ArchiveFiles:
     ) -> File:
         """Open an entry."""
         start, size = self._place(path, nbytes, at)
-        return _Stretch(self._file.open(path, scratch), path, start, size)
+        return _Stretch(self._file.open(path, size, scratch), path, start, size)
 
     def names(self, path: str) -> Names:
         """Return the names in a directory."""
-        entries = self._directory()
+        entries = self._all_entries()
         with self._mutex:
             if self._tree is None:
                 self._tree = {"": set()}
@@ -118,7 +123,7 @@ class ArchiveFiles:
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the archive between its entries."""
         try:
-            entries = self._directory()
+            entries = self._all_entries()
         except CheckpointCorrupt as error:
             yield str(error)
             return
@@ -155,36 +160,43 @@ class ArchiveFiles:
 
     def _entry(self, path: str) -> CentralEntry:
         expect_plain(path)
-        entry = self._directory().get(path)
+        entry = zip_archive.find_entry(self._directory(), path)
         if entry is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if _behind_header(entry) + entry.nbytes > self._tail.manifest.header_at:
+            msg = f"{path} reaches beyond the archive's last entry"
+            raise CheckpointCorrupt(msg)
         return entry
 
-    def _directory(self) -> dict[str, CentralEntry]:
-        """Return the entries by name; read once."""
+    def _directory(self) -> bytes:
+        """Return the central directory; read once."""
+        with self._mutex:
+            if self._bytes is None:
+                tail, where, limit = self._tail, self._file.path, MAX_DIRECTORY_NBYTES
+                if self._manifest is not None:
+                    entries, limit = _expected(self._manifest)
+                    if tail.entries != entries:
+                        msg = f"{where} has {tail.entries} entries instead of {entries}"
+                        raise CheckpointCorrupt(msg)
+                if tail.directory_nbytes > limit:
+                    msg = f"{where}: a central directory of {tail.directory_nbytes} bytes can't be right"
+                    raise CheckpointCorrupt(msg)
+                self._bytes = self._read(tail.directory_at, tail.directory_nbytes)
+            return self._bytes
+
+    def _all_entries(self) -> dict[str, CentralEntry]:
+        """Return every entry by its name; the records are read once."""
+        data = self._directory()
         with self._mutex:
             if self._entries is None:
                 try:
-                    self._entries = self._read_directory()
+                    found = zip_archive.parse_directory(data, self._tail, where=self._file.path)
+                    self._entries = {entry.name: entry for entry in found}
                 except CheckpointCorrupt as error:
                     self._entries = error
             if isinstance(self._entries, CheckpointCorrupt):
                 raise self._entries
             return self._entries
-
-    def _read_directory(self) -> dict[str, CentralEntry]:
-        tail, where = self._tail, self._file.path
-        limit = MAX_DIRECTORY_NBYTES
-        if self._manifest is not None:
-            entries, limit = _expected(self._manifest)
-            if tail.entries != entries:
-                msg = f"{where} has {tail.entries} entries instead of {entries}"
-                raise CheckpointCorrupt(msg)
-        if tail.directory_nbytes > limit:
-            msg = f"{where}: a central directory of {tail.directory_nbytes} bytes can't be right"
-            raise CheckpointCorrupt(msg)
-        data = self._read(tail.directory_at, tail.directory_nbytes)
-        return {entry.name: entry for entry in zip_archive.parse_directory(data, tail, where=where)}
 
     def _chunk_offsets(self) -> dict[str, int]:
         arrays = () if self._manifest is None else self._manifest.arrays
@@ -194,13 +206,20 @@ class ArchiveFiles:
 
     def _read(self, start: int, nbytes: int) -> bytes:
         data = bytearray(nbytes)
-        with self._file.open(self._file.path, None) as file:
+        with self._file.open(self._file.path, nbytes, None) as file:
             file.read_into([memoryview(data)], start)
         return bytes(data)
 
 
 class _CheckedFiles(ArchiveFiles):
     """Entries that are read once each, and compared with what their records say."""
+
+    def _entry(self, path: str) -> CentralEntry:
+        expect_plain(path)
+        entry = self._all_entries().get(path)
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return entry
 
     def __init__(self, file: OneFile, plain: ArchiveFiles) -> None:
         """Take a look at the file of ``plain``, which goes on to own it."""
@@ -212,7 +231,7 @@ class _CheckedFiles(ArchiveFiles):
     ) -> File:
         """Open an entry, and compare its local header and padding with its central record."""
         start, size = self._place(path, nbytes, at)
-        entry = self._entry(path)
+        entry = self._tail.manifest if path == MANIFEST_FILE else self._entry(path)
         padding = start - _behind_header(entry)
         if entry.nbytes != size or padding not in range(zip_archive.MAX_PADDING_NBYTES + 1):
             msg = f"{path}: the central directory and the manifest say different lengths or offsets"
@@ -221,7 +240,7 @@ class _CheckedFiles(ArchiveFiles):
         if self._read(entry.header_at, len(header)) != header:
             msg = f"{path}: its local header is not the one that follows from the central directory"
             raise CheckpointCorrupt(msg)
-        return _CheckedStretch(_Stretch(self._file.open(path, scratch), path, start, size), entry.crc32)
+        return _CheckedStretch(_Stretch(self._file.open(path, size, scratch), path, start, size), entry.crc32)
 
 
 class _Stretch:

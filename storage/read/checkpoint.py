@@ -236,7 +236,7 @@ class StoredCheckpoint:
         blocks = self._block_crcs() if verify and any(box.numel for _, box, _ in fitting) else None
         tasks = []
         for array, box, out in fitting:
-            crcs = None if blocks is None else blocks[array.first_block :][: array.entry.block_count]
+            crcs = None if blocks is None else blocks[array.first_block :]
             source = Source(files, array.entry, crcs)
             plan = plan_reads(source.grid, box, verify=verify, piece=PIECE, max_gap=MAX_GAP)
             tasks.append(Task(array.spec.public_name, source, box, plan, out))

@@ -114,9 +114,9 @@ class LocalArchive:
         self._parent = parent
         self._calls = calls or ReadCalls()
 
-    def open(self, path: str, scratch: Scratch | None) -> File:
-        """Return the file, opened once more if there is ``scratch``."""
-        if scratch is not None:
+    def open(self, path: str, nbytes: int, scratch: Scratch | None) -> File:
+        """Return the file; opened once more if it may be read past the page cache."""
+        if scratch is not None and nbytes >= self._calls.direct_from:
             with suppress(OSError):  # no /proc, or no permission any more
                 again = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
                 return DirectFile(RegularFile(again, path, self.nbytes), scratch, self._calls)

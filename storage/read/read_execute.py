@@ -11,9 +11,10 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gockpt.storage.format.checksum import BLOCK, expect_blocks
+from gockpt.storage.format.checksum import BLOCK, crc32c, expect_blocks
 from gockpt.storage.read.decode import read_chunk
 from gockpt.storage.read.in_threads import in_threads
+from gockpt.storage.read.read_join import join_neighbours
 from gockpt.storage.read.read_plan import ByteRange, ChunkRead, Grid, scatter
 from gockpt.storage.read.scratch import PIECE, Scratch
 
@@ -36,6 +37,14 @@ PARALLEL_JOBS = 32
 """Plans of fewer bytes and jobs are carried out in the caller's thread: starting others takes longer."""
 
 
+JOINED = 1 << 20
+"""Most bytes of neighbours that are read at once: more are no longer in the core's cache when checked."""
+MAX_GAP = 16 << 10
+"""Largest gap that is read along between neighbours."""
+MOST_JOINED = 500
+"""Most neighbours at once: the system takes 1024 places for one read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where an array's chunk files are, and what their blocks must hash to.
@@ -43,7 +52,8 @@ class Source:
     Attributes:
         files: The files of its checkpoint.
         entry: The array, from the manifest.
-        crcs: The checksum of every block of the array, or ``None`` to take the bytes as they are.
+        crcs: The checksum of every block of the array, and perhaps of others behind it; ``None`` to take the
+            bytes as they are.
     """
 
     files: Files
@@ -84,6 +94,36 @@ class Task:
     out: npt.NDArray[np.uint8]
 
 
+class _Job:
+    """Part of a task that one thread carries out: ranges of one chunk.
+
+    Attributes:
+        task: The task.
+        index: Its number.
+        read: The chunk to read of.
+        ranges: Ranges of its file.
+        alone_at: Where its only range is in an archive, if it is all wanted and goes to one place, so that
+            it may be read with its neighbours; else ``None``.
+    """
+
+    __slots__ = ("alone_at", "index", "ranges", "read", "task")
+
+    def __init__(self, task: Task, index: int, read: ChunkRead, ranges: Sequence[ByteRange]) -> None:
+        self.task = task
+        self.index = index
+        self.read = read
+        self.ranges = ranges
+        self.alone_at: ByteRange | None = None
+        entry = task.source.entry
+        if entry.at is not None and entry.coded is None and len(ranges) == 1 and ranges[0] == read.run:
+            self.alone_at = ByteRange(entry.at[read.chunk] + ranges[0].start, ranges[0].nbytes)
+
+    @property
+    def target(self) -> npt.NDArray[np.uint8]:
+        """The bytes of the task's target that the range goes to."""
+        return self.task.out[self.read.target : self.read.target + self.ranges[0].nbytes]
+
+
 def execute(
     tasks: Sequence[Task],
     *,
@@ -107,29 +147,33 @@ def execute(
         CheckpointCorrupt: If a file is not what it must be, or a block differs from its checksum.
         OSError: If a file isn't there or can't be opened.
     """
-    jobs = [(index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task)]
+    jobs = [
+        _Job(task, index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task)
+    ]
+    groups = join_neighbours(
+        [job.alone_at for job in jobs], max_gap=MAX_GAP, most_nbytes=JOINED, most_parts=MOST_JOINED
+    )
     lock, total = threading.Lock(), 0
 
-    def work(job: tuple[int, ChunkRead, Sequence[ByteRange]], scratch: Scratch) -> None:
+    def work(group: list[int], scratch: Scratch) -> None:
         nonlocal total
-        index, read, ranges = job
-        task = tasks[index]
-        with explained(task.name):
-            begun(index)
-            scratch.take(0)
-            with task.source.open(read.chunk, scratch) as file:
-                coded = task.source.entry.coded
-                if coded is not None:
-                    got = _read_encoded(file, read, task, coded)
-                else:
-                    got = sum(_read(file, read, part, task, scratch) for part in ranges)
+        together = [jobs[index] for index in group]
+        for job in together:
+            begun(job.index)
+        scratch.take(0)
+        with explained(together[0].task.name):
+            got = _read_joined(together, scratch) if len(group) > 1 else _read_job(together[0], scratch)
+        for job in together if len(group) > 1 else ():
+            if not _is_right(job):
+                with explained(job.task.name):
+                    _read_job(job, scratch)  # says what is wrong
         with lock:
             total += got
 
-    planned = sum(part.nbytes for _, _, ranges in jobs for part in ranges)
-    is_small = planned < PARALLEL_FROM and len(jobs) < PARALLEL_JOBS
-    threads = 1 if is_small else min(threads, len(jobs))
-    in_threads(work, jobs, threads=threads, name="gockpt-read", memory=Scratch)
+    planned = sum(part.nbytes for job in jobs for part in job.ranges)
+    is_small = planned < PARALLEL_FROM and len(groups) < PARALLEL_JOBS
+    threads = 1 if is_small else min(threads, len(groups))
+    in_threads(work, groups, threads=threads, name="gockpt-read", memory=Scratch)
     return total
 
 
@@ -148,6 +192,39 @@ def _jobs(task: Task) -> Iterator[tuple[ChunkRead, Sequence[ByteRange]]]:
             batch.append(part)
             nbytes += part.nbytes
         yield read, batch
+
+
+def _read_job(job: _Job, scratch: Scratch) -> int:
+    """Read what one chunk has for a task."""
+    source, read = job.task.source, job.read
+    with source.open(read.chunk, scratch) as file:
+        if source.entry.coded is not None:
+            return _read_encoded(file, read, job.task, source.entry.coded)
+        return sum(_read(file, read, part, job.task, scratch) for part in job.ranges)
+
+
+def _read_joined(jobs: Sequence[_Job], scratch: Scratch) -> int:
+    """Read neighbours of one archive straight into their targets, with the gaps between them."""
+    source = jobs[0].task.source
+    gap = scratch.take(MAX_GAP).data
+    places = [job.alone_at for job in jobs if job.alone_at is not None]
+    first, views, at = places[0].start, list[memoryview](), places[0].start
+    for job, place in zip(jobs, places, strict=True):
+        views += [gap[: place.start - at], job.target.data]
+        at = place.stop
+    path = source.entry.chunk_path(jobs[0].read.chunk)
+    with source.files.open(path, nbytes=at - first, scratch=scratch, at=first) as file:
+        return file.read_into(views, 0)
+
+
+def _is_right(job: _Job) -> bool:
+    """Whether the bytes of a job of one block, which are in their place, agree with their checksum."""
+    source, chunk = job.task.source, job.read.chunk
+    if source.crcs is None:
+        return True
+    first = source.grid.first_block(chunk) if chunk else 0
+    known = int(source.crcs[first + job.ranges[0].start // BLOCK])
+    return job.ranges[0].nbytes <= BLOCK and crc32c(job.target.data) == known
 
 
 def _read(file: File, read: ChunkRead, part: ByteRange, task: Task, scratch: Scratch) -> int:

@@ -133,6 +133,10 @@ def plan_reads(grid: Grid, box: Box, *, verify: bool, piece: int, max_gap: int) 
         raise ValueError(msg)
     if not box.numel:
         return ()
+    if box.shape == shape and grid.chunk_rows >= grid.rows:
+        # All of an array of one chunk: what is worked out below, sooner.
+        run = ByteRange(0, grid.spec.nbytes)
+        return (ChunkRead(0, Overlap(shape, box.start, box.start), run, 0, tuple(_pieces([run], piece))),)
     first, rows = (box.start[0], box.shape[0]) if shape else (0, 1)
     reads = []
     for chunk in range(first // grid.chunk_rows, -(-(first + rows) // grid.chunk_rows)):
