@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from gockpt.loading.checkpoint import Checkpoint, open
     from gockpt.loading.load import Restored, load
     from gockpt.options import Keep, Options
+    from gockpt.packing import pack, unpack
     from gockpt.release import close
     from gockpt.saving.handle import SaveHandle
     from gockpt.uploads import upload
@@ -93,9 +94,11 @@ __all__ = [
     "latest",
     "load",
     "open",
+    "pack",
     "prune",
     "save_overlapped",
     "steps",
+    "unpack",
     "upload",
     "verify",
     "wait",
@@ -117,9 +120,11 @@ _HOME = {
     "latest": "gockpt.catalog",
     "load": "gockpt.loading.load",
     "open": "gockpt.loading.checkpoint",
+    "pack": "gockpt.packing",
     "prune": "gockpt.catalog",
     "save_overlapped": "gockpt.api",
     "steps": "gockpt.catalog",
+    "unpack": "gockpt.packing",
     "upload": "gockpt.uploads",
     "verify": "gockpt.catalog",
     "wait": "gockpt.api",

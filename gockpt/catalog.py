@@ -76,7 +76,7 @@ class Metadata:
         extras: Names of the user's extras.
         optimizers: Class of each saved optimizer.
         buffers: Names of the model's entries that are buffers.
-        path: Its directory.
+        path: Its directory or archive.
         seq: Its number among its path's publications; the highest is the newest.
         attempt: Unique to this writing of the step.
         run: The training run's id, which a load preserves.
@@ -181,7 +181,7 @@ def checkpoints(path: Where, *, superseded: bool = False) -> list[CheckpointEntr
     Reads the manifests only. The list is empty if the path does not exist.
 
     Args:
-        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
+        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory, archive or URL.
         superseded: Whether to include those that a newer publication of their step replaced.
 
     Raises:
@@ -202,7 +202,7 @@ def diff(
     """Compare two checkpoints: names, shapes, every byte, and their documents.
 
     Args:
-        path_a: Where checkpoints are saved, or one checkpoint's own directory; or a URL.
+        path_a: Where checkpoints are saved, or one checkpoint's own directory or archive; or a URL.
         path_b: The same, of the other.
         step_a: The wanted step of the first; ``None`` for the newest.
         step_b: The wanted step of the second; ``None`` for the newest.
@@ -251,7 +251,7 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
     Raises:
         PathBusy: If a run saves there: let it prune with ``Options(keep=...)``.
         CheckpointNotFound: If the path doesn't exist, or has no complete checkpoint.
-        NotACheckpoint: If the path is a file, or one checkpoint's own directory.
+        NotACheckpoint: If the path is a file, or one checkpoint itself.
         CheckpointCorrupt: If only the newest would remain, which is read as a whole first, and it is damaged.
         StorageError: If the disk refuses; checkpoints to keep are not touched.
         UsageError: If the path is a URL, ``keep`` is a number below 1, or no checkpoint has the metric by
@@ -260,7 +260,7 @@ def prune(path: Where, keep: int | Keep, *, dry_run: bool = False) -> Pruned:
     rules = keep if isinstance(keep, Keep) else Keep(newest=keep)
     with closing(location_at(path)) as location:
         path = location.path
-        if location.kind != "directory":
+        if location.kind == "object store":
             msg = f"{path} is in an object store, where gockpt deletes nothing; use the store's own tools"
             raise UsageError(msg)
     with open_checkpoint(path) as stored:
@@ -319,7 +319,7 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
     Without a step it is the newest with a readable manifest; unreadable manifests are reported too.
 
     Args:
-        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
+        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory, archive or URL.
         step: The wanted step; ``None`` for the newest.
         on_progress: Called with the bytes checked and the total, from any thread.
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("tensor_memory", "state", "staging"),
     ("replay",),
     ("workers",),
-    ("catalog", "uploads", "loading", "saving"),
+    ("catalog", "packing", "uploads", "loading", "saving"),
     (
         *("reachable", "ranks", "validation", "existing", "opening", "saver", "registry"),
         *("preemption", "process_end", "release", "checkpointer", "api"),
@@ -101,7 +101,7 @@ PLACE = {
 STRANGERS = {
     frozenset({"kernels", "storage"}),
     frozenset({"state", "staging"}),
-    *(frozenset({name, "saving"}) for name in ("catalog", "loading", "uploads")),
+    *(frozenset({name, "saving"}) for name in ("catalog", "loading", "packing", "uploads")),
 }
 PURE = {"core", "planning"}
 

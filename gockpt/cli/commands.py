@@ -33,9 +33,10 @@ _step = click.option("--step", type=click.IntRange(min=0), help="This step inste
 @click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(gockpt.__version__, prog_name="gockpt")
 def cli() -> None:
-    """Look at, check, compare and remove checkpoints.
+    """Look at, check, compare, convert and remove checkpoints.
 
-    PATH is where checkpoints are saved, or one checkpoint's own directory, or a URL such as s3://bucket/run.
+    PATH is where checkpoints are saved, or one checkpoint's own directory or archive, or a URL such as
+    s3://bucket/run.
     """
 
 
@@ -150,6 +151,34 @@ def diff(
 
 @cli.command(epilog=_EXIT_CODES)
 @click.argument("path")
+@click.argument("target")
+@_step
+@_json
+def pack(path: str, target: str, *, step: int | None, as_json: bool) -> int:
+    """Write a checkpoint in PATH as TARGET, an archive: one ZIP file."""
+    from gockpt.packing import pack as pack_one
+
+    with progress("packing", shown=not as_json) as moved:
+        _tell_written(path, pack_one(path, target, step, on_progress=moved), as_json=as_json)
+    return 0
+
+
+@cli.command(epilog=_EXIT_CODES)
+@click.argument("path")
+@click.argument("target")
+@_step
+@_json
+def unpack(path: str, target: str, *, step: int | None, as_json: bool) -> int:
+    """Write a checkpoint in PATH as TARGET, a directory."""
+    from gockpt.packing import unpack as unpack_one
+
+    with progress("unpacking", shown=not as_json) as moved:
+        _tell_written(path, unpack_one(path, target, step, on_progress=moved), as_json=as_json)
+    return 0
+
+
+@cli.command(epilog=_EXIT_CODES)
+@click.argument("path")
 @click.option("--keep", type=click.IntRange(min=1), required=True, help="How many of the newest stay.")
 @click.option("--every", type=click.IntRange(min=1), help="Also each step that is a multiple of this.")
 @click.option("--best", type=click.IntRange(min=1), help="Also the best this many; needs --metric.")
@@ -186,6 +215,13 @@ def prune(
     others = f", {done.other_runs} of them of other runs (see --other-runs)" if done.other_runs else ""
     tell(f"{len(done.kept)} kept{others}")
     return 0
+
+
+def _tell_written(path: str, entry: CheckpointEntry, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"path": path, "written": _entry(entry)})
+    else:
+        print_line(f"{printable(entry.path)}: step {entry.step}, {byte_size(entry.nbytes)}")
 
 
 def _entry(entry: CheckpointEntry) -> dict[str, Any]:

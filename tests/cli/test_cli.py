@@ -117,6 +117,41 @@ def test_show_and_ls_say_that_one_is_not_exact(call, ask):
     assert re.search(r" no +/?.*step-0000000006", call("ls", "ckpts")[1])
 
 
+def test_pack_and_unpack(call, ask):
+    fill()
+    code, out, _ = call("pack", "ckpts", "a.zip", "--step", 2)
+    assert (code, out) == (0, "a.zip: step 2, 32 B\n")
+    code, document = ask("unpack", "a.zip", "step-0000000002")
+    assert (code, document["path"], document["written"]["step"]) == (0, "a.zip", 2)
+    assert document["written"]["path"] == "step-0000000002"
+    for form in ("a.zip", "step-0000000002"):
+        assert call("verify", form)[0] == 0
+        assert call("diff", form, "ckpts", "--step-b", 2)[0] == 0
+        assert ask("show", form)[1]["step"] == 2
+        assert ask("ls", form)[1]["checkpoints"][0]["seq"] == 2
+        code, _, err = call("prune", form, "--keep", 1)
+        assert (code, "is the checkpoint of step 2 itself" in err) == (3, True)
+    assert call("pack", "ckpts", "a.zip")[0] == 2
+    assert call("pack", "nowhere", "b.zip")[0] == 3
+    assert call("unpack", "ckpts", "nowhere/b")[0] == 4
+    data = bytearray(Path("a.zip").read_bytes())
+    data[200] ^= 1
+    Path("a.zip").write_bytes(data)
+    assert call("unpack", "a.zip", "c")[0] == 1
+    assert not Path("c").exists()
+
+
+def test_a_path_of_archives_is_pruned_in_a_dry_run(call, ask):
+    fill("made")
+    Path("ckpts").mkdir()
+    for step in (1, 2, 3, 4):
+        assert call("pack", "made", f"ckpts/step-{step:010}.zip", "--step", step)[0] == 0
+    code, document = ask("prune", "ckpts", "--keep", 2, "--dry-run")
+    assert (code, [one["step"] for one in document["removed"]]) == (0, [1, 2])
+    assert [one["step"] for one in document["kept"]] == [3, 4]
+    assert gockpt.steps("ckpts") == [1, 2, 3, 4]
+
+
 def test_verify(call, ask):
     fill()
     code, out, _ = call("verify", "ckpts")
