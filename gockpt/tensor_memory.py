@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["as_bytes", "dense_bytes", "expect_dense_bytes", "is_dense"]
+__all__ = ["as_bytes", "dense_bytes", "dense_range", "expect_dense_bytes", "is_dense"]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -55,6 +55,20 @@ def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
         conjugated tensors, other layouts or devices).
     """
     return as_bytes(tensor) if tensor.device.type == "cpu" and is_dense(tensor) else None
+
+
+def dense_range(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Return the address and number of a tensor's bytes, in storage order; nothing holds them alive.
+
+    Returns:
+        ``None`` as for :func:`dense_bytes`, and where the storage was made smaller than the tensor.
+    """
+    if not (tensor.is_cpu and is_dense(tensor)):
+        return None
+    nbytes, itemsize = tensor.numel() * tensor.element_size(), tensor.element_size()
+    if tensor.storage_offset() * itemsize + nbytes > tensor.untyped_storage().nbytes():
+        return None
+    return tensor.data_ptr(), nbytes
 
 
 def expect_dense_bytes(name: Name, tensor: torch.Tensor) -> Bytes:

@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gockpt.errors import StateTooLarge
-from gockpt.kernels.fingerprint_numba import fingerprint
+from gockpt.kernels.fingerprint_numba import fingerprints
 from gockpt.saving.closing import added_at
 from gockpt.state.tensors import is_subclass, refusal
-from gockpt.tensor_memory import dense_bytes
+from gockpt.tensor_memory import dense_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,19 +41,21 @@ MOST_REMEMBERED = 16 << 20
 Addition = tuple[dict[str, Any], dict[tuple[str, ...], torch.Tensor]]
 """A state document, and the arrays that come with it."""
 
+_version = vars(torch._C.TensorBase)["_version"].__get__  # noqa: SLF001 - without a call of Python's for each
+
 
 @dataclass(frozen=True, slots=True)
 class _Marks:
     """Marks of a state at one moment.
 
     Attributes:
-        memory: Address and version counter of each tensor; ``None`` where that can't be told.
+        memory: Addresses and version counters of the tensors; ``None`` for one where that can't be told.
         bits: Fingerprints of the bytes looked at.
         whole: Whether ``bits`` are of all of the state.
     """
 
-    memory: tuple[tuple[int, int] | None, ...]
-    bits: tuple[int, ...]
+    memory: list[tuple[list[int], list[int]] | tuple[int, int] | None]
+    bits: list[int]
     whole: bool
 
 
@@ -122,37 +125,45 @@ class LastTick:
 
     def _look(self) -> _Marks:
         tensors = [tensor for reference in self._tensors if (tensor := reference()) is not None]
-        memory = tuple(map(_memory, tensors))
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        whole = total <= MOST_BYTES and len(tensors) <= MOST_TENSORS
-        bits: list[int] = []
+        whole = len(tensors) <= MOST_TENSORS and sum(tensor.nbytes for tensor in tensors) <= MOST_BYTES
+        rows: list[tuple[int, int]] = []
         for tensor in tensors if whole else tensors[:: -(-len(tensors) // MOST_TENSORS)]:
-            found = _bits(tensor, whole=whole)
+            found = _range(tensor)
             whole = whole and found is not None
-            bits += found or ()
-        return _Marks(memory, tuple(bits), whole)
+            if found is not None:
+                rows += _places(*found, whole=whole)
+        addresses, nbytes = np.array(rows, np.int64).reshape(-1, 2).T
+        bits = fingerprints(addresses.copy(), nbytes.copy(), np.zeros(len(rows), np.int64))
+        return _Marks(_memory(tensors), bits.tolist(), whole)
 
 
-def _memory(tensor: torch.Tensor) -> tuple[int, int] | None:
+def _memory(tensors: list[torch.Tensor]) -> list[tuple[list[int], list[int]] | tuple[int, int] | None]:
+    try:
+        return [([*map(torch.Tensor.data_ptr, tensors)], [*map(_version, tensors)])]
+    except (RuntimeError, NotImplementedError):  # such as a subclass without memory of its own
+        return [_memory_of_one(tensor) for tensor in tensors]
+
+
+def _memory_of_one(tensor: torch.Tensor) -> tuple[int, int] | None:
     try:
         return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
-    except (RuntimeError, NotImplementedError):  # such as a subclass without memory of its own
-        return None
-
-
-def _bits(tensor: torch.Tensor, *, whole: bool) -> list[int] | None:
-    """Fingerprint all of a tensor in host memory, or three places; ``None`` if it can't be looked at."""
-    try:
-        found = dense_bytes(tensor)
     except (RuntimeError, NotImplementedError):
         return None
-    if found is None:
+
+
+def _range(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Return the address and number of a tensor's bytes in host memory; ``None`` if it can't be looked at."""
+    try:
+        return dense_range(tensor)
+    except (RuntimeError, NotImplementedError):
         return None
-    if whole or found.size <= 3 * PLACE:
-        return [fingerprint(found)]
-    middle = found.size // 2
-    places = (found[:PLACE], found[middle : middle + PLACE], found[-PLACE:])
-    return [fingerprint(place) for place in places]
+
+
+def _places(address: int, nbytes: int, *, whole: bool) -> list[tuple[int, int]]:
+    """Return the address and number of the bytes that are looked at: all of them, or three places."""
+    if whole or nbytes <= 3 * PLACE:
+        return [(address, nbytes)]
+    return [(address + at, PLACE) for at in (0, nbytes // 2, nbytes - PLACE)]
 
 
 def _shape(optimizers: Sequence[Any]) -> tuple[int, ...]:
