@@ -17,6 +17,7 @@
     ├── NonFiniteCheckpoint            load an older checkpoint, or without ``finite=True``
     ├── CheckpointCorrupt              fall back to an older checkpoint
     │   ├── ManifestCorrupt
+    │   │   └── FormatTooNew           written by a newer gockpt: upgrade
     │   └── ChunkCorrupt
     ├── PathBusy                       another process saves into this path
     ├── RemoteError                    an object store refused or can't be reached: credentials, URL, network
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointPruned",
     "ChunkCorrupt",
     "ExistingCheckpoints",
+    "FormatTooNew",
     "GockptError",
     "ManifestCorrupt",
     "NonFiniteCheckpoint",
@@ -141,6 +143,22 @@ class CheckpointCorrupt(GockptError):
 
 class ManifestCorrupt(CheckpointCorrupt):
     """``gockpt.json`` (or a document it vouches for) is damaged or not valid."""
+
+
+class FormatTooNew(ManifestCorrupt):
+    """A newer gockpt wrote it, in a version of the format that this one can't read. Upgrade gockpt.
+
+    Attributes:
+        seq: Its number among its path's publications; ``None`` if it can't be told.
+    """
+
+    def __init__(self, message: str, *, seq: int | None = None) -> None:
+        super().__init__(message)
+        self.seq = seq
+
+    def may_be_newer_than(self, seq: int | None) -> bool:
+        """Return whether it may be newer than a checkpoint with that ``seq``; ``None``: than none at all."""
+        return self.seq is None or seq is None or self.seq > seq
 
 
 class ChunkCorrupt(CheckpointCorrupt):

@@ -20,10 +20,16 @@ from gockpt.errors import (
     CheckpointCorrupt,
     CheckpointNotFound,
     CheckpointPruned,
+    FormatTooNew,
     ManifestCorrupt,
     NonFiniteCheckpoint,
 )
-from gockpt.storage.read.find import damaged_checkpoints, list_checkpoints, open_checkpoint, open_listed
+from gockpt.storage.read.find import (
+    damaged_checkpoints,
+    list_checkpoints,
+    open_checkpoint,
+    open_listed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,16 +80,22 @@ def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckp
 
     Raises:
         CheckpointNotFound: If there is no checkpoint.
+        FormatTooNew: If a later gockpt wrote one that may be newer than all others.
         CheckpointCorrupt: If none is whole; names each one's problems.
         NonFiniteCheckpoint: If none meets the conditions, and at least one isn't finite.
         CheckpointPruned: If one was removed while it was read: a newer one may exist.
     """
+    damaged = damaged_checkpoints(path)
     passed = [
         PassedOver(child.step, child.path, str(error))
-        for child, error in damaged_checkpoints(path).items()
+        for child, error in damaged.items()
         if child.step is not None
     ]
     entries = list_checkpoints(path, superseded=True)
+    newest = entries[-1].seq if entries else None
+    for child, error in damaged.items():
+        if isinstance(error, FormatTooNew) and not child.replaced and error.may_be_newer_than(newest):
+            raise error
     if not entries and not passed:
         return open_checkpoint(path), ()  # raises, and names the path's contents
     infinite = False

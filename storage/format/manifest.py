@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gockpt.core.nonfinite import nonfinite_of
 from gockpt.core.runs import Run, ancestors_of
-from gockpt.errors import ManifestCorrupt, UsageError
+from gockpt.errors import FormatTooNew, ManifestCorrupt, UsageError
 from gockpt.storage.format import array_paths, checksum, json_fields, strict_json
 from gockpt.storage.format.json_fields import Broken, expect
 from gockpt.storage.format.manifest_arrays import (
@@ -225,10 +225,11 @@ def parse(data: bytes, *, where: str) -> Manifest:
 
     Raises:
         ManifestCorrupt: If a byte differs from the written one, or the manifest breaks a rule.
+        FormatTooNew: If it is of a later version.
     """
     document = strict_json.loads(_line(data, where), what=where)
     try:
-        return _manifest(document)
+        return _manifest(document, where)
     except (Broken, UsageError) as error:
         msg = f"{where}: {error}"
         raise ManifestCorrupt(msg) from error
@@ -242,7 +243,7 @@ def identify(data: bytes, *, where: str) -> Identity:
     """
     document = strict_json.loads(_line(data, where), what=where)
     try:
-        _expect_readable(document)
+        _expect_readable(document, where)
         return Identity(
             step=json_fields.integer(document.get("step"), "step"),
             seq=json_fields.integer(document.get("seq"), "seq"),
@@ -307,12 +308,15 @@ def _line(data: bytes, where: str) -> bytes:
     return line
 
 
-def _expect_readable(document: Any) -> None:
+def _expect_readable(document: Any, where: str) -> None:
     expect(type(document) is dict and document.get("format") == FORMAT, "it is not a gockpt manifest")
     version = json_fields.integer(document.get("version"), "the format version")
-    if not 1 <= version <= VERSION:
-        msg = f"format version {version} is unknown (this gockpt reads up to {VERSION}); upgrade gockpt"
-        raise Broken(msg)
+    expect(version, "format version 0 is unknown")
+    if version > VERSION:
+        seq = document.get("seq")
+        known = f"this gockpt reads up to {VERSION}"
+        msg = f"{where}: format version {version} is unknown ({known}); upgrade gockpt"
+        raise FormatTooNew(msg, seq=seq if type(seq) is int else None)
 
 
 def _file(value: Any) -> FileEntry:
@@ -343,8 +347,8 @@ def _check_set(arrays: Sequence[ArrayEntry], files: Sequence[FileEntry]) -> None
     expect(size == 4 * blocks, f"{BLOCKS_FILE} has {size} bytes instead of 4 for each of {blocks} blocks")
 
 
-def _manifest(document: Any) -> Manifest:
-    _expect_readable(document)
+def _manifest(document: Any, where: str) -> Manifest:
+    _expect_readable(document, where)
     _, version, step, seq, attempt, run, parent, exact, created, writer, attributes, arrays, files = (
         json_fields.fields(document, "the manifest", _TOP_KEYS)
     )

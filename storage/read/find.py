@@ -2,7 +2,8 @@
 
 Promise: what is returned was complete and had a valid manifest when it was looked at. The newest is
 the one with the highest ``seq``, whatever its step. What is incomplete is passed over in silence,
-what is damaged with a warning in the log; neither hides what is intact.
+what is damaged with a warning in the log; neither hides what is intact. No older one is taken for the newest
+where a later gockpt wrote a newer one, in a version of the format that can't be read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gockpt.errors import CheckpointNotFound, ManifestCorrupt, NotACheckpoint
+from gockpt.errors import CheckpointNotFound, FormatTooNew, ManifestCorrupt, NotACheckpoint
 from gockpt.storage.format.manifest import MANIFEST_FILE, Manifest, finite_of, glance, metrics_of, parse
 from gockpt.storage.object_store.client import objects_at
 from gockpt.storage.paths import local_path
@@ -171,6 +172,8 @@ def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THRE
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         NotACheckpoint: If ``path`` is a file, or a directory that gockpt didn't write.
         ManifestCorrupt: If that step's is damaged; without a step, if every one is.
+        FormatTooNew: If the wanted one is of a later version of the format; without a step, if one is that
+            may be newer than all others.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
     damaged: dict[Child, ManifestCorrupt] = {}
@@ -272,6 +275,7 @@ def _open_newest(
 
     Raises:
         ManifestCorrupt: If that step's is damaged, or the location is one checkpoint itself.
+        FormatTooNew: If the newest, as far as it can be told, is of a later version of the format.
     """
 
     def pass_over(child: Child, error: ManifestCorrupt) -> None:
@@ -293,12 +297,27 @@ def _open_newest(
                 if children != before:
                     continue
             opened.pop_all()
+        _expect_readable(damaged, newest)
         if newest is None:
             return None
         try:
             return newest.checkpoint(location, threads)
         except ManifestCorrupt as error:
             pass_over(newest.child, error)  # undamaged and yet not valid
+
+
+def _expect_readable(damaged: dict[Child, ManifestCorrupt], newest: _Glanced | None) -> None:
+    """Refuse to take a checkpoint as the newest where one of a later version of the format may be newer.
+
+    Raises:
+        FormatTooNew: If there is one; the files of ``newest`` are closed then.
+    """
+    seq = None if newest is None else newest.seq
+    for child, error in damaged.items():
+        if isinstance(error, FormatTooNew) and not child.replaced and error.may_be_newer_than(seq):
+            if newest is not None:
+                newest.files.close()
+            raise error
 
 
 def _newest_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from gockpt.errors import (
     CheckpointNotFound,
     CheckpointPruned,
     ChunkCorrupt,
+    FormatTooNew,
     GockptError,
     ManifestCorrupt,
     NotACheckpoint,
@@ -244,15 +246,42 @@ def test_each_manifest_is_opened_once_and_none_that_was_replaced(save, tmp_path,
     assert sorted(read) == [f"{tmp_path}/ckpts/step-000000000{n}" for n in (1, 2, 3)]
 
 
-def test_a_newer_format_is_passed_over_and_named(save, tmp_path, caplog):
+def make_later(written, **changes):
+    """Seal a checkpoint's manifest again, of a later version and otherwise changed."""
+    path = written.path / "gockpt.json"
+    document = json.loads(path.read_bytes().splitlines()[0]) | {"version": 4} | changes
+    line = json.dumps(document).encode() + b"\n"
+    path.write_bytes(line + b'{"crc32c": "%08x"}\n' % crc32c(line))
+
+
+@pytest.mark.parametrize("changes", [{}, {"seq": None}, {"seq": 5, "arrays": "elsewhere"}])
+def test_no_older_one_is_taken_for_the_newest_of_a_newer_format(save, tmp_path, caplog, changes):
     save(1, 1)
-    later = save(2, 2).path / "gockpt.json"
-    line = later.read_bytes().splitlines(keepends=True)[0].replace(b'"version":1', b'"version":4')
-    later.write_bytes(line + b'{"crc32c": "%08x"}\n' % crc32c(line))
-    assert opened(tmp_path / "ckpts") == (1, 1)
-    assert "format version 4 is unknown" in caplog.text
-    with pytest.raises(ManifestCorrupt, match="upgrade gockpt"):
+    make_later(save(2, 2), **changes)
+    before = set(os.listdir("/proc/self/fd"))
+    for call in (open_checkpoint, latest_step):
+        with pytest.raises(FormatTooNew, match="format version 4 is unknown .*upgrade gockpt"):
+            call(tmp_path / "ckpts")
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(FormatTooNew, match="upgrade gockpt"):
         open_checkpoint(tmp_path / "ckpts", 2)
+    with open_checkpoint(tmp_path / "ckpts", 1) as found:
+        assert found.step == 1
+    assert [entry.step for entry in list_checkpoints(tmp_path / "ckpts")] == [1]
+    assert "format version 4 is unknown" in caplog.text
+
+
+def test_an_older_one_of_a_newer_format_is_passed_over_and_named(save, tmp_path, caplog):
+    make_later(save(1, 1))
+    save(2, 2)
+    assert opened(tmp_path / "ckpts") == (2, 2)
+    assert "format version 4 is unknown" in caplog.text
+
+
+def test_what_was_replaced_may_be_of_a_newer_format(save, tmp_path):
+    save(1, 1)
+    make_later(save(1, 9, directory="step-0000000001.old-00000009"))
+    assert opened(tmp_path / "ckpts") == (1, 1)
 
 
 # ---- pruned while being read
