@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "MAX_INTEGER",
     "Broken",
+    "Unknown",
     "crc",
     "expect",
     "fields",
@@ -34,6 +35,10 @@ class Broken(Exception):
     """A rule of the format that the document breaks."""
 
 
+class Unknown(Broken):
+    """A rule that the document breaks, and that a later version of gockpt may have loosened."""
+
+
 def expect(condition: object, otherwise: str) -> None:
     """Raise :class:`Broken` with that message unless the condition holds."""
     if not condition:
@@ -41,11 +46,16 @@ def expect(condition: object, otherwise: str) -> None:
 
 
 def fields(value: Any, what: str, keys: tuple[str, ...]) -> list[Any]:
-    """Return the values of an object that has exactly these keys, in their order."""
+    """Return the values of an object that has exactly these keys, in their order.
+
+    Raises:
+        Unknown: If it has others as well.
+        Broken: If it is no object, or lacks one.
+    """
     expect(type(value) is dict, f"{what} is not an object")
     if value.keys() != set(keys):
         msg = f"{what} has the keys {sorted(value)} instead of {sorted(keys)}"
-        raise Broken(msg)
+        raise Unknown(msg) if value.keys() > set(keys) else Broken(msg)
     return [value[key] for key in keys]
 
 

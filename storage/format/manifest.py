@@ -23,7 +23,7 @@ from gockpt.core.nonfinite import nonfinite_of
 from gockpt.core.runs import Run, ancestors_of
 from gockpt.errors import FormatTooNew, ManifestCorrupt, UsageError
 from gockpt.storage.format import array_paths, checksum, json_fields, strict_json
-from gockpt.storage.format.json_fields import Broken, expect
+from gockpt.storage.format.json_fields import Broken, Unknown, expect
 from gockpt.storage.format.manifest_arrays import (
     MAX_CHUNKS,
     check_places,
@@ -230,6 +230,12 @@ def parse(data: bytes, *, where: str) -> Manifest:
     document = strict_json.loads(_line(data, where), what=where)
     try:
         return _manifest(document, where)
+    except Unknown as error:
+        msg = f"{where}: {error}"
+        if document.get("version") != VERSION:
+            raise ManifestCorrupt(msg) from error
+        msg = f"{msg}; a newer gockpt wrote it: upgrade gockpt"
+        raise FormatTooNew(msg, seq=_seq(document)) from error
     except (Broken, UsageError) as error:
         msg = f"{where}: {error}"
         raise ManifestCorrupt(msg) from error
@@ -313,10 +319,9 @@ def _expect_readable(document: Any, where: str) -> None:
     version = json_fields.integer(document.get("version"), "the format version")
     expect(version, "format version 0 is unknown")
     if version > VERSION:
-        seq = document.get("seq")
         known = f"this gockpt reads up to {VERSION}"
         msg = f"{where}: format version {version} is unknown ({known}); upgrade gockpt"
-        raise FormatTooNew(msg, seq=seq if type(seq) is int else None)
+        raise FormatTooNew(msg, seq=_seq(document))
 
 
 def _file(value: Any) -> FileEntry:
@@ -339,12 +344,18 @@ def _check_set(arrays: Sequence[ArrayEntry], files: Sequence[FileEntry]) -> None
     if found != expected:
         odd = sorted(set(found) ^ set(expected))[:8]
         msg = f"the files it lists are not the ones its arrays need: {odd or 'one comes twice'}"
-        raise Broken(msg)
+        raise Unknown(msg) if set(found) > set(expected) else Broken(msg)
     chunks = sum(entry.chunks for entry in arrays)
     expect(chunks <= MAX_CHUNKS, f"it has {chunks} chunks; at most {MAX_CHUNKS} are ever written")
     size = next(entry.size for entry in files if entry.path == BLOCKS_FILE)
     blocks = sum(entry.block_count for entry in arrays)
     expect(size == 4 * blocks, f"{BLOCKS_FILE} has {size} bytes instead of 4 for each of {blocks} blocks")
+
+
+def _seq(document: dict[str, Any]) -> int | None:
+    """Return the number of a publication whose manifest can't be read; ``None`` if it isn't there."""
+    seq = document.get("seq")
+    return seq if type(seq) is int else None
 
 
 def _manifest(document: Any, where: str) -> Manifest:

@@ -14,7 +14,7 @@ from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec, public_name
 from gockpt.storage.format import array_paths, json_fields, zip_archive
 from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
-from gockpt.storage.format.json_fields import Broken, expect
+from gockpt.storage.format.json_fields import Broken, Unknown, expect
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def parse_array(value: Any, document_name: str) -> ArrayEntry:
         or not all(1 <= n <= whole[0] for n in pieces[:1])
     ):
         msg = f"{what} of shape {list(extents)} can't have chunks of shape {list(pieces)}"
-        raise Broken(msg)
+        is_grid = len(pieces) == len(whole) and all(1 <= n <= m for n, m in zip(pieces, whole, strict=True))
+        raise Unknown(msg) if is_grid else Broken(msg)
     size, crc = json_fields.fields(meta, f"the meta of {what}", ("size", "crc32c"))
     directory = json_fields.text(path, f"the path of {what}")
     document = FileEntry(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gockpt.core.arena_layout import lay_out
 from gockpt.core.array_spec import DTYPES, ArraySpec
-from gockpt.errors import ManifestCorrupt, UnsupportedState
+from gockpt.errors import FormatTooNew, ManifestCorrupt, UnsupportedState
 from gockpt.storage.format import array_paths, checksum, manifest, strict_json, zip_archive
 from gockpt.storage.format.manifest import Manifest
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
@@ -129,6 +129,29 @@ def test_offsets_that_chunks_can_not_have_are_refused(at, match):
     arrays = tuple(replace(entry, at=one) for entry, one in zip(IN_ARCHIVE.arrays, at, strict=True))
     with pytest.raises(ManifestCorrupt, match=match):
         manifest.parse(manifest.encode(replace(IN_ARCHIVE, arrays=arrays)), where="x")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda d: d.update(surprise=1), "has the keys"),
+        (lambda d: d["arrays"][0].update(digest="0" * 64), "has the keys"),
+        (lambda d: d["arrays"][0]["meta"].update(surprise=1), "has the keys"),
+        (lambda d: d["arrays"][0].update(chunk=[20_000, 1]), "can't have chunks"),
+        (lambda d: d["files"].append({"path": "more.json", "size": 1, "crc32c": "0" * 8}), "not the ones"),
+    ],
+)
+def test_what_is_unknown_in_version_3_is_of_a_newer_gockpt(change, match):
+    wide = placed(make([ArraySpec(("model", "x"), (40_000, 2), "float32")], chunk_rows=20_000))
+    for one in (wide, replace(wide, arrays=(replace(wide.arrays[0], at=None),))):
+        document = json.loads(manifest.encode(one).splitlines()[0])
+        change(document)
+        kind = FormatTooNew if one is wide else ManifestCorrupt
+        with pytest.raises(kind, match=match) as caught:
+            manifest.parse(sealed(json.dumps(document).encode() + b"\n"), where="/a/gockpt.json")
+        assert type(caught.value) is kind
+        assert ("upgrade" in str(caught.value)) == (one is wide)
+        assert str(caught.value).startswith("/a/gockpt.json: ")
 
 
 def test_a_chunk_too_large_for_an_archive_is_refused():
