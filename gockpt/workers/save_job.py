@@ -43,7 +43,7 @@ LARGE = 1 << 20
 SMALL = 64 << 10
 """Chunks below this many bytes are written several in a row: taking them one by one costs as much again."""
 
-SMALL_BATCH = 16
+SMALL_BATCH = 64
 
 BATCH = 2
 """Gradients of one piece that are replayed in one pass while the window is open."""
@@ -112,8 +112,9 @@ class Job(JobClient):
         self._waiting = owners
         self._unproven = len(self._pieces)
         chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
-        # By size, so that the largest go first on one side and the smallest on the other.
-        self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes)
+        # By size, so that the largest go first on one side and the smallest on the other; those that are
+        # written several in a row, in the manifest's order: they may be neighbours in the file.
+        self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes if chunk[1].nbytes >= SMALL else 0)
         self._capture = capture
         self._notify_all()
         return taken
@@ -312,12 +313,14 @@ class Job(JobClient):
     def _write(self, chunks: Sequence[tuple[ArrayPlace, Slot]]) -> Report | None:
         began = perf_counter()
         arenas, transaction = self._arenas, self._begun()
+        slots = []
         for place, slot in chunks:
             arena = arenas[place.arena]
             if place.strides is not None:
                 _to_row_major(arena.view(slot.offset, slot.nbytes), place.layout.spec.shape, place.strides)
             self._counter.look(place.layout.spec, arena.view(slot.offset, slot.nbytes))
-            transaction.write_chunk(place.layout, slot, arena.view(slot.offset, slot.capacity).data)
+            slots.append((place.layout, slot, arena.view(slot.offset, slot.capacity).data))
+        transaction.write_chunks(slots)
         with self._changed:
             self.written_bytes += sum(slot.nbytes for _, slot in chunks)
         self._trace.span("write", began, perf_counter())

@@ -11,8 +11,6 @@ import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import ManifestCorrupt, UsageError
 from gockpt.storage.format import checksum, chunk_grid, manifest, strict_json, zarr_metadata
@@ -20,12 +18,11 @@ from gockpt.storage.format.codecs import Coded
 from gockpt.storage.format.json_fields import MAX_INTEGER
 from gockpt.storage.format.manifest import BLOCKS_FILE, GROUP_FILE, STATE_FILE
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
+from gockpt.storage.local.partial_files import Chunk
 from gockpt.storage.local.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    import numpy.typing as npt
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gockpt.core.arena_layout import ArrayLayout, Slot
     from gockpt.storage.format.archive_plan import ArchivePlan
@@ -66,7 +63,7 @@ class _Array:
     layout: ArrayLayout
     path: str
     made: ArrayFile | None = None
-    blocks: dict[int, npt.NDArray[np.uint32] | None] = field(default_factory=dict)
+    blocks: dict[int, bytes | None] = field(default_factory=dict)
     stored: dict[int, int] = field(default_factory=dict)
     at: dict[int, int] = field(default_factory=dict)
 
@@ -113,34 +110,41 @@ class Draft:
         self._tried: manifest.Manifest | None = None
         self._documents: tuple[FileEntry, ...] | None = None
 
-    def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
-        """Write one chunk; see :meth:`gockpt.storage.local.transaction.Transaction.write_chunk`."""
-        array = self._expected(layout)
+    def write_chunks(self, chunks: Sequence[tuple[ArrayLayout, Slot, memoryview]]) -> None:
+        """Write chunks; see :meth:`gockpt.storage.local.transaction.Transaction.write_chunks`."""
+        arrays = [self._expected(layout) for layout, _, _ in chunks]
         with self._mutex:
-            if slot.chunk in array.blocks:
-                msg = f"chunk {slot.chunk} of {layout.spec.public_name!r} was written before"
-                raise UsageError(msg)
-            array.blocks[slot.chunk] = None
-        codec = (array.made or self._make(array)).codec
-        path = f"{array.path}/{chunk_grid.chunk_key(slot.chunk, len(layout.chunk_shape))}"
-        stored = self._write_rows(path, layout, slot, buffer, codec)
-        with self._mutex:
-            array.blocks[slot.chunk] = stored.blocks
-            array.stored[slot.chunk] = stored.nbytes - CHECKSUM_BYTES
-            if stored.at is not None:
-                array.at[slot.chunk] = stored.at
-            self.nbytes += stored.nbytes
-
-    def _write_rows(
-        self, path: str, layout: ArrayLayout, slot: Slot, buffer: memoryview, codec: str | None
-    ) -> StoredChunk:
-        """Write a chunk's file, raw or encoded."""
-        if codec is None:
-            self._compression.sample(layout, slot, buffer)
+            for array, (layout, slot, _) in zip(arrays, chunks, strict=True):
+                if slot.chunk in array.blocks:
+                    msg = f"chunk {slot.chunk} of {layout.spec.public_name!r} was written before"
+                    raise UsageError(msg)
+                array.blocks[slot.chunk] = None
+        raw: list[tuple[_Array, Chunk]] = []
+        for array, (layout, slot, buffer) in zip(arrays, chunks, strict=True):
+            codec = (array.made or self._make(array)).codec
+            path = f"{array.path}/{chunk_grid.chunk_key(slot.chunk, len(layout.chunk_shape))}"
+            if codec is None:
+                raw.append((array, Chunk(path, layout, slot, buffer.cast("B"))))
+                self._compression.sample(layout, slot, buffer)
+                continue
+            with self._compression.encoded(codec, layout, slot, buffer) as data, self._stopwatch:
+                stored = self._files.write_encoded(path, data)
+            self._note([(array, slot.chunk, stored)])
+        if raw:
             with self._stopwatch:
-                return self._files.write_chunk(path, layout, slot, buffer)
-        with self._compression.encoded(codec, layout, slot, buffer) as data, self._stopwatch:
-            return self._files.write_encoded(path, data)
+                written = self._files.write_chunks([chunk for _, chunk in raw])
+            found = zip(raw, written, strict=True)
+            self._note([(array, chunk.slot.chunk, stored) for (array, chunk), stored in found])
+
+    def _note(self, written: Iterable[tuple[_Array, int, StoredChunk]]) -> None:
+        """Note what the manifest says of written chunks."""
+        with self._mutex:
+            for array, chunk, (blocks, nbytes, at) in written:
+                array.blocks[chunk] = blocks
+                array.stored[chunk] = nbytes - CHECKSUM_BYTES
+                if at is not None:
+                    array.at[chunk] = at
+                self.nbytes += nbytes
 
     def restate(self, contents: Contents) -> None:
         """Hold other documents than it was begun with: the same arrays.
@@ -318,7 +322,7 @@ def _without_arrays(content: manifest.Manifest) -> manifest.Manifest:
 
 
 def _block_checksums(array: _Array) -> bytes:
-    return b"".join(np.asarray(array.blocks[slot.chunk], "<u4").tobytes() for slot in array.layout.slots)
+    return b"".join(array.blocks[slot.chunk] or b"" for slot in array.layout.slots)
 
 
 def _expect_readable(data: bytes) -> None:

@@ -1,9 +1,9 @@
 """Writes of any length at any place of one file, carried out in whole pages.
 
-Promise: after :meth:`PageWriter.flush` every byte that was handed in is in the file, at its place; bytes that
-nobody handed in are zero. Whole pages of aligned memory go past the page cache where the file system allows
-it; what shares a page with something else is gathered first. Nothing is synced here. Safe to use from
-several threads, for ranges that don't overlap.
+Promise: after :meth:`PageWriter.flush` every byte that was handed in is in the file, at its place; before
+``packed_at``, bytes that nobody handed in are zero. Whole pages of aligned memory go past the page cache
+where the file system allows it; what shares a page with something else is gathered first. Nothing is synced
+here. Safe to use from several threads, for ranges that don't overlap.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from gockpt.core.arena_layout import ALIGNMENT
 from gockpt.storage.local import files
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gockpt.storage.local.filesystem import Filesystem
 
 __all__ = ["DIRECT_FROM", "PageWriter"]
@@ -27,8 +29,10 @@ __all__ = ["DIRECT_FROM", "PageWriter"]
 DIRECT_FROM = 256 << 10
 """Shorter writes go through the page cache, where many leave as one; direct I/O waits for each."""
 
-_BLOCK = 1 << 20
-_SPARE = 8  # blocks kept for the next ones: fresh memory costs more than what is copied into it
+_BLOCK = 4 << 20
+_SPARE = 4  # blocks kept for the next ones: fresh memory costs more than what is copied into it
+
+_JOIN_BELOW = 4096  # pieces that are shorter on average are joined first: that costs less than handling each
 
 
 class _Block:
@@ -53,8 +57,8 @@ class PageWriter:
             dir_fd: The directory that ``name`` is relative to.
             name: The file.
             fd: Its open descriptor, for writing; the caller closes it.
-            packed_at: From here on, what is written is mostly shorter than a page: it is gathered in blocks
-                of 1 MiB instead of in pages.
+            packed_at: From here on, everything is handed in, up to the end of the file, and mostly by less
+                than a page: it is gathered in blocks of 4 MiB instead of in pages.
 
         Raises:
             OSError: What the system says.
@@ -103,6 +107,16 @@ class PageWriter:
         self._write_pages(first, data[first - at : last - at])
         self._gather(last, data[last - at :])
 
+    def write_all(self, at: int, pieces: Sequence[bytes | memoryview]) -> None:
+        """Write pieces one behind the other."""
+        nbytes = [len(piece) for piece in pieces]
+        if sum(nbytes) < _JOIN_BELOW * len(pieces):
+            self.write(at, memoryview(b"".join(pieces)))
+            return
+        for piece, n in zip(pieces, nbytes, strict=True):
+            self.write(at, memoryview(piece))
+            at += n
+
     def _gather(self, at: int, data: memoryview) -> None:
         """Copy bytes into the blocks that they lie in, and write each that is full."""
         while data.nbytes:
@@ -137,14 +151,10 @@ class PageWriter:
         return start, _BLOCK
 
     def _memory(self, size: int) -> memoryview:
-        """Return zeroed memory; whole pages for a block of several."""
+        """Return memory for a block: zeroed for one page, aligned for several."""
         if size < _BLOCK:
             return memoryview(bytearray(size))
-        if not self._spare:
-            return memoryview(mmap.mmap(-1, size))
-        memory = self._spare.pop()
-        np.frombuffer(memory, np.uint8)[:] = 0
-        return memory
+        return self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, size))
 
     def _write_pages(self, at: int, data: memoryview) -> None:
         """Write whole pages, past the page cache if they are many."""

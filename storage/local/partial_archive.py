@@ -16,9 +16,11 @@ from gockpt.storage.local.page_writer import PageWriter
 from gockpt.storage.local.partial_files import StoredChunk
 
 if TYPE_CHECKING:
-    from gockpt.core.arena_layout import ArrayLayout, Slot
-    from gockpt.storage.format.archive_plan import ArchivePlan
+    from collections.abc import Sequence
+
+    from gockpt.storage.format.archive_plan import ArchivePlan, Entry
     from gockpt.storage.local.filesystem import Filesystem
+    from gockpt.storage.local.partial_files import Chunk
 
 __all__ = ["PartialArchive"]
 
@@ -59,24 +61,52 @@ class PartialArchive:
             files.reserve(fs, fd, plan.end)
         self._pages = PageWriter(fs, dir_fd, name, fd, packed_at=plan.packed_at)
 
-    def write_chunk(self, path: str, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> StoredChunk:
-        """Write a chunk's entry at its planned place."""
-        entry = self._plan.chunks[path]
-        real, whole = slot.nbytes, layout.chunk_nbytes
-        buffer = buffer.cast("B")
+    def write_chunks(self, chunks: Sequence[Chunk]) -> list[StoredChunk]:
+        """Write each chunk's entry at its planned place, neighbours at once."""
+        stored: list[StoredChunk] = []
+        run: list[bytes | memoryview] = []
+        run_at = run_end = 0
+        for chunk in chunks:
+            entry = self._plan.chunks[chunk.path]
+            if entry.header_at < self._plan.packed_at:
+                stored.append(self._write_large(entry, chunk))
+                continue
+            if entry.header_at != run_end:
+                self._write_run(run_at, run)
+                run, run_at = [], entry.header_at
+            real, whole = chunk.slot.nbytes, chunk.layout.chunk_nbytes
+            data = chunk.buffer[:real]
+            rows = data if real == whole else bytes(data) + bytes(whole - real)
+            blocks, crc, crc32 = _checksums(data, whole)
+            trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
+            crc32 = self._crcs[entry.index] = zip_archive.archive_crc32(trailer, crc32)
+            run += entry.sealed(crc32), rows, trailer
+            run_end = entry.data_at + whole + CHECKSUM_BYTES
+            stored.append(StoredChunk(blocks, real + CHECKSUM_BYTES, entry.data_at))
+        self._write_run(run_at, run)
+        return stored
+
+    def _write_run(self, at: int, run: list[bytes | memoryview]) -> None:
+        """Write small entries that follow each other."""
+        if run:
+            with storage_errors("write", self._where):
+                self._pages.write_all(at, run)
+
+    def _write_large(self, entry: Entry, chunk: Chunk) -> StoredChunk:
+        """Write an entry whose data begins at a page, from where it lies."""
+        real, whole = chunk.slot.nbytes, chunk.layout.chunk_nbytes
+        buffer = chunk.buffer
         blocks, crc, crc32 = _checksums(buffer[:real], whole)
         trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
         crc32 = self._crcs[entry.index] = zip_archive.archive_crc32(trailer, crc32)
-        header = entry.sealed(crc32)
-        with storage_errors("write", self._where, path):
+        with storage_errors("write", self._where, chunk.path):
+            self._pages.write(entry.header_at, memoryview(entry.sealed(crc32)))
             if real < whole:
                 # The zeros up to the whole chunk are a hole.
-                self._pages.write(entry.header_at, memoryview(header))
                 self._pages.write(entry.data_at, buffer[:real])
                 self._pages.write(entry.data_at + whole, memoryview(trailer))
             else:
                 buffer[whole : whole + CHECKSUM_BYTES] = trailer
-                self._pages.write(entry.header_at, memoryview(header))
                 self._pages.write(entry.data_at, buffer[: whole + CHECKSUM_BYTES])
         return StoredChunk(blocks, real + CHECKSUM_BYTES, entry.data_at)
 
@@ -118,7 +148,7 @@ class PartialArchive:
             if path not in plan.document_paths:
                 pieces.append(self._entry(path, data))
         with storage_errors("write", self._where):
-            self._pages.write(start, memoryview(b"".join(pieces)))
+            self._pages.write_all(start, pieces)
             self._pages.flush()
 
     def complete(self, manifest: bytes) -> None:
@@ -147,7 +177,7 @@ class PartialArchive:
         return entry
 
 
-def _checksums(data: memoryview, whole: int) -> tuple[np.ndarray, int, int]:
+def _checksums(data: memoryview, whole: int) -> tuple[bytes, int, int]:
     """Return the checksums of a chunk, each block read once while it is in the cache.
 
     Args:
@@ -157,6 +187,9 @@ def _checksums(data: memoryview, whole: int) -> tuple[np.ndarray, int, int]:
     Returns:
         crc32c of each block of the data, and crc32c and CRC-32 of the whole chunk.
     """
+    if data.nbytes == whole <= checksum.BLOCK:
+        crc = checksum.crc32c(data)
+        return crc.to_bytes(CHECKSUM_BYTES, "little"), crc, zip_archive.archive_crc32(data)
     blocks = []
     crc32 = 0
     for at in range(0, data.nbytes, checksum.BLOCK):
@@ -167,4 +200,4 @@ def _checksums(data: memoryview, whole: int) -> tuple[np.ndarray, int, int]:
     crc = checksum.crc32c_zeros(zeros, checksum.chain(blocks, data.nbytes))
     for at in range(0, zeros, checksum.BLOCK):
         crc32 = zip_archive.archive_crc32(memoryview(_ZEROS)[: zeros - at], crc32)
-    return np.array(blocks, "<u4"), crc, crc32
+    return np.array(blocks, "<u4").tobytes(), crc, crc32

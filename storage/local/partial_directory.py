@@ -12,8 +12,11 @@ from gockpt.storage.local.failures import storage_errors
 from gockpt.storage.local.partial_files import StoredChunk
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gockpt.core.arena_layout import ArrayLayout, Slot
     from gockpt.storage.local.filesystem import Filesystem
+    from gockpt.storage.local.partial_files import Chunk
 
 __all__ = ["PartialDirectory"]
 
@@ -43,8 +46,11 @@ class PartialDirectory:
         self._direct = True
         self._known = False  # whether a chunk was written directly
 
-    def write_chunk(self, path: str, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> StoredChunk:
-        """Write a chunk's file from its arena slot."""
+    def write_chunks(self, chunks: Sequence[Chunk]) -> list[StoredChunk]:
+        """Write a file for each chunk."""
+        return [self._write_chunk(*chunk) for chunk in chunks]
+
+    def _write_chunk(self, path: str, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> StoredChunk:
         with storage_errors("write", self._where, path):
             written = chunk_writer.write_chunk(
                 *(self._fs, self._fd, path),
@@ -69,7 +75,7 @@ class PartialDirectory:
         self._unsynced.add(path, written.fd)
         self._direct = self._direct and not written.refused
         self._known = self._known or written.direct
-        return StoredChunk(written.blocks, written.nbytes)
+        return StoredChunk(written.blocks.tobytes(), written.nbytes)
 
     def write_document(self, path: str, data: bytes) -> None:
         """Write a document's file, its directories first."""

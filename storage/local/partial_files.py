@@ -8,29 +8,42 @@ several threads; after :meth:`PartialFiles.sync` all of them are written, and af
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from collections.abc import Sequence
 
     from gockpt.core.arena_layout import ArrayLayout, Slot
 
-__all__ = ["PartialFiles", "StoredChunk"]
+__all__ = ["Chunk", "PartialFiles", "StoredChunk"]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredChunk:
+class Chunk(NamedTuple):
+    """A chunk to be written as it lies in its arena slot.
+
+    Attributes:
+        path: The chunk's file, whose array's document was written before.
+        layout: The chunk's array.
+        slot: Which of its chunks.
+        buffer: The whole slot, writable bytes; what lies behind the real rows is overwritten.
+    """
+
+    path: str
+    layout: ArrayLayout
+    slot: Slot
+    buffer: memoryview
+
+
+class StoredChunk(NamedTuple):
     """A chunk that was written and not yet synced.
 
     Attributes:
-        blocks: crc32c of each block of its real or encoded bytes, little-endian uint32.
+        blocks: crc32c of each block of its real or encoded bytes, each as four bytes, little-endian.
         nbytes: Bytes of the file that were written, padding excluded.
         at: Where its bytes begin in the archive; ``None`` in a directory.
     """
 
-    blocks: npt.NDArray[np.uint32]
+    blocks: bytes
     nbytes: int
     at: int | None = None
 
@@ -38,15 +51,8 @@ class StoredChunk:
 class PartialFiles(Protocol):
     """The files of one checkpoint that is being written."""
 
-    def write_chunk(self, path: str, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> StoredChunk:
-        """Write a chunk as it lies in its arena slot, and its checksum behind it.
-
-        Args:
-            path: The chunk's file, whose array's document was written before.
-            layout: The chunk's array.
-            slot: Which of its chunks.
-            buffer: The whole slot, writable; what lies behind the real rows is overwritten.
-        """
+    def write_chunks(self, chunks: Sequence[Chunk]) -> list[StoredChunk]:
+        """Write chunks, and behind each its checksum."""
 
     def write_encoded(self, path: str, data: bytes) -> StoredChunk:
         """Write an encoded chunk, and its checksum behind it."""

@@ -27,7 +27,7 @@ from gockpt.storage.local.partial_archive import PartialArchive
 from gockpt.storage.local.partial_directory import PartialDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from gockpt.core.arena_layout import ArrayLayout, Slot
@@ -189,21 +189,25 @@ class Transaction:
             raise
 
     def write_chunk(self, layout: ArrayLayout, slot: Slot, buffer: memoryview) -> None:
-        """Write one chunk from its arena slot; safe to call from several threads, for different chunks.
+        """Write one chunk; see :meth:`write_chunks`."""
+        self.write_chunks([(layout, slot, buffer)])
+
+    def write_chunks(self, chunks: Sequence[tuple[ArrayLayout, Slot, memoryview]]) -> None:
+        """Write chunks from their arena slots; safe to call from several threads, for different chunks.
 
         Args:
-            layout: The chunk's array.
-            slot: Which of its chunks.
-            buffer: The whole slot, writable. The bytes behind the real rows are overwritten: checksum, zeros.
-                Page-aligned memory goes to the disk as it stands, other memory through a copy.
+            chunks: For each, its array, which of its chunks, and the whole slot, writable. The bytes behind
+                the real rows are overwritten: checksum, zeros. Page-aligned memory goes to the disk as it
+                stands, other memory through a copy. Small chunks in the manifest's order are written at once
+                where they are neighbours in the file.
 
         Raises:
             StorageError: If the disk refuses.
-            UsageError: If that chunk was written before, or the checkpoint was begun without the array, or
+            UsageError: If a chunk was written before, or the checkpoint was begun without the array, or
                 with another layout of it.
         """
         with _Work(self):
-            self._draft.write_chunk(layout, slot, buffer)
+            self._draft.write_chunks(chunks)
             self._show_life()
 
     def restate(self, *, state: Mapping[str, Any], attributes: Mapping[str, Any], exact: bool) -> None:

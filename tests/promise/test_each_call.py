@@ -168,14 +168,14 @@ def test_a_call_waits_for_the_former_save_and_not_for_its_own(harness, monkeypat
         original(job, *arguments)
         entered.set()
 
-    write = gockpt.storage.local.transaction.Transaction.write_chunk
+    write = gockpt.storage.local.transaction.Transaction.write_chunks
 
-    def write_chunk(transaction, *arguments):
+    def write_chunks(transaction, *arguments):
         gate.wait(30)
         return write(transaction, *arguments)
 
     monkeypatch.setattr(Job, "close", close)
-    monkeypatch.setattr(gockpt.storage.local.transaction.Transaction, "write_chunk", write_chunk)
+    monkeypatch.setattr(gockpt.storage.local.transaction.Transaction, "write_chunks", write_chunks)
     model, optimizer = build(random.Random(3))
     path = harness.directory()
     first = gockpt.save_overlapped(model, optimizer, path, step=1)

@@ -94,13 +94,13 @@ def test_waiting_for_the_capture_closes_the_window(harness):
 
 def test_a_timeout_is_for_the_whole_of_result(harness, monkeypatch):
     go = threading.Event()
-    original = Transaction.write_chunk
+    original = Transaction.write_chunks
 
-    def write_chunk(transaction, *args):
+    def write_chunks(transaction, *args):
         go.wait(20)
         return original(transaction, *args)
 
-    monkeypatch.setattr(Transaction, "write_chunk", write_chunk)
+    monkeypatch.setattr(Transaction, "write_chunks", write_chunks)
     model, optimizer = build()
     handle = gockpt.save_overlapped(model, optimizer, harness.directory(), step=1)
     left = []

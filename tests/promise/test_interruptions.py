@@ -98,16 +98,16 @@ def test_interrupted_while_wait_helps_with_the_last_copies(harness, link):
 
 @pytest.mark.parametrize("how", ["abort", "extra"])
 def test_copies_of_a_given_up_window_do_not_reach_the_next_save(harness, link, monkeypatch, how):
-    original = Transaction.write_chunk
+    original = Transaction.write_chunks
 
-    def write_chunk(transaction, *args):
+    def write_chunks(transaction, *args):
         seen = -1
         while link.slow and link.copies != seen:
             seen = link.copies
             sleep(0.1)
         return original(transaction, *args)
 
-    monkeypatch.setattr(Transaction, "write_chunk", write_chunk)
+    monkeypatch.setattr(Transaction, "write_chunks", write_chunks)
     model, optimizer = build()
     path = harness.directory()
     state = {"broken": False}

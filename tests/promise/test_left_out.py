@@ -78,14 +78,14 @@ def gate(monkeypatch):
     """Closed, nothing is written; ``entered`` is set when a write waits."""
     found = threading.Event()
     found.entered = threading.Event()
-    original = Transaction.write_chunk
+    original = Transaction.write_chunks
 
-    def write_chunk(transaction, *arguments):
+    def write_chunks(transaction, *arguments):
         found.entered.set()
         assert found.wait(60)
         return original(transaction, *arguments)
 
-    monkeypatch.setattr(Transaction, "write_chunk", write_chunk)
+    monkeypatch.setattr(Transaction, "write_chunks", write_chunks)
     yield found
     found.set()
 
@@ -133,8 +133,8 @@ def test_the_exit_of_a_program(harness):
     program = """
         import sys, threading, torch, gockpt
         from gockpt.storage.local.transaction import Transaction
-        gate, original = threading.Event(), Transaction.write_chunk
-        Transaction.write_chunk = lambda *a: gate.wait(60) and original(*a)
+        gate, original = threading.Event(), Transaction.write_chunks
+        Transaction.write_chunks = lambda *a: gate.wait(60) and original(*a)
 
         def train():
             model = torch.nn.Linear(3, 3)  # nobody else refers to it
@@ -250,7 +250,7 @@ def test_finish_tries_a_failed_save_again(harness, monkeypatch):
 
     run = Run(harness, None)
     with monkeypatch.context() as patch:
-        patch.setattr(Transaction, "write_chunk", full)
+        patch.setattr(Transaction, "write_chunks", full)
         save = run.tick()
         with pytest.raises(gockpt.SaveError):
             save.result(30)

@@ -135,14 +135,14 @@ def test_updates_are_counted_on(harness):
 def test_a_model_is_collected_on_any_thread_at_any_moment(harness, monkeypatch):
     """The collector runs wherever something is allocated: also inside a worker, and inside our locks."""
     path = harness.directory()
-    original = Transaction.write_chunk
+    original = Transaction.write_chunks
 
-    def write_chunk(transaction, *args):
+    def write_chunks(transaction, *args):
         sleep(0.1)
         gc.collect()
         return original(transaction, *args)
 
-    monkeypatch.setattr(Transaction, "write_chunk", write_chunk)
+    monkeypatch.setattr(Transaction, "write_chunks", write_chunks)
 
     def run(step):
         model, optimizer = build(optimizer=torch.optim.SGD)
@@ -212,7 +212,7 @@ def test_wait_tells_of_every_save_that_failed(harness, monkeypatch):
         msg = "no space left"
         raise gockpt.StorageError(msg)
 
-    monkeypatch.setattr(Transaction, "write_chunk", refuse)
+    monkeypatch.setattr(Transaction, "write_chunks", refuse)
     pairs = [build(), build()]
     for model, optimizer in pairs:
         gockpt.save_overlapped(model, optimizer, harness.directory(), step=1)

@@ -191,7 +191,7 @@ def test_a_look_while_the_disk_takes_its_time(told, monkeypatch):
     run = Run()
     run.tick()
     looked, enough = [], threading.Event()
-    look, write = preemption._look, Transaction.write_chunk
+    look, write = preemption._look, Transaction.write_chunks
 
     def counted():
         looked.append(preemption._request.saving)
@@ -199,14 +199,14 @@ def test_a_look_while_the_disk_takes_its_time(told, monkeypatch):
         if len(looked) == 3:
             enough.set()
 
-    def write_chunk(*arguments):
+    def write_chunks(*arguments):
         assert enough.wait(60)
         return write(*arguments)
 
     monkeypatch.setattr(preemption, "_look", counted)
     monkeypatch.setattr(preemption, "LOOK", 0.01)
     monkeypatch.setattr(preemption, "LEAST_PATIENCE", 0.01)
-    monkeypatch.setattr(Transaction, "write_chunk", write_chunk)
+    monkeypatch.setattr(Transaction, "write_chunks", write_chunks)
     kill()
     run.tick()
     assert told == [[gockpt.latest("ckpts")]]
