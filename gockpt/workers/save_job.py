@@ -218,13 +218,16 @@ class Job(JobClient):
             if self._is_ready(position, least):
                 end = position + 1
                 if self._chunks[position][1].nbytes < SMALL:
-                    most = min(len(self._chunks), position + SMALL_BATCH)
-                    while end < most and self._chunks[end][1].nbytes < SMALL and self._is_ready(end, least):
-                        end += 1
-                chosen = self._chunks[position:end]
-                del self._chunks[position:end]
-                return lambda: self._write(chosen)
+                    end = min(len(self._chunks), position + SMALL_BATCH)
+                row = range(position, end)
+                chosen = {at for at in row if at == position or self._is_small_and_ready(at, least)}
+                chunks = [self._chunks[at] for at in row if at in chosen]
+                self._chunks[position:end] = [self._chunks[at] for at in row if at not in chosen]
+                return lambda: self._write(chunks)
         return None
+
+    def _is_small_and_ready(self, position: int, least: int) -> bool:
+        return self._chunks[position][1].nbytes < SMALL and self._is_ready(position, least)
 
     def _is_ready(self, position: int, least: int) -> bool:
         place, slot = self._chunks[position]

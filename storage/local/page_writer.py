@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -177,10 +178,11 @@ class PageWriter:
             files.write_all(self._fs, self._fd, blocks[start].memory, start)
 
     def close(self) -> None:
-        """Close the descriptor for direct I/O."""
+        """Close the descriptor for direct I/O; whether all was written, the file's sync has told."""
         fd, self._direct_fd = self._direct_fd, -1
         if fd >= 0:
-            self._fs.close(fd)
+            with suppress(OSError):
+                self._fs.close(fd)
 
 
 def _is_aligned(data: memoryview, at: int) -> bool:

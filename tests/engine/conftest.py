@@ -24,12 +24,13 @@ class Transaction:
         self._fail_at_commit = fail_at_commit
         self._lock = threading.Lock()
 
-    def write_chunk(self, layout, slot, buffer):
-        with self._lock:
-            number = len(self.writes)
-            self.writes.append((layout.spec.name, slot.chunk, bytes(buffer[: slot.nbytes]), len(buffer)))
-        if number in self._fail_at_write:
-            raise self._fail_at_write[number]
+    def write_chunks(self, chunks):
+        for layout, slot, buffer in chunks:
+            with self._lock:
+                number = len(self.writes)
+                self.writes.append((layout.spec.name, slot.chunk, bytes(buffer[: slot.nbytes]), len(buffer)))
+            if number in self._fail_at_write:
+                raise self._fail_at_write[number]
 
     def restate(self, **contents):
         assert not self.documents

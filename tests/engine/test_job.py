@@ -429,6 +429,7 @@ def test_writers_take_the_large_proven_chunks_and_nothing_else(bench, monkeypatc
     made = bench()
     large = 8 * ELEMENTS  # the two replayed arrays; the loose one is small
     monkeypatch.setattr(job_module, "LARGE", large)
+    monkeypatch.setattr(job_module, "SMALL", large)
     made.close()
     assert made.job._next_chunk(range(3), large) is None  # they are not proven yet
     for _ in made.pieces:
@@ -452,13 +453,13 @@ def test_small_chunks_are_written_in_a_row_but_none_before_its_proof(bench):
     made.job.take()()  # the documents
     made.job.take()()
     (transaction,) = made.transactions
-    assert [write[0][1] for write in transaction.writes] == ["loose", "a"]
+    assert [write[0][1] for write in transaction.writes] == ["a", "loose"]
     for replay in held:
         replay()
     made.job.take()()
     made.job.take()()
     assert made.outcome.wait() == ("published", "published")
-    assert [write[0][1] for write in transaction.writes] == ["loose", "a", "b"]
+    assert [write[0][1] for write in transaction.writes] == ["a", "loose", "b"]
     assert made.job.written_bytes == made.job.total_bytes
     assert made.written().keys() == made.live.keys()
 

@@ -108,7 +108,6 @@ def test_the_same_when_few_files_may_stay_open(
         assert bad.violations
 
 
-@pytest.mark.parametrize("layout", ["directory"], indirect=True)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, faults, power, scratch):
     """Lay what a loss leaves on a real disk, open it for reading and for writing, and save on."""
@@ -116,8 +115,11 @@ def test_the_next_writer_and_the_reader_agree(scenario, small_sample, checker, f
     for number, _, tree in look.keep[:: max(1, len(look.keep) // 12)]:
         path = scratch / f"left-{number}"
         power.lay_down(tree, path)
-        expected = [one.marker for one in checker.examine(tree)]
+        before = [one.marker for one in checker.examine(tree)]
         with Store(path, fs=faults.NoWait()) as store:
+            # Its sweep may find a predecessor under its successor's name: the newest stay the newest.
+            expected = [one.marker for one in checker.examine(checker.read(path))]
+            assert expected[len(expected) - len(before) :] == before
             entries = find.list_checkpoints(path, superseded=True)
             assert len(entries) == len(expected)
             if entries:
