@@ -46,7 +46,7 @@ ORDER = {
         reference reference_cuda_rounding launch_tables kernel_cache numba_intrinsics numba_compile mkl_sqrt
         nonfinite_numba fingerprint_numba sgd_numba adam_numba adam_cuda_rounding_numba
         sgd_cuda_rounding_numba gradient16_format gradient16_launch gradient16_numba
-        pack_triton fingerprint_triton gradient16_triton replay
+        gradient_encoding pack_triton fingerprint_triton gradient16_triton replay
     """,
     "storage": """
         format.json_fields format.strict_json format.checksum format.codecs format.chunk_grid
@@ -68,11 +68,11 @@ ORDER = {
         optimizer_forms optimizers state_document collect collection
     """,
     "staging": """
-        arena gradient_ring host_stager pack_launch device cuda pinned_memory copy_batches device_budget
-        in_flight staging_buffers copy_pipeline device_stager
+        arena gradient_ring stager host_stager pack_launch device cuda pinned_memory copy_batches
+        device_budget in_flight staging_buffers copy_pipeline device_queue device_stager
     """,
     "replay": """
-        calibration pending_scalars device_scalars calibration_runs calibration_cuda rules gradient_encoding
+        calibration pending_scalars device_scalars calibration_runs calibration_cuda rules
         rounding_error rounding_probes tiled
     """,
     "workers": """
@@ -84,8 +84,9 @@ ORDER = {
         stored_state_dict module fill optimizer optimizer_feeding load
     """,
     "saving": """
-        boundary lock moments handle optimizer_hooks at_once write_items facts fingerprints device_selection
-        late_pieces update_order gradient_capture device_gradient_capture device_capture capture memory
+        boundary lock moments handle optimizer_hooks at_once write_items facts device_selection
+        late_pieces copy_requests piece_updates update_order scalar_capture gradient_capture stager_capture
+        capture memory
         window_plan closing last_tick session inside_call without_tick engine
     """,
     "cli": "output commands run __init__ __main__",

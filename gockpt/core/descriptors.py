@@ -89,9 +89,9 @@ class Gradient:
         offset: Arena offset of the gradient's bytes.
         nbytes: Their number.
         scalars: The update's scalars for the kernel: learning rate, step, …
-        encoding: ``None`` for float32; else an encoding of :mod:`gockpt.replay.gradient_encoding`.
+        encoding: ``None`` for float32; else an encoding of :mod:`gockpt.kernels.gradient_encoding`.
         probes: Starts of the runs of probes; given with the first encoded gradient of its piece that isn't 0.
-        seal: The result of :func:`gockpt.replay.gradient_encoding.seal`; ``None`` if gradients are not
+        seal: The result of :func:`gockpt.kernels.gradient_encoding.seal`; ``None`` if gradients are not
             encoded: replay is then verified by its bits.
         number: Its number among its piece's gradients, sealed with it. Numbers increase, with gaps for
             updates that turned out later to have been skipped.

@@ -25,7 +25,7 @@ __all__ = ["Facts", "Plan", "choose_every", "make_plan", "part_ranges"]
 
 RING_GRADIENTS = 2
 """Full gradients that the ring holds at most: one being replayed, one arriving."""
-ROAD_GRADIENTS = 3
+DEVICE_GRADIENTS = 3
 """The same for a device: one more may be queued there."""
 
 
@@ -39,8 +39,8 @@ class Facts:
         grad_bytes: Bytes of one full gradient of the replayable parameters (g).
         step_seconds: Measured seconds from tick to tick (T); ``None`` before two ticks.
         bytes_per_second: Measured copy rate (B); ``None`` before the first copy.
-        aboard_bytes: Bytes of the state on a device that are copied in the background.
-        aboard_replay_bytes: The part of them whose later steps can be replayed.
+        device_bytes: Bytes of the state on a device that are copied in the background.
+        device_replay_bytes: The part of them whose later steps can be replayed.
         obstacle: Why state on a device is not copied in the background, or not early; else ``None``.
     """
 
@@ -49,8 +49,8 @@ class Facts:
     grad_bytes: int
     step_seconds: float | None = None
     bytes_per_second: float | None = None
-    aboard_bytes: int = 0
-    aboard_replay_bytes: int = 0
+    device_bytes: int = 0
+    device_replay_bytes: int = 0
     obstacle: str | None = None
 
     @property
@@ -77,7 +77,7 @@ class Plan:
         ring_bytes: Size of the ring of gradients that wait for replay.
         facts: The facts it was computed from.
         reason: The reason for this window, in one sentence.
-        road: The way in which state on a device is copied in the background; ``None`` if none is.
+        device_copies: How state on a device is copied in the background; ``None`` if none is.
     """
 
     window: int
@@ -85,7 +85,7 @@ class Plan:
     ring_bytes: int
     facts: Facts
     reason: str
-    road: str | None = None
+    device_copies: str | None = None
 
     @property
     def stall_seconds(self) -> float | None:
@@ -120,11 +120,11 @@ class Plan:
             lines.append(f"parts of the replayable state: {parts}")
         if self.stall_seconds is not None:
             lines.append(f"steps wait for copies: {1e3 * self.stall_seconds:.1f} ms in all")
-        if self.road is not None:
-            lines.append(f"off the device: {self.road}")
-        if f.aboard_bytes:
+        if self.device_copies is not None:
+            lines.append(f"off the device: {self.device_copies}")
+        if f.device_bytes:
             lines.append(
-                f"on the device: {_mb(f.aboard_bytes)}, of which {_mb(f.aboard_replay_bytes)} can leave "
+                f"on the device: {_mb(f.device_bytes)}, of which {_mb(f.device_replay_bytes)} can leave "
                 "early, followed by gradients, and be replayed"
             )
         return "\n".join(lines)
@@ -154,7 +154,7 @@ def make_plan(facts: Facts, *, window: int | Literal["auto"], ticks: int) -> Pla
     shares = _shares(facts, wanted)
     ring = 0
     if wanted > 1:
-        gradients = min(ROAD_GRADIENTS if facts.aboard_replay_bytes else RING_GRADIENTS, wanted - 1)
+        gradients = min(DEVICE_GRADIENTS if facts.device_replay_bytes else RING_GRADIENTS, wanted - 1)
         ring = math.ceil(gradients * facts.grad_bytes * min(1.0, sum(shares)))
     return Plan(wanted, shares, ring, facts, reason)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gockpt.replay import calibration
-from gockpt.replay.pending_scalars import LateNumbers
+from gockpt.replay.pending_scalars import PendingScalars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +86,7 @@ def filled(kernel: str, form: tuple[int, ...], known: Row, powers: Sequence[floa
 
 def numbers(
     kernel: str, form: tuple[int, ...], late: str | None, group: dict[str, Any], state: dict[str, Any]
-) -> Row | LateNumbers:
+) -> Row | PendingScalars:
     """Return the scalars of the update that has just been queued, for one parameter."""
     return numbers_of(kernel, form, late, group, [state])[0]
 
@@ -97,7 +97,7 @@ def numbers_of(
     late: str | None,
     group: dict[str, Any],
     states: Sequence[dict[str, Any]],
-) -> list[Row] | list[LateNumbers]:
+) -> list[Row] | list[PendingScalars]:
     """Do as :func:`numbers` for several parameters of one group: three launches instead of two for each."""
     rate = group["lr"] if isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu" else None
     if late is None and rate is None:
@@ -113,7 +113,7 @@ def numbers_of(
         if rate is not None:
             tensors = (*tensors, rate.detach().reshape(()))
         known = row(kernel, form, group, state)
-        found.append(LateNumbers(tensors, partial(_settled, kernel, form, known, rate is not None)))
+        found.append(PendingScalars(tensors, partial(_settled, kernel, form, known, rate is not None)))
     return found
 
 

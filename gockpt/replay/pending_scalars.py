@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LateNumbers"]
+__all__ = ["PendingScalars"]
 
 
 @dataclass(frozen=True, slots=True)
-class LateNumbers:
+class PendingScalars:
     """Scalars of an update some of which are on a device, so that reading them now would wait for it.
 
     Returned by :func:`gockpt.replay.rules.scalars`. The tensors are copied from the device with the update's

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gockpt.kernels import replay
-from gockpt.replay.gradient_encoding import decode, glance, uncertainty
+from gockpt.kernels.gradient_encoding import decode, glance, uncertainty
 from gockpt.replay.rounding_error import Sums
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gockpt.replay.calibration_runs import Lab
-    from gockpt.replay.pending_scalars import LateNumbers
+    from gockpt.replay.pending_scalars import PendingScalars
 
 __all__ = ["Rule", "gradient_reason", "prepare", "rule_for", "scalars", "scalars_of"]
 
@@ -152,7 +152,7 @@ def _rule_on(
 
 def scalars(
     rule: Rule, group: dict[str, Any], state: dict[str, Any]
-) -> tuple[float, ...] | LateNumbers | None:
+) -> tuple[float, ...] | PendingScalars | None:
     """Return the scalars of the update that just ran, for the kernel; read at the post-hook.
 
     ``state["step"]`` has already advanced there. If some of them are still on a device, pending scalars are
@@ -170,7 +170,7 @@ def scalars(
 
 def scalars_of(
     rule: Rule, group: dict[str, Any], states: Sequence[dict[str, Any]]
-) -> list[tuple[float, ...] | LateNumbers | None]:
+) -> list[tuple[float, ...] | PendingScalars | None]:
     """Do as :func:`scalars` for several parameters of one group with the same rule, in fewer launches."""
     counters = [state.get("step") for state in states]
     alike = {
@@ -184,7 +184,7 @@ def scalars_of(
 
 def _scalars_on_device(
     rule: Rule, group: dict[str, Any], state: dict[str, Any]
-) -> tuple[float, ...] | LateNumbers | None:
+) -> tuple[float, ...] | PendingScalars | None:
     if _changed(rule, group, state):
         return None
     return device_scalars.numbers(rule.kernel, rule.flags, rule.late, group, state)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gockpt.kernels import replay
-from gockpt.replay.gradient_encoding import decode
+from gockpt.kernels.gradient_encoding import decode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,13 +18,13 @@ from gockpt.core.save_policy import Cadence, Moment
 from gockpt.core.save_state import Event, State
 from gockpt.deferred_signals import deferred, let_through
 from gockpt.errors import SaveAborted, UsageError, as_save_error
+from gockpt.kernels.gradient_encoding import warm
 from gockpt.planning.planner import make_plan
 from gockpt.planning.rates import Pace
 from gockpt.planning.save_interval import FIRST, Interval
-from gockpt.replay.gradient_encoding import warm
 from gockpt.saving.boundary import Boundary
 from gockpt.saving.closing import refusing
-from gockpt.saving.device_selection import Roads
+from gockpt.saving.device_selection import DeviceStagers
 from gockpt.saving.facts import facts_of
 from gockpt.saving.inside_call import POLL, save_inside_call, wait_until_free
 from gockpt.saving.last_tick import LastTick
@@ -93,7 +93,7 @@ class Engine(WithoutTick):
         self._transfer = Transfer()
         self._background = background
         self._pace = Pace()
-        self._roads = Roads(options, devices)
+        self._stagers = DeviceStagers(options, devices)
         self._save = Save(
             options=options,
             lock=self._changed,
@@ -102,7 +102,7 @@ class Engine(WithoutTick):
             pace=self._pace,
             drive=self.drive,
             on_saved=self._published,
-            roads=self._roads,
+            stagers=self._stagers,
         )
         self._leaves = find_optimizers(optimizers).optimizers
         self._hooks = Hooks(self._leaves, self)
@@ -147,14 +147,14 @@ class Engine(WithoutTick):
             )
             raise UsageError(msg)
         self._expect_outside()
-        if self._roads.capturing():
+        if self._stagers.capturing():
             msg = (
                 "a CUDA graph is being captured, and a save made now would become part of it: "
                 "call gockpt when the capture has ended, and after each replay of the graph"
             )
             raise UsageError(msg)
         with deferred(), self._changed, self._at_work():
-            self._roads.wait_for_updates()
+            self._stagers.wait_for_updates()
             self._thread = threading.current_thread()
             before = self._save.handle
             self._pace.tick(began, idle=not self.busy)
@@ -341,7 +341,7 @@ class Engine(WithoutTick):
 
     def before_hooks(self) -> None:
         """Finish copying before a user's own pre-hook can change what is copied."""
-        self._hold_up(None, lambda attempt: attempt.before_hooks())
+        self._hold_up(None, lambda attempt: attempt.let_overwrite(None))
 
     def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Make sure that nothing still needed is overwritten (an optimizer is about to step)."""
@@ -356,7 +356,7 @@ class Engine(WithoutTick):
             attempt, state = self._save.attempt, self._save.state
             if state is State.CLOSING:
                 self._guard(lambda: self._save.let_overwrite(optimizer))
-            elif attempt is not None and self._roads.capturing():
+            elif attempt is not None and self._stagers.capturing():
                 attempt.graphed = True  # nothing runs now
             elif state is State.OPEN and attempt is not None and attempt.broken is None:
                 self._guard(lambda: in_window(attempt))
@@ -366,10 +366,10 @@ class Engine(WithoutTick):
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Collect what the update consumed (an optimizer has stepped)."""
-        captured = self._roads.capturing()
+        captured = self._stagers.capturing()
         if not captured:
             self._updates += 1
-            self._guard(lambda: self._roads.updated(optimizer))
+            self._guard(lambda: self._stagers.updated(optimizer))
         if self._save.attempt is None:
             return
         began = perf_counter()
@@ -467,7 +467,7 @@ class Engine(WithoutTick):
             save.prepare(live)
             if self.options.window not in ("auto", 1):
                 # Kernels are compiled and calibrated now, at the first call, not in the middle of the run.
-                facts_of(live, save.shape_of(live), save.barred, None, None)
+                facts_of(live, save.shape_of(live), save.excluded, None, None)
                 warm(self.options.grad_dtype)
             elif self.options.window == "auto":
                 # Whether there will be a window is not known yet, so nobody waits for it.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from gockpt.core.arena_layout import ArenaLayout, lay_out
 from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.kernels.gradient16_launch import form_of
-from gockpt.planning.planner import RING_GRADIENTS, ROAD_GRADIENTS, Facts
-from gockpt.replay.gradient_encoding import usual_bytes
+from gockpt.kernels.gradient_encoding import usual_bytes
+from gockpt.planning.planner import DEVICE_GRADIENTS, RING_GRADIENTS, Facts
 from gockpt.replay.rounding_probes import most_elements
 from gockpt.saving.write_items import cut
 from gockpt.staging.gradient_ring import block_bytes
@@ -73,12 +73,12 @@ def _shape_of(live: LiveState, known: Shape | None) -> Shape:
 def facts_of(
     live: LiveState,
     shape: Shape,
-    barred: frozenset[str],
+    excluded: frozenset[str],
     step_seconds: float | None,
     copy_rate: float | None,
     grad_dtype: str | None = None,
     *,
-    aboard: Callable[[torch.Tensor], bool] | None = None,
+    on_device: Callable[[torch.Tensor], bool] | None = None,
     stay: str | None = None,
     obstacle: str | None = None,
 ) -> Facts:
@@ -87,30 +87,30 @@ def facts_of(
     Args:
         live: The state.
         shape: Its geometry.
-        barred: Parameters whose replay is not trusted.
+        excluded: Parameters whose replay is not trusted.
         step_seconds: As measured.
         copy_rate: As measured.
         grad_dtype: How gradients are encoded, if at all.
-        aboard: Whether a tensor stands on the device that there is a road off; ``None`` if there is none.
+        on_device: Whether a tensor is on the device that has a stager; ``None`` if there is none.
         stay: Why nothing leaves that device early; ``None`` if it may.
         obstacle: What keeps state on a device from leaving behind training, or early; ``None`` for nothing.
     """
-    pieces = cut(live, shape.layout, window=2, barred=barred, aboard=aboard, stay=stay)
-    on_device = [t.nbytes for t in live.entries.values() if aboard is not None and aboard(t)]
+    pieces = cut(live, shape.layout, window=2, excluded=excluded, on_device=on_device, stay=stay)
+    there = [t.nbytes for t in live.entries.values() if on_device is not None and on_device(t)]
     return Facts(
         shape.nbytes,
         pieces.replay_bytes,
         sum(_gradient_bytes(p, grad_dtype) for p in pieces.pieces),
         step_seconds,
         copy_rate,
-        aboard_bytes=sum(on_device),
-        aboard_replay_bytes=sum(piece.nbytes for piece in pieces.pieces if piece.aboard),
+        device_bytes=sum(there),
+        device_replay_bytes=sum(piece.nbytes for piece in pieces.pieces if piece.stager),
         obstacle=obstacle,
     )
 
 
 def ring_bytes_of(
-    pieces: Cut, plan: Plan, grad_dtype: str | None = None, *, of_device: int = ROAD_GRADIENTS
+    pieces: Cut, plan: Plan, grad_dtype: str | None = None, *, of_device: int = DEVICE_GRADIENTS
 ) -> int:
     """Return the room that gradients need: an update never waits for room that it holds itself.
 
@@ -127,7 +127,7 @@ def ring_bytes_of(
     early = pieces.parts(plan)
     sizes = [[block_bytes(_gradient_bytes(p, grad_dtype)) for p in part] for part in early]
     one_update = sum(sum(part) for part in sizes)
-    units = {id(p.unit) for part in early for p in part if p.aboard}
+    units = {id(p.unit) for part in early for p in part if p.stager}
     if not units:
         return min(RING_GRADIENTS, plan.window - 1) * one_update
     all_of_them = sum((plan.window - 1 - number) * sum(part) for number, part in enumerate(sizes))
@@ -151,7 +151,7 @@ def sample_bytes_of(pieces: Cut, plan: Plan, grad_dtype: str | None) -> int:
 def _gradient_bytes(piece: Piece, grad_dtype: str | None) -> int:
     """Return what one gradient of a piece takes, if there is not an unusual lot of Inf and NaN in it."""
     count = _count(piece)
-    return form_of(grad_dtype, count).nbytes if piece.aboard else usual_bytes(grad_dtype, count)
+    return form_of(grad_dtype, count).nbytes if piece.stager else usual_bytes(grad_dtype, count)
 
 
 def _count(piece: Piece) -> int:

@@ -1,196 +1,347 @@
-"""Capture of the gradients of updates on the host, for replay of pieces that were already copied.
+"""Capture of the gradients and scalars of updates, for replay of pieces that were already copied.
 
-It is called around every update, takes each gradient at the hook that its rule names, and puts it into the
-ring, in 16 bits if ``Options.grad_dtype`` is set. A piece whose gradient can't be taken is copied at the
-closing tick instead.
+Called around every update, in the training thread. Each gradient is taken at the hook that its rule names,
+and placed in the ring by the stager, in 16 bits if ``Options.grad_dtype`` is set. A piece whose gradient
+can't be taken is copied at the closing tick instead.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
 
-from gockpt.core.descriptors import Gradient
+from gockpt.errors import SaveError
+from gockpt.kernels.gradient_encoding import seal_position
 from gockpt.replay import rules
-from gockpt.replay.gradient_encoding import encode, seal
-from gockpt.replay.pending_scalars import LateNumbers
-from gockpt.replay.rounding_probes import choose, elements
-from gockpt.saving.late_pieces import FULL, NOT_DENSE, OPTIONS, bar, followed, make_late
-from gockpt.staging.gradient_ring import block_bytes
-from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
+from gockpt.replay.pending_scalars import PendingScalars
+from gockpt.saving.late_pieces import (
+    ELSEWHERE,
+    FULL,
+    NOT_DENSE,
+    OPTIONS,
+    REFUSED,
+    REPLACED,
+    SCALAR_ELSEWHERE,
+    exclude,
+    exclude_for_closure,
+    followed,
+    make_late,
+)
+from gockpt.saving.piece_updates import GradientCopy, Role, Update, row_of
+from gockpt.saving.scalar_capture import ScalarCapture
+from gockpt.staging.stager import Source, Urgency
+from gockpt.tensor_memory import is_dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
-    import torch
-
-    from gockpt.saving.write_items import Cut, Piece, Unit
-    from gockpt.staging.arena import Arena
+    from gockpt.replay.rules import Rule
+    from gockpt.saving.piece_updates import ScalarCopies
+    from gockpt.saving.update_order import UpdateOrder
+    from gockpt.saving.write_items import Piece, Unit
     from gockpt.staging.gradient_ring import Ring
-    from gockpt.state.live_state import LiveState
+    from gockpt.staging.stager import CopyRequest, Stager
     from gockpt.workers.job_client import JobClient
 
-__all__ = ["Gathering"]
+    Row = tuple[float, ...]
+
+__all__ = ["GradientCapture"]
 
 RING_PATIENCE = 30.0
-"""Seconds a post-hook waits for room in the ring before the piece leaves at the close instead."""
+"""Seconds a hook waits for room in the ring, if it may, before the piece leaves at the close instead."""
 
 
-class Gathering:
-    """Takes gradients for one attempt, in the training thread.
+class GradientCapture:
+    """Takes gradients from one stager's memory, for one attempt."""
 
-    Attributes:
-        samples_end: Where, in the ring's arena, live values of probes that were copied end.
-    """
-
-    def __init__(self, cut: Cut, *, ring: Ring, arena: Arena, job: JobClient, grad_dtype: str | None) -> None:
-        """Gather for the pieces of ``cut`` that stand on the host.
+    def __init__(
+        self,
+        stager: Stager,
+        units: Sequence[Unit],
+        order: UpdateOrder,
+        *,
+        ring: Ring,
+        job: JobClient,
+        full: bool,
+        grad_dtype: str | None,
+    ) -> None:
+        """Take gradients of ``units``.
 
         Args:
-            cut: What is saved.
+            stager: The stager that holds all of them.
+            units: What can be replayed.
+            order: Receives what was sent.
             ring: Room for gradients.
-            arena: The memory that the ring divides; live values of probes have their place behind it.
-            job: Where gradients are replayed.
+            job: Where they are replayed.
+            full: Whether what left is looked at around each update.
             grad_dtype: How gradients are encoded, if at all.
         """
-        self._units = [unit for unit in cut.units if not unit.aboard]
-        self._pieces = cut.pieces
+        self._stager = stager
+        self._units = units
+        self._order = order
         self._ring = ring
-        self._arena = arena
         self._job = job
+        self._full = full
         self._grad_dtype = grad_dtype
-        self._at_pre: dict[int, list[Gradient]] = {}
-        self._probes: dict[int, tuple[int, ...]] = {}
-        self._posted: Counter[int] = Counter()
-        self.samples_end = ring.nbytes
+        self._numbers: Counter[int] = Counter()
+        self._pre: dict[int, tuple[Update, dict[int, list[GradientCopy]]]] = {}
+        self._hurrying = False
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         """Take the gradients that the update is about to overwrite."""
+        self.make_late()
+        if closure:
+            exclude_for_closure(self._units, optimizer, self.drop, encodes=self._grad_dtype is not None)
+        if self._full:
+            self._look([(piece, Role.SAME) for piece in self._order.pieces])
+        update = Update()
+        taken: dict[int, list[GradientCopy]] = {}
+        self._pre[id(optimizer)] = update, taken
+        sending = _Sending(update)
         for unit, pieces in followed(self._units, optimizer):
             if unit.rule.gradient_at == "pre":
-                got = self._take(unit, pieces)
-                self._at_pre.update({id(unit): got} if got else {})
+                taken[id(unit)] = self._take(unit, pieces, sending)
+        self._send(sending)
 
-    def after_update(self, optimizer: torch.optim.Optimizer) -> set[int]:
-        """Take the other gradients, and post all of them with the update's numbers.
+    def after_update(self, optimizer: torch.optim.Optimizer, found_inf: torch.Tensor | None) -> None:
+        """Take what the update consumed.
 
-        Returns:
-            The pieces that will be replayed for this update.
+        Args:
+            optimizer: The optimizer that has stepped.
+            found_inf: Pending number that says whether the update was skipped; ``None`` if it was not.
         """
+        self.make_late()
+        update, taken = self._pre.pop(id(optimizer), (Update(), {}))
+        scalars = ScalarCapture(self._stager)
+        if found_inf is not None and not scalars.found(found_inf):
+            self.all_late(ELSEWHERE, optimizer)
+        concerned = [
+            (unit, pieces)
+            for unit, pieces in followed(self._units, optimizer)
+            if (taken.get(id(unit)) if unit.rule.gradient_at == "pre" else unit.param.grad is not None)
+        ]
+        rows = self._rows([unit for unit, _ in concerned], scalars)
+        if not scalars.nbytes:
+            self._order.settle(update)
+        sending = _Sending(update)
         collected: set[int] = set()
-        for unit, pieces in followed(self._units, optimizer):
-            at_pre = unit.rule.gradient_at == "pre"
-            got = self._at_pre.pop(id(unit), []) if at_pre else self._take(unit, pieces)
-            gradients = self._with_scalars(unit, got)
-            if gradients:
-                # Unit by unit, so that replay can free the room that later units wait for.
-                self._job.gradients(gradients)
-                collected.update(g.piece for g in gradients)
-                self._probes.update({g.piece: g.probes for g in gradients if g.probes})
-        return collected
-
-    def forget(self) -> None:
-        """Give back what was taken before an update that did not happen."""
-        for gradients in self._at_pre.values():
-            for gradient in gradients:
-                self._ring.free(gradient.offset)
-        self._at_pre.clear()
-
-    def sample(self, live: LiveState, pieces: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """Copy the live values of the probes, of those pieces that an encoded gradient came for.
-
-        Returns:
-            Where they stand in the ring's arena, and how many gradients were posted, by piece.
-        """
-        places = {}
-        offset = self._ring.nbytes
-        for index in pieces:
-            starts = self._probes.get(index)
-            if starts is None:
+        for unit, pieces in concerned:
+            row = rows[id(unit)]
+            if isinstance(row, str):
+                exclude(unit, row, self.drop)
                 continue
-            stretches = self._pieces[index].stretches
-            at = elements(starts, stretches[0].stop - stretches[0].start)
-            nbytes = 4 * at.size * len(stretches)
-            rows = self._arena.view(offset, nbytes).view(np.float32).reshape(len(stretches), at.size)
-            for stretch, row in zip(stretches, rows, strict=True):
-                data = expect_dense_bytes(stretch.name, live.entries[stretch.name])
-                np.take(data.view(np.float32)[stretch.start : stretch.stop], at, out=row)
-            places[index] = (offset, self._posted[index])
-            offset += block_bytes(nbytes)
-        self.samples_end = offset
-        return places
+            pre = unit.rule.gradient_at == "pre"
+            got = taken[id(unit)] if pre else self._take(unit, pieces, sending)
+            if isinstance(row, PendingScalars):
+                scalars.wanted(row, got)
+            else:
+                for gradient in got:
+                    gradient.row = row
+            collected |= {gradient.piece.index for gradient in got}
+        if scalars.nbytes and not self._send_scalars(scalars, sending, optimizer, wanted=bool(collected)):
+            self._order.settle(update)
+        self._send(sending)
+        self._order.advance()
+        moved = [p for p in self._order.pieces if p.unit is not None and p.unit.optimizer is optimizer]
+        if self._full:
+            roles = (Role.MOVED, Role.TOUCHED)
+            self._look([(piece, roles[piece.index not in collected]) for piece in moved])
+        else:
+            self._order.forget(moved)
 
-    def drop(self, piece: Piece, why: str) -> None:
-        """Let a piece leave at the closing tick, whatever was planned."""
-        make_late(piece, why, self._job)
+    def skipped(self, optimizer: torch.optim.Optimizer) -> None:
+        """The update changed nothing: forget what was taken before it."""
+        pre = self._pre.pop(id(optimizer), None)
+        if pre is not None:
+            self._order.settle(pre[0], skipped=True)
 
-    def _with_scalars(self, unit: Unit, gradients: list[Gradient]) -> list[Gradient]:
-        if not gradients:
-            return []
-        row = rules.scalars(unit.rule, unit.group, unit.optimizer.state.get(unit.param, {}))
-        if isinstance(row, LateNumbers):
-            row = row.row(tuple(float(tensor) for tensor in row.tensors))
-        if row is None:
-            bar(unit, OPTIONS, self.drop)
-            for gradient in gradients:
-                self._ring.free(gradient.offset)
-            return []
-        return [self._sealed(replace(g, scalars=row)) for g in gradients if self._wanted(g)]
+    def all_late(self, why: str, optimizer: object | None = None) -> None:
+        """Let all of an optimizer's pieces that left, or all there are, leave again at the closing tick."""
+        for piece in self._order.pieces:
+            if optimizer is None or (piece.unit is not None and piece.unit.optimizer is optimizer):
+                self.drop(piece, why)
 
-    def _sealed(self, gradient: Gradient) -> Gradient:
-        """Number and seal a gradient that is about to be posted, if rounding is to be told from errors."""
-        if self._grad_dtype is None:
-            return gradient
-        self._posted[gradient.piece] += 1
-        data = self._arena.view(gradient.offset, gradient.nbytes)
-        number = self._posted[gradient.piece]
-        found = seal(gradient.piece, gradient.encoding, data, number, gradient.scalars)
-        return replace(gradient, seal=found, number=number)
+    # -- gradients and scalars ---------------------------------------------------------------
 
-    def _wanted(self, gradient: Gradient) -> bool:
-        if self._pieces[gradient.piece].late is None:
-            return True
-        self._ring.free(gradient.offset)
-        return False
+    def _rows(self, units: Sequence[Unit], scalars: ScalarCapture) -> dict[int, Row | PendingScalars | str]:
+        """Return each unit's scalars of the update that has just run, or why there are none."""
+        groups: dict[tuple[int, Rule], list[Unit]] = {}
+        for unit in units:
+            groups.setdefault((unit.group_index, unit.rule), []).append(unit)
+        found: dict[int, Row | PendingScalars | str] = {}
+        for (_, rule), members in groups.items():
+            states = [unit.optimizer.state.get(unit.param, {}) for unit in members]
+            # Few launches for a whole group.
+            rows = rules.scalars_of(rule, members[0].group, states)
+            for unit, row in zip(members, rows, strict=True):
+                found[id(unit)] = self._row(row, scalars)
+        return found
 
-    def _take(self, unit: Unit, pieces: list[Piece]) -> list[Gradient]:
+    def _row(self, row: Row | PendingScalars | None, scalars: ScalarCapture) -> Row | PendingScalars | str:
+        """Read what can be read now of an update's scalars; take note of what has to be copied."""
+        if isinstance(row, PendingScalars):
+            values = [self._stager.value(tensor) for tensor in row.tensors]
+            known = [value for value in values if value is not None]
+            if len(known) < len(values):
+                return row if scalars.take(row) else SCALAR_ELSEWHERE
+            row, why = row_of(row, tuple(known))
+            return why if row is None else row
+        return OPTIONS if row is None else row
+
+    def _take(self, unit: Unit, pieces: Sequence[Piece], sending: _Sending) -> list[GradientCopy]:
+        """Find room for a unit's gradient, and note what is to be sent."""
         grad = unit.param.grad
         if grad is None:
             return []
         problem = rules.gradient_reason(unit.param)
-        source = None if problem else dense_bytes(grad)
-        if source is None:
-            bar(unit, problem or NOT_DENSE, self.drop)
+        if problem is None and not (self._stager.holds(grad) and is_dense(grad)):
+            problem = NOT_DENSE
+        if problem is not None:
+            exclude(unit, problem, self.drop)
             return []
         taken = []
         for piece in pieces:
             stretch = piece.stretches[0]
-            low = stretch.start * stretch.itemsize
-            values = source[low : low + stretch.nbytes].view(np.float32)
-            found = encode(self._grad_dtype, values, self._allocate, self._arena.view, self._ring.free)
-            if found is None:
+            number, position = 0, stretch.position
+            if self._grad_dtype is not None:
+                self._numbers[piece.index] += 1
+                number = self._numbers[piece.index]
+                position = seal_position(number)
+            source = Source(grad, stretch.start * stretch.itemsize, stretch.nbytes, position)
+            request = self._place(source, sending)
+            if request is None:
                 self.drop(piece, FULL)
                 continue
-            wanted = found.encoding is not None and piece.index not in self._probes and values.any()
-            probes = choose(values) if wanted else ()
-            taken.append(Gradient(piece.index, found.offset, found.nbytes, (), found.encoding, probes))
+            encoding = None if request.form is None else request.form.encoding
+            gradient = GradientCopy(piece, sending.update, request.offset, request.nbytes, encoding, number)
+            sending.requests.append(request)
+            sending.gradients.append(gradient)
+            taken.append(gradient)
         return taken
 
-    def _allocate(self, nbytes: int) -> int | None:
-        offset = self._ring.allocate(nbytes)
-        if offset is not None:
-            return offset
+    def _place(self, source: Source, sending: _Sending) -> CopyRequest | None:
+        """Find room for a gradient, waiting for it if the stager allows that."""
+        request = self._stager.place(source, self._grad_dtype, self._ring)
+        if request is not None or not self._stager.waits_for_room:
+            return request
+        # Replay can free the room of what it was given.
+        self._send(sending)
+        self._order.advance()
         deadline = perf_counter() + RING_PATIENCE
         self._job.hurry(on=True)
         try:
-            while offset is None and self._job.replaying and perf_counter() < deadline:
+            while request is None and self._job.replaying and perf_counter() < deadline:
                 self._ring.wait_for_room(0.05)
-                offset = self._ring.allocate(nbytes)
+                request = self._stager.place(source, self._grad_dtype, self._ring)
         finally:
             self._job.hurry(on=False)
         # The last replay may have ended between the two looks, and freed what it had.
-        return self._ring.allocate(nbytes) if offset is None else offset
+        return request or self._stager.place(source, self._grad_dtype, self._ring)
+
+    def _send_scalars(
+        self, scalars: ScalarCapture, sending: _Sending, optimizer: torch.optim.Optimizer, *, wanted: bool
+    ) -> bool:
+        """Find room for the update's scalars; without any, what needs them is late."""
+        if not wanted:
+            return False
+        offset = self._ring.allocate(scalars.nbytes)
+        if offset is None:
+            self.all_late(FULL, optimizer)
+            return False
+        sending.requests += scalars.requests(offset)
+        sending.scalars = scalars.at(offset)
+        return True
+
+    def _send(self, sending: _Sending) -> None:
+        """Send what was taken so far."""
+        self._hurry()
+        requests, gradients, scalars = sending.requests, sending.gradients, sending.scalars
+        sending.requests, sending.gradients, sending.scalars = [], [], None
+        if not requests:
+            return
+        try:
+            sent = self._stager.send(requests, Urgency.GRADIENT, on_done=self._order.arrived)
+        except SaveError as error:
+            self.give_up(error)
+            return
+        self._order.gradients(gradients, sending.update, sent, scalars)
+
+    def _hurry(self) -> None:
+        """Let replay hurry while more than half of the ring is in use, if nobody waits for room."""
+        hurried = not self._stager.waits_for_room and 2 * self._ring.in_use > self._ring.nbytes
+        if hurried != self._hurrying:
+            self._hurrying = hurried
+            self._job.hurry(on=hurried)
+
+    # -- fingerprints ------------------------------------------------------------------------
+
+    def _look(self, rows: list[tuple[Piece, Role]]) -> None:
+        """Fingerprint some pieces that left, as they are now."""
+        chosen: list[tuple[Piece, Role]] = []
+        sources: list[Source] = []
+        for piece, role in rows:
+            found = self._sources(piece)
+            if found is None:
+                self.drop(piece, REPLACED)
+            else:
+                chosen.append((piece, role))
+                sources += found
+        if not sources or self._stager.broken:
+            return
+        try:
+            self._order.look(chosen, self._stager.watch(sources, on_done=self._order.arrived))
+        except SaveError as error:
+            self.give_up(error)
+        self.make_late()
+
+    def _sources(self, piece: Piece) -> list[Source] | None:
+        """Return a piece's current sources; ``None`` if it no longer exists."""
+        unit = piece.unit
+        try:
+            tensors: list[Any] = [] if unit is None else unit.tensors()
+        except KeyError:
+            return None
+        found = []
+        for stretch, tensor in zip(piece.stretches, tensors, strict=True):
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != tensors[0].shape:
+                return None
+            if tensor.itemsize != stretch.itemsize or not self._stager.holds(tensor) or not is_dense(tensor):
+                return None
+            low = stretch.start * stretch.itemsize
+            if low + stretch.nbytes > tensor.nbytes:
+                return None
+            found.append(Source(tensor, low, stretch.nbytes, stretch.position))
+        return found
+
+    # -- what leaves at the close after all --------------------------------------------------
+
+    def make_late(self) -> None:
+        """Let what has turned out not to be replayable leave at the closing tick."""
+        if self._order.error is not None:
+            self.give_up(self._order.error)
+        for piece, why in self._order.problems():
+            self.drop(piece, why)
+
+    def drop(self, piece: Piece, why: str) -> None:
+        """Let a piece leave at the closing tick, whatever was planned."""
+        # In this order: replay must hear nothing of a piece that it was told to forget.
+        self._order.drop(piece)
+        make_late(piece, why, self._job)
+
+    def give_up(self, error: BaseException) -> None:
+        """Handle a refusal of the device: nothing is in flight then."""
+        self._stager.give_up(error)
+        self.all_late(REFUSED)
+
+
+class _Sending:
+    """Gradients and scalars of one update that were taken, and are to be sent."""
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+        self.requests: list[CopyRequest] = []
+        self.gradients: list[GradientCopy] = []
+        self.scalars: ScalarCopies | None = None

@@ -28,8 +28,8 @@ __all__ = [
     "REPLACED",
     "SCALAR_ELSEWHERE",
     "UNSEEN",
-    "bar",
-    "bar_for_closure",
+    "exclude",
+    "exclude_for_closure",
     "followed",
     "make_late",
 ]
@@ -58,21 +58,21 @@ def make_late(piece: Piece, why: str, job: JobClient) -> None:
         job.discard([piece.index])
 
 
-def bar(unit: Unit, why: str, drop: Callable[[Piece, str], None]) -> None:
+def exclude(unit: Unit, why: str, drop: Callable[[Piece, str], None]) -> None:
     """Let all of a unit leave at the closing tick, from now on; ``drop`` makes a piece late."""
-    unit.barred = why
+    unit.excluded = why
     for piece in unit.pieces:
         drop(piece, why)
 
 
-def bar_for_closure(
+def exclude_for_closure(
     units: Iterable[Unit],
     optimizer: torch.optim.Optimizer,
     drop: Callable[[Piece, str], None],
     *,
     encodes: bool,
 ) -> None:
-    """Bar an optimizer's units that a closure inside the step makes impossible to replay.
+    """Exclude an optimizer's units that a closure inside the step makes impossible to replay.
 
     The closure is yet to compute the gradient that will be consumed.
 
@@ -83,12 +83,12 @@ def bar_for_closure(
         encodes: Whether gradients are encoded, so that a change inside the step could pass for rounding.
     """
     for unit in units:
-        if unit.optimizer is not optimizer or unit.barred is not None:
+        if unit.optimizer is not optimizer or unit.excluded is not None:
             continue
         if unit.rule.gradient_at == "pre":
-            bar(unit, CLOSURE, drop)
+            exclude(unit, CLOSURE, drop)
         elif encodes:
-            bar(unit, INSIDE, drop)
+            exclude(unit, INSIDE, drop)
 
 
 def followed(units: Iterable[Unit], optimizer: torch.optim.Optimizer) -> Iterator[tuple[Unit, list[Piece]]]:

@@ -16,6 +16,7 @@ from gockpt.saving.facts import ring_bytes_of, sample_bytes_of
 from gockpt.saving.write_items import cut
 from gockpt.staging.arena import whole_pages
 from gockpt.staging.gradient_ring import Ring
+from gockpt.staging.host_stager import HostStager
 from gockpt.storage.local.compression import largest_encoded, memory_bound
 from gockpt.workers.thread_pool import WRITERS
 
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from gockpt.core.timeline import Trace
     from gockpt.options import Options
     from gockpt.planning.planner import Plan
-    from gockpt.saving.device_selection import Road, Roads
+    from gockpt.saving.device_selection import DeviceStagers
     from gockpt.saving.facts import Shape
     from gockpt.saving.write_items import Cut
     from gockpt.staging.arena import Arena
+    from gockpt.staging.device_stager import DeviceStager
     from gockpt.staging.host_stager import Transfer
     from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Background
@@ -48,10 +50,10 @@ class Memory:
     make, and the JSON documents and checksums.
     """
 
-    def __init__(self, options: Options, background: Background[Any], roads: Roads) -> None:
+    def __init__(self, options: Options, background: Background[Any], stagers: DeviceStagers) -> None:
         self._options = options
         self._background = background
-        self._roads = roads
+        self._stagers = stagers
         self._held: list[Arena | None] = [None] * len(ArenaId)
         self._passing = 0
         self._reordering = 0
@@ -75,12 +77,12 @@ class Memory:
         return tuple(self._arena(use, 0) for use in ArenaId)
 
     def prepare(self, live: LiveState, shape: Shape, transfer: Transfer) -> None:
-        """Reserve the state's arena, and in the background touch its pages and set up the road into it."""
+        """Reserve the state's arena, and in the background touch its pages and set up its device stager."""
         self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
         self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: 0, ArenaId.EXTRA: 0})
         arena = self._arena(ArenaId.STATE, shape.layout.nbytes)
         transfer.submit([arena.prefault])
-        self._roads.prepare(live, arena, transfer)
+        self._stagers.prepare(live, arena, transfer)
 
     def admission(self) -> Callable[[int], None]:
         """Return what is to be told of each array of the extras before it is copied.
@@ -107,25 +109,25 @@ class Memory:
         self._make_room({ArenaId.EXTRA: layout.nbytes}, copies=copies, encoded=encoded)
         return self._arena(ArenaId.EXTRA, layout.nbytes)
 
-    def road(self, live: LiveState) -> Road | None:
-        """Return the road into the state's arena, if there is one that the state may take."""
-        return self._roads.ready(live, self._held[ArenaId.STATE])
+    def device_stager(self, live: LiveState) -> DeviceStager | None:
+        """Return the device stager into the state's arena, if there is one that is usable for the state."""
+        return self._stagers.ready(live, self._held[ArenaId.STATE])
 
     def obstacle(self, live: LiveState) -> str | None:
         """Return why no state leaves a device behind training; ``None`` if some does or none is on one."""
-        return None if self.road(live) is not None else self._roads.obstacle(live)
+        return None if self.device_stager(live) is not None else self._stagers.obstacle(live)
 
-    def most_aboard(self, road: Road | None) -> int | None:
-        """Return the most elements of which an encoded gradient leaves by the road; ``None`` if none is."""
-        encodes = road is not None and self._options.grad_dtype is not None
-        return fitting(road.slot_bytes) if road is not None and encodes else None
+    def device_elements(self, device: DeviceStager | None) -> int | None:
+        """Return the most elements of an encoded gradient that a device can copy; ``None`` if none is."""
+        encodes = device is not None and self._options.grad_dtype is not None
+        return fitting(device.slot_bytes) if device is not None and encodes else None
 
-    def hindrance(self, road: Road) -> str | None:
-        """Return why gradients could not follow by the road when they were to; ``None`` if they could."""
-        return self._roads.hindrance(road)
+    def hindrance(self, device: DeviceStager) -> str | None:
+        """Return why gradients could not be copied from the device when asked for; ``None`` if they could."""
+        return self._stagers.hindrance(device)
 
     def reach(
-        self, road: Road, shape: Shape, plans: Sequence[tuple[Cut, Plan]], transfer: Transfer
+        self, device: DeviceStager, shape: Shape, plans: Sequence[tuple[Cut, Plan]], transfer: Transfer
     ) -> str | None:
         """Return why gradients can't follow off a device in any of these plans; ``None`` if they can.
 
@@ -137,9 +139,9 @@ class Memory:
             for pieces, plan in plans
         )
         self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: nbytes, ArenaId.EXTRA: 0})
-        if self._held[ArenaId.STATE] is not road.arena:
-            return "the road has to be made anew"
-        return self._roads.reach(road, self._arena(ArenaId.RING, nbytes), transfer)
+        if not device.reaches(self._held[ArenaId.STATE]):
+            return "copying from the device has to be set up anew"
+        return self._stagers.reach(device, self._arena(ArenaId.RING, nbytes), transfer)
 
     def attempt(
         self,
@@ -147,8 +149,8 @@ class Memory:
         shape: Shape,
         plan: Plan,
         *,
-        barred: frozenset[str],
-        racing: frozenset[tuple[str, ...]] | None,
+        excluded: frozenset[str],
+        overtaken: frozenset[tuple[str, ...]] | None,
         transfer: Transfer,
         outcome: Outcome,
         trace: Trace,
@@ -159,18 +161,18 @@ class Memory:
         Raises:
             StateTooLarge: If that takes more than is allowed.
         """
-        road, stay = self.road(live), None
+        device, stay = self.device_stager(live), None
         while True:
-            aboard = None if road is None else road.holds
+            on_device = None if device is None else device.holds
             pieces = cut(
                 live,
                 shape.layout,
                 window=plan.window,
-                barred=barred,
-                racing=racing,
-                aboard=aboard,
+                excluded=excluded,
+                overtaken=overtaken,
+                on_device=on_device,
                 stay=stay,
-                most_aboard=self.most_aboard(road),
+                device_elements=self.device_elements(device),
             )
             samples = sample_bytes_of(pieces, plan, self._options.grad_dtype)
             # With a helper for saves that are late.
@@ -185,18 +187,18 @@ class Memory:
             self._make_room(needs | {ArenaId.EXTRA: 0} if afresh else needs)
             arena = self._arena(ArenaId.STATE, shape.layout.nbytes)
             ring = self._held[ArenaId.RING] if self._kept(ArenaId.RING) >= ring_bytes + samples else None
-            if road is not None and road.arena is not arena:
-                road = None  # it led to an arena that was too small, or too large
+            if device is not None and not device.reaches(arena):
+                device = None  # it copies into an arena that was too small, or too large
             elif (
-                road is not None
+                device is not None
                 and stay is None
-                and (ring is None or road.ring is not ring)
-                and pieces.any_aboard
+                and (ring is None or not device.reaches(ring))
+                and pieces.any_on_device
             ):
                 stay = "its gradients can't follow now"
             else:
                 break
-        self._roads.prepare(live, arena, transfer)
+        self._stagers.prepare(live, arena, transfer)
         if self._kept(ArenaId.RING) < ring_bytes + samples:
             transfer.submit([self._arena(ArenaId.RING, ring_bytes + samples).prefault])
         room = Ring(0, ring_bytes)
@@ -208,26 +210,27 @@ class Memory:
             outcome=outcome,
             trace=trace,
         )
+        ring_arena = self._arena(ArenaId.RING, ring_bytes + samples)
+        host = HostStager(transfer, (arena, ring_arena))
         attempt = Attempt(
             live=live,
             shape=shape,
             cut=pieces,
             plan=plan,
+            stagers=[host] if device is None else [host, device],
             arena=arena,
             ring=room,
-            ring_arena=self._arena(ArenaId.RING, ring_bytes + samples),
-            transfer=transfer,
+            ring_arena=ring_arena,
             options=self._options,
-            racing=racing,
+            overtaken=overtaken,
             job=job,
             trace=trace,
-            road=road,
         )
         return attempt, job
 
     def release(self) -> None:
         """Let the memory go."""
-        self._roads.leave(join=True)
+        self._stagers.leave(join=True)
         self._held = [None] * len(ArenaId)
 
     def _ring_bytes(self, pieces: Cut, plan: Plan, shape: Shape) -> int:
@@ -241,11 +244,11 @@ class Memory:
         return ring_bytes_of(pieces, plan, self._options.grad_dtype, of_device=RING_GRADIENTS)
 
     def _let_go(self, use: ArenaId) -> None:
-        """Free one arena; the road into it is closed first."""
+        """Free one arena; what copies into it from a device is closed first."""
         if use == ArenaId.STATE and self._held[use] is not None:
-            self._roads.leave()
+            self._stagers.leave()
         if use == ArenaId.RING and self._held[use] is not None:
-            self._roads.leave_ring()
+            self._stagers.leave_ring()
         self._held[use] = None
 
     def _kept(self, use: ArenaId) -> int:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gockpt.planning.rates import Pace
     from gockpt.saving.boundary import Boundary
     from gockpt.saving.capture import Attempt
-    from gockpt.saving.device_selection import Roads
+    from gockpt.saving.device_selection import DeviceStagers
     from gockpt.saving.last_tick import Addition
     from gockpt.saving.lock import Lock
     from gockpt.staging.host_stager import Transfer
@@ -64,10 +64,10 @@ class Save:
         handle: The newest save's handle, in flight or done.
         error: An error of the background that was not raised yet.
         trace: The newest save's spans.
-        barred: Parameters whose replay is no longer trusted.
+        excluded: Parameters whose replay is no longer trusted.
         looked_at: The last tick at which the whole state was fingerprinted.
         taken: The tick whose state was taken last, unless that save failed.
-        racing: Arrays that are copied inside the closing tick; ``None``: all of them.
+        overtaken: Arrays that are copied inside the closing tick; ``None``: all of them.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Save:
         pace: Pace,
         drive: Callable[[SaveHandle, Callable[[], bool], float | None], None],
         on_saved: Callable[[Saved], None],
-        roads: Roads,
+        stagers: DeviceStagers,
     ) -> None:
         self.state = State.IDLE
         self.attempt: Attempt | None = None
@@ -88,10 +88,10 @@ class Save:
         self.handle: SaveHandle | None = None
         self.error: BaseException | None = None
         self.trace = Trace()
-        self.barred: frozenset[str] = frozenset()
-        self.racing: frozenset[Name] | None = frozenset()
+        self.excluded: frozenset[str] = frozenset()
+        self.overtaken: frozenset[Name] | None = frozenset()
         self.shape: Shape | None = None
-        self.memory = Memory(options, background, roads)
+        self.memory = Memory(options, background, stagers)
         self.looked_at: Boundary | None = None
         self.taken: Boundary | None = None
         self._options = options
@@ -203,7 +203,7 @@ class Save:
             self.fail(failure, Event.FAILED)
             return
         if handle.attempts >= MAX_ATTEMPTS - 2:
-            self.racing = None
+            self.overtaken = None
         why = handle.events[-1] if handle.events else "the first attempt did not match"
         handle.retarget(step, why)
         _log.warning("save retargeted to step %d: %s", step, why)
@@ -227,30 +227,32 @@ class Save:
             # Which arrays lose such a race is chance, so all of their kind are copied at once from now on.
             raced = [name for name in lost if name not in attempt.doubts]
             kinds = {name[0] for name in raced}
-            racing = frozenset(a.spec.name for a in attempt.layout.arrays if a.spec.name[0] in kinds)
+            overtaken = frozenset(a.spec.name for a in attempt.layout.arrays if a.spec.name[0] in kinds)
             first = (raced or lost)[0]
             what = "changed before it was copied" if raced else f"can't be replayed: {attempt.doubts[first]}"
             why = attempt.refused or f"{public_name(first)} {what}"
-            self._run(Event.TORN, (frozenset[str](), racing, why))
+            self._run(Event.TORN, (frozenset[str](), overtaken, why))
         else:
             self._run(Event.ARRIVED)
 
     def let_overwrite(self, optimizer: object | None) -> None:
         """Let an update, or with ``None`` anything, overwrite what the closing tick took the boundary of.
 
-        What leaves a device by its road may be on its way still: then the save stays in this state.
+        What is copied from a device may be in flight still: then the save stays in this state.
         """
         attempt = self.attempt
-        if attempt is None or self.state is not State.CLOSING:
-            return
-        if attempt.on_the_road and not attempt.rest_ended:
+        if attempt is not None and self.state is State.CLOSING:
             attempt.let_overwrite(optimizer)
-        else:
-            self.settle()
+            self._settle_if_ended()
 
     def settle_if_ended(self) -> None:
-        """Settle unless something is still on its way off a device."""
-        if self.attempt is None or not self.attempt.on_the_road or self.attempt.rest_ended:
+        """Settle unless something is in flight that the training thread can't finish."""
+        if self.attempt is not None and self.state is State.CLOSING:
+            self.attempt.collect()
+            self._settle_if_ended()
+
+    def _settle_if_ended(self) -> None:
+        if self.attempt is not None and self.state is State.CLOSING and self.attempt.rest_ended:
             self.settle()
 
     def hurry(self) -> None:
@@ -324,14 +326,14 @@ class Save:
             live,
             self.shape_of(live),
             plan,
-            barred=self.barred,
-            racing=None if at_once else self.racing,
+            excluded=self.excluded,
+            overtaken=None if at_once else self.overtaken,
             transfer=self._transfer,
             outcome=self,
             trace=self.trace,
             afresh=afresh,
         )
-        handle.plan = dataclasses.replace(handle.plan, road=self.attempt.variant)
+        handle.plan = dataclasses.replace(handle.plan, device_copies=self.attempt.variant)
         self._background.serve(self.job)
 
     def plan(self, live: LiveState, ticks: int) -> Plan:
@@ -342,7 +344,7 @@ class Save:
             ticks=ticks,
             options=self._options,
             pace=self._pace,
-            barred=self.barred,
+            excluded=self.excluded,
             memory=self.memory,
             transfer=self._transfer,
         )
@@ -383,14 +385,14 @@ class Save:
         handle.move(moment.step)
         if not remembered:
             self._remember(live, moment)
-        proofs = attempt.close(live)
+        attempt.close(live)
         known = {"step": moment.step, "optimizer_steps": moment.updates, "exact": True}
         attributes = {"gockpt": {**known, **self._metrics(moment.step)}}
         arrays = attempt.places(live) + self._additions
         self._capture = Capture(
             moment.step,
             arrays,
-            proofs,
+            {},
             self._document,
             attributes,
             exact=True,
@@ -416,10 +418,8 @@ class Save:
     def _copies_ended(self, attempt: Attempt) -> None:
         """Hand over as soon as all has arrived, on whichever thread finished it."""
         with self._lock:
-            if self.attempt is not attempt or self.state is not State.CLOSING:
-                return
-            if attempt.all_proven or (attempt.on_the_road and attempt.rest_ended):
-                self.settle()
+            if self.attempt is attempt:
+                self._settle_if_ended()
 
     def _note(self, event: str) -> None:
         _log.info("%s", event)
@@ -454,9 +454,8 @@ class Save:
         if capture is None or not attempt.proven:
             msg = "commit requested before the capture was verified"
             raise WorkerError(msg)
-        # Of what stands on a device they are known only now that all of it has arrived.
-        proofs = {**capture.proofs, **attempt.proofs()}
-        capture = dataclasses.replace(capture, proofs=proofs, samples=attempt.samples())
+        # They may be known only now that all has arrived.
+        capture = dataclasses.replace(capture, proofs=attempt.proofs(), samples=attempt.samples())
         job.close(capture, self.memory.arenas, lambda: self._taken(handle, capture.step))
 
     def _taken(self, handle: SaveHandle, step: int) -> None:
@@ -466,10 +465,10 @@ class Save:
                 self._lock.put_off(lambda: handle.take(step))
 
     def _quarantine(self, distrust: Distrust) -> None:
-        barred, racing, why = distrust
-        self.barred |= barred
-        if self.racing is not None:
-            self.racing |= racing
+        excluded, overtaken, why = distrust
+        self.excluded |= excluded
+        if self.overtaken is not None:
+            self.overtaken |= overtaken
         self._note(why)
 
     def _discard(self, _: object) -> None:

@@ -28,14 +28,14 @@ def plan_for(
     ticks: int,
     options: Options,
     pace: Pace,
-    barred: frozenset[str],
+    excluded: frozenset[str],
     memory: Memory,
     transfer: Transfer,
 ) -> Plan:
     """Return the plan for a save whose closing tick is ``ticks - 1`` ticks away.
 
-    What stands on a device leaves early only if its gradients can follow by the same road. Where they can't
-    yet, the way there is made behind the caller, and this plan does without.
+    State on a device leaves early only if its gradients can be copied, too. Where they can't be yet, that is
+    set up behind the caller, and this plan does without.
 
     Args:
         live: The state.
@@ -43,31 +43,38 @@ def plan_for(
         ticks: Ticks there are.
         options: The options of the writer.
         pace: Measured rates.
-        barred: Parameters whose replay is not trusted.
-        memory: Where the roads and the arenas are.
+        excluded: Parameters whose replay is not trusted.
+        memory: Where the stagers and the arenas are.
         transfer: What is slow is done behind it.
     """
-    road = memory.road(live)
-    aboard = None if road is None else road.holds
+    device = memory.device_stager(live)
+    on_device = None if device is None else device.holds
     why = memory.obstacle(live)
     measured = (pace.step_seconds, pace.copy_rate, options.grad_dtype)
-    facts = facts_of(live, shape, barred, *measured, aboard=aboard, stay=None, obstacle=why)
+    facts = facts_of(live, shape, excluded, *measured, on_device=on_device, stay=None, obstacle=why)
     plan = make_plan(facts, window=options.window, ticks=ticks)
-    if road is None or not facts.aboard_replay_bytes:
+    if device is None or not facts.device_replay_bytes:
         return plan
     if plan.window > 1:
         # Room for the longest window too, or the ring would be made twice when the first one is cut short.
         longest = make_plan(facts, window=options.window, ticks=MAX_WINDOW)
         plans = [plan] if longest.window == plan.window else [plan, longest]
-        most = memory.most_aboard(road)
+        most = memory.device_elements(device)
         cuts = [
-            cut(live, shape.layout, window=p.window, barred=barred, aboard=aboard, most_aboard=most)
+            cut(
+                live,
+                shape.layout,
+                window=p.window,
+                excluded=excluded,
+                on_device=on_device,
+                device_elements=most,
+            )
             for p in plans
         ]
-        why = memory.reach(road, shape, list(zip(cuts, plans, strict=True)), transfer)
+        why = memory.reach(device, shape, list(zip(cuts, plans, strict=True)), transfer)
     else:
-        why = memory.hindrance(road)
+        why = memory.hindrance(device)
     if why is None:
         return plan
-    facts = facts_of(live, shape, barred, *measured, aboard=aboard, stay=why, obstacle=why)
+    facts = facts_of(live, shape, excluded, *measured, on_device=on_device, stay=why, obstacle=why)
     return make_plan(facts, window=options.window, ticks=ticks)

@@ -220,7 +220,7 @@ class WithoutTick:
                 save.fail(SaveAborted(msg), Event.ABORTED)
             elif save.state is State.VOID:
                 # Nobody trains now: copying all at once costs nothing and can't be overtaken.
-                save.racing = None
+                save.overtaken = None
                 save.retarget(live, boundary, remembered=looked)
             else:
                 save.close(live, boundary, remembered=True)

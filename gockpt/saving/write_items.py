@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 __all__ = ["Cut", "Piece", "Unit", "cut"]
 
 MAX_PIECE = 1 << 20
-MAX_PIECE_ABOARD = 8 << 20
+MAX_DEVICE_PIECE = 8 << 20
 """Elements of a piece at the most. On a device each costs a place in every launch, so there are fewer."""
 MIN_PIECE = 256
 SMALL = 64 << 10
 """Arrays up to this size are copied inside the closing tick: cheaper than proving a copy behind it."""
-NO_ROAD = "there is no road off the device that it stands on"
+NOT_COPIED = "state on its device is not copied behind training"
 _ALIGN = 16
 
 
@@ -51,9 +51,9 @@ class Unit:
         group_index: Its parameter group there.
         rule: How it is replayed.
         names: Array names: the parameter's, then its states' in kernel order.
-        aboard: Whether it stands on a device, and leaves it by a road.
+        stager: Index of the attempt's stager that copies it: 0 for host memory's, 1 for the device's.
         pieces: Its pieces.
-        barred: Why its pieces leave at the closing tick after all; ``None`` while they need not.
+        excluded: Why its pieces leave at the closing tick after all; ``None`` while they need not.
     """
 
     fqn: str
@@ -62,9 +62,9 @@ class Unit:
     group_index: int
     rule: Rule
     names: tuple[Name, ...]
-    aboard: bool = False
+    stager: int = 0
     pieces: list[Piece] = field(default_factory=list)
-    barred: str | None = None
+    excluded: str | None = None
 
     @property
     def group(self) -> dict[str, object]:
@@ -94,7 +94,7 @@ class Piece:
         tail: Whether its end is the array's end.
         sent: Whether it left before the closing tick.
         late: Why it leaves at the closing tick although it was, or could have been, sent.
-        known: Fingerprints its live bytes must have now, one per stretch; ``None`` if unknown.
+        stager: As of its unit.
     """
 
     index: int
@@ -103,12 +103,7 @@ class Piece:
     tail: bool = False
     sent: bool = False
     late: str | None = None
-    known: tuple[int, ...] | None = None
-
-    @property
-    def aboard(self) -> bool:
-        """Whether it stands on a device, and leaves it by a road."""
-        return self.unit is not None and self.unit.aboard
+    stager: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -131,17 +126,15 @@ class Cut:
     Attributes:
         units: What can be replayed.
         pieces: Their pieces, in the order they leave.
-        loose: Pieces of arrays that leave at the closing tick, behind the next step.
-        shipped: Pieces of arrays on a device that leave at the closing tick, by the road off it.
-        prompt: Those of them that are packed inside it.
+        behind: Pieces of arrays that leave at the closing tick, behind the next step.
+        prompt: Pieces of arrays on a device that leave inside the closing tick.
         at_once: Slots of the arrays that are copied inside the closing tick.
         reasons: Why parameters can't be replayed, by name.
     """
 
     units: tuple[Unit, ...]
     pieces: tuple[Piece, ...]
-    loose: tuple[Piece, ...]
-    shipped: tuple[Piece, ...]
+    behind: tuple[Piece, ...]
     prompt: tuple[Piece, ...]
     at_once: Slots
     reasons: dict[str, str]
@@ -157,9 +150,9 @@ class Cut:
         return sum(p.stretches[0].nbytes for p in self.pieces)
 
     @property
-    def any_aboard(self) -> bool:
+    def any_on_device(self) -> bool:
         """Whether something can leave a device before the closing tick."""
-        return any(piece.aboard for piece in self.pieces)
+        return any(piece.stager for piece in self.pieces)
 
     def parts(self, plan: Plan) -> list[list[Piece]]:
         """Divide the pieces into those that leave before the closing tick, one part per tick."""
@@ -172,11 +165,11 @@ def cut(
     layout: ArenaLayout,
     *,
     window: int,
-    barred: frozenset[str] = frozenset(),
-    racing: frozenset[Name] | None = frozenset(),
-    aboard: Callable[[torch.Tensor], bool] | None = None,
+    excluded: frozenset[str] = frozenset(),
+    overtaken: frozenset[Name] | None = frozenset(),
+    on_device: Callable[[torch.Tensor], bool] | None = None,
     stay: str | None = None,
-    most_aboard: int | None = None,
+    device_elements: int | None = None,
 ) -> Cut:
     """Cut ``live`` into what can leave early, what leaves at the close, and what is copied at once.
 
@@ -184,21 +177,21 @@ def cut(
         live: The state.
         layout: Where each array lies in the arena.
         window: Ticks of the window; with 1, nothing leaves early.
-        barred: Parameters whose replay is not trusted.
-        racing: Arrays that must be copied inside the closing tick because a copy behind it was
+        excluded: Parameters whose replay is not trusted.
+        overtaken: Arrays that must be copied inside the closing tick because a copy behind it was
             overtaken before; ``None`` means all of them.
-        aboard: Whether a tensor stands on the device that there is a road off; ``None`` if there is none.
+        on_device: Whether a tensor is on the device that has a stager; ``None`` if there is none.
         stay: Why nothing leaves that device early; ``None`` if it may.
-        most_aboard: The most elements that a piece should have that leaves that device early; ``None`` for
-            as many as are best.
+        device_elements: The most elements of a piece that leaves that device early; ``None`` for as many as
+            are best.
     """
 
     def anew() -> Cut:
-        return _cut(live, layout, window, barred, racing, aboard, stay, most_aboard)
+        return _cut(live, layout, window, excluded, overtaken, on_device, stay, device_elements)
 
-    if window == 1 and aboard is None:
+    if window == 1 and on_device is None:
         # Nothing of it depends on options of optimizers, or is noted in its pieces.
-        return live.once(("cut", racing), anew)
+        return live.once(("cut", overtaken), anew)
     return anew()
 
 
@@ -206,16 +199,16 @@ def _cut(
     live: LiveState,
     layout: ArenaLayout,
     window: int,
-    barred: frozenset[str],
-    racing: frozenset[Name] | None,
-    aboard: Callable[[torch.Tensor], bool] | None,
+    excluded: frozenset[str],
+    overtaken: frozenset[Name] | None,
+    on_device: Callable[[torch.Tensor], bool] | None,
     stay: str | None,
-    most_aboard: int | None,
+    device_elements: int | None,
 ) -> Cut:
     arrays = {a.spec.name: a for a in layout.arrays}
     small = min(SMALL, sum(a.spec.nbytes for a in layout.arrays) // 4096)
     size = _piece_elements(live, window, MAX_PIECE)
-    size_aboard = _piece_elements(live, window, min(MAX_PIECE_ABOARD, most_aboard or MAX_PIECE_ABOARD))
+    device_size = _piece_elements(live, window, min(MAX_DEVICE_PIECE, device_elements or MAX_DEVICE_PIECE))
     units: list[Unit] = []
     pieces: list[Piece] = []
     reasons: dict[str, str] = {}
@@ -226,54 +219,52 @@ def _cut(
         if owners[id(entry.param)] > 1:
             reasons[entry.fqn] = "several optimizers update it"
             continue
-        if entry.param.device.type != "cpu" and (aboard is None or not aboard(entry.param)):
-            reasons[entry.fqn] = NO_ROAD
+        if entry.param.device.type != "cpu" and (on_device is None or not on_device(entry.param)):
+            reasons[entry.fqn] = NOT_COPIED
             continue
-        unit = _unit(live, entry, barred, reasons)
+        unit = _unit(live, entry, excluded, reasons)
         if unit is None:
             continue
-        why = _place(unit, live, aboard, stay)
+        why = _place(unit, live, on_device, stay)
         if why is not None:
             reasons[unit.fqn] = why
             continue
         if sum(arrays[n].spec.nbytes for n in unit.names) <= small:
             continue
-        ranges = _ranges([arrays[n] for n in unit.names], size_aboard if unit.aboard else size)
+        ranges = _ranges([arrays[n] for n in unit.names], device_size if unit.stager else size)
         if ranges is None or (len(arrays[unit.names[0]].slots) > 1 and not unit.param.is_contiguous()):
             reasons[unit.fqn] = "its chunks can't be cut for replay"
             continue
         for stretches, tail in ranges:
-            piece = Piece(len(pieces), stretches, unit, tail)
+            piece = Piece(len(pieces), stretches, unit, tail, stager=unit.stager)
             unit.pieces.append(piece)
             pieces.append(piece)
         units.append(unit)
         taken.update(unit.names)
-    loose: list[Piece] = []
-    shipped: list[Piece] = []
+    behind: list[Piece] = []
     prompt: list[Piece] = []
     at_once: list[ArrayLayout] = []
     for name, array in arrays.items():
         if name in taken or not array.slots:
             continue
         tensor = live.entries[name]
-        there = aboard is not None and aboard(tensor)
+        there = on_device is not None and on_device(tensor)
         whole = not is_dense(tensor) or (len(array.slots) > 1 and not tensor.is_contiguous())
-        hurried = racing is None or name in racing or name in live.buffers or array.spec.nbytes <= small
+        hurried = overtaken is None or name in overtaken or name in live.buffers or array.spec.nbytes <= small
         # A window must not wait for the device at each of its ticks.
         packed = there and hurried and window > 1
         if whole or (hurried and not packed) or (not there and tensor.device.type != "cpu"):
             at_once.append(array)
             continue
-        into = prompt if packed else shipped if there else loose
-        # The road cuts as it needs to.
-        for stretch in _loose_ranges(array, max(1, array.spec.numel) if there else size):
-            number = len(pieces) + len(loose) + len(shipped) + len(prompt)
-            into.append(Piece(number, (stretch,)))
+        into = prompt if packed else behind
+        # A device's stager cuts as it needs to.
+        for stretch in _behind_ranges(array, max(1, array.spec.numel) if there else size):
+            number = len(pieces) + len(behind) + len(prompt)
+            into.append(Piece(number, (stretch,), stager=int(there)))
     return Cut(
         tuple(units),
         tuple(pieces),
-        tuple(loose),
-        tuple(shipped),
+        tuple(behind),
         tuple(prompt),
         slots_of(at_once),
         reasons,
@@ -281,23 +272,25 @@ def _cut(
 
 
 def _place(
-    unit: Unit, live: LiveState, aboard: Callable[[torch.Tensor], bool] | None, stay: str | None
+    unit: Unit, live: LiveState, on_device: Callable[[torch.Tensor], bool] | None, stay: str | None
 ) -> str | None:
     """Note where a unit stands; return why it can't leave early from there."""
     tensors = [live.entries[name] for name in unit.names]
-    if aboard is not None and all(aboard(tensor) for tensor in tensors):
-        unit.aboard = True
+    if on_device is not None and all(on_device(tensor) for tensor in tensors):
+        unit.stager = 1
         return stay
     # If only some of them are on that device, none is copied in the background.
-    if aboard is not None and any(aboard(tensor) for tensor in tensors):
+    if on_device is not None and any(on_device(tensor) for tensor in tensors):
         return "its state stands on several devices"
     if any(tensor.device.type != "cpu" for tensor in tensors):
-        return NO_ROAD
+        return NOT_COPIED
     return None
 
 
-def _unit(live: LiveState, entry: ParamEntry, barred: frozenset[str], reasons: dict[str, str]) -> Unit | None:
-    if entry.fqn in barred:
+def _unit(
+    live: LiveState, entry: ParamEntry, excluded: frozenset[str], reasons: dict[str, str]
+) -> Unit | None:
+    if entry.fqn in excluded:
         reasons[entry.fqn] = "an earlier replay of it did not match"
         return None
     optimizer = live.optimizers[entry.optimizer_index]
@@ -361,7 +354,7 @@ def _ranges(arrays: list[ArrayLayout], size: int) -> list[tuple[tuple[Stretch, .
     return result
 
 
-def _loose_ranges(array: ArrayLayout, size: int) -> Iterator[Stretch]:
+def _behind_ranges(array: ArrayLayout, size: int) -> Iterator[Stretch]:
     spec = array.spec
     begin = 0
     for slot in array.slots:

@@ -1,7 +1,7 @@
-"""The line that loads move along: pack, copy, arrival. Queues work on the device, and decides nothing.
+"""The copy pipeline: packs, copies and receives batches. Queues work on the device, and decides nothing.
 
-A line is not thread-safe; its owner calls :meth:`Line.photograph`, :meth:`Line.move`, :meth:`Line.let_go`,
-:meth:`Line.forget`, :meth:`Line.add` and :meth:`Line.remove` under a lock.
+A pipeline is not thread-safe; its owner calls ``snapshot``, ``move``, ``let_go``, ``forget``, ``add`` and
+``remove`` under a lock.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from gockpt.kernels.fingerprint_numba import copy_fingerprint, fingerprint
-from gockpt.staging.copy_batches import Urgency, load_up
-from gockpt.staging.device import Source
+from gockpt.staging.copy_batches import cut_batches
 from gockpt.staging.pinned_memory import Pinned
-from gockpt.staging.staging_buffers import Staging
+from gockpt.staging.stager import Source, Urgency
+from gockpt.staging.staging_buffers import StagingBuffers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.staging.arena import Arena
-    from gockpt.staging.copy_batches import Load, Slice
+    from gockpt.staging.copy_batches import Batch, Slice
     from gockpt.staging.device import Device, Stream
     from gockpt.staging.device_budget import Room
-    from gockpt.staging.in_flight import Consignment, Flight
+    from gockpt.staging.in_flight import BatchCopy, DeviceCopyResult
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Line"]
+__all__ = ["CopyPipeline"]
 
 _log = logging.getLogger("gockpt")
 
@@ -37,8 +37,8 @@ _stranded: list[object] = []
 """Memory that an unresponsive device may still write to: never freed, never reused."""
 
 
-class Line:
-    """Staging, streams and registered arenas of one road.
+class CopyPipeline:
+    """Staging buffers, streams and registered arenas of one device stager.
 
     Attributes:
         detour: Whether an arena could not be registered, so that the host must carry every slot on.
@@ -65,7 +65,7 @@ class Line:
         self._pinned = [Pinned(device, arena, piece_bytes=piece_bytes) for arena in arenas]
         self.detour = not all(pinned.registered for pinned in self._pinned)
         self._direct = direct and not self.detour
-        self._staging = Staging(device, room, bounced=self.detour)
+        self._staging = StagingBuffers(device, room, bounced=self.detour)
         self.beside, self._copy = device.side(), device.side()
         self._main: Stream | None = None
 
@@ -84,16 +84,20 @@ class Line:
             return "kernels that store into registered memory"
         return "staging and the copy engine"
 
+    def reaches(self, arena: Arena | None) -> bool:
+        """Whether batches may go into this arena."""
+        return any(pinned.arena is arena for pinned in self._pinned)
+
     def pin(self, arena: Arena) -> Pinned:
         """Register one more arena, if that can be. Slow."""
         return Pinned(self.device, arena, piece_bytes=self._piece_bytes)
 
     def add(self, pinned: Pinned) -> None:
-        """Let loads go into an arena that was registered."""
+        """Let batches go into an arena that was registered."""
         self._pinned.append(pinned)
 
     def remove(self) -> Pinned:
-        """Stop copying loads into the arena that was added last."""
+        """Stop copying batches into the arena that was added last."""
         return self._pinned.pop()
 
     def main(self) -> Stream:
@@ -101,84 +105,84 @@ class Line:
         self._main = self.device.main()
         return self._main
 
-    def load_up(self, consignment: Consignment) -> list[Load]:
-        """Cut a consignment into loads."""
-        return load_up(
-            consignment.shipments,
+    def cut_batches(self, result: DeviceCopyResult) -> list[Batch]:
+        """Cut a result into batches."""
+        return cut_batches(
+            result.requests,
             slot_bytes=self._room.slot_bytes,
             copy_bytes=self._copy_bytes,
             piece_bytes=self._piece_bytes,
-            direct=self._direct and consignment.urgency is Urgency.STATE,
+            direct=self._direct and result.urgency is Urgency.STATE,
         )
 
-    def photograph(self, flight: Flight, main: Stream) -> bool:
-        """Pack a load into scratch memory on the stream that trains, if there is room for it."""
-        room = self._staging.scratch(flight.load.used)
+    def snapshot(self, copy: BatchCopy, main: Stream) -> bool:
+        """Pack a batch into scratch memory on the stream that trains, if there is room for it."""
+        room = self._staging.scratch(copy.batch.used)
         if room is None:
             return False
-        flight.memory, flight.base = room
-        flight.beside = False
-        self._pack(flight, main)
+        copy.memory, copy.base = room
+        copy.beside = False
+        self._pack(copy, main)
         return True
 
-    def in_the_way(self) -> Flight | None:
-        """Return the load that the host must receive before another can move; only on the detour."""
-        return self._staging.next.flight if self.detour else None
+    def in_the_way(self) -> BatchCopy | None:
+        """Return the batch that the host must receive before another can move; only on the detour."""
+        return self._staging.next.copy if self.detour else None
 
-    def move(self, flight: Flight, stream: Stream) -> None:
-        """Queue a load's pack, unless it was photographed, and its copies.
+    def move(self, copy: BatchCopy, stream: Stream) -> None:
+        """Queue a batch's pack, unless it was snapshotted, and its copies.
 
-        The pack waits, on the device, until the load that had its slot before has left it.
+        The pack waits, on the device, until the batch that had its slot before has left it.
         """
-        load = flight.load
-        if load.piece is not None:
-            arena, start = load.piece
-            flight.memory = self._piece(arena, start)
-        elif flight.memory is None or self.detour:
-            before = self._staging.next.flight
+        batch = copy.batch
+        if batch.piece is not None:
+            arena, start = batch.piece
+            copy.memory = self._piece(arena, start)
+        elif copy.memory is None or self.detour:
+            before = self._staging.next.copy
             if before is not None and before.landed is not None:
                 stream.wait(before.landed)
-            flight.slot = self._staging.take(flight)
-            flight.memory = flight.slot.memory if flight.memory is None else flight.memory
-        if flight.packed is None:
+            copy.slot = self._staging.take(copy)
+            copy.memory = copy.slot.memory if copy.memory is None else copy.memory
+        if copy.packed is None:
             if stream is self.beside:
-                stream.wait(flight.consignment.boundary)
-            self._pack(flight, stream)
-        if load.piece is not None:
-            flight.landed = flight.packed
+                stream.wait(copy.result.boundary)
+            self._pack(copy, stream)
+        if batch.piece is not None:
+            copy.landed = copy.packed
             return
         with self.device.range("gockpt copy"):
-            if flight.packed is not None:
-                self._copy.wait(flight.packed)
-            for place, target in self._targets(flight):
-                self.device.copy(self._copy, flight.memory, flight.base + place, target)
-            flight.landed = self._copy.record()
+            if copy.packed is not None:
+                self._copy.wait(copy.packed)
+            for place, target in self._targets(copy):
+                self.device.copy(self._copy, copy.memory, copy.base + place, target)
+            copy.landed = self._copy.record()
 
-    def arrival(self, flight: Flight) -> list[tuple[int, int]]:
+    def arrival(self, copy: BatchCopy) -> list[tuple[int, int]]:
         """Return the number and the fingerprint of each slice that arrived; on the detour, carry it on."""
         with self.device.range("gockpt arrival"):
-            return [(piece.number, self._arrival(flight, piece)) for piece in flight.load.slices]
+            return [(piece.number, self._arrival(copy, piece)) for piece in copy.batch.slices]
 
-    def made(self, flight: Flight) -> list[tuple[int, int]]:
+    def made(self, copy: BatchCopy) -> list[tuple[int, int]]:
         """Return the number and the fingerprint of each slice that was encoded, as the device made it."""
-        if flight.prints is None:
+        if copy.prints is None:
             return []
-        numbers = (piece.number for piece in flight.load.slices if piece.shipment.form is not None)
-        return list(zip(numbers, flight.prints.values(), strict=True))
+        numbers = (piece.number for piece in copy.batch.slices if piece.request.form is not None)
+        return list(zip(numbers, copy.prints.values(), strict=True))
 
-    def let_go(self, flight: Flight) -> None:
-        """Free what a load had that has landed and was received."""
-        flight.over = True
-        flight.keep.clear()
-        if flight.slot is not None and flight.slot.flight is flight:
-            flight.slot.flight = None
-        if flight.consignment.urgency is Urgency.SNAPSHOT and not flight.beside:
+    def let_go(self, copy: BatchCopy) -> None:
+        """Free what a batch had that has landed and was received."""
+        copy.over = True
+        copy.keep.clear()
+        if copy.slot is not None and copy.slot.copy is copy:
+            copy.slot.copy = None
+        if copy.result.urgency is Urgency.SNAPSHOT and not copy.beside:
             self._staging.drained()
 
     def await_all(self, error: BaseException) -> None:
         """Wait until the device has done all that was queued, whatever of it failed."""
         try:
-            # All of what these streams hold: a load that failed half-way left no event behind.
+            # All of what these streams hold: a batch that failed half-way left no event behind.
             for stream in (self._main, self.beside, self._copy):
                 if stream is not None:
                     stream.record().synchronize()
@@ -187,13 +191,13 @@ class Line:
             _log.exception("%s does not answer after %s", self.device.name, error)
             self.dead = True
 
-    def forget(self, flights: Sequence[Flight]) -> None:
-        """Drop loads that failed, once :meth:`await_all` has returned."""
-        for flight in flights:
-            flight.over = True
+    def forget(self, copies: Sequence[BatchCopy]) -> None:
+        """Drop batches that failed, once :meth:`await_all` has returned."""
+        for copy in copies:
+            copy.over = True
             if self.dead:
-                _stranded.append(flight)
-            flight.keep = []
+                _stranded.append(copy)
+            copy.keep = []
         self._staging.free()
 
     def release(self) -> None:
@@ -210,51 +214,49 @@ class Line:
             _stranded.append(everything)
             _log.exception("memory of %s could not be given back; it is left alone", self.device.name)
 
-    def _pack(self, flight: Flight, stream: Stream) -> None:
-        plain = [piece for piece in flight.load.slices if piece.shipment.form is None]
-        encoded = [piece for piece in flight.load.slices if piece.shipment.form is not None]
+    def _pack(self, copy: BatchCopy, stream: Stream) -> None:
+        plain = [piece for piece in copy.batch.slices if piece.request.form is None]
+        encoded = [piece for piece in copy.batch.slices if piece.request.form is not None]
         with self.device.range("gockpt pack"):
             if plain:
-                sources = [piece.shipment.source.part(piece.low, piece.nbytes) for piece in plain]
-                places = [flight.base + piece.place for piece in plain]
-                flight.keep.append(self.device.pack(stream, sources, places, flight.memory))
+                sources = [piece.request.source.part(piece.low, piece.nbytes) for piece in plain]
+                places = [copy.base + piece.place for piece in plain]
+                copy.keep.append(self.device.pack(stream, sources, places, copy.memory))
             if encoded:
-                self._encode(flight, encoded, stream)
-            flight.packed = stream.record()
+                self._encode(copy, encoded, stream)
+            copy.packed = stream.record()
 
-    def _encode(self, flight: Flight, pieces: Sequence[Slice], stream: Stream) -> None:
+    def _encode(self, copy: BatchCopy, pieces: Sequence[Slice], stream: Stream) -> None:
         """Encode some slices into the slot, and fingerprint there what that has made of them."""
         by_encoding: dict[str, list[Slice]] = {}
         for piece in pieces:
-            form = piece.shipment.form
+            form = piece.request.form
             if form is not None and form.encoding is not None:
                 by_encoding.setdefault(form.encoding, []).append(piece)
         for encoding, some in by_encoding.items():
-            sources = [piece.shipment.source for piece in some]
-            places = [(flight.base + piece.place, piece.nbytes) for piece in some]
-            flight.keep.append(self.device.encode(stream, sources, encoding, places, flight.memory))
-        made = [
-            Source(flight.memory, flight.base + p.place, p.nbytes, p.shipment.source.position) for p in pieces
-        ]
-        flight.prints = self.device.prints(stream, made)
+            sources = [piece.request.source for piece in some]
+            places = [(copy.base + piece.place, piece.nbytes) for piece in some]
+            copy.keep.append(self.device.encode(stream, sources, encoding, places, copy.memory))
+        made = [Source(copy.memory, copy.base + p.place, p.nbytes, p.request.source.position) for p in pieces]
+        copy.prints = self.device.prints(stream, made)
 
-    def _targets(self, flight: Flight) -> Iterator[tuple[int, Bytes]]:
-        """Yield each copy of a load: where it starts in the load, and where it goes."""
-        bounce = None if flight.slot is None else flight.slot.bounce
-        for copy in flight.load.copies:
+    def _targets(self, copy: BatchCopy) -> Iterator[tuple[int, Bytes]]:
+        """Yield each copy of a batch: where it starts in the batch, and where it goes."""
+        bounce = None if copy.slot is None else copy.slot.bounce
+        for part in copy.batch.copies:
             if bounce is not None:
-                yield copy.place, bounce[copy.place : copy.place + copy.nbytes]
+                yield part.place, bounce[part.place : part.place + part.nbytes]
             else:
-                yield copy.place, self._pinned[copy.arena].arena.view(copy.offset, copy.nbytes)
+                yield part.place, self._pinned[part.arena].arena.view(part.offset, part.nbytes)
 
     def _piece(self, arena: int, start: int) -> Bytes:
         whole = self._pinned[arena].arena
         return whole.view(start, min(self._piece_bytes, whole.nbytes - start))
 
-    def _arrival(self, flight: Flight, piece: Slice) -> int:
-        position = piece.shipment.source.position + piece.low
-        target = self._pinned[piece.shipment.arena].arena.view(piece.offset, piece.nbytes)
-        if flight.slot is None or flight.slot.bounce is None:
+    def _arrival(self, copy: BatchCopy, piece: Slice) -> int:
+        position = piece.request.source.position + piece.low
+        target = self._pinned[piece.request.arena].arena.view(piece.offset, piece.nbytes)
+        if copy.slot is None or copy.slot.bounce is None:
             return fingerprint(target, position)
-        inside = flight.slot.bounce[piece.place : piece.place + piece.nbytes]
+        inside = copy.slot.bounce[piece.place : piece.place + piece.nbytes]
         return copy_fingerprint(inside, target, position)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from gockpt.staging.device import Device, Event, Source, Stream
+    from gockpt.staging.device import Device, Event, Stream
+    from gockpt.staging.stager import Source
 
     Bytes = npt.NDArray[np.uint8]
 
@@ -84,6 +85,10 @@ class CudaDevice:
     def name(self) -> str:
         """Name of the device in messages."""
         return self._name
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether a tensor is in its memory."""
+        return bool(tensor.device == self._device)
 
     def main(self) -> _Stream:
         """Return the current stream."""

@@ -6,7 +6,6 @@ All launches are asynchronous: they queue work on a stream and return. Nothing h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -16,31 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from gockpt.staging.stager import Source
+
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Device", "Event", "Prints", "Source", "Stream"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Source:
-    """Consecutive bytes of device memory.
-
-    Attributes:
-        memory: The tensor, or what :meth:`Device.allocate` gave; holds its memory alive. Its elements fill
-            one contiguous stretch, and bytes are counted in storage order.
-        low: First byte within it.
-        nbytes: How many.
-        position: Where the first one is in its array, as far as fingerprints go: a multiple of 8.
-    """
-
-    memory: Any
-    low: int
-    nbytes: int
-    position: int
-
-    def part(self, low: int, nbytes: int) -> Source:
-        """Return some of it, from byte ``low`` of it on, which must be a multiple of 8."""
-        return Source(self.memory, self.low + low, nbytes, self.position + low)
+__all__ = ["Device", "Event", "Prints", "Stream"]
 
 
 class Event(Protocol):
@@ -76,6 +55,9 @@ class Device(Protocol):
     @property
     def name(self) -> str:
         """Name of the device in messages."""
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether a tensor is in its memory."""
 
     def main(self) -> Stream:
         """Return the stream that the calling thread trains on now."""

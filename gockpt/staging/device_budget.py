@@ -1,6 +1,6 @@
 """Budget of device memory for staging, and its cost in training time: plain arithmetic.
 
-The *staging ring* is a few slots that loads pass through. *Scratch* memory holds a snapshot: what is packed
+The *staging ring* is a few slots that batches pass through. *Scratch* memory holds a snapshot: what is packed
 into it at the boundary leaves later, and no update waits for it.
 """
 
@@ -24,7 +24,7 @@ GRAIN = 512
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Device memory of the road.
+    """Device memory of a stager.
 
     Attributes:
         slot_bytes: Size of one slot of the staging ring.

@@ -1,4 +1,4 @@
-"""Moving bytes from live tensors into the arena, behind the training step.
+"""Stager of host memory: copies tensors into the arena behind the training step.
 
 A :class:`Batch` is a set of small tasks. One background thread works on it while the step computes;
 whoever must have it finished (the next update) helps and so never waits for more than one task.
@@ -11,39 +11,54 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from gockpt.core.descriptors import ArenaId
+from gockpt.errors import SaveAborted
 from gockpt.kernels.fingerprint_numba import copy_fingerprint, fingerprint
+from gockpt.kernels.gradient16_launch import Form
+from gockpt.kernels.gradient_encoding import encode
+from gockpt.staging.stager import CopyRequest, CopyResult, Urgency
+from gockpt.tensor_memory import as_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 
-    import numpy as np
     import numpy.typing as npt
+    import torch
+
+    from gockpt.staging.arena import Arena
+    from gockpt.staging.gradient_ring import Ring
+    from gockpt.staging.stager import Source
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Batch", "Copy", "Transfer"]
+__all__ = ["Batch", "Copy", "HostStager", "Transfer"]
+
+TASK_BYTES = 1 << 20
+"""Bytes of the fingerprints of one task, if there are so many: enough that starting one costs nothing."""
 
 
 @dataclass(slots=True)
 class Copy:
-    """One stretch of one array on its way into the arena.
+    """One copy into the arena.
 
     Attributes:
         source: Live bytes; holds the storage alive.
         target: Their place in the arena.
         position: Where its first byte is in its array, as far as fingerprints go: a multiple of 8.
         expected: Fingerprint of the source at the boundary.
+        request: The request that it carries out.
         arrived: Fingerprint of the target after the copy; ``None`` before.
-        owner: The caller's handle for it (a piece).
     """
 
     source: Bytes
     target: Bytes
     position: int
-    owner: Any
     expected: int
+    request: CopyRequest
     arrived: int | None = None
 
     def run(self) -> None:
@@ -109,7 +124,8 @@ class Batch:
                 last = self._left == 0
             if last:
                 self.ended = ended
-                on_done = self.on_done
+                # Whoever is told may know the batch: no cycle may keep memory alive.
+                on_done, self.on_done = self.on_done, None
                 self.done.set()
                 if on_done is not None:
                     on_done()
@@ -159,6 +175,7 @@ class Transfer:
         """Start working on ``tasks`` behind the caller. ``on_done`` runs on whichever thread ends last."""
         batch = Batch(deque(tasks), nbytes, on_done)
         if batch.done.is_set():
+            batch.on_done = None
             if on_done is not None:
                 on_done()
             return batch
@@ -189,6 +206,216 @@ class Transfer:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._closed
+
+
+class _Result(CopyResult):
+    """Copies of one call in host memory; ``fingerprints`` are those of sources, by tensor and bytes."""
+
+    def __init__(self, requests: Sequence[CopyRequest], on_done: Callable[[], None] | None) -> None:
+        super().__init__(requests, on_done)
+        self.copies: list[Copy] = []
+        self.behind = False
+        self.batch: Batch | None = None
+        self.fingerprints: dict[tuple[int, int, int], int] = {}
+
+    @property
+    def sample(self) -> tuple[int, float]:
+        """Bytes and seconds for the measured copy rate: those of copies behind training."""
+        return super().sample if self.behind else (0, 0.0)
+
+    def judge(self) -> None:
+        """Note which copies are not proven."""
+        self.lost = [copy.request for copy in self.copies if not copy.proven]
+
+
+class HostStager:
+    """Stager of tensors in host memory, see :class:`gockpt.staging.stager.Stager`.
+
+    Fingerprints are taken, and gradients encoded, inside the call. State is copied by a background thread; a
+    copy that was overtaken by a change is made again when the change is undone by the time somebody waits.
+
+    Attributes:
+        broken: ``False``: host memory does not refuse.
+        variant: ``None``: there is nothing to say of it.
+        behind: The urgency of state that is copied behind training.
+        waits_for_room: ``True``: gradients are in place when they are sent, so replay can free their room.
+    """
+
+    broken = False
+    variant = None
+    behind = Urgency.STATE
+    waits_for_room = True
+
+    def __init__(self, thread: Transfer, arenas: Sequence[Arena]) -> None:
+        """Copy into ``arenas``, by index."""
+        self._thread = thread
+        self._arenas = arenas
+        self._lock = threading.Lock()
+        self._open: list[_Result] = []
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in host memory."""
+        return tensor.device.type == "cpu"
+
+    def value(self, tensor: torch.Tensor) -> float | None:
+        """Return a number in host memory."""
+        return float(tensor) if self.holds(tensor) and tensor.numel() == 1 else None
+
+    def watch(self, sources: Sequence[Source], *, on_done: Callable[[], None] | None = None) -> CopyResult:
+        """Take the sources' fingerprints as of now, on the background thread and the calling one together."""
+        result = _Result((), on_done)
+        result.expected = self.look(sources)
+        result.fingerprints = dict(zip(map(_key, sources), result.expected, strict=True))
+        result.end()
+        return result
+
+    def look(self, sources: Sequence[Source]) -> list[int]:
+        """Return the sources' fingerprints now."""
+        found = [0] * len(sources)
+        views = dict(_views(sources))
+        self._thread.run(_fingerprint_tasks(sources, views, found))
+        return found
+
+    def send(
+        self,
+        requests: Sequence[CopyRequest],
+        urgency: Urgency,
+        *,
+        on_done: Callable[[], None] | None = None,
+        seen: CopyResult | None = None,
+    ) -> CopyResult:
+        """Copy the sources as they are now, behind the call or inside it: see :class:`Urgency`."""
+        result = _Result(requests, on_done)
+        known = seen.fingerprints if isinstance(seen, _Result) else {}
+        missing = [r.source for r in requests if r.arrived is None and _key(r.source) not in known]
+        known = {**known, **dict(zip(map(_key, missing), self.look(missing), strict=True))}
+        views = dict(_views([request.source for request in requests if request.arrived is None]))
+        for request in requests:
+            source = request.source
+            if request.arrived is not None:
+                result.expected.append(request.arrived)
+                continue
+            expected = known[_key(source)]
+            data = views[id(source.memory)][source.low : source.low + source.nbytes]
+            target = self._arenas[request.arena].view(request.offset, source.nbytes)
+            result.expected.append(expected)
+            result.copies.append(Copy(data, target, source.position, expected, request))
+        tasks = [copy.run for copy in result.copies]
+        if urgency in (Urgency.BUFFER, Urgency.GRADIENT):
+            self._thread.run(tasks)
+            result.judge()
+            result.end()
+            return result
+        result.behind = True
+        with self._lock:
+            self._open.append(result)
+        result.batch = self._thread.submit(tasks, on_done=lambda: self._ended(result))
+        return result
+
+    def place(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
+        """Put a gradient into the ring now, encoded where that makes it smaller; ``None`` without room."""
+        view = self._arenas[ArenaId.RING].view
+        data = as_bytes(source.memory)[source.low : source.low + source.nbytes]
+        found = encode(grad_dtype, data.view(np.float32), ring.allocate, view, ring.free)
+        if found is None:
+            return None
+        arrived = 0
+        if grad_dtype is not None:
+            arrived = fingerprint(view(found.offset, found.nbytes), source.position)
+        form = Form(found.encoding, found.nbytes)
+        return CopyRequest(source, ArenaId.RING, found.offset, None, form, arrived)
+
+    def collect(self) -> None:
+        """Finish all copies, helping."""
+        for result in tuple(self._open):
+            self.finish(result)
+
+    def guard(self, owners: Collection[Hashable] | None) -> None:  # noqa: ARG002 - finished is finished
+        """Finish all copies, helping: then anything may be overwritten."""
+        self.collect()
+
+    def hasten(self) -> None:
+        """Finish all copies, helping."""
+        self.collect()
+
+    def finish(self, result: CopyResult) -> None:
+        """Finish the copies of one call, helping; make those again that were overtaken by an undone change.
+
+        May be interrupted anywhere and called again: a copy counts only once it is proven.
+
+        Raises:
+            SaveAborted: If it was cancelled.
+        """
+        if isinstance(result, _Result) and result.batch is not None and not result.done.is_set():
+            result.batch.finish()
+            for copy in result.copies:
+                copy.retry()
+            self._end(result)
+        if result.error is not None:
+            raise result.error
+
+    def give_up(self, error: BaseException) -> None:
+        """Raise the error: host memory does not refuse, so it is a defect."""
+        raise error
+
+    def cancel(self) -> None:
+        """Drop what was not begun and wait for what was: afterwards nothing writes into the arenas."""
+        for result in tuple(self._open):
+            result.on_done = None
+            if result.batch is not None:
+                result.batch.cancel()
+            self._end(result, SaveAborted("it was given up while it was copied"))
+
+    def _ended(self, result: _Result) -> None:
+        """Tell of a result whose copies have all arrived; what is not proven waits for :meth:`finish`."""
+        if all(copy.proven for copy in result.copies):
+            self._end(result)
+
+    def _end(self, result: _Result, error: BaseException | None = None) -> None:
+        with self._lock:
+            if result not in self._open:
+                return
+            self._open.remove(result)
+            result.error = error
+            result.judge()
+            result.end()
+            result.copies = []
+        result.tell()
+
+
+def _key(source: Source) -> tuple[int, int, int]:
+    return id(source.memory), source.low, source.nbytes
+
+
+def _views(sources: Iterable[Source]) -> Iterator[tuple[int, Bytes]]:
+    """Yield the memory of each tensor among the sources, by its identity."""
+    seen = {id(source.memory): source.memory for source in sources}
+    for key, tensor in seen.items():
+        yield key, as_bytes(tensor)
+
+
+def _fingerprint_tasks(
+    sources: Sequence[Source], views: dict[int, Bytes], found: list[int]
+) -> Iterator[Callable[[], None]]:
+    """Cut fingerprints into tasks of some size; each writes its own places of ``found``."""
+    first = nbytes = 0
+    for number, source in enumerate(sources):
+        nbytes += source.nbytes
+        if nbytes >= TASK_BYTES or number == len(sources) - 1:
+            yield _fingerprint_task(range(first, number + 1), sources, views, found)
+            first, nbytes = number + 1, 0
+
+
+def _fingerprint_task(
+    numbers: range, sources: Sequence[Source], views: dict[int, Bytes], found: list[int]
+) -> Callable[[], None]:
+    def task() -> None:
+        for number in numbers:
+            source = sources[number]
+            data = views[id(source.memory)][source.low : source.low + source.nbytes]
+            found[number] = fingerprint(data, source.position)
+
+    return task
 
 
 def _serve(owner: weakref.ref[Transfer], queue: deque[Batch], wake: threading.Condition) -> None:

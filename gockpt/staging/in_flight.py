@@ -1,13 +1,13 @@
-"""Copies under way: consignments, each sent by one call, flights of their loads, and slots they take."""
+"""Copies under way: results, each sent by one call, copies of their batches, and slots they take."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gockpt.kernels.fingerprint_numba import MODULUS
+from gockpt.staging.stager import CopyResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,33 +15,21 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from gockpt.staging.copy_batches import Load, Shipment, Urgency
+    from gockpt.staging.copy_batches import Batch
     from gockpt.staging.device import Event, Prints
+    from gockpt.staging.stager import CopyRequest, Urgency
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Consignment", "Flight", "Slot"]
+__all__ = ["BatchCopy", "DeviceCopyResult", "Slot"]
 
 
-class Consignment:
-    """Copies that one call sent.
-
-    Attributes:
-        shipments: What was sent, in order; empty once ``done``, since sources need not live longer.
-        nbytes: Bytes that it moves.
-        began: When it was sent, in ``perf_counter`` seconds.
-        ended: When it was ``done``.
-        done: Set when all of it has arrived, or nothing of it can arrive any longer.
-        lost: Shipments that did not arrive as they were at the boundary. Complete when ``done`` is set.
-        error: Why it will not arrive; ``None`` if it did, or still may.
-        expected: The fingerprints at the boundary, in order: the shipments', of what was encoded on the way
-            as the device has made it, or those of what was only looked at; filled when ``done``, after an
-            error too if the device still says them, else empty.
-    """
+class DeviceCopyResult(CopyResult):
+    """Copies off a device that one call sent; with ``look``, fingerprints alone."""
 
     def __init__(
         self,
-        shipments: Sequence[Shipment],
+        requests: Sequence[CopyRequest],
         urgency: Urgency,
         prints: Prints,
         boundary: Event,
@@ -49,34 +37,22 @@ class Consignment:
         *,
         look: bool = False,
     ) -> None:
-        self.shipments: Sequence[Shipment] = tuple(shipments)
-        self.began = self.ended = perf_counter()
-        self.nbytes = sum(shipment.nbytes for shipment in shipments)
+        super().__init__(requests, on_done)
         self.urgency = urgency
         self.prints = prints
         self.boundary = boundary
-        self.done = threading.Event()
-        self.lost: list[Shipment] = []
-        self.expected: list[int] = []
-        self.error: BaseException | None = None
-        self.on_done = on_done
-        self.loads_left = 0
+        self.batches_left = 0
         self._look = look
-        self._arrived = [0] * len(shipments)
+        self._arrived = [0] * len(requests)
         self._made: dict[int, int] = {}
         self._first: tuple[float, int] | None = None
 
     @property
-    def proven(self) -> bool:
-        """Whether all of it has arrived as it was at the boundary."""
-        return self.done.is_set() and self.error is None and not self.lost
-
-    @property
     def sample(self) -> tuple[int, float]:
-        """Bytes and seconds that tell how fast it moved, once it is ``done``.
+        """Bytes and seconds for the measured copy rate, once it is ``done``.
 
-        From the first load's end to the last one's, since before that it may have waited for the boundary;
-        of a single load, all of its time.
+        From the first batch's end to the last one's, since before that it may have waited for the boundary;
+        of a single batch, all of its time.
         """
         began, before = self._first or (self.began, 0)
         if self.error is not None or before == self.nbytes or self.ended <= began:
@@ -84,31 +60,18 @@ class Consignment:
         return (0, 0.0) if self.error is not None else (self.nbytes - before, self.ended - began)
 
     def add(self, number: int, value: int) -> None:
-        """Count a fingerprint of what arrived of one shipment."""
+        """Count a fingerprint of what arrived of one request."""
         self._arrived[number] = (self._arrived[number] + value) % MODULUS
 
     def made(self, number: int, value: int) -> None:
-        """Note the fingerprint of what the device has made of a shipment that was encoded on the way."""
+        """Note the fingerprint of what the device has made of a request that was encoded on the way."""
         self._made[number] = value
 
     def landed(self, nbytes: int) -> None:
-        """One more load has arrived."""
-        self.loads_left -= 1
+        """One more batch has arrived."""
+        self.batches_left -= 1
         if self._first is None:
             self._first = (perf_counter(), nbytes)
-
-    def end(self) -> None:
-        """Let nobody wait for it any more."""
-        self.shipments = ()
-        self.ended = perf_counter()
-        self.done.set()
-
-    def tell(self) -> None:
-        """Tell whoever wants to know that it has ended, once."""
-        self.end()
-        on_done, self.on_done = self.on_done, None
-        if on_done is not None:
-            on_done()
 
     def recall(self) -> None:
         """Take what the device saw at the boundary, although nothing arrives. Waits; raises nothing."""
@@ -126,13 +89,13 @@ class Consignment:
         if self.nbytes:
             stood = iter(self.prints.values())
             self.expected = [
-                next(stood) if shipment.form is None else self._made[number]
-                for number, shipment in enumerate(self.shipments)
+                next(stood) if request.form is None else self._made[number]
+                for number, request in enumerate(self.requests)
             ]
         else:  # nothing had to be moved, so nothing was awaited
-            self.expected = [0] * len(self.shipments)
-        rows = zip(self.shipments, self.expected, self._arrived, strict=True)
-        self.lost = [shipment for shipment, expected, arrived in rows if expected != arrived]
+            self.expected = [0] * len(self.requests)
+        rows = zip(self.requests, self.expected, self._arrived, strict=True)
+        self.lost = [request for request, expected, arrived in rows if expected != arrived]
 
 
 @dataclass(slots=True, eq=False)
@@ -140,26 +103,26 @@ class Slot:
     """One place of the staging ring.
 
     Attributes:
-        memory: Device memory that a load is packed into.
+        memory: Device memory that a batch is packed into.
         bounce: Pinned memory that it goes to, where the arena itself is not registered.
-        flight: The load that it was given to last, until that has landed.
+        copy: The batch that it was given to last, until that has landed.
     """
 
     memory: Any
     bounce: Bytes | None = None
-    flight: Flight | None = None
+    copy: BatchCopy | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
-    """One load on its way.
+class BatchCopy:
+    """One batch on its way.
 
     Attributes:
-        load: What it carries; holds the sources.
-        consignment: What it is part of.
+        batch: What it carries; holds the sources.
+        result: What it is part of.
         order: When it may leave, among those that wait: by urgency, and then in the order of sending.
         memory: Device memory that it is packed in, or waits in; ``None`` before.
-        base: Byte of that memory where the load starts.
+        base: Byte of that memory where the batch starts.
         slot: Its slot of the ring, if it has one.
         packed: Once this is complete, its sources may be overwritten; ``None`` before that was queued.
         landed: Once this is complete, it has left the device; ``None`` before that was queued.
@@ -170,8 +133,8 @@ class Flight:
         over: Whether it was received.
     """
 
-    load: Load
-    consignment: Consignment
+    batch: Batch
+    result: DeviceCopyResult
     order: tuple[int, int]
     memory: Any = None
     base: int = 0
@@ -184,6 +147,6 @@ class Flight:
     claimed: bool = False
     over: bool = False
 
-    def __lt__(self, other: Flight) -> bool:
+    def __lt__(self, other: BatchCopy) -> bool:
         """Order by urgency, for a heap."""
         return self.order < other.order

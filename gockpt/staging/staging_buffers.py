@@ -13,9 +13,9 @@ from gockpt.staging.in_flight import Slot
 if TYPE_CHECKING:
     from gockpt.staging.device import Device
     from gockpt.staging.device_budget import Room
-    from gockpt.staging.in_flight import Flight
+    from gockpt.staging.in_flight import BatchCopy
 
-__all__ = ["Staging"]
+__all__ = ["StagingBuffers"]
 
 RETRY_SECONDS = 60.0
 """Scratch memory that the device had no room for is asked for again after so long."""
@@ -23,10 +23,10 @@ RETRY_SECONDS = 60.0
 _log = logging.getLogger("gockpt")
 
 
-class Staging:
-    """All memory of one road, within its room. Taken when first needed, kept until released.
+class StagingBuffers:
+    """All memory of one device stager, within its room. Taken when first needed, kept until released.
 
-    Loads get slots in turn, so the next one is always the one whose load leaves first.
+    Loads get slots in turn, so the next one is always the one whose batch leaves first.
     """
 
     def __init__(self, device: Device, room: Room, *, bounced: bool) -> None:
@@ -49,15 +49,15 @@ class Staging:
             self._slots.append(Slot(self._device.allocate(self._room.slot_bytes), bounce))
         return self._slots[self._next]
 
-    def take(self, flight: Flight) -> Slot:
-        """Give the next slot to a load."""
+    def take(self, copy: BatchCopy) -> Slot:
+        """Give the next slot to a batch."""
         slot = self.next
-        slot.flight = flight
+        slot.copy = copy
         self._next = (self._next + 1) % self._room.slots
         return slot
 
     def scratch(self, nbytes: int) -> tuple[Any, int] | None:
-        """Return scratch memory and the place in it for a load; ``None`` if there is not that much free."""
+        """Return scratch memory and the place in it for a batch; ``None`` if there is not that much free."""
         if not self._undrained:
             self._filled = 0
         if self._room.scratch_bytes - self._filled < nbytes:
@@ -85,14 +85,14 @@ class Staging:
         return True
 
     def drained(self) -> None:
-        """Take note that one load has left the scratch memory."""
+        """Take note that one batch has left the scratch memory."""
         self._undrained -= 1
 
     def free(self) -> None:
-        """Forget which load had what: nothing is under way any more."""
+        """Forget which batch had what: nothing is under way any more."""
         self._undrained = 0
         for slot in self._slots:
-            slot.flight = None
+            slot.copy = None
 
     def release(self) -> None:
         """Give all of it back. Nothing may be under way."""

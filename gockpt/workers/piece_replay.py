@@ -13,7 +13,7 @@ import numpy as np
 
 from gockpt.kernels import replay
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.replay.gradient_encoding import empty, seal
+from gockpt.kernels.gradient_encoding import empty, seal
 from gockpt.replay.rounding_probes import Probes
 from gockpt.replay.tiled import replay_encoded
 

@@ -326,7 +326,7 @@ def _warm(options: Options) -> None:
     lower_priority(options.nice)
     from gockpt.kernels import replay
     from gockpt.kernels.fingerprint_numba import fingerprint
-    from gockpt.replay.gradient_encoding import warm
+    from gockpt.kernels.gradient_encoding import warm
 
     warm(options.grad_dtype)
     fingerprint(np.zeros(64, np.uint8))

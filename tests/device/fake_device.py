@@ -29,7 +29,7 @@ from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.kernels.gradient16_launch import layout_of
 from gockpt.kernels.gradient16_numba import narrow, quantise
 from gockpt.saving.engine import Engine
-from gockpt.staging.device import Source
+from gockpt.staging.stager import Source
 
 RUBBISH = 0xDD
 
@@ -508,6 +508,9 @@ def devices(fakes, monkeypatch):
 
         settling = False
 
+        def holds(self, tensor):
+            return found.holds(tensor)
+
         def called(self, name):
             for watcher in self.watchers:
                 watcher(self, name)
@@ -545,11 +548,11 @@ def devices(fakes, monkeypatch):
             self.updates = []
             self.waited = []
 
+        def holds(self, tensor):
+            return tensor.device == torch.device("cpu")
+
         def find(self, tensors):
             return torch.device("cpu") if any(t.numel() for t in tensors) else None
-
-        def holds(self, device, tensor):
-            return tensor.device == device
 
         def capturing(self):
             return any(device.graph for device in self.made)

@@ -15,10 +15,9 @@ from gockpt.kernels.gradient16_numba import narrow, quantise
 from gockpt.replay import rules
 from gockpt.replay.calibration_runs import lab_for
 from gockpt.staging.arena import Arena
-from gockpt.staging.copy_batches import Shipment, Urgency
-from gockpt.staging.device import Source
 from gockpt.staging.device_budget import Room
-from gockpt.staging.device_stager import DeviceTransfer
+from gockpt.staging.device_stager import DeviceStager
+from gockpt.staging.stager import CopyRequest, Source, Urgency
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +38,7 @@ def cuda():
 
 @pytest.fixture
 def road(cuda):
-    """Return what makes a road and its arena; all of them are closed in the end."""
+    """Return what makes a stager and its arena; all of them are closed in the end."""
     made = []
 
     def make(variant="staging", *, room=None, nbytes=64 * MB, thread=False):
@@ -53,7 +52,7 @@ def road(cuda):
         arena = Arena(nbytes)
         arena.data[:] = 9
         made.append(
-            DeviceTransfer(
+            DeviceStager(
                 cuda,
                 [arena],
                 room or Room(MB, 3, 0),
@@ -83,7 +82,7 @@ def tensors_of(sizes=SIZES, dtypes=DTYPES):
 def shipments_of(tensors, owner="opt"):
     found, end = [], 0
     for tensor in tensors:
-        found.append(Shipment(Source(tensor, 0, tensor.nbytes, 0), 0, end, owner))
+        found.append(CopyRequest(Source(tensor, 0, tensor.nbytes, 0), 0, end, owner))
         end += -(-tensor.nbytes // 64) * 64
     return found
 
@@ -101,9 +100,9 @@ def overwrite(tensors):
         tensor.view(torch.uint8).fill_(0)
 
 
-def check(arena, shipments, before):
-    for shipment, content in zip(shipments, before, strict=True):
-        assert np.array_equal(arena.view(shipment.offset, shipment.source.nbytes), content)
+def check(arena, requests, before):
+    for request, content in zip(requests, before, strict=True):
+        assert np.array_equal(arena.view(request.offset, request.source.nbytes), content)
 
 
 @VARIANTS
@@ -115,15 +114,15 @@ def test_what_arrives_is_the_boundary(road, variant, urgency):
         for tensor in tensors:
             tensor.view(torch.uint8).random_(0, 256)
         before = [bytes_of(t) for t in tensors]
-        shipments = shipments_of(tensors)
-        sent = way.send(shipments, urgency)
+        requests = shipments_of(tensors)
+        sent = way.send(requests, urgency)
         if urgency in (Urgency.STATE, Urgency.SNAPSHOT):
             way.guard({"opt"})
         overwrite(tensors)
         way.finish(sent)
         assert sent.proven
-        check(arena, shipments, before)
-        assert (arena.data[shipments[-1].offset + shipments[-1].source.nbytes :] == 9).all()
+        check(arena, requests, before)
+        assert (arena.data[requests[-1].offset + requests[-1].source.nbytes :] == 9).all()
 
 
 @VARIANTS
@@ -151,7 +150,7 @@ def test_a_change_that_nobody_guards_is_seen(road):
     sent = way.send(shipments_of(tensors), Urgency.STATE)
     overwrite(tensors[3:4])  # nothing leaves before finish(): there is no thread
     way.finish()
-    assert [shipment.source.memory.numel() for shipment in sent.lost] == [SIZES[3]]
+    assert [request.source.memory.numel() for request in sent.lost] == [SIZES[3]]
 
 
 @pytest.mark.parametrize("variant", ["staging", "direct"])
@@ -164,14 +163,14 @@ def test_send_and_guard_do_not_wait_for_the_device(road, variant):
     torch.cuda._sleep(2_000_000_000)  # about a second
     asleep = torch.cuda.Event()
     asleep.record()
-    shipments = shipments_of(tensors)
-    sent = way.send(shipments, Urgency.STATE)
+    requests = shipments_of(tensors)
+    sent = way.send(requests, Urgency.STATE)
     way.guard({"opt"})
     overwrite(tensors)
     assert not asleep.query()
     way.finish(sent)
     assert sent.proven
-    check(arena, shipments, before)
+    check(arena, requests, before)
 
 
 def test_the_arena_is_registered_and_let_go(road):
@@ -198,12 +197,12 @@ def test_device_memory_stays_within_its_room(road, variant):
     room = Room(MB, 3, 8 * MB)
     way, _ = road(variant, room=room)
     tensors = tensors_of([5 * MB, 4 * MB], [torch.float32, torch.bfloat16])
-    shipments = shipments_of(tensors)
+    requests = shipments_of(tensors)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for urgency in (Urgency.STATE, Urgency.SNAPSHOT, Urgency.GRADIENT):
-        sent = way.send(shipments, urgency)
+        sent = way.send(requests, urgency)
         way.guard(None)
         way.finish(sent)
         del sent
@@ -217,21 +216,21 @@ def test_a_thread_receives_what_lands(road):
     way, arena = road(thread=True)
     tensors, told = tensors_of(), threading.Event()
     before = [bytes_of(t) for t in tensors]
-    shipments = shipments_of(tensors)
-    sent = way.send(shipments, Urgency.STATE, on_done=told.set)
+    requests = shipments_of(tensors)
+    sent = way.send(requests, Urgency.STATE, on_done=told.set)
     way.guard({"opt"})
     overwrite(tensors)
     assert told.wait(60)
     assert sent.proven
-    check(arena, shipments, before)
+    check(arena, requests, before)
 
 
 def test_inside_a_graph_nothing_is_queued(road):
     way, arena = road()
     tensors = tensors_of()
     before = [bytes_of(t) for t in tensors]
-    shipments = shipments_of(tensors)
-    sent = way.send(shipments, Urgency.STATE)
+    requests = shipments_of(tensors)
+    sent = way.send(requests, Urgency.STATE)
     x = torch.zeros(3, device="cuda")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -239,13 +238,13 @@ def test_inside_a_graph_nothing_is_queued(road):
         x += 1
         way.guard({"opt"})
         with pytest.raises(SaveError, match="a graph is being captured"):
-            way.send(shipments, Urgency.GRADIENT)
+            way.send(requests, Urgency.GRADIENT)
     assert way.graphed
     way.finish(sent)
     graph.replay()
     assert x.sum().item() == 3
     assert sent.proven
-    check(arena, shipments, before)
+    check(arena, requests, before)
 
 
 def test_dense_tensors_leave_in_storage_order(road):
@@ -290,7 +289,7 @@ def test_saves_of_a_model_on_a_device_are_the_boundary(cuda, memory):
             for p, state in optimizer.state.items():
                 moments[step] |= {f"optimizer/{names[id(p)]}/{k}": v.cpu() for k, v in state.items()}
             save = saver.after_step(step)
-            if step == 1:  # the road is made behind it
+            if step == 1:  # the stager is set up behind it
                 assert saver._engine._transfer.submit([lambda: None]).done.wait(60)
         assert "off the device: staging and the copy engine" in save.plan.explain()
     assert gockpt.steps("ckpts") == list(range(1, 7))
@@ -450,26 +449,26 @@ def test_gradients_are_encoded_on_the_way(road, encoding):
         tensors = [torch.randn(n, device="cuda") for n in (400_000, 70_000, 5_000, 1_024)]
         odd = torch.randn(9_001, device="cuda")[1:]  # at no multiple of 16 bytes
         tensors[1][5] = float("inf")
-        shipments, end = [], 0
+        requests, end = [], 0
         for number, tensor in enumerate([*tensors, odd]):
             form = form_of(encoding, tensor.numel())
             source = Source(tensor, 0, tensor.nbytes, (number + 1) << 40)
-            shipments.append(Shipment(source, 0, end, None, form))
+            requests.append(CopyRequest(source, 0, end, None, form))
             end += -(-form.nbytes // 64) * 64
         before = [tensor.cpu().numpy() for tensor in [*tensors, odd]]
-        sent = way.send(shipments, Urgency.GRADIENT)
+        sent = way.send(requests, Urgency.GRADIENT)
         overwrite([*tensors, odd])
         way.finish(sent)
         assert sent.proven
-        for shipment, values in zip(shipments, before, strict=True):
-            found = arena.view(shipment.offset, shipment.nbytes)
+        for request, values in zip(requests, before, strict=True):
+            found = arena.view(request.offset, request.nbytes)
             if encoding == "bf16":
                 expected = np.empty(values.size, np.uint16)
                 narrow(values, expected)
                 assert np.array_equal(found.view(np.uint16), expected)
                 continue
-            message = layout_of(shipment.nbytes, values.size)
-            expected = np.zeros(shipment.nbytes, np.uint8)
+            message = layout_of(request.nbytes, values.size)
+            expected = np.zeros(request.nbytes, np.uint8)
             quantise(values, message, expected)
             assert message.incomplete(found) == message.incomplete(expected) == 0
             for low, size in (

@@ -12,10 +12,10 @@ from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.kernels.gradient16_launch import form_of, layout_of
 from gockpt.kernels.gradient16_numba import narrow, quantise
 from gockpt.staging.arena import Arena
-from gockpt.staging.copy_batches import Shipment, Urgency, load_up
-from gockpt.staging.device import Source
+from gockpt.staging.copy_batches import cut_batches
 from gockpt.staging.device_budget import Room
-from gockpt.staging.device_stager import DeviceTransfer
+from gockpt.staging.device_stager import DeviceStager
+from gockpt.staging.stager import CopyRequest, Source, Urgency
 
 KB = 1024
 
@@ -29,9 +29,9 @@ def encoded(values, form):
     return found
 
 
-def shipment(values, encoding, offset, position=1 << 40):
+def request(values, encoding, offset, position=1 << 40):
     source = Source(values.view(np.uint8), 0, values.nbytes, position)
-    return Shipment(source, 0, offset, "opt", form_of(encoding, values.size))
+    return CopyRequest(source, 0, offset, "opt", form_of(encoding, values.size))
 
 
 rows = st.lists(
@@ -42,23 +42,23 @@ rows = st.lists(
 @given(rows, st.integers(60, 120), st.integers(1, 900), st.integers(1, 90), st.integers(0, 2**32 - 1))
 def test_loads_carry_what_is_encoded_in_one_piece_to_its_place(cargo, slot, copy, piece, seed):
     random = np.random.default_rng(seed)
-    shipments, end = [], 0
+    requests, end = [], 0
     for encoding, count, gap in cargo:
         values = random.standard_normal(count).astype(np.float32)
-        found = shipment(values, encoding, end + 64 * gap)
+        found = request(values, encoding, end + 64 * gap)
         if found.form.encoding is None:
-            found = Shipment(found.source, 0, found.offset, "opt")
-        shipments.append(found)
+            found = CopyRequest(found.source, 0, found.offset, "opt")
+        requests.append(found)
         end = -(-(found.offset + found.nbytes) // 64) * 64
     arena, wanted = np.full(end + 64, 9, np.uint8), np.full(end + 64, 9, np.uint8)
     slot_bytes, piece_bytes = 64 * slot, 64 * piece
-    loads = load_up(shipments, slot_bytes=slot_bytes, copy_bytes=copy, piece_bytes=piece_bytes)
+    loads = cut_batches(requests, slot_bytes=slot_bytes, copy_bytes=copy, piece_bytes=piece_bytes)
     whole = []
     for load in loads:
         assert load.used <= slot_bytes
         memory = np.full(slot_bytes, 77, np.uint8)
         for part in load.slices:
-            sent = part.shipment
+            sent = part.request
             content = sent.source.memory[part.low : part.low + part.nbytes]
             if sent.form is not None:
                 whole.append(part.number)
@@ -73,14 +73,14 @@ def test_loads_carry_what_is_encoded_in_one_piece_to_its_place(cargo, slot, copy
             assert c.offset // piece_bytes == (c.offset + c.nbytes - 1) // piece_bytes
             arena[c.offset : c.offset + c.nbytes] = memory[c.place : c.place + c.nbytes]
     assert np.array_equal(arena, wanted)
-    assert whole == [number for number, sent in enumerate(shipments) if sent.form is not None]
+    assert whole == [number for number, sent in enumerate(requests) if sent.form is not None]
 
 
 @pytest.mark.parametrize(("offset", "slot"), [(32, 1 << 16), (0, 1024)])
 def test_what_can_not_leave_in_one_piece_is_refused(offset, slot):
-    one = shipment(np.zeros(2000, np.float32), "bf16", offset)
+    one = request(np.zeros(2000, np.float32), "bf16", offset)
     with pytest.raises(ValueError, match="can't leave by a slot of"):
-        load_up([one], slot_bytes=slot, copy_bytes=64, piece_bytes=64)
+        cut_batches([one], slot_bytes=slot, copy_bytes=64, piece_bytes=64)
 
 
 class Scene:
@@ -88,29 +88,29 @@ class Scene:
         self.device = fakes.Device(**made)
         self.arena = Arena(1 << 20)
         self.arena.data[:] = 9
-        self.road = DeviceTransfer(
+        self.stager = DeviceStager(
             self.device, [self.arena], Room(8 * KB, 3, 0), thread=False, copy_bytes=KB, piece_bytes=16 * KB
         )
         random = np.random.default_rng(0)
         self.values = [random.standard_normal(n).astype(np.float32) for n in (3000, 700, 40, 1024, 2500)]
         kinds = ["fp16", "bf16", None, "fp16", "bf16"]
-        self.shipments, end = [], 0
+        self.requests, end = [], 0
         for number, (values, kind) in enumerate(zip(self.values, kinds, strict=True)):
-            found = shipment(values, kind, end, (number + 1) << 40)
-            self.shipments.append(found if kind else Shipment(found.source, 0, end, "opt"))
+            found = request(values, kind, end, (number + 1) << 40)
+            self.requests.append(found if kind else CopyRequest(found.source, 0, end, "opt"))
             end += -(-found.nbytes // 64) * 64
         self.end = end
 
     def wanted(self):
         return [
             v.view(np.uint8).copy() if s.form is None else encoded(v, s.form)
-            for v, s in zip(self.values, self.shipments, strict=True)
+            for v, s in zip(self.values, self.requests, strict=True)
         ]
 
     def finish(self):
-        self.road.finish()
+        self.stager.finish()
         violations = self.device.violations
-        self.road.close()
+        self.stager.close()
         assert self.device.used == 0
         return violations
 
@@ -120,13 +120,13 @@ def test_what_arrives_is_the_gradient_in_16_bits(fakes, rounds):
     at = Scene(fakes)
     for _ in range(rounds):
         wanted = at.wanted()
-        sent = at.road.send(at.shipments, Urgency.GRADIENT)
+        sent = at.stager.send(at.requests, Urgency.GRADIENT)
         for values in at.values:
             at.device.write(values.view(np.uint8), 0)  # the next backward pass
-        at.road.finish()
+        at.stager.finish()
         assert sent.proven
         assert sent.nbytes == sum(w.size for w in wanted)
-        for number, (s, content) in enumerate(zip(at.shipments, wanted, strict=True)):
+        for number, (s, content) in enumerate(zip(at.requests, wanted, strict=True)):
             found = at.arena.view(s.offset, s.nbytes)
             if number != 2 and s.form.encoding == "fp16":
                 message = layout_of(s.nbytes, at.values[number].size)
@@ -147,8 +147,8 @@ def test_a_stream_that_does_not_wait_is_seen(fakes, stream):
     at = Scene(fakes)
     at.device.deaf = {stream}
     at.device.compute(1)
-    sent = at.road.send(at.shipments, Urgency.GRADIENT)
-    more = at.road.send(at.shipments, Urgency.GRADIENT)
+    sent = at.stager.send(at.requests, Urgency.GRADIENT)
+    more = at.stager.send(at.requests, Urgency.GRADIENT)
     violations = at.finish()
     assert violations
     assert sent.lost or more.lost
@@ -165,7 +165,7 @@ def test_what_the_bus_gets_wrong_is_seen(fakes):
             target[5] ^= 16
 
     at.device.copy = copy
-    sent = at.road.send(at.shipments, Urgency.GRADIENT)
+    sent = at.stager.send(at.requests, Urgency.GRADIENT)
     at.finish()
     assert len(sent.lost) == 1
 
@@ -177,11 +177,11 @@ def test_a_device_that_refuses_is_told_and_the_next_goes_well(fakes, name, numbe
     at = Scene(fakes, fail={name: {number}})
 
     def send():
-        at.road.finish(at.road.send(at.shipments, Urgency.GRADIENT))
+        at.stager.finish(at.stager.send(at.requests, Urgency.GRADIENT))
 
     with pytest.raises(SaveError, match=f"{name} refused"):
         send()
-    again = at.road.send(at.shipments, Urgency.GRADIENT)
-    at.road.finish(again)
+    again = at.stager.send(at.requests, Urgency.GRADIENT)
+    at.stager.finish(again)
     assert again.proven
     assert at.finish() == []

@@ -34,7 +34,7 @@ class Run:
             self.get_ready()
 
     def get_ready(self):
-        """Wait until the road, which is made behind training, has been made."""
+        """Wait until the stager, which is set up behind training, is ready."""
         assert self.saver._engine._transfer.submit([lambda: None]).done.wait(60)
 
     def update(self):

@@ -8,7 +8,7 @@ import torch
 
 from gockpt.staging import staging_buffers
 from gockpt.staging.device_budget import Room
-from gockpt.staging.staging_buffers import Staging
+from gockpt.staging.staging_buffers import StagingBuffers
 
 
 def test_scratch_that_there_is_no_room_for_is_done_without_for_a_while(monkeypatch, caplog):
@@ -21,7 +21,9 @@ def test_scratch_that_there_is_no_room_for_is_done_without_for_a_while(monkeypat
         return bytearray(nbytes)
 
     monkeypatch.setattr(staging_buffers, "monotonic", lambda: clock[0])
-    staging = Staging(SimpleNamespace(name="cuda:7", allocate=allocate), Room(64, 2, 4096), bounced=False)
+    staging = StagingBuffers(
+        SimpleNamespace(name="cuda:7", allocate=allocate), Room(64, 2, 4096), bounced=False
+    )
     assert [staging.scratch(100) for _ in range(3)] == [None] * 3
     assert asked == [4096]
     assert caplog.text.count("cuda:7 has no room for 4096 bytes of snapshot") == 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gockpt.replay.gradient_encoding import decode, empty, encode, seal, uncertainty, usual_bytes
+from gockpt.kernels.gradient_encoding import decode, empty, encode, seal, uncertainty, usual_bytes
 from gockpt.replay.rounding_probes import choose
 from gockpt.staging.gradient_ring import Ring
 

@@ -18,7 +18,7 @@ from gockpt.core.nonfinite import NonFinite, attributes_with
 from gockpt.core.timeline import Trace
 from gockpt.errors import StorageError, WorkerError
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.replay.gradient_encoding import encode, seal
+from gockpt.kernels.gradient_encoding import encode, seal
 from gockpt.replay.rounding_probes import choose, elements
 from gockpt.staging.arena import Arena
 from gockpt.staging.gradient_ring import Ring

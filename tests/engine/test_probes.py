@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gockpt.core.descriptors import Gradient, ReplayPiece
 from gockpt.kernels import replay
-from gockpt.replay.gradient_encoding import encode
+from gockpt.kernels.gradient_encoding import encode
 from gockpt.replay.rounding_error import Sums, summary
 from gockpt.replay.rounding_probes import LARGE, MANY, Probes, choose, elements, most_elements
 from gockpt.replay.tiled import TILE, replay_encoded

@@ -144,7 +144,7 @@ def test_an_abort_inside_a_window_frees_all_that_was_sent(loop, updates):
     for _ in range(updates):
         loop.update(loop.model, loop.optimizer, 0)
     (saver,) = registry.opened
-    ring = parts()[1].attempt._gathering._ring
+    ring = parts()[1].attempt._ring
     saver.abort("enough")
     assert ring.in_use == 0
     with pytest.raises(gockpt.SaveAborted, match="enough"):

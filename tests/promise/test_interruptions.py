@@ -228,8 +228,10 @@ def test_ctrl_c_while_a_window_is_closed_early_and_the_loop_goes_on(harness, mon
         handle = saver.after_step(step)
         if step == 8:
             handle.result(30)
-    original, times = Attempt._restless, iter([interrupt])
-    monkeypatch.setattr(Attempt, "_restless", lambda self, unit: next(times, lambda: original(self, unit))())
+    original, times = Attempt._overtaken_before, iter([interrupt])
+    monkeypatch.setattr(
+        Attempt, "_overtaken_before", lambda self, unit: next(times, lambda: original(self, unit))()
+    )
     with pytest.raises(KeyboardInterrupt):
         handle.result(30)
     for step in (14, 15, 16):

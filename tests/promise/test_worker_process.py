@@ -545,7 +545,7 @@ def test_a_trainer_killed_when_the_capture_was_only_sent(harness):
         train(range(4, 6))
         os.kill(worker.pid, signal.SIGSTOP)
         train(range(6, 7))
-        saver._engine._save.attempt._batch.finish()
+        saver._engine._save.attempt.let_overwrite(None)
         with saver._engine._changed:
             saver._engine._save.settle()
         assert saver.handle.progress().phase == "captured"
@@ -574,7 +574,7 @@ def test_a_trainer_killed_before_it_has_read_what_it_was_told(harness):
         unread.register(worker._sock, select.POLLIN)
         unread.poll()
         train(range(4, 7))
-        saver._engine._save.attempt._batch.finish()
+        saver._engine._save.attempt.let_overwrite(None)
         with saver._engine._changed:
             saver._engine._save.settle()
         while worker._outbox._queue:

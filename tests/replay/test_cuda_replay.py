@@ -15,7 +15,7 @@ from gockpt.replay import rules as replay
 from gockpt.replay.calibration import Case
 from gockpt.replay.calibration_cuda import candidates, diagnose
 from gockpt.replay.calibration_runs import lab_for
-from gockpt.replay.pending_scalars import LateNumbers
+from gockpt.replay.pending_scalars import PendingScalars
 
 pytestmark = pytest.mark.gpu
 
@@ -99,7 +99,7 @@ def test_five_updates_are_replayed_to_the_last_bit(lab, kind, implementation, op
         for i, (p, rule) in enumerate(zip(params, rules, strict=True)):
             gradients[i].append(before[i] if rule.gradient_at == "pre" else p.grad.cpu().numpy().reshape(-1))
             row = replay.scalars(rule, group, optimizer.state[p])
-            if isinstance(row, LateNumbers):
+            if isinstance(row, PendingScalars):
                 row = row.row(tuple(float(t) for t in row.tensors))
             rows[i].append(row)
     for i, (p, rule) in enumerate(zip(params, rules, strict=True)):

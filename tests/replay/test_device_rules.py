@@ -16,7 +16,7 @@ from gockpt.kernels import replay as kernels
 from gockpt.replay import calibration_cuda, device_scalars, rules
 from gockpt.replay.calibration import STATES, Case
 from gockpt.replay.calibration_cuda import Candidate, candidates
-from gockpt.replay.pending_scalars import LateNumbers
+from gockpt.replay.pending_scalars import PendingScalars
 from gockpt.replay.rules import Rule
 
 ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
@@ -207,7 +207,7 @@ def test_numbers_on_the_device_are_not_read_but_sent(lab_like):
     # As on a device: nothing may look at what stands there.
     on_device = {"step": torch.ones((), device="meta")}
     late = device_scalars.numbers(got.kernel, got.flags, got.late, group, on_device)
-    assert isinstance(late, LateNumbers)
+    assert isinstance(late, PendingScalars)
     assert [(t.device.type, t.numel(), t.dtype) for t in late.tensors] == [("meta", 1, torch.float32)] * 2
     group["lr"] = torch.ones((), device="meta")
     late = device_scalars.numbers(got.kernel, got.flags, got.late, group, on_device)
@@ -250,7 +250,7 @@ def test_an_update_of_many_parameters_takes_few_launches(lab_like):
 
 def values_of(found):
     """Return an update's numbers as they are once all have arrived."""
-    return found.row(tuple(float(t) for t in found.tensors)) if isinstance(found, LateNumbers) else found
+    return found.row(tuple(float(t) for t in found.tensors)) if isinstance(found, PendingScalars) else found
 
 
 def test_numbers_of_a_group_are_those_of_each_in_few_launches(lab_like, monkeypatch):
@@ -352,7 +352,7 @@ def test_replay_equals_the_device(lab_like, draw_gradient, flavour, index, lrs, 
         numbers = lab.numbers({**group, "lr": float(group["lr"])}, float(state.get("step", 0)))
         lab.apply(live, gradients[-1], numbers)
         row = rules.scalars(got, group, state)
-        if isinstance(row, LateNumbers):
+        if isinstance(row, PendingScalars):
             # The device's own powers, as they would arrive; not those of this host's torch.
             assert len(row.tensors) == 2
             row = row.row(tuple(lab.power(got.late, beta, float(state["step"])) for beta in group["betas"]))
@@ -397,7 +397,7 @@ def test_every_form_computes_what_torch_means(kind, options, maximize):
         optimizer.step()
         for c in every:
             row = device_scalars.numbers(c.kernel, c.form, c.late, group, optimizer.state[p])
-            if isinstance(row, LateNumbers):
+            if isinstance(row, PendingScalars):
                 row = row.row(tuple(float(t) for t in row.tensors))
             rows.setdefault(c, []).append(row)
     for c in every:

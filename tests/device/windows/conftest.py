@@ -18,7 +18,7 @@ from gockpt import registry
 from gockpt.kernels import replay as kernels
 from gockpt.saving import device_selection
 from gockpt.saving.engine import Engine
-from gockpt.staging.device_stager import DeviceTransfer
+from gockpt.staging.device_stager import DeviceStager
 
 FEW = 1 << 16
 EVERY = 6
@@ -79,7 +79,7 @@ class Run:
 
     def let_arrive(self):
         """Wait until nothing is on its way."""
-        transfer = self.saver._engine._roads._road._transfer
+        transfer = self.saver._engine._stagers._stager
         while not transfer.idle:
             sleep(0.001)
 
@@ -197,9 +197,7 @@ def waits(devices, monkeypatch):
 @pytest.fixture(params=["staging", "direct"])
 def variant(request, monkeypatch):
     if request.param == "direct":
-        monkeypatch.setattr(
-            device_selection, "DeviceTransfer", functools.partial(DeviceTransfer, direct=True)
-        )
+        monkeypatch.setattr(device_selection, "DeviceStager", functools.partial(DeviceStager, direct=True))
     return request.param
 
 

@@ -68,7 +68,7 @@ def test_what_is_needed_again_is_copied_where_training_stands(devices, runs, wai
 @pytest.mark.parametrize("memory", [1 << 16, 1 << 26], ids=["staging", "snapshot"])
 @pytest.mark.parametrize("number", range(5))
 def test_a_copy_that_is_refused_behind_the_call_is_made_again(devices, runs, memory, number):
-    """Nothing is refused inside the call: the road's thread finds out when all was sent."""
+    """Nothing is refused inside the call: the stager's thread finds out when all was sent."""
     run = save_in_windows_of(runs, 1, 1, device_memory=memory)
     run.saver.wait()
     devices.gate.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gockpt.replay import rules
-from gockpt.replay.pending_scalars import LateNumbers
+from gockpt.replay.pending_scalars import PendingScalars
 
 FEW = 1 << 16
 PLENTY = 1 << 26
@@ -29,7 +29,7 @@ def test_what_is_published_is_the_boundary(devices, runs, replayed, kind, window
 @pytest.mark.parametrize("window", [3, 5])
 def test_by_whatever_way(devices, runs, variant, replayed, memory, window):
     run = runs.Run(window=window, device_memory=memory).ticks(2 * EVERY)
-    assert run.handles[-1].plan.road.startswith("kernels" if variant == "direct" else "staging")
+    assert run.handles[-1].plan.device_copies.startswith("kernels" if variant == "direct" else "staging")
     assert [s.window for s in run.finish()[1:]] == [window, window]
     assert replayed["updates"] > 9_000
 
@@ -97,7 +97,7 @@ def test_without_a_way_for_gradients_the_window_is_1(devices, runs, waits, what)
 def test_the_first_window_waits_for_its_ring(devices, runs):
     run = runs.Run(window=4, ready=False)
     run.tick()
-    run.get_ready()  # the road
+    run.get_ready()  # the stager
     run.ticks(2)
     assert run.handles == []
     (device,) = devices.made
@@ -118,10 +118,10 @@ def test_a_bound_of_host_memory_makes_the_ring_smaller_first(devices, runs):
 
 
 def test_a_mixed_model_leaves_by_both_ways(devices, runs, replayed):
-    devices.holds = lambda device, tensor: tensor.shape[:1] != (71,)  # b and its states stand on the host
+    devices.holds = lambda tensor: tensor.shape[:1] != (71,)  # b and its states stand on the host
     run = runs.Run("adam").ticks(2 * EVERY)
     plan = run.handles[-1].plan
-    assert 0 < plan.facts.aboard_replay_bytes < plan.facts.replay_bytes
+    assert 0 < plan.facts.device_replay_bytes < plan.facts.replay_bytes
     assert [(s.window, s.attempts, set(s.late_parts)) for s in run.finish()[1:]] == 2 * [(4, 1, {"odd"})]
     assert replayed["updates"] > 9_000
 
@@ -278,7 +278,7 @@ def test_numbers_on_the_device_travel_with_the_gradients(devices, runs, monkeypa
             return row
         options = {name: value for name, value in group.items() if name != "params"}
         asked.append(rule.kernel)
-        return LateNumbers(
+        return PendingScalars(
             (state["step"],), lambda values: rules.calibration.row(rule.kernel, options, {"step": values[0]})
         )
 
@@ -294,7 +294,7 @@ def test_numbers_that_can_not_be_used_make_their_pieces_late(devices, runs, monk
 
     def scalars(rule, group, state):
         row = real(rule, group, state)
-        return row and LateNumbers((state["step"],), lambda values: None)
+        return row and PendingScalars((state["step"],), lambda values: None)
 
     monkeypatch.setattr(rules, "scalars", scalars)
     run = runs.Run("adamw").ticks(EVERY)

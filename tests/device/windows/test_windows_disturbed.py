@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gockpt
-from gockpt.saving.device_selection import Road
-from gockpt.saving.update_order import Following
-from gockpt.staging.device_stager import DeviceTransfer
+from gockpt.saving.update_order import UpdateOrder
+from gockpt.staging.device_stager import DeviceStager
 
 PLACES = ("before backward", "after backward", "after step", "after tick")
 
@@ -201,7 +200,7 @@ def test_what_is_found_torn_after_the_last_call_is_saved_as_of_that_call(devices
 def test_what_leaves_twice_arrives_in_order_or_is_caught(devices, runs, monkeypatch, how):
     """What waits in scratch memory would be overtaken by what leaves at the close."""
     if how == "out of order":
-        monkeypatch.setattr(Road, "hasten", lambda self: None)
+        monkeypatch.setattr(DeviceStager, "hasten", lambda self: None)
     run = runs.Run("adam", device_memory=1 << 26).ticks(2)
     devices.gate.clear()
     run.ticks(3)
@@ -311,7 +310,7 @@ def test_an_interrupt_between_sending_and_noting_leaves_nothing_on_its_way(devic
     run = runs.Run("adamw").ticks(2)
     run.let_arrive()
     cancelled = []
-    cancel = DeviceTransfer.cancel
+    cancel = DeviceStager.cancel
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -321,8 +320,8 @@ def test_an_interrupt_between_sending_and_noting_leaves_nothing_on_its_way(devic
         cancel(road)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Following, "state", interrupted)
-        patch.setattr(DeviceTransfer, "cancel", counted)
+        patch.setattr(UpdateOrder, "state", interrupted)
+        patch.setattr(DeviceStager, "cancel", counted)
         with pytest.raises(KeyboardInterrupt):
             run.tick()
     assert cancelled

@@ -11,7 +11,7 @@ import torch
 
 import gockpt
 from gockpt.core.descriptors import ArenaId
-from gockpt.replay.gradient_encoding import decode
+from gockpt.kernels.gradient_encoding import decode
 from gockpt.replay.tiled import SCRATCH_BYTES
 from gockpt.saving import late_pieces, update_order
 from gockpt.staging.gradient_ring import Ring
@@ -162,7 +162,7 @@ def test_gradients_that_16_bits_can_hold_lose_nothing(devices, runs, grad_dtype)
 def test_a_gradient_that_is_not_the_one_that_was_sent_is_caught(
     devices, runs, monkeypatch, kind, damage, grad_dtype
 ):
-    """On its way from the road to replay: whatever rounding would explain of it."""
+    """On its way from the stager to replay: whatever rounding would explain of it."""
     run = runs.Run(kind, grad_dtype=grad_dtype)
     give_back, spared = Ring.free, []
     real, held, first = Job.gradients, [], 1 + (kind == "sgd")  # the first one brings the probes' places
@@ -257,7 +257,7 @@ def test_what_the_bus_gets_wrong_is_seen(devices, runs, monkeypatch, what, grad_
     real, hurt = device.copy, []
     ring = run.saver._engine._save.memory.arenas[ArenaId.RING]
     base = ring.data.ctypes.data
-    behind = run.saver._engine._save.attempt._gathering.samples_end
+    behind = run.saver._engine._save.attempt._ring.nbytes
 
     def copy(stream, memory, place, target):
         at = target.ctypes.data - base
@@ -388,7 +388,7 @@ def test_what_is_found_too_late_to_leave_at_the_close_says_why(devices, runs):
     devices.gate.set()
     assert settled(run).attempts == 2
     assert f"model/a can't be replayed: {late_pieces.BROKEN}" in run.handles[-1].events
-    assert run.saver._engine._save.racing == frozenset()
+    assert run.saver._engine._save.overtaken == frozenset()
     run.ticks(EVERY - 1)
     assert finish(run)[-1].attempts == 1
 

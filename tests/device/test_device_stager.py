@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from gockpt.errors import SaveAborted, SaveError
 from gockpt.kernels.fingerprint_numba import fingerprint
 from gockpt.staging.arena import Arena
-from gockpt.staging.copy_batches import Shipment, Urgency, load_up
-from gockpt.staging.device import Source
+from gockpt.staging.copy_batches import cut_batches
 from gockpt.staging.device_budget import Room
-from gockpt.staging.device_stager import DeviceTransfer
+from gockpt.staging.device_stager import DeviceStager
+from gockpt.staging.stager import CopyRequest, Source, Urgency
 
 KB = 1024
 
 
 class Scene:
-    """A device, an arena, a road, and tensors that are given places in turn."""
+    """A device, an arena, a stager, and tensors that are given places in turn."""
 
     def __init__(self, fakes, room=None, *, arena=1 << 20, made=None, **options):
         self.device = fakes.Device(**(made or {}))
@@ -36,7 +36,7 @@ class Scene:
         self.arena.data[:] = 9
         self.room = room or Room(4 * KB, 4, 0)
         sizes = {"thread": False, "copy_bytes": 4 * KB, "piece_bytes": 256 * KB}
-        self.road = DeviceTransfer(self.device, [self.arena], self.room, **{**sizes, **options})
+        self.stager = DeviceStager(self.device, [self.arena], self.room, **{**sizes, **options})
         self.random = np.random.default_rng(0)
         self.end = 0
         self.held = []
@@ -46,41 +46,41 @@ class Scene:
         if held:
             self.held.append(content)
         self.end += gap
-        shipment = Shipment(Source(content, 0, nbytes, 24), 0, self.end, owner)
+        request = CopyRequest(Source(content, 0, nbytes, 24), 0, self.end, owner)
         self.end += nbytes
-        return shipment
+        return request
 
     def tensors(self, count, nbytes, owner="opt"):
         return [self.tensor(nbytes, owner) for _ in range(count)]
 
-    def arrived(self, shipment):
-        return self.arena.view(shipment.offset, shipment.source.nbytes)
+    def arrived(self, request):
+        return self.arena.view(request.offset, request.source.nbytes)
 
     def poll(self, seconds, step):
         """Let time go by, looking at what has landed every ``step`` seconds."""
         for _ in range(round(seconds / step)):
             self.device.advance(step)
-            self.road.poll()
+            self.stager.poll()
 
-    def update(self, shipments, owner="opt"):
+    def update(self, requests, owner="opt"):
         """Run one optimizer step over some of them: guard, then overwrite."""
-        self.road.guard({owner})
-        for shipment in shipments:
-            self.device.write(shipment.source.memory, 0)
+        self.stager.guard({owner})
+        for request in requests:
+            self.device.write(request.source.memory, 0)
 
     def end_well(self):
         """Finish; nothing may have been used wrongly, and all memory is given back."""
-        self.road.finish()
+        self.stager.finish()
         assert self.device.violations == []
         assert self.device.peak <= self.room.nbytes
-        self.road.close()
+        self.stager.close()
         assert self.device.violations == []
         assert self.device.used == 0
         assert self.device.registered == []
 
 
-def content_of(shipments):
-    return [s.source.memory.copy() for s in shipments]
+def content_of(requests):
+    return [s.source.memory.copy() for s in requests]
 
 
 @pytest.fixture
@@ -101,18 +101,18 @@ VARIANTS = pytest.mark.parametrize(
 @VARIANTS
 def test_what_stood_there_at_the_boundary_arrives(scene, options):
     at = scene(**options)
-    shipments = [*at.tensors(5, 3 * KB), at.tensor(40 * KB), at.tensor(100, gap=28)]
-    before = content_of(shipments)
-    at.device.write(shipments[0].source.memory, 1, seconds=5)  # the last update: still to run
+    requests = [*at.tensors(5, 3 * KB), at.tensor(40 * KB), at.tensor(100, gap=28)]
+    before = content_of(requests)
+    at.device.write(requests[0].source.memory, 1, seconds=5)  # the last update: still to run
     before[0][:] = 1
-    sent = at.road.send(shipments, Urgency.STATE)
+    sent = at.stager.send(requests, Urgency.STATE)
     at.device.compute(1)
-    at.update(shipments)
+    at.update(requests)
     at.end_well()
     assert sent.proven
-    for shipment, content in zip(shipments, before, strict=True):
-        assert np.array_equal(at.arrived(shipment), content)
-    assert (at.arena.view(shipments[-1].offset - 28, 28) == 9).all()
+    for request, content in zip(requests, before, strict=True):
+        assert np.array_equal(at.arrived(request), content)
+    assert (at.arena.view(requests[-1].offset - 28, 28) == 9).all()
     assert (at.arena.data[at.end :] == 9).all()
 
 
@@ -120,69 +120,69 @@ def test_what_stood_there_at_the_boundary_arrives(scene, options):
 @pytest.mark.parametrize("urgency", [Urgency.BUFFER, Urgency.GRADIENT])
 def test_what_is_due_at_once_may_be_overwritten_at_once(scene, options, urgency):
     at = scene(**options)
-    shipments = at.tensors(20, 3 * KB)
-    before = content_of(shipments)
-    sent = at.road.send(shipments, urgency)
-    for shipment in shipments:
-        at.device.write(shipment.source.memory, 0)  # no guard
+    requests = at.tensors(20, 3 * KB)
+    before = content_of(requests)
+    sent = at.stager.send(requests, urgency)
+    for request in requests:
+        at.device.write(request.source.memory, 0)  # no guard
     at.end_well()
     assert sent.proven
-    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(shipments, before, strict=True))
+    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(requests, before, strict=True))
 
 
 @VARIANTS
 def test_a_snapshot_as_large_as_the_state_needs_no_guard_and_no_wait(scene, options):
     at = scene(Room(4 * KB, 4, 80 * KB), **options)
-    shipments = at.tensors(20, 3 * KB)
-    before = content_of(shipments)
-    sent = at.road.send(shipments, Urgency.SNAPSHOT)
-    for shipment in shipments:
-        at.device.write(shipment.source.memory, 0)
+    requests = at.tensors(20, 3 * KB)
+    before = content_of(requests)
+    sent = at.stager.send(requests, Urgency.SNAPSHOT)
+    for request in requests:
+        at.device.write(request.source.memory, 0)
     at.device.drain()
     assert at.device.training.stalled == 0
     at.end_well()
     assert sent.proven
-    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(shipments, before, strict=True))
+    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(requests, before, strict=True))
 
 
 def test_what_scratch_has_no_room_for_leaves_behind_the_step(scene):
     at = scene(Room(4 * KB, 2, 30 * KB))
-    shipments = at.tensors(20, 4 * KB)
-    before = content_of(shipments)
-    sent = at.road.send(shipments, Urgency.SNAPSHOT)
+    requests = at.tensors(20, 4 * KB)
+    before = content_of(requests)
+    sent = at.stager.send(requests, Urgency.SNAPSHOT)
     at.device.compute(3)
-    at.update(shipments)
+    at.update(requests)
     at.device.drain()
     # 13 of 20 loads leave by two slots: 11 of them have landed when the last is packed.
     assert at.device.training.stalled == pytest.approx(11 * 4 * KB / 1e4 - 3, abs=0.1)
     at.end_well()
     assert sent.proven
-    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(shipments, before, strict=True))
+    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(requests, before, strict=True))
 
 
 def test_scratch_is_used_again_once_it_is_drained_and_not_before(scene):
     at = scene(Room(4 * KB, 2, 16 * KB))
     rounds = []
     for _ in range(3):
-        shipments = at.tensors(4, 4 * KB)
-        rounds.append((at.road.send(shipments, Urgency.SNAPSHOT), shipments, content_of(shipments)))
-        at.update(shipments)
+        requests = at.tensors(4, 4 * KB)
+        rounds.append((at.stager.send(requests, Urgency.SNAPSHOT), requests, content_of(requests)))
+        at.update(requests)
         at.device.advance(0.3)
-        at.road.poll()
+        at.stager.poll()
     at.end_well()
-    for sent, shipments, before in rounds:
+    for sent, requests, before in rounds:
         assert sent.proven
-        assert all(np.array_equal(at.arrived(s), b) for s, b in zip(shipments, before, strict=True))
+        assert all(np.array_equal(at.arrived(s), b) for s, b in zip(requests, before, strict=True))
 
 
 def test_a_drained_snapshot_makes_room_for_the_next(scene):
     at = scene(Room(4 * KB, 2, 16 * KB))
     for _ in range(4):
-        shipments = at.tensors(4, 4 * KB)
-        sent = at.road.send(shipments, Urgency.SNAPSHOT)
-        for shipment in shipments:
-            at.device.write(shipment.source.memory, 0)  # no guard
-        at.road.finish(sent)
+        requests = at.tensors(4, 4 * KB)
+        sent = at.stager.send(requests, Urgency.SNAPSHOT)
+        for request in requests:
+            at.device.write(request.source.memory, 0)  # no guard
+        at.stager.finish(sent)
         assert sent.proven
     at.end_well()
 
@@ -191,7 +191,7 @@ def test_a_drained_snapshot_makes_room_for_the_next(scene):
 def test_nothing_sent_has_arrived(scene, sizes):
     at, told = scene(), threading.Event()
     at.device.compute(5)
-    sent = at.road.send([at.tensor(n) for n in sizes], Urgency.STATE, on_done=told.set)
+    sent = at.stager.send([at.tensor(n) for n in sizes], Urgency.STATE, on_done=told.set)
     assert sent.proven
     assert told.is_set()
     assert at.device.now == 0
@@ -202,10 +202,10 @@ def test_the_kernels_fingerprints_are_handed_on(scene):
     from gockpt.kernels.fingerprint_numba import fingerprint
 
     at = scene()
-    shipments = at.tensors(2, 5 * KB)
-    sent = at.road.send(shipments, Urgency.STATE)
-    at.road.finish(sent)
-    assert sent.expected == [fingerprint(s.source.memory, 24) for s in shipments]
+    requests = at.tensors(2, 5 * KB)
+    sent = at.stager.send(requests, Urgency.STATE)
+    at.stager.finish(sent)
+    assert sent.expected == [fingerprint(s.source.memory, 24) for s in requests]
 
 
 # -- the proof
@@ -215,23 +215,23 @@ def test_the_kernels_fingerprints_are_handed_on(scene):
 def test_a_change_between_boundary_and_pack_is_seen(scene, options):
     """As when averaged weights are swapped in: no hook sees that, and the bytes come back later."""
     at = scene(**options)
-    shipments = at.tensors(3, 20 * KB)
-    sent = at.road.send(shipments, Urgency.STATE)
-    at.device.write(shipments[1].source.memory, 0)  # unguarded
-    at.road.finish()
+    requests = at.tensors(3, 20 * KB)
+    sent = at.stager.send(requests, Urgency.STATE)
+    at.device.write(requests[1].source.memory, 0)  # unguarded
+    at.stager.finish()
     assert sent.done.is_set()
-    assert sent.lost == [shipments[1]]
+    assert sent.lost == [requests[1]]
     assert not sent.proven
 
 
 def test_a_byte_that_the_bus_got_wrong_is_seen(scene):
     at = scene()
-    shipments = at.tensors(3, KB)
-    sent = at.road.send(shipments, Urgency.GRADIENT)
+    requests = at.tensors(3, KB)
+    sent = at.stager.send(requests, Urgency.GRADIENT)
     at.device.drain()
-    at.arrived(shipments[2])[500] ^= 1
-    at.road.finish()
-    assert sent.lost == [shipments[2]]
+    at.arrived(requests[2])[500] ^= 1
+    at.stager.finish()
+    assert sent.lost == [requests[2]]
 
 
 # -- who waits for what
@@ -239,9 +239,9 @@ def test_a_byte_that_the_bus_got_wrong_is_seen(scene):
 
 def test_an_update_waits_for_packs_not_for_copies(scene):
     at = scene()
-    shipments = at.tensors(4, 4 * KB)
-    at.road.send(shipments, Urgency.STATE)
-    at.update(shipments)
+    requests = at.tensors(4, 4 * KB)
+    at.stager.send(requests, Urgency.STATE)
+    at.update(requests)
     at.device.drain()
     assert at.device.training.stalled == pytest.approx(16 * KB / at.device.inner, rel=0.01)
     assert at.device.now > 16 * KB / at.device.outer
@@ -250,8 +250,8 @@ def test_an_update_waits_for_packs_not_for_copies(scene):
 
 def test_an_update_of_others_does_not_wait(scene):
     at = scene()
-    at.road.send(at.tensors(20, 4 * KB, "a"), Urgency.STATE)
-    at.road.guard({"b", "c"})
+    at.stager.send(at.tensors(20, 4 * KB, "a"), Urgency.STATE)
+    at.stager.guard({"b", "c"})
     at.device.drain()
     assert at.device.training.stalled == 0
     assert "pack" not in at.device.calls  # nor did anything leave for it
@@ -261,26 +261,26 @@ def test_an_update_of_others_does_not_wait(scene):
 def test_what_leaves_later_is_not_waited_for(scene):
     at = scene()
     first, second = at.tensors(3, 4 * KB, "a"), at.tensors(10, 4 * KB, "b")
-    at.road.send([*first, *second], Urgency.STATE)
-    at.road.poll()
+    at.stager.send([*first, *second], Urgency.STATE)
+    at.stager.poll()
     at.update(first, "a")
     at.device.drain()
     assert at.device.training.stalled == pytest.approx(12 * KB / at.device.inner, rel=0.01)
-    at.road.guard(None)
+    at.stager.guard(None)
     at.end_well()
 
 
 def test_what_an_update_needs_overtakes_what_waits(scene):
     at = scene(Room(4 * KB, 2, 0))
     first, second = at.tensors(30, 4 * KB, "a"), at.tensors(2, 4 * KB, "b")
-    sent = at.road.send([*first, *second], Urgency.STATE)
+    sent = at.stager.send([*first, *second], Urgency.STATE)
     before = content_of(second)
-    at.road.poll()  # four loads leave: twice the ring
+    at.stager.poll()  # four loads leave: twice the ring
     at.update(second, "b")
     at.device.drain()
     # Of six loads, four have landed when the last is packed; without overtaking, it would be thirty of 32.
     assert at.device.training.stalled == pytest.approx(4 * 4 * KB / at.device.outer, rel=0.1)
-    at.road.guard(None)
+    at.stager.guard(None)
     at.end_well()
     assert sent.proven
     assert all(np.array_equal(at.arrived(s), b) for s, b in zip(second, before, strict=True))
@@ -316,14 +316,14 @@ def expected_stall(room, loads, owner, seconds, device):
 )
 def test_the_wait_is_what_the_bandwidths_say(fakes, rows, slots, seconds, owner):
     at = Scene(fakes, Room(4 * KB, slots, 0))
-    shipments = [at.tensor(-(-n // 64) * 64, whose) for n, whose in rows]
-    loads = load_up(shipments, slot_bytes=4 * KB, copy_bytes=4 * KB, piece_bytes=256 * KB)
-    at.road.send(shipments, Urgency.STATE)
-    at.road.poll()
+    requests = [at.tensor(-(-n // 64) * 64, whose) for n, whose in rows]
+    loads = cut_batches(requests, slot_bytes=4 * KB, copy_bytes=4 * KB, piece_bytes=256 * KB)
+    at.stager.send(requests, Urgency.STATE)
+    at.stager.poll()
     at.device.compute(seconds)
     if seconds:
         at.poll(seconds, seconds / 400)
-    at.update([s for s in shipments if s.owner == owner], owner)
+    at.update([s for s in requests if s.owner == owner], owner)
     at.device.drain()
     expected = expected_stall(at.room, loads, owner, seconds, at.device)
     # A load is seen to have landed up to a 400th late, so one more or less may have been queued by then.
@@ -332,16 +332,16 @@ def test_the_wait_is_what_the_bandwidths_say(fakes, rows, slots, seconds, owner)
     through = max((i + 1 for i, load in enumerate(loads) if owner in load.owners), default=0)
     most = at.room.stall(4 * KB * through, bytes_per_second=1e4, hidden_seconds=seconds)
     assert at.device.training.stalled <= most + 0.1 + sum(load.nbytes for load in loads) / at.device.inner
-    at.road.guard(None)
+    at.stager.guard(None)
     at.end_well()
 
 
 def test_the_training_thread_never_waits_on_the_host(scene):
     """Not with a full ring, and not for gradients that are larger than it."""
     at = scene(made={"fail": {"synchronize": set(range(1000))}})
-    at.road.send(at.tensors(50, 4 * KB), Urgency.STATE)
-    at.road.guard(None)
-    at.road.send(at.tensors(20, 4 * KB), Urgency.GRADIENT)
+    at.stager.send(at.tensors(50, 4 * KB), Urgency.STATE)
+    at.stager.guard(None)
+    at.stager.send(at.tensors(20, 4 * KB), Urgency.GRADIENT)
     assert at.device.now == 0
     assert "synchronize" not in at.device.calls
 
@@ -351,14 +351,14 @@ def test_the_training_thread_never_waits_on_the_host(scene):
 
 def test_gradients_leave_before_state_that_waits(scene):
     at, order = scene(Room(4 * KB, 2, 0)), []
-    at.road.send(at.tensors(20, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
-    at.road.poll()
+    at.stager.send(at.tensors(20, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
+    at.stager.poll()
     before = len(at.device.copied) + 3
     gradients = at.tensors(3, 4 * KB)
-    sent = at.road.send(gradients, Urgency.GRADIENT, on_done=lambda: order.append("gradient"))
+    sent = at.stager.send(gradients, Urgency.GRADIENT, on_done=lambda: order.append("gradient"))
     assert len(at.device.copied) == before  # they are queued behind no more than what left already
     assert before == 3 + 2 * at.room.slots
-    at.road.finish(sent)
+    at.stager.finish(sent)
     assert order == ["gradient"]
     at.end_well()
     assert order == ["gradient", "state"]
@@ -366,31 +366,31 @@ def test_gradients_leave_before_state_that_waits(scene):
 
 def test_a_snapshot_drains_behind_the_state_that_waits(scene):
     at, order = scene(Room(4 * KB, 2, 40 * KB)), []
-    at.road.send(at.tensors(9, 4 * KB), Urgency.SNAPSHOT, on_done=lambda: order.append("snapshot"))
-    at.road.send(at.tensors(9, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
+    at.stager.send(at.tensors(9, 4 * KB), Urgency.SNAPSHOT, on_done=lambda: order.append("snapshot"))
+    at.stager.send(at.tensors(9, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
     at.end_well()
     assert order == ["state", "snapshot"]
 
 
 def test_what_an_update_may_wait_for_leaves_before_what_is_in_scratch(scene):
     at = scene(Room(4 * KB, 2, 16 * KB))
-    at.road.send(at.tensors(8, 4 * KB), Urgency.SNAPSHOT)
+    at.stager.send(at.tensors(8, 4 * KB), Urgency.SNAPSHOT)
     assert at.device.calls["pack"] + 1 == 4
-    at.road.poll()  # twice the ring
+    at.stager.poll()  # twice the ring
     assert at.device.calls["pack"] + 1 == 8
     at.end_well()
 
     at = scene(Room(4 * KB, 2, 40 * KB))
-    at.road.send(at.tensors(9, 4 * KB), Urgency.SNAPSHOT)
-    at.road.send(at.tensors(9, 4 * KB), Urgency.STATE)
-    at.road.poll()
+    at.stager.send(at.tensors(9, 4 * KB), Urgency.SNAPSHOT)
+    at.stager.send(at.tensors(9, 4 * KB), Urgency.STATE)
+    at.stager.poll()
     assert at.device.calls["pack"] + 1 == 9 + 4
     at.end_well()
 
 
 def test_copies_and_registered_pieces_stay_small(scene):
     at = scene(Room(64 * KB, 2, 0), copy_bytes=10 * KB)
-    at.road.send([at.tensor(500 * KB), at.tensor(100 * KB)], Urgency.STATE)
+    at.stager.send([at.tensor(500 * KB), at.tensor(100 * KB)], Urgency.STATE)
     at.end_well()
     assert max(at.device.copied) <= 10 * KB
     assert sum(at.device.copied) == 600 * KB
@@ -400,9 +400,9 @@ def test_copies_and_registered_pieces_stay_small(scene):
 
 def test_a_ring_in_use_is_not_queued_up_without_end(scene):
     at = scene(Room(4 * KB, 3, 0))
-    at.road.send(at.tensors(40, 4 * KB), Urgency.STATE)
+    at.stager.send(at.tensors(40, 4 * KB), Urgency.STATE)
     for _ in range(10):
-        at.road.poll()
+        at.stager.poll()
     assert at.device.calls["pack"] + 1 == 6  # twice the ring, until the host sees one land
     at.end_well()
 
@@ -413,14 +413,14 @@ def test_a_ring_in_use_is_not_queued_up_without_end(scene):
 @VARIANTS
 def test_sources_live_until_they_have_left_and_no_longer(scene, options):
     at = scene(**options)
-    shipments = [at.tensor(4 * KB, held=False) for _ in range(12)]
-    alive = [weakref.ref(s.source.memory) for s in shipments]
-    before = content_of(shipments)
-    places = [at.arrived(s) for s in shipments]
-    sent = at.road.send(shipments, Urgency.STATE)
-    del shipments
+    requests = [at.tensor(4 * KB, held=False) for _ in range(12)]
+    alive = [weakref.ref(s.source.memory) for s in requests]
+    before = content_of(requests)
+    places = [at.arrived(s) for s in requests]
+    sent = at.stager.send(requests, Urgency.STATE)
+    del requests
     at.device.advance(100)
-    at.road.finish(sent)
+    at.stager.finish(sent)
     assert sent.proven
     assert all(np.array_equal(a, b) for a, b in zip(places, before, strict=True))
     gc.collect()
@@ -434,21 +434,21 @@ def test_sources_live_until_they_have_left_and_no_longer(scene, options):
 def run_through(at):
     """Send, train and finish so that every wait matters; return whether all went well."""
     for seconds in (0.1, 3):
-        shipments = at.tensors(12, 4 * KB)
+        requests = at.tensors(12, 4 * KB)
         content = at.random.integers(0, 256, 4 * KB, np.uint8)
-        for shipment in shipments:
-            at.device.write(shipment.source.memory, content, seconds=0.01)
-        sent = at.road.send(shipments, Urgency.STATE)
+        for request in requests:
+            at.device.write(request.source.memory, content, seconds=0.01)
+        sent = at.stager.send(requests, Urgency.STATE)
         at.device.compute(seconds)
-        at.road.guard({"opt"})
-        for shipment in shipments:
-            at.device.write(shipment.source.memory, 0, seconds=0.01)
+        at.stager.guard({"opt"})
+        for request in requests:
+            at.device.write(request.source.memory, 0, seconds=0.01)
         gradients = at.tensors(12, 4 * KB)
-        also = at.road.send(gradients, Urgency.GRADIENT)
-        for shipment in gradients:
-            at.device.write(shipment.source.memory, 0)
-        at.road.finish()
-        right = all(np.array_equal(at.arrived(s), content) for s in shipments)
+        also = at.stager.send(gradients, Urgency.GRADIENT)
+        for request in gradients:
+            at.device.write(request.source.memory, 0)
+        at.stager.finish()
+        right = all(np.array_equal(at.arrived(s), content) for s in requests)
         if not (sent.proven and also.proven and right) or at.device.violations:
             return False
     return True
@@ -481,24 +481,24 @@ def test_whatever_call_fails_everything_ends_and_the_next_save_goes_well(
     at = Scene(fakes, Room(4 * KB, 3, 12 * KB), **{**options, "made": made})
     failed = False
     try:
-        shipments = at.tensors(10, 4 * KB)
-        sent = at.road.send(shipments, urgency)
+        requests = at.tensors(10, 4 * KB)
+        sent = at.stager.send(requests, urgency)
         at.poll(1, 0.1)
-        at.road.guard({"opt"})
-        for shipment in shipments:
-            at.device.write(shipment.source.memory, 0)
-        at.road.finish(sent)
+        at.stager.guard({"opt"})
+        for request in requests:
+            at.device.write(request.source.memory, 0)
+        at.stager.finish(sent)
     except SaveError as error:
         assert f"{name} refused" in str(error)  # noqa: PT017 - it may also not fail at all
         failed = True
-    assert at.road.idle
+    assert at.stager.idle
     assert failed == (at.device.calls.get(name, -1) >= number)
     at.device.fail = {}
-    at.road.cancel()
+    at.stager.cancel()
     at.device.drain()
     again = at.tensors(10, 4 * KB)
     before = content_of(again)
-    sent = at.road.send(again, urgency)
+    sent = at.stager.send(again, urgency)
     at.update(again)
     at.end_well()
     assert sent.proven
@@ -507,15 +507,15 @@ def test_whatever_call_fails_everything_ends_and_the_next_save_goes_well(
 
 def test_an_error_in_the_background_is_raised_by_the_next_call_once(scene):
     at, told = scene(made={"fail": {"copy": {2}}}), []
-    sent = at.road.send(at.tensors(6, 4 * KB), Urgency.STATE, on_done=lambda: told.append(sent.error))
-    at.road.poll()
+    sent = at.stager.send(at.tensors(6, 4 * KB), Urgency.STATE, on_done=lambda: told.append(sent.error))
+    at.stager.poll()
     assert sent.done.is_set()
     assert not sent.proven
     (error,) = told
     with pytest.raises(SaveError, match=r"the fake device refused .*copy refused.*training is not") as caught:
-        at.road.guard({"opt"})
+        at.stager.guard({"opt"})
     assert caught.value is error
-    at.road.guard({"opt"})
+    at.stager.guard({"opt"})
     at.end_well()
 
 
@@ -529,11 +529,11 @@ def test_all_have_ended_before_anyone_is_told(scene, caplog):
         msg = "a defect"
         raise RuntimeError(msg)
 
-    first = s.road.send(s.tensors(2, KB), Urgency.STATE, on_done=told)
-    second = s.road.send(s.tensors(2, KB), Urgency.STATE, on_done=lambda: seen.append("second"))
+    first = s.stager.send(s.tensors(2, KB), Urgency.STATE, on_done=told)
+    second = s.stager.send(s.tensors(2, KB), Urgency.STATE, on_done=lambda: seen.append("second"))
     s.device.fail = {"synchronize": {s.device.calls.get("synchronize", -1) + 1}}
     with pytest.raises(SaveError, match="synchronize refused"):
-        s.road.finish(first)
+        s.stager.finish(first)
     assert seen == [True, "second"]
     assert "what follows a refused transfer failed" in caplog.text
     assert isinstance(second.error, SaveError)
@@ -542,12 +542,12 @@ def test_all_have_ended_before_anyone_is_told(scene, caplog):
 def test_nothing_new_leaves_before_what_failed_was_awaited(scene, monkeypatch):
     """A load that failed half-way has a slot and no event: the next one in it would not wait for its copy."""
     s = scene(Room(4 * KB, 1, 0))
-    s.road.send(s.tensors(2, KB), Urgency.STATE)
-    real, refused = s.road._fail, []
+    s.stager.send(s.tensors(2, KB), Urgency.STATE)
+    real, refused = s.stager._fail, []
 
     def send():
         with pytest.raises(SaveError):
-            s.road.send(s.tensors(1, KB), Urgency.GRADIENT)
+            s.stager.send(s.tensors(1, KB), Urgency.GRADIENT)
         refused.append("refused")
 
     def fail(error):
@@ -558,33 +558,33 @@ def test_nothing_new_leaves_before_what_failed_was_awaited(scene, monkeypatch):
             thread.join()
         real(error)
 
-    monkeypatch.setattr(s.road, "_fail", fail)
+    monkeypatch.setattr(s.stager, "_fail", fail)
     s.device.fail = {"record": {s.device.calls["record"] + 2}}
-    s.road.poll()
+    s.stager.poll()
     assert refused == ["asked", "refused"]
     s.device.fail = {}
     again = s.tensor(KB)
     with contextlib.suppress(SaveError):  # what was refused is told once
-        s.road.send([], Urgency.STATE)
-    s.road.finish(s.road.send([again], Urgency.STATE))
+        s.stager.send([], Urgency.STATE)
+    s.stager.finish(s.stager.send([again], Urgency.STATE))
     assert s.arrived(again).tobytes() == again.source.memory.tobytes()
 
 
 def test_memory_of_a_device_that_does_not_answer_is_left_alone(scene, caplog):
     at = scene()
-    sent = at.road.send(at.tensors(6, 4 * KB), Urgency.STATE)
-    at.road.poll()
+    sent = at.stager.send(at.tensors(6, 4 * KB), Urgency.STATE)
+    at.stager.poll()
     at.device.fail = {"synchronize": set(range(1000)), "record": set(range(1000)), "query": set(range(1000))}
     alive = weakref.ref(at.arena.data)
-    at.road.poll()
+    at.stager.poll()
     assert isinstance(sent.error, SaveError)
-    at.road.close()
+    at.stager.close()
     assert at.device.registered
     assert at.device.used
     at.device.fail = {}
-    del at.road, at.arena, sent
+    del at.stager, at.arena, sent
     assert "the fake device does not answer" in caplog.text
-    caplog.clear()  # its tracebacks hold the road
+    caplog.clear()  # its tracebacks hold the stager
     gc.collect()
     assert alive() is not None  # mapped and registered: the device may still write there
 
@@ -593,11 +593,11 @@ def test_memory_of_a_device_that_does_not_answer_is_left_alone(scene, caplog):
 @given(st.integers(0, 30), st.sampled_from([Urgency.STATE, Urgency.SNAPSHOT, Urgency.GRADIENT]))
 def test_after_a_cancellation_nothing_writes_into_the_arena(fakes, options, tenths, urgency):
     at = Scene(fakes, Room(4 * KB, 3, 12 * KB), **options)
-    sent = at.road.send([at.tensor(4 * KB, held=False) for _ in range(10)], urgency)
+    sent = at.stager.send([at.tensor(4 * KB, held=False) for _ in range(10)], urgency)
     if tenths:
         at.poll(tenths / 10, 0.1)
     ended = sent.done.is_set()
-    at.road.cancel()
+    at.stager.cancel()
     at.arena.data[:] = 5
     at.device.drain()
     assert (at.arena.data == 5).all()
@@ -605,7 +605,7 @@ def test_after_a_cancellation_nothing_writes_into_the_arena(fakes, options, tent
     if not ended:
         assert isinstance(sent.error, SaveAborted)
         assert not sent.proven
-    assert at.road.idle
+    assert at.stager.idle
     at.end_well()
 
 
@@ -613,36 +613,36 @@ def test_after_a_cancellation_nothing_writes_into_the_arena(fakes, options, tent
 def test_what_was_about_to_leave_at_a_cancellation_does_not(scene, urgency):
     """Between taking a load out and queuing it, another thread may have given everything up."""
     at = scene(Room(4 * KB, 2, 4 * KB))
-    at.road.send(at.tensors(1, 4 * KB), urgency)
-    (flight,), at.road._waiting = at.road._waiting, []
-    at.road.cancel()
+    at.stager.send(at.tensors(1, 4 * KB), urgency)
+    (flight,), at.stager._waiting = at.stager._waiting, []
+    at.stager.cancel()
     packs = at.device.calls.get("pack")
-    at.road._issue(flight, at.road._line.beside)
+    at.stager._issue(flight, at.stager._pipeline.beside)
     at.arena.data[:] = 5
     at.end_well()
     assert at.device.calls.get("pack") == packs
     assert (at.arena.data == 5).all()
 
 
-def test_a_closed_road_is_closed(scene):
+def test_a_closed_stager_is_closed(scene):
     at = scene()
-    at.road.close()
-    at.road.close()
-    with pytest.raises(SaveError, match="the road from the fake device is closed"):
-        at.road.send([], Urgency.STATE)
+    at.stager.close()
+    at.stager.close()
+    with pytest.raises(SaveError, match="copying from the fake device has ended"):
+        at.stager.send([], Urgency.STATE)
 
 
 def test_inside_a_graph_nothing_is_queued(scene):
     at = scene()
-    shipments = at.tensors(3, KB)
-    sent = at.road.send(shipments, Urgency.STATE)
+    requests = at.tensors(3, KB)
+    sent = at.stager.send(requests, Urgency.STATE)
     before = dict(at.device.calls)
     at.device.graph = True
-    at.road.guard({"opt"})
+    at.stager.guard({"opt"})
     with pytest.raises(SaveError, match="a graph is being captured"):
-        at.road.send(shipments, Urgency.GRADIENT)
+        at.stager.send(requests, Urgency.GRADIENT)
     assert at.device.calls == before
-    assert at.road.graphed
+    assert at.stager.graphed
     at.device.graph = False
     at.end_well()
     assert sent.proven
@@ -655,24 +655,24 @@ def test_the_detour_is_said_and_leaves_nothing_registered(scene):
     at = scene(made={"refuse": 512 * KB}, direct=True)
     assert (
         "a detour through pinned memory: 1048576 bytes of host memory could not be registered"
-        in at.road.variant
+        in at.stager.variant
     )
-    assert "no memory may be locked" in at.road.variant
+    assert "no memory may be locked" in at.stager.variant
     assert at.device.registered == []
-    at.road.send(at.tensors(20, 4 * KB), Urgency.STATE)
+    at.stager.send(at.tensors(20, 4 * KB), Urgency.STATE)
     at.end_well()
     assert sum(block.nbytes for block in at.device.pinned_memory) == at.room.ring_bytes
 
 
 def test_the_variants_have_names(scene):
-    assert scene().road.variant == "staging and the copy engine"
-    assert scene(direct=True).road.variant == "kernels that store into registered memory"
+    assert scene().stager.variant == "staging and the copy engine"
+    assert scene(direct=True).stager.variant == "kernels that store into registered memory"
 
 
 def test_stages_are_seen_in_profiles(scene):
     at = scene()
-    at.road.send(at.tensors(2, KB), Urgency.STATE)
-    at.road.guard(None)
+    at.stager.send(at.tensors(2, KB), Urgency.STATE)
+    at.stager.guard(None)
     at.end_well()
     assert set(at.device.ranges) == {
         *("gockpt boundary", "gockpt guard", "gockpt pack", "gockpt copy", "gockpt arrival")
@@ -685,14 +685,14 @@ def test_stages_are_seen_in_profiles(scene):
 @VARIANTS
 def test_a_thread_receives_what_lands(scene, options):
     at, told = scene(**options, thread=True), threading.Event()
-    shipments = at.tensors(30, 4 * KB)
-    before = content_of(shipments)
-    sent = at.road.send(shipments, Urgency.STATE, on_done=told.set)
-    at.update(shipments)
+    requests = at.tensors(30, 4 * KB)
+    before = content_of(requests)
+    sent = at.stager.send(requests, Urgency.STATE, on_done=told.set)
+    at.update(requests)
     assert told.wait(30)
     assert sent.proven
-    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(shipments, before, strict=True))
-    thread = at.road._thread
+    assert all(np.array_equal(at.arrived(s), b) for s, b in zip(requests, before, strict=True))
+    thread = at.stager._thread
     at.end_well()
     assert not thread.is_alive()
 
@@ -702,8 +702,8 @@ def test_a_thread_receives_what_lands(scene, options):
 def test_a_thread_and_a_cancellation_get_along(fakes, options, count):
     at = Scene(fakes, **options, thread=True)
     for _ in range(3):
-        sent = at.road.send(at.tensors(count, 4 * KB), Urgency.STATE)
-        at.road.cancel()
+        sent = at.stager.send(at.tensors(count, 4 * KB), Urgency.STATE)
+        at.stager.cancel()
         assert sent.done.is_set()
         at.arena.data[:] = 5
         at.device.drain()
@@ -712,11 +712,11 @@ def test_a_thread_and_a_cancellation_get_along(fakes, options, count):
 
 
 def test_a_thread_ends_with_its_owner(scene, monkeypatch):
-    monkeypatch.setattr("gockpt.staging.device_stager.IDLE", 0.01)
+    monkeypatch.setattr("gockpt.staging.device_queue.IDLE", 0.01)
     at = scene(thread=True)
-    at.road.finish(at.road.send(at.tensors(3, KB), Urgency.STATE))
-    thread = at.road._thread
-    del at.road
+    at.stager.finish(at.stager.send(at.tensors(3, KB), Urgency.STATE))
+    thread = at.stager._thread
+    del at.stager
     gc.collect()
     thread.join(30)
     assert not thread.is_alive()
@@ -767,9 +767,9 @@ def test_training_and_the_road_side_by_side(fakes, run):
     at.random = random = np.random.default_rng(seed)
     sent = []
     live = {owner: [] for owner in "abc"}
-    for consignments, seconds, polls, order in steps:
-        for urgency, count, size in consignments:
-            shipments = [
+    for results, seconds, polls, order in steps:
+        for urgency, count, size in results:
+            requests = [
                 at.tensor(
                     16 * int(random.integers(0, 2 + 60 * size)),
                     "abc"[int(random.integers(0, 3))],
@@ -777,32 +777,32 @@ def test_training_and_the_road_side_by_side(fakes, run):
                 )
                 for _ in range(count)
             ]
-            for shipment in shipments:  # work that is still to run at the boundary
-                at.device.write(shipment.source.memory, shipment.source.memory.copy(), 1e-4)
-                live[shipment.owner].append(shipment)
-            before = content_of(shipments)
-            sent.append((at.road.send(shipments, urgency), shipments, before))
+            for request in requests:  # work that is still to run at the boundary
+                at.device.write(request.source.memory, request.source.memory.copy(), 1e-4)
+                live[request.owner].append(request)
+            before = content_of(requests)
+            sent.append((at.stager.send(requests, urgency), requests, before))
             if urgency in (Urgency.BUFFER, Urgency.GRADIENT):
-                for shipment in shipments:
-                    at.device.write(shipment.source.memory, 0, 1e-4)
+                for request in requests:
+                    at.device.write(request.source.memory, 0, 1e-4)
         at.device.compute(seconds)
         for _ in range(polls):
             at.device.advance(seconds / 5)
-            at.road.poll()
+            at.stager.poll()
         for owner in order:
-            at.road.guard({owner})
-            for shipment in live[owner]:
-                at.device.write(shipment.source.memory, 1, 1e-4)
+            at.stager.guard({owner})
+            for request in live[owner]:
+                at.device.write(request.source.memory, 1, 1e-4)
     at.device.drain()
     at.end_well()
-    for consignment, shipments, before in sent:
-        assert consignment.proven
-        for shipment, content in zip(shipments, before, strict=True):
-            assert np.array_equal(at.arrived(shipment), content)
+    for result, requests, before in sent:
+        assert result.proven
+        for request, content in zip(requests, before, strict=True):
+            assert np.array_equal(at.arrived(request), content)
     inside = np.zeros(at.arena.nbytes, bool)
-    for _, shipments, _ in sent:
-        for shipment in shipments:
-            inside[shipment.offset : shipment.offset + shipment.source.nbytes] = True
+    for _, requests, _ in sent:
+        for request in requests:
+            inside[request.offset : request.offset + request.source.nbytes] = True
     assert (at.arena.data[~inside] == 9).all()
 
 
@@ -812,14 +812,14 @@ def test_training_and_the_road_side_by_side(fakes, run):
 @VARIANTS
 def test_a_look_waits_for_nothing_and_says_what_stood_there(scene, options):
     at = scene(**options)
-    shipment = at.tensor(3 * KB)
+    request = at.tensor(3 * KB)
     at.device.compute(5)
-    at.device.write(shipment.source.memory, 1)
-    seen = at.road.watch([shipment.source])
-    at.device.write(shipment.source.memory, 2)
+    at.device.write(request.source.memory, 1)
+    seen = at.stager.watch([request.source])
+    at.device.write(request.source.memory, 2)
     assert at.device.now == 0.0
     assert not seen.done.is_set()
-    at.road.finish(seen)
+    at.stager.finish(seen)
     ones = np.full(3 * KB, 1, np.uint8)
     assert seen.expected == [fingerprint(ones, 24)]
     assert (at.arena.data == 9).all()
@@ -828,12 +828,12 @@ def test_a_look_waits_for_nothing_and_says_what_stood_there(scene, options):
 
 def test_a_look_is_refused_inside_a_graph_and_told_when_it_fails(scene):
     at = scene(made={"fail": {"prints": {0}}})
-    shipment = at.tensor(KB)
+    request = at.tensor(KB)
     with pytest.raises(SaveError, match="prints refused"):
-        at.road.watch([shipment.source])
+        at.stager.watch([request.source])
     at.device.graph = True
     with pytest.raises(SaveError, match="a graph is being captured"):
-        at.road.watch([shipment.source])
+        at.stager.watch([request.source])
     at.device.graph = False
     at.end_well()
 
@@ -841,22 +841,22 @@ def test_a_look_is_refused_inside_a_graph_and_told_when_it_fails(scene):
 def test_a_second_arena_can_come_and_go(scene):
     at = scene()
     other = Arena(1 << 16)
-    assert at.road.admit(other) is None
-    shipment = at.tensor(KB)
-    sent = at.road.send([Shipment(shipment.source, 1, 64, "opt")], Urgency.GRADIENT)
-    at.road.finish(sent)
+    assert at.stager.admit(other) is None
+    request = at.tensor(KB)
+    sent = at.stager.send([CopyRequest(request.source, 1, 64, "opt")], Urgency.GRADIENT)
+    at.stager.finish(sent)
     assert sent.proven
-    assert np.array_equal(other.view(64, KB), shipment.source.memory)
-    at.road.dismiss()
+    assert np.array_equal(other.view(64, KB), request.source.memory)
+    at.stager.dismiss()
     assert len(at.device.registered) == 4  # the first arena's pieces
     at.end_well()
-    assert at.road.admit(other) == "the road from the fake device is closed"
+    assert at.stager.admit(other) == "copying from the fake device has ended"
 
 
 def test_a_second_arena_that_can_not_be_registered_is_told_why(scene):
     at = scene(made={"refuse": 1 << 20})
-    assert "could not be registered (no memory may be locked)" in at.road.admit(Arena(1 << 20))
-    assert at.road.variant == "staging and the copy engine"
+    assert "could not be registered (no memory may be locked)" in at.stager.admit(Arena(1 << 20))
+    assert at.stager.variant == "staging and the copy engine"
     at.end_well()
 
 
@@ -864,10 +864,10 @@ def test_what_is_hastened_arrives_before_what_is_sent_later(scene):
     """Both go to the same place; without it, what waits in scratch memory would land last."""
     at = scene(room=Room(4 * KB, 4, 40 * KB))
     first = at.tensor(40 * KB)
-    second = Shipment(at.tensor(40 * KB).source, 0, first.offset, "opt")
-    at.road.send([first], Urgency.SNAPSHOT)
-    at.road.hasten()
-    at.road.send([second], Urgency.STATE)
-    at.road.guard(None)
+    second = CopyRequest(at.tensor(40 * KB).source, 0, first.offset, "opt")
+    at.stager.send([first], Urgency.SNAPSHOT)
+    at.stager.hasten()
+    at.stager.send([second], Urgency.STATE)
+    at.stager.guard(None)
     at.end_well()
     assert np.array_equal(at.arrived(first), second.source.memory)

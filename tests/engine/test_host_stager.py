@@ -104,7 +104,7 @@ def test_a_parameter_is_read_without_its_graph():
 
 def copy_of(n=1000, position=0):
     source = np.random.default_rng(0).integers(0, 255, 4 * n, dtype=np.uint8)
-    return Copy(source, np.zeros_like(source), position, "x", fingerprint(source, position))
+    return Copy(source, np.zeros_like(source), position, fingerprint(source, position), None)
 
 
 def test_a_copy_that_nothing_disturbs_is_proven():

@@ -1,4 +1,4 @@
-"""Cutting shipments into loads, and sharing device memory: plain arithmetic, checked by doing it."""
+"""Cutting requests into batches, and sharing device memory: plain arithmetic, checked by doing it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gockpt.staging.copy_batches import Shipment, load_up
-from gockpt.staging.device import Source
+from gockpt.staging.copy_batches import cut_batches
 from gockpt.staging.device_budget import COPY_BYTES, SLOTS, Room, make_room
+from gockpt.staging.stager import CopyRequest, Source
 
 
 def shipments_of(stretches, random, align=1):
-    """Make shipments from (itemsize, elements, gap before it, arena), and the arenas they ought to fill."""
+    """Make requests from (itemsize, elements, gap before it, arena), and the arenas they ought to fill."""
     ends, found = {0: 0, 1: 0}, []
     for itemsize, count, gap, arena in stretches:
         offset = -(-(ends[arena] + gap) // align) * align
         content = random.integers(0, 256, 32 + count * itemsize, np.uint8)
         low = int(random.integers(0, 33))
         ends[arena] = offset + count * itemsize
-        found.append(Shipment(Source(content, low, count * itemsize, 56), arena, offset, "x"))
+        found.append(CopyRequest(Source(content, low, count * itemsize, 56), arena, offset, "x"))
     wanted = {arena: np.full(end + 50, 9, np.uint8) for arena, end in ends.items()}
     for s in found:
         wanted[s.arena][s.offset : s.offset + s.source.nbytes] = bytes_of(s.source)
@@ -49,28 +49,30 @@ stretches = st.lists(
 )
 @example([(4, 200, 0, 0), (4, 200, 0, 0)], 1, 64, 1, False, 0)
 def test_loads_carry_every_byte_to_its_place_and_touch_no_other(rows, slot, copy, piece, direct, seed):
-    shipments, wanted = shipments_of(rows, np.random.default_rng(seed), 8 if direct else 1)
+    requests, wanted = shipments_of(rows, np.random.default_rng(seed), 8 if direct else 1)
     arenas = {arena: np.full(end.size, 9, np.uint8) for arena, end in wanted.items()}
     slot_bytes, piece_bytes = 64 * slot, 64 * piece
-    loads = load_up(shipments, slot_bytes=slot_bytes, copy_bytes=copy, piece_bytes=piece_bytes, direct=direct)
-    for load in loads:
-        assert load.slices
-        assert load.used <= slot_bytes
-        assert load.nbytes <= slot_bytes
+    batches = cut_batches(
+        requests, slot_bytes=slot_bytes, copy_bytes=copy, piece_bytes=piece_bytes, direct=direct
+    )
+    for batch in batches:
+        assert batch.slices
+        assert batch.used <= slot_bytes
+        assert batch.nbytes <= slot_bytes
         memory = np.full(slot_bytes, 77, np.uint8)
-        for piece_of in load.slices:
-            part = piece_of.shipment.source.part(piece_of.low, piece_of.nbytes)
+        for piece_of in batch.slices:
+            part = piece_of.request.source.part(piece_of.low, piece_of.nbytes)
             assert part.position == 56 + piece_of.low
             assert part.position % 8 == 0
             if direct:
-                arena, start = load.piece
+                arena, start = batch.piece
                 target = arenas[arena][start : start + piece_bytes]
                 target[piece_of.place : piece_of.place + part.nbytes] = bytes_of(part)
                 assert piece_of.place + part.nbytes <= piece_bytes
             else:
                 memory[piece_of.place : piece_of.place + part.nbytes] = bytes_of(part)
-        assert bool(load.copies) is not direct
-        for c in load.copies:
+        assert bool(batch.copies) is not direct
+        for c in batch.copies:
             assert 0 < c.nbytes <= copy
             assert c.offset // piece_bytes == (c.offset + c.nbytes - 1) // piece_bytes
             arenas[c.arena][c.offset : c.offset + c.nbytes] = memory[c.place : c.place + c.nbytes]
@@ -80,11 +82,11 @@ def test_loads_carry_every_byte_to_its_place_and_touch_no_other(rows, slot, copy
 
 def test_neighbours_travel_in_one_copy():
     memory = np.zeros(100, np.uint8)
-    shipments = [Shipment(Source(memory, 0, 100, 0), 0, at, "x") for at in (0, 100, 200, 301)]
-    (load,) = load_up(shipments, slot_bytes=1024, copy_bytes=1000, piece_bytes=4096)
-    assert [(c.place, c.offset, c.nbytes) for c in load.copies] == [(0, 0, 300), (320, 301, 100)]
-    (load,) = load_up(shipments[:3], slot_bytes=1024, copy_bytes=250, piece_bytes=4096)
-    assert [(c.place, c.offset, c.nbytes) for c in load.copies] == [(0, 0, 250), (250, 250, 50)]
+    requests = [CopyRequest(Source(memory, 0, 100, 0), 0, at, "x") for at in (0, 100, 200, 301)]
+    (batch,) = cut_batches(requests, slot_bytes=1024, copy_bytes=1000, piece_bytes=4096)
+    assert [(c.place, c.offset, c.nbytes) for c in batch.copies] == [(0, 0, 300), (320, 301, 100)]
+    (batch,) = cut_batches(requests[:3], slot_bytes=1024, copy_bytes=250, piece_bytes=4096)
+    assert [(c.place, c.offset, c.nbytes) for c in batch.copies] == [(0, 0, 250), (250, 250, 50)]
 
 
 @pytest.mark.parametrize(
@@ -93,15 +95,15 @@ def test_neighbours_travel_in_one_copy():
 def test_sizes_that_do_not_work_are_refused(sizes):
     slot, copy, piece = sizes
     with pytest.raises(ValueError, match="don't work"):
-        load_up([], slot_bytes=slot, copy_bytes=copy, piece_bytes=piece)
+        cut_batches([], slot_bytes=slot, copy_bytes=copy, piece_bytes=piece)
 
 
 def test_what_is_stored_directly_is_not_cut_inside_a_word():
-    odd = Shipment(Source(np.zeros(80, np.uint8), 0, 80, 0), 0, 4, "x")
+    odd = CopyRequest(Source(np.zeros(80, np.uint8), 0, 80, 0), 0, 4, "x")
     with pytest.raises(ValueError, match="80 bytes at 4 would be cut inside a word of 8 bytes"):
-        load_up([odd], slot_bytes=128, copy_bytes=64, piece_bytes=64, direct=True)
-    (load,) = load_up([odd], slot_bytes=128, copy_bytes=64, piece_bytes=64)
-    assert [(c.place, c.offset, c.nbytes) for c in load.copies] == [(0, 4, 60), (60, 64, 20)]
+        cut_batches([odd], slot_bytes=128, copy_bytes=64, piece_bytes=64, direct=True)
+    (batch,) = cut_batches([odd], slot_bytes=128, copy_bytes=64, piece_bytes=64)
+    assert [(c.place, c.offset, c.nbytes) for c in batch.copies] == [(0, 4, 60), (60, 64, 20)]
 
 
 @given(st.integers(1 << 16, 1 << 40), st.integers(0, 1 << 40), st.integers(0, 1 << 40))

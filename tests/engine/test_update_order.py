@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from gockpt.core.descriptors import Stretch
-from gockpt.saving.update_order import Following
+from gockpt.saving.update_order import UpdateOrder
 from gockpt.staging.gradient_ring import Ring
 
 
@@ -31,7 +31,7 @@ def piece(name, offset):
 
 
 def test_what_ends_between_two_looks_is_received_by_the_next_one():
-    following = Following(Ring(0, 0), None, None)
+    following = UpdateOrder(Ring(0, 0), None, None)
     ended = SimpleNamespace(is_set=lambda: True)
     ending = sent(Flips(), lost=[SimpleNamespace(offset=64)])
     following._open = []
