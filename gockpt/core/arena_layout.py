@@ -1,8 +1,9 @@
 """Layout of the arena: the offset of every chunk of every array, in memory as in its file.
 
 Pure integer geometry. The arena's pages are written to disk unchanged: a *slot* holds one chunk's bytes,
-4096-aligned, with room for the 4-byte checksum and zeros up to the next page. Arrays are cut along dimension
-0 only, on a regular grid, so that a chunk is contiguous in memory.
+4096-aligned, with room for the 4-byte checksum and zeros up to the next page. Arrays of less than 64 KiB are
+written through the page cache, so their slots are 64-aligned: thousands of them need not take a page each.
+Arrays are cut along dimension 0 only, on a regular grid, so that a chunk is contiguous in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIGNMENT",
     "CHECKSUM_BYTES",
+    "SMALL_ALIGNMENT",
+    "SMALL_LIMIT",
     "ArenaLayout",
     "ArrayLayout",
     "Slot",
@@ -29,6 +32,9 @@ __all__ = [
 
 ALIGNMENT = 4096
 CHECKSUM_BYTES = 4
+SMALL_ALIGNMENT = 64
+SMALL_LIMIT = 64 << 10
+"""Arrays of one chunk are small if they have fewer bytes."""
 WHOLE_LIMIT = 96 * 10**6
 CHUNK_TARGET = 64 * 10**6
 
@@ -41,9 +47,10 @@ class Slot:
         chunk: Index of the chunk along dimension 0.
         row: First row (index of dimension 0) it holds; 0 for a 0-d array.
         rows: Rows it holds; fewer than the chunk's for the last chunk of an array.
-        offset: Byte offset in the arena, a multiple of :data:`ALIGNMENT`.
+        offset: Byte offset in the arena, a multiple of :data:`ALIGNMENT`; of :data:`SMALL_ALIGNMENT` if the
+            array is small.
         nbytes: Bytes of the rows held (no padding, no checksum).
-        capacity: Bytes reserved, a multiple of :data:`ALIGNMENT`, ``>= nbytes + 4``.
+        capacity: Bytes reserved, a multiple of the same, ``>= nbytes + 4``.
     """
 
     chunk: int
@@ -76,9 +83,9 @@ class ArenaLayout:
     nbytes: int
 
 
-def slot_bytes(nbytes: int) -> int:
-    """Return the bytes reserved for a chunk of ``nbytes`` and its checksum: whole pages."""
-    return -(-(nbytes + CHECKSUM_BYTES) // ALIGNMENT) * ALIGNMENT
+def slot_bytes(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """Return the bytes reserved for a chunk of ``nbytes`` and its checksum: whole pages, by default."""
+    return -(-(nbytes + CHECKSUM_BYTES) // alignment) * alignment
 
 
 def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
@@ -102,7 +109,7 @@ def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
 
 
 def lay_out(specs: Iterable[ArraySpec], *, base: int = 0) -> ArenaLayout:
-    """Return the layout of all chunks of all arrays, consecutive from arena offset ``base``.
+    """Return the layout of all chunks of all arrays, in order from arena offset ``base``.
 
     Returns:
         The layout; ``nbytes`` is the offset of the next free byte, counted from offset 0.
@@ -121,11 +128,15 @@ def lay_out(specs: Iterable[ArraySpec], *, base: int = 0) -> ArenaLayout:
         total_rows = spec.shape[0] if spec.shape else 1
         row_nbytes = spec.nbytes // total_rows if total_rows else 0
         slots = []
+        # A chunk that is written with padding is written in whole pages.
+        small = spec.nbytes < SMALL_LIMIT and per_chunk >= total_rows
+        alignment = SMALL_ALIGNMENT if small else ALIGNMENT
         if spec.numel:
+            offset = -(-offset // alignment) * alignment
             for chunk, row in enumerate(range(0, total_rows, per_chunk)):
                 rows = min(per_chunk, total_rows - row)
                 nbytes = rows * row_nbytes
-                capacity = slot_bytes(nbytes)
+                capacity = slot_bytes(nbytes, alignment)
                 slots.append(Slot(chunk, row, rows, offset, nbytes, capacity))
                 offset += capacity
         arrays.append(ArrayLayout(spec, chunk_shape, tuple(slots)))

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt.core import arena_layout as layout_module
-from gockpt.core.arena_layout import ALIGNMENT, CHECKSUM_BYTES, chunk_rows, lay_out, slot_bytes
+from gockpt.core.arena_layout import (
+    ALIGNMENT,
+    CHECKSUM_BYTES,
+    SMALL_ALIGNMENT,
+    SMALL_LIMIT,
+    chunk_rows,
+    lay_out,
+    slot_bytes,
+)
 from gockpt.core.array_spec import DTYPES, ArraySpec
 
 SHAPES = st.lists(st.integers(0, 40), max_size=4).map(tuple)
@@ -30,14 +38,22 @@ def specs(draw):
 def test_slots_are_aligned_disjoint_and_inside(arrays, pages):
     base = pages * ALIGNMENT
     laid = lay_out(arrays, base=base)
-    slots = sorted((s for a in laid.arrays for s in a.slots), key=lambda s: s.offset)
-    for slot in slots:
-        assert slot.offset % ALIGNMENT == slot.capacity % ALIGNMENT == 0
-        assert 0 < slot.nbytes + CHECKSUM_BYTES <= slot.capacity < slot.nbytes + CHECKSUM_BYTES + ALIGNMENT
-    # One behind the other without a gap: nothing is wasted, nothing overlaps.
-    ends = [base] + [s.offset + s.capacity for s in slots]
-    assert [s.offset for s in slots] == ends[:-1]
-    assert laid.nbytes == ends[-1]
+    slots = sorted(((s, a) for a in laid.arrays for s in a.slots), key=lambda pair: pair[0].offset)
+    end = base
+    for slot, array in slots:
+        unit = ALIGNMENT if array.spec.nbytes >= SMALL_LIMIT else SMALL_ALIGNMENT
+        assert slot.offset % unit == slot.capacity % unit == 0
+        assert 0 < slot.nbytes + CHECKSUM_BYTES <= slot.capacity < slot.nbytes + CHECKSUM_BYTES + unit
+        # One behind the other: nothing overlaps, and nothing but the start of a page is waited for.
+        assert 0 <= slot.offset - end < unit
+        end = slot.offset + slot.capacity
+    assert laid.nbytes == end
+
+
+def test_small_arrays_share_pages():
+    laid = lay_out([ArraySpec(("m", str(i)), (16,), "float32") for i in range(1000)])
+    assert laid.nbytes == 1000 * 128
+    assert all(array.slots[0].nbytes == array.chunk_nbytes for array in laid.arrays)
 
 
 @given(specs())
