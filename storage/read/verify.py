@@ -52,7 +52,7 @@ class Problem:
     """One thing that is not as it was written.
 
     Attributes:
-        path: The file or directory, relative to the checkpoint's.
+        path: The file or directory, relative to the checkpoint's; empty for that itself.
         array: Public name of the array it belongs to, or ``None``.
         what: What is wrong with it.
     """
@@ -62,7 +62,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.path}{f' ({self.array})' if self.array else ''}: {self.what}"
+        return f"{self.path or '.'}{f' ({self.array})' if self.array else ''}: {self.what}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""Write golden checkpoints: ``python tests/golden/make_golden.py NAME ...``, into directories beside it.
+"""Write golden checkpoints: ``make_golden.py NAME ...``, into directories and archives beside it.
 
 What is there is never written again: checkpoints of every version that was released must load for ever. A new
-version of the format gets new names. Good ones are written by the package itself; broken ones are copies of
-``v1-small`` (``encoded-``: of ``v1-blosc``) with one thing changed, as their entry in ``BROKEN`` says. What a
-reader must say of them stands in ``expected.json``.
+version of the format gets new names; ``v3-*`` are archives. Good ones are written by the package itself.
+Broken ones are copies of ``v1-small`` (``encoded-``: of ``v1-blosc``; ``archive-``: of ``v3-small.zip``) with
+one thing changed, as their entry in ``BROKEN`` or ``BROKEN_ARCHIVES`` says. What a reader must say of them
+stands in ``expected.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from content import bits
 
 from gockpt.core.array_spec import DTYPES, ArraySpec
+from gockpt.storage.format import zip_archive
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.format.chunk_grid import chunked_layout
 from gockpt.storage.local.compression import Compression
@@ -57,7 +60,9 @@ ARRAYS = {
     },
     "v1-small": {("model", "w"): ((3, 2), "float32", 2), ("s",): ((), "int64", 1)},
 }
-CODECS = {"v1-zstd": "zstd", "v1-blosc": "blosc"}
+ARRAYS |= {f"v3-{kind}.zip": ARRAYS[f"v1-{kind}"] for kind in ("dtypes", "chunks", "blosc", "small")}
+ARRAYS["v3-large.zip"] = ARRAYS["v1-small"] | {("model", "large"): ((17_000,), "float32", 17_000)}
+CODECS = {"v1-zstd": "zstd", "v1-blosc": "blosc", "v3-blosc.zip": "blosc"}
 STATE = {"text": "ä\n", "numbers": [1, -2.5, 2**53 - 1], "nothing": None, "deep": {"er": [[]]}}
 
 
@@ -69,20 +74,26 @@ def write(name: str) -> None:
         layouts.append(chunked_layout(spec, (rows, *(max(1, n) for n in shape[1:])) if shape else ()))
         data[array] = bits("/".join(array), dtype, spec.nbytes).tobytes()
     compression = Compression(CODECS.get(name), threads=1, smallest=1)
+    layout = "file" if name.endswith(".zip") else "directory"
     with (
         tempfile.TemporaryDirectory() as path,
-        Store(path, compression=compression) as store,
+        Store(path, compression=compression, layout=layout) as store,
         store.begin(12, layouts, state=STATE, attributes={"golden": name}, exact=True) as transaction,
     ):
-        for layout in layouts:
+        for one in layouts:
             at = 0
-            for slot in layout.slots:
+            for slot in one.slots:
                 memory = mmap.mmap(-1, slot.capacity)
-                memory[: slot.nbytes] = data[layout.spec.name][at : at + slot.nbytes]
-                transaction.write_chunk(layout, slot, memoryview(memory))
+                memory[: slot.nbytes] = data[one.spec.name][at : at + slot.nbytes]
+                transaction.write_chunk(one, slot, memoryview(memory))
                 at += slot.nbytes
         published = transaction.commit()
-        shutil.copytree(published.path, HERE / name)
+        copy(Path(published.path), HERE / name)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a directory or an archive."""
+    shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
 
 
 def write_training() -> None:
@@ -205,15 +216,92 @@ BROKEN = {
 }
 
 
+# -- broken archives --------------------------------------------------------------------------------
+
+
+def flip_at(find):
+    """Flip one bit at the offset that ``find`` returns for the archive's bytes."""
+
+    def apply(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[find(bytes(data))] ^= 4
+        path.write_bytes(data)
+
+    return apply
+
+
+def header_of(name: bytes):
+    """Return a function that finds the local header of an entry."""
+    return lambda data: data.index(name) - 30
+
+
+def record_of(name: bytes):
+    """Return a function that finds the central record of an entry."""
+    return lambda data: data.rindex(name) - 46
+
+
+def remake(change):
+    """Change the manifest's object, and write it, the central directory and the end again."""
+
+    def apply(path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            document = json.loads(archive.read("gockpt.json").splitlines()[0])
+        change(document)
+        line = json.dumps(document, separators=(",", ":")).encode() + b"\n"
+        manifest = line + b'{"crc32c": "%08x"}\n' % crc32c(line)
+        at = infos[-1].header_offset
+        infos[-1].CRC, infos[-1].file_size = zip_archive.archive_crc32(manifest), len(manifest)
+        entries = [(one.filename, one.file_size, one.CRC, one.header_offset) for one in infos]
+        directory = b"".join(zip_archive.central_record(*entry) for entry in entries)
+        header = zip_archive.local_header(*entries[-1][:3], 0)
+        directory_at = at + len(header) + len(manifest)
+        end = zip_archive.end_records(len(entries), directory_at, len(directory))
+        path.write_bytes(path.read_bytes()[:at] + header + manifest + directory + end)
+
+    return apply
+
+
+def deflate(path: Path) -> None:
+    """Let another program write the archive anew, compressed."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+
+
+CHUNK = b"model/w/c.0.0"
+BROKEN_ARCHIVES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 30),
+    "end-flipped": flip_at(lambda data: len(data) - 60),
+    "chunk-flipped": flip_at(lambda data: 66),
+    "padding-flipped": flip_at(lambda data: header_of(CHUNK)(data) + 30 + len(CHUNK) + 10),
+    "header-flipped": flip_at(lambda data: header_of(CHUNK)(data) + 10),
+    "record-flipped": flip_at(lambda data: record_of(CHUNK)(data) + zip_archive.CENTRAL_CRC_AT),
+    "of-another-program": deflate,
+    "offset-overlaps": remake(lambda d: d["arrays"][0].update(at=d["arrays"][0]["at"][:1] * 2)),
+    "offset-lies": remake(lambda d: d["arrays"][0]["at"].reverse()),
+    "offset-beyond": remake(lambda d: d["arrays"][0]["at"].__setitem__(1, 1 << 40)),
+    "without-offsets": remake(lambda d: [d.update(version=1), *(one.pop("at") for one in d["arrays"])]),
+    "key-unknown": remake(lambda d: d["arrays"][0].update({"from": "sha256:00"})),
+}
+
+
 def damage(name: str) -> None:
     """Write one of the broken ones."""
     target = HERE / f"broken-{name}"
+    if name.startswith("archive-"):
+        shutil.copyfile(HERE / "v3-small.zip", target)
+        BROKEN_ARCHIVES[name.removeprefix("archive-").removesuffix(".zip")](target)
+        return
     shutil.copytree(HERE / ("v1-blosc" if name.startswith("encoded-") else "v1-small"), target)
     BROKEN[name](target)
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or [*ARRAYS, "v1-training", *(f"broken-{name}" for name in BROKEN)]:
+    broken = [*BROKEN, *(f"archive-{name}.zip" for name in BROKEN_ARCHIVES)]
+    for wanted in sys.argv[1:] or [*ARRAYS, "v1-training", *(f"broken-{name}" for name in broken)]:
         if (HERE / wanted).exists():
             print(f"{wanted} is there, and stays as it is")  # noqa: T201 - a script: it says what it does
         elif wanted == "v1-training":
