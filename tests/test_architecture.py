@@ -86,8 +86,8 @@ ORDER = {
     "saving": """
         boundary lock moments handle optimizer_hooks at_once write_items facts device_selection
         late_pieces copy_requests piece_updates update_order scalar_capture gradient_capture stager_capture
-        capture memory
-        window_plan closing last_tick session inside_call without_tick engine
+        capture memory window_plan closing last_tick report save_in_flight session inside_call around_updates
+        without_tick engine
     """,
     "cli": "output commands run __init__ __main__",
 }

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gockpt.core.array_spec import public_name
 from gockpt.core.descriptors import ArenaId, ArrayPlace
 from gockpt.saving.at_once import AtOnce
 from gockpt.saving.late_pieces import CHANGED, GRAPHED, OVERTAKEN
 from gockpt.saving.stager_capture import StagerCapture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from gockpt.core.array_spec import Name
     from gockpt.core.timeline import Trace
@@ -184,6 +185,16 @@ class Attempt:
         """Of what is lost: arrays that no change overtook, and what is wrong with them."""
         return {name: why for capture in self._captures for name, why in capture.doubts.items()}
 
+    def torn(self) -> tuple[frozenset[Name], str]:
+        """Return the arrays that have to be copied at once from now on, and why the attempt is void."""
+        # Which arrays lose such a race is chance, so all of their kind are copied at once.
+        raced = [name for name in self.lost if name not in self.doubts]
+        kinds = {name[0] for name in raced}
+        overtaken = frozenset(a.spec.name for a in self.layout.arrays if a.spec.name[0] in kinds)
+        first = (raced or self.lost)[0]
+        what = "changed before it was copied" if raced else f"can't be replayed: {self.doubts[first]}"
+        return overtaken, self.refused or f"{public_name(first)} {what}"
+
     @property
     def copied_bytes(self) -> int:
         """Bytes that have arrived."""
@@ -247,6 +258,11 @@ class Attempt:
         return next((stager.value(number) for stager in stagers if stager.holds(number)), None)
 
     # -- for the record ----------------------------------------------------------------------
+
+    def parameters_of(self, pieces: Iterable[int]) -> frozenset[str]:
+        """Return the names of the parameters that some pieces belong to."""
+        units = (self.cut.pieces[index].unit for index in pieces)
+        return frozenset(unit.fqn for unit in units if unit is not None)
 
     def late_parts(self) -> dict[str, str]:
         """Return why parameters left at the closing tick although a replay was planned."""

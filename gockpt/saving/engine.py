@@ -11,22 +11,23 @@ import logging
 import os
 import threading
 from contextlib import contextmanager
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from gockpt.core.save_policy import Cadence, Moment
 from gockpt.core.save_state import Event, State
-from gockpt.deferred_signals import deferred, let_through
-from gockpt.errors import SaveAborted, UsageError, as_save_error
+from gockpt.deferred_signals import deferred
+from gockpt.errors import SaveAborted, UsageError
 from gockpt.kernels.gradient_encoding import warm
 from gockpt.planning.planner import make_plan
 from gockpt.planning.rates import Pace
 from gockpt.planning.save_interval import FIRST, Interval
+from gockpt.saving.around_updates import AroundUpdates
 from gockpt.saving.boundary import Boundary
 from gockpt.saving.closing import refusing
 from gockpt.saving.device_selection import DeviceStagers
 from gockpt.saving.facts import facts_of
-from gockpt.saving.inside_call import POLL, save_inside_call, wait_until_free
+from gockpt.saving.inside_call import save_inside_call, wait_until_free
 from gockpt.saving.last_tick import LastTick
 from gockpt.saving.lock import Lock
 from gockpt.saving.optimizer_hooks import Hooks
@@ -39,10 +40,7 @@ from gockpt.state.optimizers import find_optimizers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    import torch
-
     from gockpt.options import Options
-    from gockpt.saving.capture import Attempt
     from gockpt.saving.device_selection import Devices
     from gockpt.saving.handle import Saved, SaveHandle
     from gockpt.state.live_state import LiveState
@@ -55,7 +53,7 @@ __all__ = ["Engine"]
 _log = logging.getLogger("gockpt")
 
 
-class Engine(WithoutTick):
+class Engine(AroundUpdates, WithoutTick):
     """Saves one model and its optimizers into one path.
 
     The engine keeps the optimizers alive, and the model only while a save is under way.
@@ -289,37 +287,6 @@ class Engine(WithoutTick):
         finally:
             self._save.memory.release()
 
-    def drive(self, handle: SaveHandle, done: Callable[[], bool], timeout: float | None) -> None:
-        """Do what only the training thread can do so that ``done`` comes true, then wait for it."""
-        if not self.of_this_process:
-            msg = "this save belongs to the process that forked this one; only the parent can wait for it"
-            raise UsageError(msg)
-        deadline = None if timeout is None else monotonic() + timeout
-        # Another thread may do it once the one that trained has ended.
-        while threading.current_thread() is not self._thread and self._thread.is_alive():
-            left = None if deadline is None else deadline - monotonic()
-            if done() or (left is not None and left <= 0):
-                return
-            self._thread.join(POLL if left is None else min(POLL, left))
-            let_through()
-        self._expect_outside()
-        while self._save.handle is handle and not done():
-            with deferred(), self._changed:
-                state, job = self._save.state, self._save.job
-                if state is State.CLOSING:
-                    self._save.settle()
-                elif state in (State.OPEN, State.VOID):
-                    self._close_at_last_tick()
-                elif state is State.CAPTURED and job is not None and not job.closed:
-                    self._save.fail(SaveAborted("interrupted while it was handed over"), Event.FAILED)
-                elif not done():
-                    left = None if deadline is None else deadline - monotonic()
-                    if left is not None and left <= 0:
-                        return
-                    # A handle is resolved just after the lock was let go, and then notified of.
-                    self._changed.wait(POLL if left is None else min(POLL, left))
-            let_through()  # here nothing is half done, and a call around this one may keep handlers back
-
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Mark that the training thread is inside a tick or hook, where signal handlers may run too."""
@@ -336,64 +303,6 @@ class Engine(WithoutTick):
                 "set a flag there, and call it after the step"
             )
             raise UsageError(msg)
-
-    # -- updates, from the hooks: never raise ------------------------------------------------
-
-    def before_hooks(self) -> None:
-        """Finish copying before a user's own pre-hook can change what is copied."""
-        self._hold_up(None, lambda attempt: attempt.let_overwrite(None))
-
-    def before_update(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
-        """Make sure that nothing still needed is overwritten (an optimizer is about to step)."""
-        self._hold_up(optimizer, lambda attempt: attempt.before_update(optimizer, closure=closure))
-
-    def _hold_up(self, optimizer: object | None, in_window: Callable[[Attempt], object]) -> None:
-        """Let the update wait for the last copies of a closing tick, or for what a window needs."""
-        if self._save.attempt is None:
-            return
-        began = perf_counter()
-        with deferred(), self._changed, self._at_work():
-            attempt, state = self._save.attempt, self._save.state
-            if state is State.CLOSING:
-                self._guard(lambda: self._save.let_overwrite(optimizer))
-            elif attempt is not None and self._stagers.capturing():
-                attempt.graphed = True  # nothing runs now
-            elif state is State.OPEN and attempt is not None and attempt.broken is None:
-                self._guard(lambda: in_window(attempt))
-            else:
-                return
-            self._save.trace.span("stall", began, perf_counter(), step=self._step, what="before update")
-
-    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Collect what the update consumed (an optimizer has stepped)."""
-        captured = self._stagers.capturing()
-        if not captured:
-            self._updates += 1
-            self._guard(lambda: self._stagers.updated(optimizer))
-        if self._save.attempt is None:
-            return
-        began = perf_counter()
-        with deferred(), self._changed, self._at_work():
-            attempt = self._save.attempt
-            if captured and attempt is not None:
-                attempt.graphed = True  # nothing runs now
-                return
-            if self._save.state is not State.OPEN or attempt is None or attempt.broken is not None:
-                return
-            self._guard(lambda: attempt.after_update(optimizer))
-            self._save.trace.span("stall", began, perf_counter(), step=self._step + 1, what="after update")
-
-    def _guard(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except BaseException as error:
-            if self._save.attempt is not None:
-                self._save.attempt.broken = f"{type(error).__name__} while an update was watched: {error}"
-            if self._save.state is State.CLOSING:
-                self._save.fail(as_save_error(error), Event.FAILED)
-            if not isinstance(error, Exception):
-                raise
-            _log.warning("watching an update failed; the save goes on without it", exc_info=True)
 
     # -- one tick ----------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from gockpt.core.save_state import Event, State
-from gockpt.deferred_signals import deferred
+from gockpt.deferred_signals import deferred, let_through
 from gockpt.errors import GockptError, SaveAborted, UsageError
-from gockpt.saving.inside_call import save_inside_call, wait_until_free
+from gockpt.saving.inside_call import POLL, save_inside_call, wait_until_free
 from gockpt.saving.moments import in_update
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class WithoutTick:
     _at_work: Callable[[], AbstractContextManager[None]]
     _held: object
     _inside: bool
+    _expect_outside: Callable[[], None]
+
+    @property
+    def of_this_process(self) -> bool:
+        """Whether this is the process the engine was made in."""
+        raise NotImplementedError
 
     @property
     def last_tick_saved(self) -> bool:
@@ -155,6 +162,37 @@ class WithoutTick:
         if earlier is not None:
             raise earlier
         return handle
+
+    def drive(self, handle: SaveHandle, done: Callable[[], bool], timeout: float | None) -> None:
+        """Do what only the training thread can do so that ``done`` comes true, then wait for it."""
+        if not self.of_this_process:
+            msg = "this save belongs to the process that forked this one; only the parent can wait for it"
+            raise UsageError(msg)
+        deadline = None if timeout is None else monotonic() + timeout
+        # Another thread may do it once the one that trained has ended.
+        while threading.current_thread() is not self._thread and self._thread.is_alive():
+            left = None if deadline is None else deadline - monotonic()
+            if done() or (left is not None and left <= 0):
+                return
+            self._thread.join(POLL if left is None else min(POLL, left))
+            let_through()
+        self._expect_outside()
+        while self._save.handle is handle and not done():
+            with deferred(), self._changed:
+                state, job = self._save.state, self._save.job
+                if state is State.CLOSING:
+                    self._save.settle()
+                elif state in (State.OPEN, State.VOID):
+                    self._close_at_last_tick()
+                elif state is State.CAPTURED and job is not None and not job.closed:
+                    self._save.fail(SaveAborted("interrupted while it was handed over"), Event.FAILED)
+                elif not done():
+                    left = None if deadline is None else deadline - monotonic()
+                    if left is not None and left <= 0:
+                        return
+                    # A handle is resolved just after the lock was let go, and then notified of.
+                    self._changed.wait(POLL if left is None else min(POLL, left))
+            let_through()  # here nothing is half done, and a call around this one may keep handlers back
 
     def _end_of_flight(self, timeout: float | None = None) -> None:
         """Return when nothing is in flight; raise what failed."""
