@@ -2,7 +2,7 @@
 
 Promise: the target appears under its name as a whole and durable, or not at all, and never over something
 else. Only bytes that agree with the manifest are copied. ``unpack`` of what ``pack`` made of a directory
-is that directory, byte for byte.
+is that directory, byte for byte; ``pack`` of what ``unpack`` made of an archive has the same entries.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gockpt.core.arena_layout import ALIGNMENT, CHECKSUM_BYTES
 from gockpt.errors import UsageError
 from gockpt.storage.format import zip_archive
-from gockpt.storage.format.manifest import MANIFEST_FILE, encode
+from gockpt.storage.format.manifest import GROUP_FILE, MANIFEST_FILE, encode
 from gockpt.storage.local import files
 from gockpt.storage.local.failures import storage_errors
 from gockpt.storage.local.filesystem import Filesystem
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from gockpt.storage.format.manifest import Manifest
+    from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.checkpoint import StoredCheckpoint
+    from gockpt.storage.read.copying import StoredFile
 
 __all__ = ["pack", "unpack"]
 
@@ -70,11 +73,12 @@ def pack(
             archive = _Archive(fs, fd, target)
             offsets = {}
             done, total = 0, sum(entry.nbytes for entry in stored.manifest.arrays)
-            for file in chunk_files(stored, "copied"):
+            chunks, documents = _in_order(stored)
+            for file in chunks:
                 offsets[file.path] = archive.add(file.path, file.pieces(), file.nbytes, aligned=True)
                 done += file.nbytes
                 on_progress(done, total)
-            for file in document_files(stored, "copied"):
+            for file in documents:
                 archive.add(file.path, file.pieces(), file.nbytes, aligned=False)
             archive.finish(encode(_in_archive(stored.manifest, offsets)))
             with storage_errors("sync", target):
@@ -162,6 +166,28 @@ class _Archive:
     def _write(self, data: bytes | memoryview, at: int) -> None:
         with storage_errors("write", self._where):
             files.write_all(self._fs, self._fd, memoryview(data), at)
+
+
+def _in_order(stored: StoredCheckpoint) -> tuple[list[StoredFile], list[StoredFile]]:
+    """Return the chunks and the documents in the order in which a save writes them into an archive.
+
+    That is: raw chunks at whole pages, other raw ones, encoded ones; documents of groups but the root, of
+    arrays, and the rest.
+    """
+
+    def rank(entry: ArrayEntry) -> int:
+        if entry.coded is not None:
+            return 2
+        return int(zip_archive.alignment(entry.chunk_nbytes + CHECKSUM_BYTES) < ALIGNMENT)
+
+    ranks = [rank(entry) for entry in stored.manifest.arrays for _ in range(entry.chunks)]
+    ranked = sorted(zip(ranks, chunk_files(stored, "copied"), strict=True), key=lambda pair: pair[0])
+    own = {entry.meta.path for entry in stored.manifest.arrays}
+    documents = sorted(
+        document_files(stored, "copied"),
+        key=lambda file: 1 if file.path in own else 0 if file.path.endswith(f"/{GROUP_FILE}") else 2,
+    )
+    return [file for _, file in ranked], documents
 
 
 def _in_archive(manifest: Manifest, offsets: dict[str, int]) -> Manifest:
