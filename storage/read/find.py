@@ -22,7 +22,7 @@ from gockpt.storage.read.checkpoint import StoredCheckpoint, manifest_bytes
 from gockpt.storage.read.in_threads import in_threads
 from gockpt.storage.read.local_location import local_location
 from gockpt.storage.read.location import GONE
-from gockpt.storage.read.object_location import ObjectLocation
+from gockpt.storage.read.object_location import ObjectArchiveLocation, ObjectLocation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -89,6 +89,10 @@ def location_at(where: Where) -> Location:
     """
     if isinstance(where, os.PathLike) and not isinstance(os.fspath(where), str):
         return local_location(local_path(where))  # raises
+    if isinstance(where, str) and where.endswith(".zip") and "://" in (above := where.rpartition("/")[0]):
+        objects = objects_at(above)
+        if objects is not None:
+            return ObjectArchiveLocation(objects, where.rpartition("/")[2])
     objects = objects_at(where)
     return local_location(local_path(where)) if objects is None else ObjectLocation(objects)
 
@@ -334,7 +338,7 @@ def _newest_of(
     complete, missing = set[int | None](), False
     with ExitStack() as opened:
         for child in children:
-            if newest is not None and child.seq is not None:
+            if newest is not None and child.seq is not None and child.seq <= newest.seq:
                 break  # the names say that all others are older
             if child.replaced and child.step in complete:
                 continue

@@ -1,6 +1,7 @@
 """Checkpoints in an object store: one range request per read.
 
-Names there say everything: the newest is found by one listing and one manifest, however many there are.
+Names of uploads say everything: the newest is found by one listing and one manifest, however many there are.
+Archives that somebody copied there keep their names, which don't say it: each one's manifest is read.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
-from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, NotACheckpoint
+from gockpt.errors import CheckpointCorrupt, CheckpointNotFound, ManifestCorrupt, NotACheckpoint
 from gockpt.storage.format import step_names
 from gockpt.storage.format.manifest import MANIFEST_FILE
+from gockpt.storage.read.archive_files import ArchiveFiles
 from gockpt.storage.read.location import Child, Names, expect_no_offsets, expect_plain, expect_size
 from gockpt.storage.read.scratch import PIECE
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from gockpt.storage.read.location import File
     from gockpt.storage.read.scratch import Scratch
 
-__all__ = ["ObjectFiles", "ObjectLocation"]
+__all__ = ["ObjectArchive", "ObjectArchiveLocation", "ObjectFiles", "ObjectLocation"]
 
 PARALLEL = 16
 """Requests in flight: a connection to an object store is slow, many are not."""
@@ -152,6 +154,91 @@ class ObjectFiles:
         return f"{self._base}/{path}" if self._base else path
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectArchive:
+    """An archive that is one object.
+
+    Attributes:
+        objects: Where it is.
+        key: Its path there.
+        nbytes: Its size.
+        is_copy: Always: archives are saved on disks.
+    """
+
+    objects: Objects
+    key: str
+    nbytes: int
+    is_copy: bool = True
+
+    @property
+    def path(self) -> str:
+        """Its URL."""
+        return self.objects.url_of(self.key)
+
+    def open(self, path: str, nbytes: int, scratch: Scratch | None) -> File:  # noqa: ARG002 - the contract's
+        """Return the object."""
+        return ObjectFile(self.objects, self.key, path, self.nbytes)
+
+    def is_gone(self) -> bool:
+        """Whether the object is gone."""
+        try:
+            self.objects.stat(self.key)
+        except FileNotFoundError:
+            return True
+        return False
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _open_archive(objects: Objects, key: str) -> ArchiveFiles:
+    """Open an object that is an archive.
+
+    Raises:
+        FileNotFoundError: If there is no such object.
+        ManifestCorrupt: If it is no archive.
+        RemoteError: If the store refuses or can't be reached.
+    """
+    try:
+        return ArchiveFiles(ObjectArchive(objects, key, objects.stat(key)[0]))
+    except CheckpointCorrupt as error:
+        raise ManifestCorrupt(str(error)) from error
+
+
+class ObjectArchiveLocation:
+    """A URL that is one archive itself.
+
+    Attributes:
+        path: The URL.
+        kind: An object store.
+        parallel: Many requests at once.
+    """
+
+    kind: Literal["object store"] = "object store"
+    parallel = PARALLEL
+
+    def __init__(self, objects: Objects, name: str) -> None:
+        """Look at the object ``name``; nothing is asked of the store yet."""
+        self._objects = objects
+        self._name = name
+        self.path = objects.url_of(name)
+
+    def children(self) -> list[Child]:
+        """Return the archive itself."""
+        return [Child("", self.path)]
+
+    def open(self, child: Child) -> ArchiveFiles:  # noqa: ARG002 - there is one
+        """Open the archive."""
+        return _open_archive(self._objects, self._name)
+
+    def not_found(self) -> CheckpointNotFound:
+        """Return an error: there is no such object."""
+        return CheckpointNotFound(f"no checkpoint at {self.path!r}: there is no such object")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
 class ObjectLocation:
     """A URL below which checkpoints were uploaded, or one checkpoint's own.
 
@@ -170,7 +257,7 @@ class ObjectLocation:
         self.path = objects.url
 
     def children(self) -> list[Child]:
-        """Return the uploaded checkpoints by their names, newest publication first; itself if it is one.
+        """Return archives, highest step first, then uploads, newest publication first; itself if it is one.
 
         Raises:
             RemoteError: If the store refuses or can't be reached.
@@ -178,16 +265,25 @@ class ObjectLocation:
         with suppress(FileNotFoundError):
             self._objects.stat(MANIFEST_FILE)
             return [Child("", self.path)]
-        found = []
-        for name in self._objects.children()[0]:
+        uploads, archives = [], []
+        prefixes, names = self._objects.children()
+        for name in prefixes:
             known = step_names.parse_uploaded(name)
             if known is not None:
                 url = self._objects.url_of(name)
-                found.append(Child(name, url, known.step, known.seq, known.attempt))
-        return sorted(found, key=lambda child: (child.seq, child.step, child.attempt), reverse=True)
+                uploads.append(Child(name, url, known.step, known.seq, known.attempt))
+        for name in names:
+            entry = step_names.parse(name)
+            if entry is not None and entry.archive:
+                archives.append(Child(name, self._objects.url_of(name), entry.step))
+        archives.sort(key=lambda child: child.step or 0, reverse=True)
+        uploads.sort(key=lambda child: (child.seq, child.step, child.attempt), reverse=True)
+        return archives + uploads
 
-    def open(self, child: Child) -> ObjectFiles:
-        """Return a child's objects; nothing is asked of the store yet."""
+    def open(self, child: Child) -> ObjectFiles | ArchiveFiles:
+        """Return a child's objects, of which nothing is asked yet, or open its archive."""
+        if child.name and child.seq is None:
+            return _open_archive(self._objects, child.name)
         return ObjectFiles(self._objects, child.name)
 
     def not_found(self) -> CheckpointNotFound | NotACheckpoint:

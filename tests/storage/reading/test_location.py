@@ -397,22 +397,29 @@ class TestLocalLocation(FileByFileTests):
             assert location.kind == "directory"
 
 
-class TestLocalArchives(LocationTests):
+class ArchiveTests(LocationTests):
     """Paths inside a checkpoint are entries; they are changed in the archive, and put back into it."""
+
+    def named(self, path):
+        """Return what a user passes to name a place on the disk."""
+        raise NotImplementedError
 
     @pytest.fixture(autouse=True)
     def place(self, tmp_path, archived, zips):
-        self.where = tmp_path / "ckpts"
-        self.where.mkdir()
+        self.directory = tmp_path / "ckpts"
+        self.directory.mkdir()
+        self.where = self.named(self.directory)
         self.archived = archived
         self.zips = zips
 
     def store(self, directory, step, seq, attempt):
-        return shutil.move(self.archived(directory), self.where / step_names.of_step(step, archive=True)).name
+        return shutil.move(
+            self.archived(directory), self.directory / step_names.of_step(step, archive=True)
+        ).name
 
     def split(self, path):
         name, _, inside = path.partition("/")
-        return self.where / name, inside
+        return self.directory / name, inside
 
     def get(self, path):
         archive, inside = self.split(path)
@@ -422,8 +429,8 @@ class TestLocalArchives(LocationTests):
     def put(self, path, data):
         archive, inside = self.split(path)
         if not archive.name.endswith(".zip"):
-            (self.where / path).parent.mkdir(exist_ok=True)
-            (self.where / path).write_bytes(data)
+            (self.directory / path).parent.mkdir(exist_ok=True)
+            (self.directory / path).write_bytes(data)
         else:
             self.rewrite(archive, inside, data)
 
@@ -450,7 +457,12 @@ class TestLocalArchives(LocationTests):
         archive.write_bytes(self.zips.seal(out, records))
 
     def below(self, name):
-        return self.where / name
+        return self.named(self.directory / name)
+
+
+class TestLocalArchives(ArchiveTests):
+    def named(self, path):
+        return path
 
     def test_a_removed_archive_is_still_read_to_its_end(self, publish):
         name = publish(1, 1)
@@ -463,14 +475,14 @@ class TestLocalArchives(LocationTests):
     def test_one_set_aside_to_be_removed_is_gone(self, publish):
         name = publish(1, 1)
         with open_checkpoint(self.where, 1) as stored:
-            (self.where / name).rename(self.where / "step-0000000001.old-00000001")
+            (self.directory / name).rename(self.directory / "step-0000000001.old-00000001")
             assert not stored.files.is_gone()
-            (self.where / "step-0000000001.old-00000001").rename(self.where / ".trash-00000001")
+            (self.directory / "step-0000000001.old-00000001").rename(self.directory / ".trash-00000001")
             assert stored.files.is_gone()
 
     def test_one_that_was_replaced_counts_where_its_successor_does_not(self, publish):
         first = publish(1, 1)
-        (self.where / first).rename(self.where / "step-0000000001.old-00000001")
+        (self.directory / first).rename(self.directory / "step-0000000001.old-00000001")
         second = publish(1, 2)
         assert [entry.seq for entry in list_checkpoints(self.where)] == [2]
         assert [entry.seq for entry in list_checkpoints(self.where, superseded=True)] == [1, 2]
@@ -500,11 +512,11 @@ class TestLocalArchives(LocationTests):
     def test_one_that_was_never_published_is_no_checkpoint(self, publish):
         name = publish(1, 1)
         for other in ("step-0000000001.partial-00000001", ".trash-00000001"):
-            (self.where / name).rename(self.where / other)
+            (self.directory / name).rename(self.directory / other)
             assert list_checkpoints(self.where) == []
             with pytest.raises(NotACheckpoint, match="never published, or is being deleted"):
-                open_checkpoint(self.where / other)
-            (self.where / other).rename(self.where / name)
+                open_checkpoint(self.directory / other)
+            (self.directory / other).rename(self.directory / name)
 
     def test_a_manifest_in_the_other_form_is_refused(self, publish, write, tmp_path, zips):
         name = publish(1, 1)
@@ -516,25 +528,58 @@ class TestLocalArchives(LocationTests):
             open_checkpoint(written.path)
         self.put(f"{name}/gockpt.json", in_directory)
         with pytest.raises(ManifestCorrupt, match="is that of a directory"):
-            open_checkpoint(self.where / name)
+            open_checkpoint(self.directory / name)
 
     def test_links_to_archives_are_not_followed_but_where_the_user_says_so(self, publish, tmp_path):
         name = publish(1, 1)
-        (self.where / name).rename(tmp_path / "elsewhere.zip")
-        (self.where / name).symlink_to(tmp_path / "elsewhere.zip")
+        (self.directory / name).rename(tmp_path / "elsewhere.zip")
+        (self.directory / name).symlink_to(tmp_path / "elsewhere.zip")
         with pytest.raises(ManifestCorrupt, match="a symbolic link"):
             open_checkpoint(self.where, 1)
-        with open_checkpoint(self.where / name) as stored:
+        with open_checkpoint(self.directory / name) as stored:
             assert stored.verify().ok
 
     def test_nothing_stays_open_behind_what_is_refused(self, publish):
         name = publish(1, 1)
-        os.truncate(self.where / name, 5000)
+        os.truncate(self.directory / name, 5000)
         before = set(os.listdir("/proc/self/fd"))
-        for where in (self.where, self.where / name):
+        for where in (self.where, self.directory / name):
             with pytest.raises(ManifestCorrupt):
                 open_checkpoint(where)
         assert set(os.listdir("/proc/self/fd")) == before
+
+
+class TestObjectArchives(ArchiveTests):
+    def named(self, path):
+        return f"file://{path}"
+
+    def test_of_archives_and_uploads_the_newest_is_the_highest_seq(self, publish, write, tmp_path):
+        publish(5, 2)
+        for step, seq in ((1, 1), (2, 4), (3, 3)):
+            attempt = f"{seq:08x}"
+            written = write(tmp_path / f"up-{seq}", ARRAYS, step=step, seq=seq, attempt=attempt)
+            written.path.rename(self.directory / step_names.of_uploaded(step, seq, attempt))
+        assert latest_step(self.where) == 2
+        publish(9, 5)
+        assert latest_step(self.where) == 9
+        assert [entry.seq for entry in list_checkpoints(self.where)] == [1, 2, 3, 4, 5]
+
+    def test_what_is_no_archive_is_refused(self):
+        (self.directory / "a.zip").write_bytes(b"text")
+        with pytest.raises(ManifestCorrupt, match="no archive"):
+            open_checkpoint(self.below("a.zip"))
+        with pytest.raises(CheckpointNotFound, match="there is no such object"):
+            open_checkpoint(self.below("b.zip"))
+
+    def test_few_requests_open_and_read_it(self, publish, monkeypatch):
+        where, read = self.below(publish(1, 1)), []
+        real = Objects.read
+        monkeypatch.setattr(Objects, "read", lambda *call: read.append(call[1:]) or real(*call))
+        with open_checkpoint(where) as stored:
+            assert len(read) == 2  # the end, and the manifest
+            for name, array in stored.arrays.items():
+                stored.read_into(name, None, np.empty(array.spec.nbytes, np.uint8))
+            assert len(read) == 6  # the directory, the checksums, and two arrays
 
 
 class TestObjectLocation(FileByFileTests):
