@@ -224,7 +224,7 @@ class GradientCapture:
 
     def _place(self, source: Source, sending: _Sending) -> CopyRequest | None:
         """Find room for a gradient, waiting for it if the stager allows that."""
-        request = self._stager.place(source, self._grad_dtype, self._ring)
+        request = self._stager.place_gradient(source, self._grad_dtype, self._ring)
         if request is not None or not self._stager.waits_for_room:
             return request
         # Replay can free the room of what it was given.
@@ -235,11 +235,11 @@ class GradientCapture:
         try:
             while request is None and self._job.replaying and perf_counter() < deadline:
                 self._ring.wait_for_room(0.05)
-                request = self._stager.place(source, self._grad_dtype, self._ring)
+                request = self._stager.place_gradient(source, self._grad_dtype, self._ring)
         finally:
             self._job.hurry(on=False)
         # The last replay may have ended between the two looks, and freed what it had.
-        return request or self._stager.place(source, self._grad_dtype, self._ring)
+        return request or self._stager.place_gradient(source, self._grad_dtype, self._ring)
 
     def _send_scalars(
         self, scalars: ScalarCapture, sending: _Sending, optimizer: torch.optim.Optimizer, *, wanted: bool
@@ -263,7 +263,7 @@ class GradientCapture:
         if not requests:
             return
         try:
-            sent = self._stager.send(requests, Urgency.GRADIENT, on_done=self._order.arrived)
+            sent = self._stager.copy(requests, Urgency.GRADIENT, on_done=self._order.arrived)
         except SaveError as error:
             self.give_up(error)
             return
@@ -292,7 +292,7 @@ class GradientCapture:
         if not sources or self._stager.broken:
             return
         try:
-            self._order.look(chosen, self._stager.watch(sources, on_done=self._order.arrived))
+            self._order.look(chosen, self._stager.fingerprint(sources, on_done=self._order.arrived))
         except SaveError as error:
             self.give_up(error)
         self.make_late()

@@ -141,7 +141,7 @@ class StagerCapture:
         pieces = [piece for piece in pieces if piece.late is None]
         leaving = {piece.index for piece in pieces}
         try:
-            seen = self.stager.watch(sources_of(live, self._all), on_done=self._order.arrived)
+            seen = self.stager.fingerprint(sources_of(live, self._all), on_done=self._order.arrived)
             self._seen = [(self._all, seen)]
             if pieces:
                 state = self._send(live, pieces, self.stager.behind, seen)
@@ -185,7 +185,7 @@ class StagerCapture:
         if self.stager.broken:
             raise SaveError(REFUSED)
         if following:
-            seen = self.stager.watch(sources_of(live, following), on_done=self._order.arrived)
+            seen = self.stager.fingerprint(sources_of(live, following), on_done=self._order.arrived)
             self._seen.append((following, seen))
             # What is known of it at once may still make a piece late.
             self._order.look([(piece, Role.PROOF) for piece in following], seen)
@@ -198,7 +198,7 @@ class StagerCapture:
         soon = {id(unit) for unit in self._units if hurried(unit)}
         self._again = {piece.index for piece in late} & self._order.arriving
         if self._again:
-            self.stager.hasten()
+            self.stager.flush()
         self._sample(live)
         prompt = [*self._prompt, *(p for p in late if id(p.unit) in soon)]
         behind = [*self._behind, *(p for p in late if id(p.unit) not in soon)]
@@ -212,13 +212,13 @@ class StagerCapture:
     def _send(
         self, live: LiveState, pieces: Sequence[Piece], urgency: Urgency, seen: CopyResult | None
     ) -> CopyResult:
-        return self.stager.send(requests_of(live, pieces), urgency, on_done=self._order.arrived, seen=seen)
+        return self.stager.copy(requests_of(live, pieces), urgency, on_done=self._order.arrived, seen=seen)
 
     def _look_only(self, live: LiveState) -> None:
         """Take the boundary's fingerprints for :meth:`stands` alone: nothing more is sent."""
         for _ in range(2):  # the first time may tell only of what failed before
             try:
-                seen = self.stager.watch(sources_of(live, self._all), on_done=self._order.arrived)
+                seen = self.stager.fingerprint(sources_of(live, self._all), on_done=self._order.arrived)
             except SaveError as error:
                 self._unseen = error
             else:
@@ -244,7 +244,7 @@ class StagerCapture:
             place = first + block_bytes(place - first)
         self.samples_end = place
         if requests:
-            sent = self.stager.send(requests, Urgency.GRADIENT, on_done=self._order.arrived)
+            sent = self.stager.copy(requests, Urgency.GRADIENT, on_done=self._order.arrived)
             self._order.samples(places, sent)
 
     def stands(self, live: LiveState) -> bool:
@@ -264,7 +264,7 @@ class StagerCapture:
                 self.stager.finish(sent)
             if sent.error is not None and not sent.expected:
                 raise sent.error
-            if self.stager.look(sources_of(live, pieces)) != list(sent.expected):
+            if self.stager.fingerprint_now(sources_of(live, pieces)) != list(sent.expected):
                 return False
         return True
 

@@ -55,7 +55,7 @@ class DeviceStager(DeviceQueue):
 
     Promise: what a result that is ``proven`` brought into the arena is what its sources were at the
     boundary, bit for bit, and not a byte beside it was written. Device memory stays within the room (beside
-    the kernels' tables). What fails is raised by the next ``send``, ``guard`` or ``finish``, and by nothing
+    the kernels' tables). What fails is raised by the next ``copy``, ``guard`` or ``finish``, and by nothing
     else.
 
     Attributes:
@@ -134,7 +134,7 @@ class DeviceStager(DeviceQueue):
             self.broken = True
             _log.warning("state is copied inside the call from now on: %s", error)
 
-    def place(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
+    def place_gradient(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
         """Find room for a gradient; its encoding and size follow from its length alone."""
         count = source.nbytes // 4
         form = form_of(grad_dtype, count)
@@ -150,7 +150,7 @@ class DeviceStager(DeviceQueue):
 
     # -- the training thread -----------------------------------------------------------------
 
-    def send(
+    def copy(
         self,
         requests: Sequence[CopyRequest],
         urgency: Urgency,
@@ -185,7 +185,7 @@ class DeviceStager(DeviceQueue):
         self._raise_pending()
         raise SaveError(self._told)
 
-    def watch(
+    def fingerprint(
         self, sources: Sequence[Source], *, on_done: Callable[[], None] | None = None
     ) -> DeviceCopyResult:
         """Take the sources' fingerprints as of now, and move nothing; does not wait for the device.
@@ -193,7 +193,7 @@ class DeviceStager(DeviceQueue):
         They are the result's ``expected``, once it is ``done``; until then the sources are held.
 
         Raises:
-            SaveError: As :meth:`send`.
+            SaveError: As :meth:`copy`.
         """
         self._raise_pending()
         self._refuse_captured()
@@ -228,7 +228,7 @@ class DeviceStager(DeviceQueue):
         for no others. Batches of theirs that were still waiting for their turn leave now, ahead of others.
 
         Raises:
-            SaveError: As :meth:`send`. The update may go ahead all the same.
+            SaveError: As :meth:`copy`. The update may go ahead all the same.
         """
         if self.idle:
             self._raise_pending()
@@ -246,11 +246,11 @@ class DeviceStager(DeviceQueue):
                 self._pipeline.main().wait(last)
         self._raise_pending()
 
-    def hasten(self) -> None:
+    def flush(self) -> None:
         """Queue all that waits for its turn: what is sent from now on arrives behind it.
 
         Raises:
-            SaveError: As :meth:`send`.
+            SaveError: As :meth:`copy`.
         """
         with self._watched():
             while True:
@@ -337,7 +337,7 @@ class DeviceStager(DeviceQueue):
             result.on_done = None
             result.tell()
 
-    def look(self, sources: Sequence[Source]) -> list[int]:
+    def fingerprint_now(self, sources: Sequence[Source]) -> list[int]:
         """Return the sources' fingerprints as of now. Waits for the device.
 
         Raises:

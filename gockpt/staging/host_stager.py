@@ -261,22 +261,24 @@ class HostStager:
         """Return a number in host memory."""
         return float(tensor) if self.holds(tensor) and tensor.numel() == 1 else None
 
-    def watch(self, sources: Sequence[Source], *, on_done: Callable[[], None] | None = None) -> CopyResult:
+    def fingerprint(
+        self, sources: Sequence[Source], *, on_done: Callable[[], None] | None = None
+    ) -> CopyResult:
         """Take the sources' fingerprints as of now, on the background thread and the calling one together."""
         result = _Result((), on_done)
-        result.expected = self.look(sources)
+        result.expected = self.fingerprint_now(sources)
         result.fingerprints = dict(zip(map(_key, sources), result.expected, strict=True))
         result.end()
         return result
 
-    def look(self, sources: Sequence[Source]) -> list[int]:
+    def fingerprint_now(self, sources: Sequence[Source]) -> list[int]:
         """Return the sources' fingerprints now."""
         found = [0] * len(sources)
         views = dict(_views(sources))
         self._thread.run(_fingerprint_tasks(sources, views, found))
         return found
 
-    def send(
+    def copy(
         self,
         requests: Sequence[CopyRequest],
         urgency: Urgency,
@@ -288,7 +290,7 @@ class HostStager:
         result = _Result(requests, on_done)
         known = seen.fingerprints if isinstance(seen, _Result) else {}
         missing = [r.source for r in requests if r.arrived is None and _key(r.source) not in known]
-        known = {**known, **dict(zip(map(_key, missing), self.look(missing), strict=True))}
+        known = {**known, **dict(zip(map(_key, missing), self.fingerprint_now(missing), strict=True))}
         views = dict(_views([request.source for request in requests if request.arrived is None]))
         for request in requests:
             source = request.source
@@ -312,7 +314,7 @@ class HostStager:
         result.batch = self._thread.submit(tasks, on_done=lambda: self._ended(result))
         return result
 
-    def place(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
+    def place_gradient(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
         """Put a gradient into the ring now, encoded where that makes it smaller; ``None`` without room."""
         view = self._arenas[ArenaId.RING].view
         data = as_bytes(source.memory)[source.low : source.low + source.nbytes]
@@ -334,7 +336,7 @@ class HostStager:
         """Finish all copies, helping: then anything may be overwritten."""
         self.collect()
 
-    def hasten(self) -> None:
+    def flush(self) -> None:
         """Finish all copies, helping."""
         self.collect()
 

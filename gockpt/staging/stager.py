@@ -142,8 +142,8 @@ class Stager(Protocol):
     """Copies tensors of one kind of memory into the arenas.
 
     A result is ``proven`` only if the bytes in the arena are, bit for bit, those of the sources at the call.
-    Everything may be called from any thread, but for ``send``, ``watch``, ``place``, ``guard`` and
-    ``collect``, which belong to the training thread. Errors of a device are raised as ``SaveError``.
+    Everything may be called from any thread, but for ``copy``, ``fingerprint``, ``place_gradient``, ``guard``
+    and ``collect``, which belong to the training thread. Errors of a device are raised as ``SaveError``.
 
     Attributes:
         broken: Whether it must no longer be used.
@@ -169,10 +169,12 @@ class Stager(Protocol):
     def value(self, tensor: torch.Tensor) -> float | None:
         """Return a number in its memory; ``None`` if reading it would wait."""
 
-    def watch(self, sources: Sequence[Source], *, on_done: Callable[[], None] | None = None) -> CopyResult:
+    def fingerprint(
+        self, sources: Sequence[Source], *, on_done: Callable[[], None] | None = None
+    ) -> CopyResult:
         """Take the sources' fingerprints as of now, ``expected`` of the result; copy nothing."""
 
-    def send(
+    def copy(
         self,
         requests: Sequence[CopyRequest],
         urgency: Urgency,
@@ -187,11 +189,11 @@ class Stager(Protocol):
             urgency: When the sources may be overwritten.
             on_done: Called once it has arrived, or failed, if that is after this call has returned; on
                 whichever thread saw that.
-            seen: A result of :meth:`watch` of the same moment, whose fingerprints need not be taken again.
+            seen: A result of :meth:`fingerprint` of the same moment, so that it need not be taken again.
         """
 
-    def place(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
-        """Find room in the ring for a gradient; return its request for :meth:`send`, or ``None``.
+    def place_gradient(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
+        """Find room in the ring for a gradient; return its request for :meth:`copy`, or ``None``.
 
         With ``grad_dtype`` it is encoded, where that makes it smaller.
         """
@@ -202,10 +204,10 @@ class Stager(Protocol):
     def guard(self, owners: Collection[Hashable] | None) -> None:
         """Let what runs next overwrite what belongs to ``owners``; ``None`` means to anyone."""
 
-    def hasten(self) -> None:
+    def flush(self) -> None:
         """Let what is sent from now on arrive behind all that was sent before."""
 
-    def look(self, sources: Sequence[Source]) -> list[int]:
+    def fingerprint_now(self, sources: Sequence[Source]) -> list[int]:
         """Return the sources' fingerprints now; waits for them."""
 
     def finish(self, result: CopyResult) -> None:

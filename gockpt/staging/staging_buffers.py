@@ -26,7 +26,7 @@ _log = logging.getLogger("gockpt")
 class StagingBuffers:
     """All memory of one device stager, within its room. Taken when first needed, kept until released.
 
-    Loads get slots in turn, so the next one is always the one whose batch leaves first.
+    Batches get slots in turn, so the next one is always the one whose batch leaves first.
     """
 
     def __init__(self, device: Device, room: Room, *, bounced: bool) -> None:

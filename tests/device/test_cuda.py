@@ -1,4 +1,4 @@
-"""The road on a CUDA device: the same promises as on the fake one. Runs with `make gpu`."""
+"""The stager of a CUDA device: the same promises as on the fake one. Runs with `make gpu`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cuda():
 
 
 @pytest.fixture
-def road(cuda):
+def made_stager(cuda):
     """Return what makes a stager and its arena; all of them are closed in the end."""
     made = []
 
@@ -66,8 +66,8 @@ def road(cuda):
 
     yield make
     torch.cuda.synchronize()
-    for road in made:
-        road.close()
+    for one in made:
+        one.close()
 
 
 def tensors_of(sizes=SIZES, dtypes=DTYPES):
@@ -79,7 +79,7 @@ def tensors_of(sizes=SIZES, dtypes=DTYPES):
     return [r.view(d) for r, d in zip(raw, dtypes, strict=True)]
 
 
-def shipments_of(tensors, owner="opt"):
+def requests_of(tensors, owner="opt"):
     found, end = [], 0
     for tensor in tensors:
         found.append(CopyRequest(Source(tensor, 0, tensor.nbytes, 0), 0, end, owner))
@@ -107,27 +107,27 @@ def check(arena, requests, before):
 
 @VARIANTS
 @pytest.mark.parametrize("urgency", list(Urgency), ids=lambda urgency: urgency.name)
-def test_what_arrives_is_the_boundary(road, variant, urgency):
-    way, arena = road(variant, room=Room(MB, 3, 5 * MB))
+def test_what_arrives_is_the_boundary(made_stager, variant, urgency):
+    stager, arena = made_stager(variant, room=Room(MB, 3, 5 * MB))
     tensors = tensors_of()
     for _ in range(3):
         for tensor in tensors:
             tensor.view(torch.uint8).random_(0, 256)
         before = [bytes_of(t) for t in tensors]
-        requests = shipments_of(tensors)
-        sent = way.send(requests, urgency)
+        requests = requests_of(tensors)
+        sent = stager.copy(requests, urgency)
         if urgency in (Urgency.STATE, Urgency.SNAPSHOT):
-            way.guard({"opt"})
+            stager.guard({"opt"})
         overwrite(tensors)
-        way.finish(sent)
+        stager.finish(sent)
         assert sent.proven
         check(arena, requests, before)
         assert (arena.data[requests[-1].offset + requests[-1].source.nbytes :] == 9).all()
 
 
 @VARIANTS
-def test_work_that_is_queued_before_the_boundary_is_in_it(road, variant):
-    way, arena = road(variant)
+def test_work_that_is_queued_before_the_boundary_is_in_it(made_stager, variant):
+    stager, arena = made_stager(variant)
     a = torch.randn(4096, 4096, device="cuda")
     tensor = torch.zeros(4096, 64, device="cuda")
     torch.cuda.synchronize()
@@ -135,49 +135,49 @@ def test_work_that_is_queued_before_the_boundary_is_in_it(road, variant):
         a = a @ a
         a = a / a.abs().max()
     tensor.copy_(a[:, :64])
-    sent = way.send(shipments_of([tensor]), Urgency.STATE)
-    way.guard({"opt"})
+    sent = stager.copy(requests_of([tensor]), Urgency.STATE)
+    stager.guard({"opt"})
     after = tensor.clone()
     tensor.zero_()
-    way.finish(sent)
+    stager.finish(sent)
     assert sent.proven
     assert np.array_equal(arena.view(0, after.nbytes), bytes_of(after.reshape(-1)))
 
 
-def test_a_change_that_nobody_guards_is_seen(road):
-    way, _ = road()
+def test_a_change_that_nobody_guards_is_seen(made_stager):
+    stager, _ = made_stager()
     tensors = tensors_of()
-    sent = way.send(shipments_of(tensors), Urgency.STATE)
+    sent = stager.copy(requests_of(tensors), Urgency.STATE)
     overwrite(tensors[3:4])  # nothing leaves before finish(): there is no thread
-    way.finish()
+    stager.finish()
     assert [request.source.memory.numel() for request in sent.lost] == [SIZES[3]]
 
 
 @pytest.mark.parametrize("variant", ["staging", "direct"])
-def test_send_and_guard_do_not_wait_for_the_device(road, variant):
-    way, arena = road(variant)
+def test_send_and_guard_do_not_wait_for_the_device(made_stager, variant):
+    stager, arena = made_stager(variant)
     tensors = tensors_of()
-    way.finish(way.send(shipments_of(tensors), Urgency.STATE))  # compiles the kernels
+    stager.finish(stager.copy(requests_of(tensors), Urgency.STATE))  # compiles the kernels
     before = [bytes_of(t) for t in tensors]
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # about a second
     asleep = torch.cuda.Event()
     asleep.record()
-    requests = shipments_of(tensors)
-    sent = way.send(requests, Urgency.STATE)
-    way.guard({"opt"})
+    requests = requests_of(tensors)
+    sent = stager.copy(requests, Urgency.STATE)
+    stager.guard({"opt"})
     overwrite(tensors)
     assert not asleep.query()
-    way.finish(sent)
+    stager.finish(sent)
     assert sent.proven
     check(arena, requests, before)
 
 
-def test_the_arena_is_registered_and_let_go(road):
-    way, arena = road()
+def test_the_arena_is_registered_and_let_go(made_stager):
+    stager, arena = made_stager()
     assert torch.from_numpy(arena.view(20 * MB, MB)).is_pinned()
-    assert way.variant == "staging and the copy engine"
-    way.close()
+    assert stager.variant == "staging and the copy engine"
+    stager.close()
     assert not torch.from_numpy(arena.view(20 * MB, MB)).is_pinned()
 
 
@@ -193,76 +193,76 @@ def test_a_refused_registration_does_not_fail_the_next_launch(cuda):
 
 
 @VARIANTS
-def test_device_memory_stays_within_its_room(road, variant):
+def test_device_memory_stays_within_its_room(made_stager, variant):
     room = Room(MB, 3, 8 * MB)
-    way, _ = road(variant, room=room)
+    stager, _ = made_stager(variant, room=room)
     tensors = tensors_of([5 * MB, 4 * MB], [torch.float32, torch.bfloat16])
-    requests = shipments_of(tensors)
+    requests = requests_of(tensors)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for urgency in (Urgency.STATE, Urgency.SNAPSHOT, Urgency.GRADIENT):
-        sent = way.send(requests, urgency)
-        way.guard(None)
-        way.finish(sent)
+        sent = stager.copy(requests, urgency)
+        stager.guard(None)
+        stager.finish(sent)
         del sent
     tables = 2 * sum(t.nbytes for t in tensors) // 1000 + 64 * 1024
     assert torch.cuda.max_memory_allocated() - before <= room.nbytes + tables
-    way.close()
+    stager.close()
     assert torch.cuda.memory_allocated() == before
 
 
-def test_a_thread_receives_what_lands(road):
-    way, arena = road(thread=True)
+def test_a_thread_receives_what_lands(made_stager):
+    stager, arena = made_stager(thread=True)
     tensors, told = tensors_of(), threading.Event()
     before = [bytes_of(t) for t in tensors]
-    requests = shipments_of(tensors)
-    sent = way.send(requests, Urgency.STATE, on_done=told.set)
-    way.guard({"opt"})
+    requests = requests_of(tensors)
+    sent = stager.copy(requests, Urgency.STATE, on_done=told.set)
+    stager.guard({"opt"})
     overwrite(tensors)
     assert told.wait(60)
     assert sent.proven
     check(arena, requests, before)
 
 
-def test_inside_a_graph_nothing_is_queued(road):
-    way, arena = road()
+def test_inside_a_graph_nothing_is_queued(made_stager):
+    stager, arena = made_stager()
     tensors = tensors_of()
     before = [bytes_of(t) for t in tensors]
-    requests = shipments_of(tensors)
-    sent = way.send(requests, Urgency.STATE)
+    requests = requests_of(tensors)
+    sent = stager.copy(requests, Urgency.STATE)
     x = torch.zeros(3, device="cuda")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x += 1
-        way.guard({"opt"})
+        stager.guard({"opt"})
         with pytest.raises(SaveError, match="a graph is being captured"):
-            way.send(requests, Urgency.GRADIENT)
-    assert way.graphed
-    way.finish(sent)
+            stager.copy(requests, Urgency.GRADIENT)
+    assert stager.graphed
+    stager.finish(sent)
     graph.replay()
     assert x.sum().item() == 3
     assert sent.proven
     check(arena, requests, before)
 
 
-def test_dense_tensors_leave_in_storage_order(road):
-    way, arena = road()
+def test_dense_tensors_leave_in_storage_order(made_stager):
+    stager, arena = made_stager()
     tensor = torch.randn(2, 3, 40, 50, device="cuda").to(memory_format=torch.channels_last)
-    sent = way.send(shipments_of([tensor]), Urgency.STATE)
-    way.finish(sent)
+    sent = stager.copy(requests_of([tensor]), Urgency.STATE)
+    stager.finish(sent)
     assert sent.proven
     flat = tensor.permute(0, 2, 3, 1).reshape(-1)
     assert np.array_equal(arena.view(0, flat.nbytes), bytes_of(flat))
 
 
-def test_stages_are_seen_in_profiles(road):
-    way, _ = road()
+def test_stages_are_seen_in_profiles(made_stager):
+    stager, _ = made_stager()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        sent = way.send(shipments_of(tensors_of()), Urgency.STATE)
-        way.guard(None)
-        way.finish(sent)
+        sent = stager.copy(requests_of(tensors_of()), Urgency.STATE)
+        stager.guard(None)
+        stager.finish(sent)
     seen = {event.key for event in profile.key_averages()}
     assert {f"gockpt {name}" for name in ("boundary", "guard", "pack", "copy", "arrival")} <= seen
 
@@ -442,9 +442,9 @@ def test_an_update_that_runs_as_a_graph_is_exact(cuda):
 
 
 @pytest.mark.parametrize("encoding", ["fp16", "bf16"])
-def test_gradients_are_encoded_on_the_way(road, encoding):
+def test_gradients_are_encoded_on_the_way(made_stager, encoding):
     """What arrives is what the host would have written; what is queued later does not touch it."""
-    way, arena = road(room=Room(MB, 3, 0))
+    stager, arena = made_stager(room=Room(MB, 3, 0))
     for _ in range(3):
         tensors = [torch.randn(n, device="cuda") for n in (400_000, 70_000, 5_000, 1_024)]
         odd = torch.randn(9_001, device="cuda")[1:]  # at no multiple of 16 bytes
@@ -456,9 +456,9 @@ def test_gradients_are_encoded_on_the_way(road, encoding):
             requests.append(CopyRequest(source, 0, end, None, form))
             end += -(-form.nbytes // 64) * 64
         before = [tensor.cpu().numpy() for tensor in [*tensors, odd]]
-        sent = way.send(requests, Urgency.GRADIENT)
+        sent = stager.copy(requests, Urgency.GRADIENT)
         overwrite([*tensors, odd])
-        way.finish(sent)
+        stager.finish(sent)
         assert sent.proven
         for request, values in zip(requests, before, strict=True):
             found = arena.view(request.offset, request.nbytes)

@@ -1,4 +1,4 @@
-"""The road off a device, on a fake one: what arrives, in which order, who waits, and what goes wrong.
+"""The stager of a device, on a fake one: what arrives, in which order, who waits, and what goes wrong.
 
 Each rule of ordering has a scene in which wrong bytes arrive, or an unfinished access is overtaken, or the
 training stream waits too long, once the rule is broken.
@@ -105,7 +105,7 @@ def test_what_stood_there_at_the_boundary_arrives(scene, options):
     before = content_of(requests)
     at.device.write(requests[0].source.memory, 1, seconds=5)  # the last update: still to run
     before[0][:] = 1
-    sent = at.stager.send(requests, Urgency.STATE)
+    sent = at.stager.copy(requests, Urgency.STATE)
     at.device.compute(1)
     at.update(requests)
     at.end_well()
@@ -122,7 +122,7 @@ def test_what_is_due_at_once_may_be_overwritten_at_once(scene, options, urgency)
     at = scene(**options)
     requests = at.tensors(20, 3 * KB)
     before = content_of(requests)
-    sent = at.stager.send(requests, urgency)
+    sent = at.stager.copy(requests, urgency)
     for request in requests:
         at.device.write(request.source.memory, 0)  # no guard
     at.end_well()
@@ -135,7 +135,7 @@ def test_a_snapshot_as_large_as_the_state_needs_no_guard_and_no_wait(scene, opti
     at = scene(Room(4 * KB, 4, 80 * KB), **options)
     requests = at.tensors(20, 3 * KB)
     before = content_of(requests)
-    sent = at.stager.send(requests, Urgency.SNAPSHOT)
+    sent = at.stager.copy(requests, Urgency.SNAPSHOT)
     for request in requests:
         at.device.write(request.source.memory, 0)
     at.device.drain()
@@ -149,7 +149,7 @@ def test_what_scratch_has_no_room_for_leaves_behind_the_step(scene):
     at = scene(Room(4 * KB, 2, 30 * KB))
     requests = at.tensors(20, 4 * KB)
     before = content_of(requests)
-    sent = at.stager.send(requests, Urgency.SNAPSHOT)
+    sent = at.stager.copy(requests, Urgency.SNAPSHOT)
     at.device.compute(3)
     at.update(requests)
     at.device.drain()
@@ -165,7 +165,7 @@ def test_scratch_is_used_again_once_it_is_drained_and_not_before(scene):
     rounds = []
     for _ in range(3):
         requests = at.tensors(4, 4 * KB)
-        rounds.append((at.stager.send(requests, Urgency.SNAPSHOT), requests, content_of(requests)))
+        rounds.append((at.stager.copy(requests, Urgency.SNAPSHOT), requests, content_of(requests)))
         at.update(requests)
         at.device.advance(0.3)
         at.stager.poll()
@@ -179,7 +179,7 @@ def test_a_drained_snapshot_makes_room_for_the_next(scene):
     at = scene(Room(4 * KB, 2, 16 * KB))
     for _ in range(4):
         requests = at.tensors(4, 4 * KB)
-        sent = at.stager.send(requests, Urgency.SNAPSHOT)
+        sent = at.stager.copy(requests, Urgency.SNAPSHOT)
         for request in requests:
             at.device.write(request.source.memory, 0)  # no guard
         at.stager.finish(sent)
@@ -191,7 +191,7 @@ def test_a_drained_snapshot_makes_room_for_the_next(scene):
 def test_nothing_sent_has_arrived(scene, sizes):
     at, told = scene(), threading.Event()
     at.device.compute(5)
-    sent = at.stager.send([at.tensor(n) for n in sizes], Urgency.STATE, on_done=told.set)
+    sent = at.stager.copy([at.tensor(n) for n in sizes], Urgency.STATE, on_done=told.set)
     assert sent.proven
     assert told.is_set()
     assert at.device.now == 0
@@ -203,7 +203,7 @@ def test_the_kernels_fingerprints_are_handed_on(scene):
 
     at = scene()
     requests = at.tensors(2, 5 * KB)
-    sent = at.stager.send(requests, Urgency.STATE)
+    sent = at.stager.copy(requests, Urgency.STATE)
     at.stager.finish(sent)
     assert sent.expected == [fingerprint(s.source.memory, 24) for s in requests]
 
@@ -216,7 +216,7 @@ def test_a_change_between_boundary_and_pack_is_seen(scene, options):
     """As when averaged weights are swapped in: no hook sees that, and the bytes come back later."""
     at = scene(**options)
     requests = at.tensors(3, 20 * KB)
-    sent = at.stager.send(requests, Urgency.STATE)
+    sent = at.stager.copy(requests, Urgency.STATE)
     at.device.write(requests[1].source.memory, 0)  # unguarded
     at.stager.finish()
     assert sent.done.is_set()
@@ -227,7 +227,7 @@ def test_a_change_between_boundary_and_pack_is_seen(scene, options):
 def test_a_byte_that_the_bus_got_wrong_is_seen(scene):
     at = scene()
     requests = at.tensors(3, KB)
-    sent = at.stager.send(requests, Urgency.GRADIENT)
+    sent = at.stager.copy(requests, Urgency.GRADIENT)
     at.device.drain()
     at.arrived(requests[2])[500] ^= 1
     at.stager.finish()
@@ -240,7 +240,7 @@ def test_a_byte_that_the_bus_got_wrong_is_seen(scene):
 def test_an_update_waits_for_packs_not_for_copies(scene):
     at = scene()
     requests = at.tensors(4, 4 * KB)
-    at.stager.send(requests, Urgency.STATE)
+    at.stager.copy(requests, Urgency.STATE)
     at.update(requests)
     at.device.drain()
     assert at.device.training.stalled == pytest.approx(16 * KB / at.device.inner, rel=0.01)
@@ -250,7 +250,7 @@ def test_an_update_waits_for_packs_not_for_copies(scene):
 
 def test_an_update_of_others_does_not_wait(scene):
     at = scene()
-    at.stager.send(at.tensors(20, 4 * KB, "a"), Urgency.STATE)
+    at.stager.copy(at.tensors(20, 4 * KB, "a"), Urgency.STATE)
     at.stager.guard({"b", "c"})
     at.device.drain()
     assert at.device.training.stalled == 0
@@ -261,7 +261,7 @@ def test_an_update_of_others_does_not_wait(scene):
 def test_what_leaves_later_is_not_waited_for(scene):
     at = scene()
     first, second = at.tensors(3, 4 * KB, "a"), at.tensors(10, 4 * KB, "b")
-    at.stager.send([*first, *second], Urgency.STATE)
+    at.stager.copy([*first, *second], Urgency.STATE)
     at.stager.poll()
     at.update(first, "a")
     at.device.drain()
@@ -273,7 +273,7 @@ def test_what_leaves_later_is_not_waited_for(scene):
 def test_what_an_update_needs_overtakes_what_waits(scene):
     at = scene(Room(4 * KB, 2, 0))
     first, second = at.tensors(30, 4 * KB, "a"), at.tensors(2, 4 * KB, "b")
-    sent = at.stager.send([*first, *second], Urgency.STATE)
+    sent = at.stager.copy([*first, *second], Urgency.STATE)
     before = content_of(second)
     at.stager.poll()  # four loads leave: twice the ring
     at.update(second, "b")
@@ -318,7 +318,7 @@ def test_the_wait_is_what_the_bandwidths_say(fakes, rows, slots, seconds, owner)
     at = Scene(fakes, Room(4 * KB, slots, 0))
     requests = [at.tensor(-(-n // 64) * 64, whose) for n, whose in rows]
     loads = cut_batches(requests, slot_bytes=4 * KB, copy_bytes=4 * KB, piece_bytes=256 * KB)
-    at.stager.send(requests, Urgency.STATE)
+    at.stager.copy(requests, Urgency.STATE)
     at.stager.poll()
     at.device.compute(seconds)
     if seconds:
@@ -339,9 +339,9 @@ def test_the_wait_is_what_the_bandwidths_say(fakes, rows, slots, seconds, owner)
 def test_the_training_thread_never_waits_on_the_host(scene):
     """Not with a full ring, and not for gradients that are larger than it."""
     at = scene(made={"fail": {"synchronize": set(range(1000))}})
-    at.stager.send(at.tensors(50, 4 * KB), Urgency.STATE)
+    at.stager.copy(at.tensors(50, 4 * KB), Urgency.STATE)
     at.stager.guard(None)
-    at.stager.send(at.tensors(20, 4 * KB), Urgency.GRADIENT)
+    at.stager.copy(at.tensors(20, 4 * KB), Urgency.GRADIENT)
     assert at.device.now == 0
     assert "synchronize" not in at.device.calls
 
@@ -351,11 +351,11 @@ def test_the_training_thread_never_waits_on_the_host(scene):
 
 def test_gradients_leave_before_state_that_waits(scene):
     at, order = scene(Room(4 * KB, 2, 0)), []
-    at.stager.send(at.tensors(20, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
+    at.stager.copy(at.tensors(20, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
     at.stager.poll()
     before = len(at.device.copied) + 3
     gradients = at.tensors(3, 4 * KB)
-    sent = at.stager.send(gradients, Urgency.GRADIENT, on_done=lambda: order.append("gradient"))
+    sent = at.stager.copy(gradients, Urgency.GRADIENT, on_done=lambda: order.append("gradient"))
     assert len(at.device.copied) == before  # they are queued behind no more than what left already
     assert before == 3 + 2 * at.room.slots
     at.stager.finish(sent)
@@ -366,23 +366,23 @@ def test_gradients_leave_before_state_that_waits(scene):
 
 def test_a_snapshot_drains_behind_the_state_that_waits(scene):
     at, order = scene(Room(4 * KB, 2, 40 * KB)), []
-    at.stager.send(at.tensors(9, 4 * KB), Urgency.SNAPSHOT, on_done=lambda: order.append("snapshot"))
-    at.stager.send(at.tensors(9, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
+    at.stager.copy(at.tensors(9, 4 * KB), Urgency.SNAPSHOT, on_done=lambda: order.append("snapshot"))
+    at.stager.copy(at.tensors(9, 4 * KB), Urgency.STATE, on_done=lambda: order.append("state"))
     at.end_well()
     assert order == ["state", "snapshot"]
 
 
 def test_what_an_update_may_wait_for_leaves_before_what_is_in_scratch(scene):
     at = scene(Room(4 * KB, 2, 16 * KB))
-    at.stager.send(at.tensors(8, 4 * KB), Urgency.SNAPSHOT)
+    at.stager.copy(at.tensors(8, 4 * KB), Urgency.SNAPSHOT)
     assert at.device.calls["pack"] + 1 == 4
     at.stager.poll()  # twice the ring
     assert at.device.calls["pack"] + 1 == 8
     at.end_well()
 
     at = scene(Room(4 * KB, 2, 40 * KB))
-    at.stager.send(at.tensors(9, 4 * KB), Urgency.SNAPSHOT)
-    at.stager.send(at.tensors(9, 4 * KB), Urgency.STATE)
+    at.stager.copy(at.tensors(9, 4 * KB), Urgency.SNAPSHOT)
+    at.stager.copy(at.tensors(9, 4 * KB), Urgency.STATE)
     at.stager.poll()
     assert at.device.calls["pack"] + 1 == 9 + 4
     at.end_well()
@@ -390,7 +390,7 @@ def test_what_an_update_may_wait_for_leaves_before_what_is_in_scratch(scene):
 
 def test_copies_and_registered_pieces_stay_small(scene):
     at = scene(Room(64 * KB, 2, 0), copy_bytes=10 * KB)
-    at.stager.send([at.tensor(500 * KB), at.tensor(100 * KB)], Urgency.STATE)
+    at.stager.copy([at.tensor(500 * KB), at.tensor(100 * KB)], Urgency.STATE)
     at.end_well()
     assert max(at.device.copied) <= 10 * KB
     assert sum(at.device.copied) == 600 * KB
@@ -400,7 +400,7 @@ def test_copies_and_registered_pieces_stay_small(scene):
 
 def test_a_ring_in_use_is_not_queued_up_without_end(scene):
     at = scene(Room(4 * KB, 3, 0))
-    at.stager.send(at.tensors(40, 4 * KB), Urgency.STATE)
+    at.stager.copy(at.tensors(40, 4 * KB), Urgency.STATE)
     for _ in range(10):
         at.stager.poll()
     assert at.device.calls["pack"] + 1 == 6  # twice the ring, until the host sees one land
@@ -417,7 +417,7 @@ def test_sources_live_until_they_have_left_and_no_longer(scene, options):
     alive = [weakref.ref(s.source.memory) for s in requests]
     before = content_of(requests)
     places = [at.arrived(s) for s in requests]
-    sent = at.stager.send(requests, Urgency.STATE)
+    sent = at.stager.copy(requests, Urgency.STATE)
     del requests
     at.device.advance(100)
     at.stager.finish(sent)
@@ -438,13 +438,13 @@ def run_through(at):
         content = at.random.integers(0, 256, 4 * KB, np.uint8)
         for request in requests:
             at.device.write(request.source.memory, content, seconds=0.01)
-        sent = at.stager.send(requests, Urgency.STATE)
+        sent = at.stager.copy(requests, Urgency.STATE)
         at.device.compute(seconds)
         at.stager.guard({"opt"})
         for request in requests:
             at.device.write(request.source.memory, 0, seconds=0.01)
         gradients = at.tensors(12, 4 * KB)
-        also = at.stager.send(gradients, Urgency.GRADIENT)
+        also = at.stager.copy(gradients, Urgency.GRADIENT)
         for request in gradients:
             at.device.write(request.source.memory, 0)
         at.stager.finish()
@@ -482,7 +482,7 @@ def test_whatever_call_fails_everything_ends_and_the_next_save_goes_well(
     failed = False
     try:
         requests = at.tensors(10, 4 * KB)
-        sent = at.stager.send(requests, urgency)
+        sent = at.stager.copy(requests, urgency)
         at.poll(1, 0.1)
         at.stager.guard({"opt"})
         for request in requests:
@@ -498,7 +498,7 @@ def test_whatever_call_fails_everything_ends_and_the_next_save_goes_well(
     at.device.drain()
     again = at.tensors(10, 4 * KB)
     before = content_of(again)
-    sent = at.stager.send(again, urgency)
+    sent = at.stager.copy(again, urgency)
     at.update(again)
     at.end_well()
     assert sent.proven
@@ -507,7 +507,7 @@ def test_whatever_call_fails_everything_ends_and_the_next_save_goes_well(
 
 def test_an_error_in_the_background_is_raised_by_the_next_call_once(scene):
     at, told = scene(made={"fail": {"copy": {2}}}), []
-    sent = at.stager.send(at.tensors(6, 4 * KB), Urgency.STATE, on_done=lambda: told.append(sent.error))
+    sent = at.stager.copy(at.tensors(6, 4 * KB), Urgency.STATE, on_done=lambda: told.append(sent.error))
     at.stager.poll()
     assert sent.done.is_set()
     assert not sent.proven
@@ -529,8 +529,8 @@ def test_all_have_ended_before_anyone_is_told(scene, caplog):
         msg = "a defect"
         raise RuntimeError(msg)
 
-    first = s.stager.send(s.tensors(2, KB), Urgency.STATE, on_done=told)
-    second = s.stager.send(s.tensors(2, KB), Urgency.STATE, on_done=lambda: seen.append("second"))
+    first = s.stager.copy(s.tensors(2, KB), Urgency.STATE, on_done=told)
+    second = s.stager.copy(s.tensors(2, KB), Urgency.STATE, on_done=lambda: seen.append("second"))
     s.device.fail = {"synchronize": {s.device.calls.get("synchronize", -1) + 1}}
     with pytest.raises(SaveError, match="synchronize refused"):
         s.stager.finish(first)
@@ -542,12 +542,12 @@ def test_all_have_ended_before_anyone_is_told(scene, caplog):
 def test_nothing_new_leaves_before_what_failed_was_awaited(scene, monkeypatch):
     """A load that failed half-way has a slot and no event: the next one in it would not wait for its copy."""
     s = scene(Room(4 * KB, 1, 0))
-    s.stager.send(s.tensors(2, KB), Urgency.STATE)
+    s.stager.copy(s.tensors(2, KB), Urgency.STATE)
     real, refused = s.stager._fail, []
 
     def send():
         with pytest.raises(SaveError):
-            s.stager.send(s.tensors(1, KB), Urgency.GRADIENT)
+            s.stager.copy(s.tensors(1, KB), Urgency.GRADIENT)
         refused.append("refused")
 
     def fail(error):
@@ -565,14 +565,14 @@ def test_nothing_new_leaves_before_what_failed_was_awaited(scene, monkeypatch):
     s.device.fail = {}
     again = s.tensor(KB)
     with contextlib.suppress(SaveError):  # what was refused is told once
-        s.stager.send([], Urgency.STATE)
-    s.stager.finish(s.stager.send([again], Urgency.STATE))
+        s.stager.copy([], Urgency.STATE)
+    s.stager.finish(s.stager.copy([again], Urgency.STATE))
     assert s.arrived(again).tobytes() == again.source.memory.tobytes()
 
 
 def test_memory_of_a_device_that_does_not_answer_is_left_alone(scene, caplog):
     at = scene()
-    sent = at.stager.send(at.tensors(6, 4 * KB), Urgency.STATE)
+    sent = at.stager.copy(at.tensors(6, 4 * KB), Urgency.STATE)
     at.stager.poll()
     at.device.fail = {"synchronize": set(range(1000)), "record": set(range(1000)), "query": set(range(1000))}
     alive = weakref.ref(at.arena.data)
@@ -593,7 +593,7 @@ def test_memory_of_a_device_that_does_not_answer_is_left_alone(scene, caplog):
 @given(st.integers(0, 30), st.sampled_from([Urgency.STATE, Urgency.SNAPSHOT, Urgency.GRADIENT]))
 def test_after_a_cancellation_nothing_writes_into_the_arena(fakes, options, tenths, urgency):
     at = Scene(fakes, Room(4 * KB, 3, 12 * KB), **options)
-    sent = at.stager.send([at.tensor(4 * KB, held=False) for _ in range(10)], urgency)
+    sent = at.stager.copy([at.tensor(4 * KB, held=False) for _ in range(10)], urgency)
     if tenths:
         at.poll(tenths / 10, 0.1)
     ended = sent.done.is_set()
@@ -613,7 +613,7 @@ def test_after_a_cancellation_nothing_writes_into_the_arena(fakes, options, tent
 def test_what_was_about_to_leave_at_a_cancellation_does_not(scene, urgency):
     """Between taking a load out and queuing it, another thread may have given everything up."""
     at = scene(Room(4 * KB, 2, 4 * KB))
-    at.stager.send(at.tensors(1, 4 * KB), urgency)
+    at.stager.copy(at.tensors(1, 4 * KB), urgency)
     (flight,), at.stager._waiting = at.stager._waiting, []
     at.stager.cancel()
     packs = at.device.calls.get("pack")
@@ -629,18 +629,18 @@ def test_a_closed_stager_is_closed(scene):
     at.stager.close()
     at.stager.close()
     with pytest.raises(SaveError, match="copying from the fake device has ended"):
-        at.stager.send([], Urgency.STATE)
+        at.stager.copy([], Urgency.STATE)
 
 
 def test_inside_a_graph_nothing_is_queued(scene):
     at = scene()
     requests = at.tensors(3, KB)
-    sent = at.stager.send(requests, Urgency.STATE)
+    sent = at.stager.copy(requests, Urgency.STATE)
     before = dict(at.device.calls)
     at.device.graph = True
     at.stager.guard({"opt"})
     with pytest.raises(SaveError, match="a graph is being captured"):
-        at.stager.send(requests, Urgency.GRADIENT)
+        at.stager.copy(requests, Urgency.GRADIENT)
     assert at.device.calls == before
     assert at.stager.graphed
     at.device.graph = False
@@ -659,7 +659,7 @@ def test_the_detour_is_said_and_leaves_nothing_registered(scene):
     )
     assert "no memory may be locked" in at.stager.variant
     assert at.device.registered == []
-    at.stager.send(at.tensors(20, 4 * KB), Urgency.STATE)
+    at.stager.copy(at.tensors(20, 4 * KB), Urgency.STATE)
     at.end_well()
     assert sum(block.nbytes for block in at.device.pinned_memory) == at.room.ring_bytes
 
@@ -671,7 +671,7 @@ def test_the_variants_have_names(scene):
 
 def test_stages_are_seen_in_profiles(scene):
     at = scene()
-    at.stager.send(at.tensors(2, KB), Urgency.STATE)
+    at.stager.copy(at.tensors(2, KB), Urgency.STATE)
     at.stager.guard(None)
     at.end_well()
     assert set(at.device.ranges) == {
@@ -687,7 +687,7 @@ def test_a_thread_receives_what_lands(scene, options):
     at, told = scene(**options, thread=True), threading.Event()
     requests = at.tensors(30, 4 * KB)
     before = content_of(requests)
-    sent = at.stager.send(requests, Urgency.STATE, on_done=told.set)
+    sent = at.stager.copy(requests, Urgency.STATE, on_done=told.set)
     at.update(requests)
     assert told.wait(30)
     assert sent.proven
@@ -702,7 +702,7 @@ def test_a_thread_receives_what_lands(scene, options):
 def test_a_thread_and_a_cancellation_get_along(fakes, options, count):
     at = Scene(fakes, **options, thread=True)
     for _ in range(3):
-        sent = at.stager.send(at.tensors(count, 4 * KB), Urgency.STATE)
+        sent = at.stager.copy(at.tensors(count, 4 * KB), Urgency.STATE)
         at.stager.cancel()
         assert sent.done.is_set()
         at.arena.data[:] = 5
@@ -714,7 +714,7 @@ def test_a_thread_and_a_cancellation_get_along(fakes, options, count):
 def test_a_thread_ends_with_its_owner(scene, monkeypatch):
     monkeypatch.setattr("gockpt.staging.device_queue.IDLE", 0.01)
     at = scene(thread=True)
-    at.stager.finish(at.stager.send(at.tensors(3, KB), Urgency.STATE))
+    at.stager.finish(at.stager.copy(at.tensors(3, KB), Urgency.STATE))
     thread = at.stager._thread
     del at.stager
     gc.collect()
@@ -760,7 +760,7 @@ def runs(draw):
 
 
 @given(runs())
-def test_training_and_the_road_side_by_side(fakes, run):
+def test_training_and_the_stager_side_by_side(fakes, run):
     """Whatever is sent, wherever time goes: what arrives is the boundary, within the bound, and all ends."""
     steps, seed = run.pop("steps"), run.pop("seed")
     at = Scene(fakes, **run)
@@ -781,7 +781,7 @@ def test_training_and_the_road_side_by_side(fakes, run):
                 at.device.write(request.source.memory, request.source.memory.copy(), 1e-4)
                 live[request.owner].append(request)
             before = content_of(requests)
-            sent.append((at.stager.send(requests, urgency), requests, before))
+            sent.append((at.stager.copy(requests, urgency), requests, before))
             if urgency in (Urgency.BUFFER, Urgency.GRADIENT):
                 for request in requests:
                     at.device.write(request.source.memory, 0, 1e-4)
@@ -815,7 +815,7 @@ def test_a_look_waits_for_nothing_and_says_what_stood_there(scene, options):
     request = at.tensor(3 * KB)
     at.device.compute(5)
     at.device.write(request.source.memory, 1)
-    seen = at.stager.watch([request.source])
+    seen = at.stager.fingerprint([request.source])
     at.device.write(request.source.memory, 2)
     assert at.device.now == 0.0
     assert not seen.done.is_set()
@@ -830,10 +830,10 @@ def test_a_look_is_refused_inside_a_graph_and_told_when_it_fails(scene):
     at = scene(made={"fail": {"prints": {0}}})
     request = at.tensor(KB)
     with pytest.raises(SaveError, match="prints refused"):
-        at.stager.watch([request.source])
+        at.stager.fingerprint([request.source])
     at.device.graph = True
     with pytest.raises(SaveError, match="a graph is being captured"):
-        at.stager.watch([request.source])
+        at.stager.fingerprint([request.source])
     at.device.graph = False
     at.end_well()
 
@@ -843,7 +843,7 @@ def test_a_second_arena_can_come_and_go(scene):
     other = Arena(1 << 16)
     assert at.stager.admit(other) is None
     request = at.tensor(KB)
-    sent = at.stager.send([CopyRequest(request.source, 1, 64, "opt")], Urgency.GRADIENT)
+    sent = at.stager.copy([CopyRequest(request.source, 1, 64, "opt")], Urgency.GRADIENT)
     at.stager.finish(sent)
     assert sent.proven
     assert np.array_equal(other.view(64, KB), request.source.memory)
@@ -865,9 +865,9 @@ def test_what_is_hastened_arrives_before_what_is_sent_later(scene):
     at = scene(room=Room(4 * KB, 4, 40 * KB))
     first = at.tensor(40 * KB)
     second = CopyRequest(at.tensor(40 * KB).source, 0, first.offset, "opt")
-    at.stager.send([first], Urgency.SNAPSHOT)
-    at.stager.hasten()
-    at.stager.send([second], Urgency.STATE)
+    at.stager.copy([first], Urgency.SNAPSHOT)
+    at.stager.flush()
+    at.stager.copy([second], Urgency.STATE)
     at.stager.guard(None)
     at.end_well()
     assert np.array_equal(at.arrived(first), second.source.memory)

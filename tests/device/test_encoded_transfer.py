@@ -120,7 +120,7 @@ def test_what_arrives_is_the_gradient_in_16_bits(fakes, rounds):
     at = Scene(fakes)
     for _ in range(rounds):
         wanted = at.wanted()
-        sent = at.stager.send(at.requests, Urgency.GRADIENT)
+        sent = at.stager.copy(at.requests, Urgency.GRADIENT)
         for values in at.values:
             at.device.write(values.view(np.uint8), 0)  # the next backward pass
         at.stager.finish()
@@ -147,8 +147,8 @@ def test_a_stream_that_does_not_wait_is_seen(fakes, stream):
     at = Scene(fakes)
     at.device.deaf = {stream}
     at.device.compute(1)
-    sent = at.stager.send(at.requests, Urgency.GRADIENT)
-    more = at.stager.send(at.requests, Urgency.GRADIENT)
+    sent = at.stager.copy(at.requests, Urgency.GRADIENT)
+    more = at.stager.copy(at.requests, Urgency.GRADIENT)
     violations = at.finish()
     assert violations
     assert sent.lost or more.lost
@@ -165,7 +165,7 @@ def test_what_the_bus_gets_wrong_is_seen(fakes):
             target[5] ^= 16
 
     at.device.copy = copy
-    sent = at.stager.send(at.requests, Urgency.GRADIENT)
+    sent = at.stager.copy(at.requests, Urgency.GRADIENT)
     at.finish()
     assert len(sent.lost) == 1
 
@@ -177,11 +177,11 @@ def test_a_device_that_refuses_is_told_and_the_next_goes_well(fakes, name, numbe
     at = Scene(fakes, fail={name: {number}})
 
     def send():
-        at.stager.finish(at.stager.send(at.requests, Urgency.GRADIENT))
+        at.stager.finish(at.stager.copy(at.requests, Urgency.GRADIENT))
 
     with pytest.raises(SaveError, match=f"{name} refused"):
         send()
-    again = at.stager.send(at.requests, Urgency.GRADIENT)
+    again = at.stager.copy(at.requests, Urgency.GRADIENT)
     at.stager.finish(again)
     assert again.proven
     assert at.finish() == []

@@ -18,7 +18,7 @@ PLENTY = 1 << 26
 
 
 class Run:
-    """A loop whose every tick is kept as a deep copy, and whose road is ready before it starts."""
+    """A loop whose every tick is kept as a deep copy, and whose stager is ready before it starts."""
 
     def __init__(self, *, build=None, ready=True, every=1, **options):
         torch.manual_seed(0)
@@ -254,7 +254,7 @@ def test_a_bound_of_host_memory_leaves_no_room_for_the_detour(devices):
     run.check()
 
 
-def test_a_state_that_grows_gets_another_road(devices, caplog):
+def test_a_state_that_grows_gets_another_stager(devices, caplog):
     run = Run()
     run.ticks(2)
     run.model.append(torch.nn.Linear(400, 400))

@@ -200,7 +200,7 @@ def test_what_is_found_torn_after_the_last_call_is_saved_as_of_that_call(devices
 def test_what_leaves_twice_arrives_in_order_or_is_caught(devices, runs, monkeypatch, how):
     """What waits in scratch memory would be overtaken by what leaves at the close."""
     if how == "out of order":
-        monkeypatch.setattr(DeviceStager, "hasten", lambda self: None)
+        monkeypatch.setattr(DeviceStager, "flush", lambda self: None)
     run = runs.Run("adam", device_memory=1 << 26).ticks(2)
     devices.gate.clear()
     run.ticks(3)
