@@ -158,7 +158,7 @@ def steps(path: Where) -> list[int]:
     """Return the steps of the complete checkpoints in a path, ascending; none if it does not exist.
 
     Raises:
-        NotACheckpoint: If the path is not a directory.
+        NotACheckpoint: If the path is neither a directory nor an archive.
     """
     return sorted({entry.step for entry in list_checkpoints(path)})
 
@@ -170,7 +170,7 @@ def latest(path: Where) -> int | None:
     1100, though 1500 may still be there.
 
     Raises:
-        NotACheckpoint: If the path is not a directory.
+        NotACheckpoint: If the path is neither a directory nor an archive.
     """
     return latest_step(path)
 
@@ -185,7 +185,7 @@ def checkpoints(path: Where, *, superseded: bool = False) -> list[CheckpointEntr
         superseded: Whether to include those that a newer publication of their step replaced.
 
     Raises:
-        NotACheckpoint: If the path is not a directory.
+        NotACheckpoint: If the path is neither a directory nor an archive.
     """
     return list_checkpoints(path, superseded=superseded)
 
@@ -211,7 +211,7 @@ def diff(
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
-        NotACheckpoint: If a path is a file, or a directory that gockpt didn't write.
+        NotACheckpoint: If a path is a file or directory that gockpt didn't write.
         CheckpointCorrupt: If one of them is damaged.
     """
     with (
@@ -329,7 +329,7 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
-        NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
+        NotACheckpoint: If the path is a file or directory that gockpt didn't write.
     """
     try:
         stored = open_checkpoint(path, checked_step(step))

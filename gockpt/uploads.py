@@ -43,7 +43,7 @@ def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
     interruption no reader finds a checkpoint there, and the next call sends only the missing objects.
 
     Args:
-        path: Where checkpoints are saved, or one checkpoint's own directory.
+        path: Where checkpoints are saved, or one checkpoint's own directory or archive.
         url: The destination, such as ``"s3://bucket/run"``; or an obstore store.
         step: The wanted step; ``None`` for the newest.
 

@@ -120,7 +120,7 @@ def open(path: Where, step: int | None = None, *, verify: Literal["blocks", "non
     """Open a checkpoint for reading; reads names, shapes and metadata, no tensor.
 
     Args:
-        path: Where checkpoints are saved, or one checkpoint's own directory.
+        path: Where checkpoints are saved, or one checkpoint's own directory or archive.
         step: The wanted step; ``None`` for the newest (published last, whatever its step).
         verify: ``"blocks"`` reads whole blocks of 1 MiB around the wanted bytes and compares each with its
             checksum. ``"none"`` reads just the wanted bytes, from disk at most a page more at either end:
@@ -128,7 +128,7 @@ def open(path: Where, step: int | None = None, *, verify: Literal["blocks", "non
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
-        NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
+        NotACheckpoint: If the path is a file or directory that gockpt didn't write.
         ManifestCorrupt: If its manifest or state document is damaged.
         UsageError: If ``verify`` has another value.
     """

@@ -112,7 +112,7 @@ def load(
     """Load a checkpoint into a model, its optimizers and extras, in place and bit for bit.
 
     Args:
-        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
+        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory, archive or URL.
         model: A module, a list of modules, or a ``{name: tensor}`` mapping; their memory is overwritten.
         optimizer: One optimizer or several; ``None`` loads the model alone.
         step: The wanted step; ``None`` for the newest (published last, whatever its step).
@@ -135,7 +135,7 @@ def load(
     Raises:
         StateMismatch: If something doesn't fit; nothing was changed.
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
-        NotACheckpoint: If the path is a file, or a directory that gockpt didn't write.
+        NotACheckpoint: If the path is a file or directory that gockpt didn't write.
         NonFiniteCheckpoint: With ``finite``, if none is, or that of ``step`` isn't; nothing was changed.
         CheckpointCorrupt: If the checkpoint is damaged; a note names the overwritten tensors.
         UsageError: If an argument has an unsupported type or value.

@@ -69,7 +69,7 @@ def newest_good(path: Where, *, whole: bool, finite: bool) -> tuple[StoredCheckp
     """Open the newest checkpoint that meets the conditions.
 
     Args:
-        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory or URL.
+        path: Where checkpoints are saved or uploaded to, or one checkpoint's own directory, archive or URL.
         whole: Whether every byte has to match its checksum; reads all of each checkpoint that is tried.
         finite: Whether parameters and optimizer state must have no NaN or Inf; reads them if a checkpoint
             has no counts.

@@ -99,6 +99,9 @@ class ArrayEntry:
     @property
     def block_count(self) -> int:
         """Number of this array's entries in the block checksums."""
+        nbytes = self.spec.nbytes
+        if self.coded is None and nbytes <= self.chunk_nbytes:  # one chunk, or none: the same, sooner
+            return checksum.block_count(nbytes)
         return self.first_block(self.chunks)
 
     def layout(self) -> ArrayLayout:

@@ -85,7 +85,7 @@ def location_at(where: Where) -> Location:
     Raises:
         UsageError: If it is neither a usable URL nor a path.
         CheckpointNotFound: If there is no such directory.
-        NotACheckpoint: If it is a file.
+        NotACheckpoint: If it is neither a directory nor an archive.
     """
     if isinstance(where, os.PathLike) and not isinstance(os.fspath(where), str):
         return local_location(local_path(where))  # raises
@@ -101,11 +101,11 @@ def list_checkpoints(path: Where, *, superseded: bool = False) -> list[Checkpoin
     """Return the complete checkpoints in a path, oldest publication first.
 
     Args:
-        path: Where checkpoints are saved, or one checkpoint's own directory; may not exist (yet). Or a URL.
+        path: Where checkpoints are saved, or one checkpoint itself; may not exist (yet). Or a URL.
         superseded: Whether to include those that a newer publication of their step replaced.
 
     Raises:
-        NotACheckpoint: If ``path`` is no directory.
+        NotACheckpoint: If ``path`` is neither a directory nor an archive.
         ManifestCorrupt: If ``path`` is one checkpoint's own, and damaged.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
@@ -124,7 +124,7 @@ def latest_step(path: Where) -> int | None:
     That takes far less than :func:`list_checkpoints`: only the newest manifest is read to its end.
 
     Raises:
-        NotACheckpoint: If ``path`` is no directory.
+        NotACheckpoint: If ``path`` is neither a directory nor an archive.
         ManifestCorrupt: If ``path`` is one checkpoint's own, and damaged.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
@@ -156,7 +156,7 @@ def damaged_checkpoints(path: Where) -> dict[Child, ManifestCorrupt]:
 
     Raises:
         CheckpointNotFound: If there is no such directory.
-        NotACheckpoint: If ``path`` is no directory.
+        NotACheckpoint: If ``path`` is neither a directory nor an archive.
         ManifestCorrupt: If ``path`` is one checkpoint's own, and damaged.
         RemoteError: If the store of a URL refuses or can't be reached.
     """
@@ -168,13 +168,13 @@ def open_checkpoint(path: Where, step: int | None = None, *, threads: int = THRE
     """Open the newest complete checkpoint in a path, or that of one step; reads only manifests.
 
     Args:
-        path: Where checkpoints are saved, or one checkpoint's own directory, under any name. Or a URL.
+        path: Where checkpoints are saved, or one checkpoint itself, under any name. Or a URL.
         step: The wanted step; ``None`` for the newest publication.
         threads: How many threads a large read may use; from an object store it is always more.
 
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
-        NotACheckpoint: If ``path`` is a file, or a directory that gockpt didn't write.
+        NotACheckpoint: If ``path`` is a file or directory that gockpt didn't write.
         ManifestCorrupt: If that step's is damaged; without a step, if every one is.
         FormatTooNew: If the wanted one is of a later version of the format; without a step, if one is that
             may be newer than all others.

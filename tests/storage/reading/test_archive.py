@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import zarr
 from zarr.storage import ZipStore
 
 from gockpt.errors import CheckpointCorrupt, GockptError, StorageError, UsageError
-from gockpt.storage.format import manifest
+from gockpt.storage.format import manifest, zip_archive
 from gockpt.storage.local import packing
 from gockpt.storage.local.filesystem import CALLS, Filesystem
 from gockpt.storage.read.find import open_checkpoint
@@ -237,6 +238,45 @@ def test_other_programs_read_it(write, tmp_path):
         }
         found = tensorstore.open(spec, read=True).result().read().result()
         assert found.tobytes() == value.tobytes(), name
+
+
+def far_out(contents, base, zips):
+    """Return the bytes of an archive from ``base`` on, where its first entry begins."""
+    out, records, offsets = bytearray(), [], {}
+    for name in sorted(contents, key=lambda name: not zips.is_chunk(name)):
+        if name != "gockpt.json":
+            zips.add(out, records, name, contents[name], offsets)
+    held = manifest.parse(contents["gockpt.json"], where="x")
+    arrays = (
+        replace(one, at=tuple(base + offsets[one.chunk_path(n)] for n in range(one.chunks)))
+        for one in held.arrays
+    )
+    last = manifest.encode(replace(held, arrays=tuple(arrays)))
+    zips.add(out, records, "gockpt.json", last, offsets)
+    tail = zip_archive.Tail(len(records), 0, 0, zip_archive.find_entry(records[-1], "gockpt.json"), 0)
+    found = zip_archive.parse_directory(b"".join(records), tail, where="x")
+    moved = [zip_archive.central_record(e.name, e.nbytes, e.crc32, base + e.header_at) for e in found]
+    directory = b"".join(moved)
+    return bytes(out) + directory + zip_archive.end_records(len(moved), base + len(out), len(directory))
+
+
+@pytest.mark.parametrize("base", [1 << 31, (1 << 32) - 4096, 5 << 30])
+def test_offsets_beyond_2_and_4_gib_are_read_by_all(write, tmp_path, zips, base):
+    written = write(tmp_path, {("w",): ((5, 3), "float32"), ("v",): ((90, 100), "float64")}, chunk_rows=85)
+    archive = tmp_path / "a.zip"
+    with archive.open("wb") as file:
+        file.seek(base)
+        file.write(far_out(zips.contents(written.path), base, zips))
+    assert load(archive) == load(written.path)
+    with open_checkpoint(archive) as stored:
+        (problem,) = stored.verify().problems
+        assert problem.what.endswith(f"begins at byte {base} instead of 0")
+    with ZipStore(archive, mode="r") as store:
+        group = zarr.open_group(store, mode="r")
+        assert np.asarray(group["v"][...]).tobytes() == written.values["v"].tobytes()
+    inside = {"driver": "zip", "base": f"file://{archive}", "path": "v/"}
+    found = tensorstore.open({"driver": "zarr3", "kvstore": inside}, read=True).result().read().result()
+    assert found.tobytes() == written.values["v"].tobytes()
 
 
 def test_xarray_opens_it(write, tmp_path):
