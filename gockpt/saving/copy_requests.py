@@ -50,7 +50,7 @@ def sources_of(live: LiveState, pieces: Sequence[Piece]) -> list[Source]:
 
 def requests_of(live: LiveState, pieces: Sequence[Piece]) -> list[CopyRequest]:
     """Return the requests to copy some pieces to their places in the state's arena."""
-    owner = _owners(live)
+    owner = live.once("owners", lambda: _owners(live))
     stretches = [stretch for piece in pieces for stretch in piece.stretches]
     return [
         CopyRequest(source, ArenaId.STATE, stretch.offset, owner.get(stretch.name))

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,11 @@ import numpy as np
 
 from gockpt.core.descriptors import ArenaId
 from gockpt.errors import SaveAborted
-from gockpt.kernels.fingerprint_numba import copy_fingerprint, fingerprint
+from gockpt.kernels.fingerprint_numba import copy_fingerprints, fingerprint, fingerprints
 from gockpt.kernels.gradient16_launch import Form
 from gockpt.kernels.gradient_encoding import encode
 from gockpt.staging.stager import CopyRequest, CopyResult, Urgency
-from gockpt.tensor_memory import as_bytes
+from gockpt.tensor_memory import as_bytes, dense_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -35,49 +36,90 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Batch", "Copy", "HostStager", "Transfer"]
+__all__ = ["Batch", "Copies", "HostStager", "Rows", "Transfer"]
 
 TASK_BYTES = 1 << 20
 """Bytes of the fingerprints of one task, if there are so many: enough that starting one costs nothing."""
 
+COPY_TASK_BYTES = 64 << 10
+"""The same for copies, which whoever waits for them helps with."""
 
-@dataclass(slots=True)
-class Copy:
-    """One copy into the arena.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Bytes in host memory, as a table.
 
     Attributes:
-        source: Live bytes; holds the storage alive.
-        target: Their place in the arena.
-        position: Where its first byte is in its array, as far as fingerprints go: a multiple of 8.
-        expected: Fingerprint of the source at the boundary.
-        request: The request that it carries out.
-        arrived: Fingerprint of the target after the copy; ``None`` before.
+        addresses: Where each row begins: int64[R].
+        nbytes: How many bytes it has: int64[R].
+        positions: Where its first byte is in its array, as far as fingerprints go: int64[R], multiples of 8.
+        memory: Holds the memory alive.
     """
 
-    source: Bytes
-    target: Bytes
-    position: int
-    expected: int
-    request: CopyRequest
-    arrived: int | None = None
+    addresses: np.ndarray
+    nbytes: np.ndarray
+    positions: np.ndarray
+    memory: object
 
-    def run(self) -> None:
-        """Copy, and fingerprint what arrived."""
-        self.arrived = copy_fingerprint(self.source, self.target, self.position)
+    def of(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return some rows of each column."""
+        return self.addresses[rows], self.nbytes[rows], self.positions[rows]
+
+    def parts(self, nbytes: int) -> Iterator[slice]:
+        """Divide the rows into parts of ``nbytes`` or of one row, whichever is more."""
+        ends = np.cumsum(self.nbytes)
+        first, total = 0, len(ends)
+        while first < total:
+            before = int(ends[first - 1]) if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + nbytes, side="right")))
+            yield slice(first, last)
+            first = last
+
+
+class Copies:
+    """Copies into the arenas, as a table.
+
+    Attributes:
+        rows: Live bytes.
+        targets: Where they go: int64[R].
+        expected: Fingerprints of the live bytes at the boundary: uint64[R].
+        arrived: Fingerprints of the targets after the copies: uint64[R].
+        ended: Which have been copied: bool[R].
+    """
+
+    def __init__(self, rows: Rows, targets: np.ndarray, expected: np.ndarray) -> None:
+        self.rows = rows
+        self.targets = targets
+        self.expected = expected
+        self.arrived = np.zeros_like(expected)
+        self.ended = np.zeros(expected.size, bool)
+
+    def tasks(self) -> Iterator[Callable[[], None]]:
+        """Return the copies as tasks of some size."""
+        for part in self.rows.parts(COPY_TASK_BYTES):
+            yield partial(self.run, part)
+
+    def run(self, part: slice | np.ndarray) -> None:
+        """Copy some rows, and fingerprint what arrived."""
+        addresses, nbytes, positions = self.rows.of(part)
+        self.arrived[part] = copy_fingerprints(addresses, self.targets[part], nbytes, positions)
+        self.ended[part] = True
 
     @property
-    def proven(self) -> bool:
-        """Whether the bytes that arrived are those of the boundary."""
-        return self.arrived is not None and self.arrived == self.expected
+    def proven(self) -> np.ndarray:
+        """Whether the bytes that arrived are those of the boundary: bool[R]."""
+        proven: np.ndarray = self.ended & (self.arrived == self.expected)
+        return proven
 
-    def retry(self) -> bool:
-        """Copy again if the source is (again) what it was at the boundary; whether it is proven now.
+    def retry(self) -> None:
+        """Copy again what is not proven, if the source is (again) what it was at the boundary.
 
-        Only for a moment at which nothing else writes the source.
+        Only for a moment at which nothing else writes the sources.
         """
-        if not self.proven and fingerprint(self.source, self.position) == self.expected:
-            self.run()
-        return self.proven
+        left = np.flatnonzero(~self.proven)
+        again = left[fingerprints(*self.rows.of(left)) == self.expected[left]]
+        if again.size:
+            self.run(again)
 
 
 @dataclass(slots=True)
@@ -213,7 +255,8 @@ class _Result(CopyResult):
 
     def __init__(self, requests: Sequence[CopyRequest], on_done: Callable[[], None] | None) -> None:
         super().__init__(requests, on_done)
-        self.copies: list[Copy] = []
+        self.asked: Sequence[CopyRequest] = self.requests
+        self.copies: Copies | None = None
         self.behind = False
         self.batch: Batch | None = None
         self.fingerprints: dict[tuple[int, int, int], int] = {}
@@ -223,9 +266,16 @@ class _Result(CopyResult):
         """Bytes and seconds for the measured copy rate: those of copies behind training."""
         return super().sample if self.behind else (0, 0.0)
 
+    def end(self) -> None:
+        """Let nobody wait for it any more, and no memory be held by it."""
+        super().end()
+        self.asked, self.copies = (), None
+
     def judge(self) -> None:
         """Note which copies are not proven."""
-        self.lost = [copy.request for copy in self.copies if not copy.proven]
+        if self.copies is not None:
+            copied = [request for request in self.asked if request.arrived is None]
+            self.lost = [copied[row] for row in np.flatnonzero(~self.copies.proven).tolist()]
 
 
 class HostStager:
@@ -273,9 +323,16 @@ class HostStager:
 
     def fingerprint_now(self, sources: Sequence[Source]) -> list[int]:
         """Return the sources' fingerprints now."""
-        found = [0] * len(sources)
-        views = dict(_views(sources))
-        self._thread.run(_fingerprint_tasks(sources, views, found))
+        found: list[int] = self._fingerprints_now(_rows_of(sources)).tolist()
+        return found
+
+    def _fingerprints_now(self, rows: Rows) -> np.ndarray:
+        found = np.zeros(rows.nbytes.size, np.uint64)
+
+        def task(part: slice) -> None:
+            found[part] = fingerprints(*rows.of(part))
+
+        self._thread.run([partial(task, part) for part in rows.parts(TASK_BYTES)])
         return found
 
     def copy(
@@ -288,21 +345,20 @@ class HostStager:
     ) -> CopyResult:
         """Copy the sources as they are now, behind the call or inside it: see :class:`Urgency`."""
         result = _Result(requests, on_done)
+        copied = [request for request in requests if request.arrived is None]
+        sources = [request.source for request in copied]
+        rows = _rows_of(sources)
         known = seen.fingerprints if isinstance(seen, _Result) else {}
-        missing = [r.source for r in requests if r.arrived is None and _key(r.source) not in known]
-        known = {**known, **dict(zip(map(_key, missing), self.fingerprint_now(missing), strict=True))}
-        views = dict(_views([request.source for request in requests if request.arrived is None]))
-        for request in requests:
-            source = request.source
-            if request.arrived is not None:
-                result.expected.append(request.arrived)
-                continue
-            expected = known[_key(source)]
-            data = views[id(source.memory)][source.low : source.low + source.nbytes]
-            target = self._arenas[request.arena].view(request.offset, source.nbytes)
-            result.expected.append(expected)
-            result.copies.append(Copy(data, target, source.position, expected, request))
-        tasks = [copy.run for copy in result.copies]
+        missing = np.array([_key(source) not in known for source in sources], bool) if known else None
+        if missing is None:
+            expected = self._fingerprints_now(rows)
+        else:
+            expected = np.array([known.get(_key(source), 0) for source in sources], np.uint64)
+            expected[missing] = self._fingerprints_now(Rows(*rows.of(np.flatnonzero(missing)), rows.memory))
+        left = iter(expected.tolist())
+        result.expected = [next(left) if r.arrived is None else r.arrived for r in requests]
+        result.copies = Copies(rows, self._targets(copied), expected)
+        tasks = [*result.copies.tasks()]
         if urgency in (Urgency.BUFFER, Urgency.GRADIENT):
             self._thread.run(tasks)
             result.judge()
@@ -313,6 +369,15 @@ class HostStager:
             self._open.append(result)
         result.batch = self._thread.submit(tasks, on_done=lambda: self._ended(result))
         return result
+
+    def _targets(self, requests: Sequence[CopyRequest]) -> np.ndarray:
+        """Return where the copies go: int64[R]."""
+        for request in requests:
+            if not 0 <= request.offset <= self._arenas[request.arena].nbytes - request.source.nbytes:
+                msg = f"{request} does not fit into its arena"
+                raise ValueError(msg)
+        places = (self._arenas[request.arena].address + request.offset for request in requests)
+        return np.fromiter(places, np.int64, len(requests))
 
     def place_gradient(self, source: Source, grad_dtype: str | None, ring: Ring) -> CopyRequest | None:
         """Put a gradient into the ring now, encoded where that makes it smaller; ``None`` without room."""
@@ -349,9 +414,10 @@ class HostStager:
             SaveAborted: If it was cancelled.
         """
         if isinstance(result, _Result) and result.batch is not None and not result.done.is_set():
+            copies = result.copies
             result.batch.finish()
-            for copy in result.copies:
-                copy.retry()
+            if copies is not None:
+                copies.retry()
             self._end(result)
         if result.error is not None:
             raise result.error
@@ -370,7 +436,7 @@ class HostStager:
 
     def _ended(self, result: _Result) -> None:
         """Tell of a result whose copies have all arrived; what is not proven waits for :meth:`finish`."""
-        if all(copy.proven for copy in result.copies):
+        if result.copies is not None and result.copies.proven.all():
             self._end(result)
 
     def _end(self, result: _Result, error: BaseException | None = None) -> None:
@@ -381,7 +447,6 @@ class HostStager:
             result.error = error
             result.judge()
             result.end()
-            result.copies = []
         result.tell()
 
 
@@ -389,35 +454,25 @@ def _key(source: Source) -> tuple[int, int, int]:
     return id(source.memory), source.low, source.nbytes
 
 
-def _views(sources: Iterable[Source]) -> Iterator[tuple[int, Bytes]]:
-    """Yield the memory of each tensor among the sources, by its identity."""
-    seen = {id(source.memory): source.memory for source in sources}
-    for key, tensor in seen.items():
-        yield key, as_bytes(tensor)
+def _rows_of(sources: Sequence[Source]) -> Rows:
+    """Return the table of sources in host memory.
 
-
-def _fingerprint_tasks(
-    sources: Sequence[Source], views: dict[int, Bytes], found: list[int]
-) -> Iterator[Callable[[], None]]:
-    """Cut fingerprints into tasks of some size; each writes its own places of ``found``."""
-    first = nbytes = 0
-    for number, source in enumerate(sources):
-        nbytes += source.nbytes
-        if nbytes >= TASK_BYTES or number == len(sources) - 1:
-            yield _fingerprint_task(range(first, number + 1), sources, views, found)
-            first, nbytes = number + 1, 0
-
-
-def _fingerprint_task(
-    numbers: range, sources: Sequence[Source], views: dict[int, Bytes], found: list[int]
-) -> Callable[[], None]:
-    def task() -> None:
-        for number in numbers:
-            source = sources[number]
-            data = views[id(source.memory)][source.low : source.low + source.nbytes]
-            found[number] = fingerprint(data, source.position)
-
-    return task
+    Raises:
+        ValueError: If one is no longer contiguous in memory, or its memory no longer there.
+    """
+    memory = {id(source.memory): source.memory for source in sources}
+    ranges: dict[int, tuple[int, int]] = {}
+    for key, tensor in memory.items():
+        found = dense_range(tensor)
+        if found is None:
+            msg = f"a tensor of shape {tuple(tensor.shape)} is no longer contiguous in memory"
+            raise ValueError(msg)
+        ranges[key] = found
+    table = np.array(
+        [(ranges[id(s.memory)][0] + s.low, s.nbytes, s.position) for s in sources], np.int64
+    ).reshape(-1, 3)
+    addresses, nbytes, positions = np.ascontiguousarray(table.T)
+    return Rows(addresses, nbytes, positions, [*memory.values()])
 
 
 def _serve(owner: weakref.ref[Transfer], queue: deque[Batch], wake: threading.Condition) -> None:

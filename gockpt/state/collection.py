@@ -96,8 +96,8 @@ class _Seen:
 
     @property
     def classes(self) -> list[object]:
-        """Classes of all modules and optimizers."""
-        return [*(kinds for _, kinds in self.modules), *map(type, self.optimizers)]
+        """Classes of all modules, and identities of the optimizers."""
+        return [*(kinds for _, kinds in self.modules), *map(type, self.optimizers), *map(id, self.optimizers)]
 
     def see_module(self, module: nn.Module, prefix: str) -> bool:
         """Add the tensors of a module; return whether all of them are saved by torch's default."""

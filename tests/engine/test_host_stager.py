@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from collections import deque
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.staging.host_stager import Batch, Copy, Transfer
+from gockpt.staging.host_stager import Batch, Copies, Rows, Transfer
 from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
 
 DTYPES = [
@@ -102,50 +103,85 @@ def test_a_parameter_is_read_without_its_graph():
 # -- the arrival proof
 
 
-def copy_of(n=1000, position=0):
-    source = np.random.default_rng(0).integers(0, 255, 4 * n, dtype=np.uint8)
-    return Copy(source, np.zeros_like(source), position, fingerprint(source, position), None)
+ALL = slice(None)
 
 
-def test_a_copy_that_nothing_disturbs_is_proven():
-    copy = copy_of(position=8 * 12345)
-    assert not copy.proven
-    copy.run()
-    assert copy.proven
-    assert (copy.target == copy.source).all()
+class Copied:
+    """A table of three copies; what happens, happens to the second."""
+
+    def __init__(self, n=1000, position=0):
+        self.sources = np.random.default_rng(0).integers(0, 255, (3, 4 * n), dtype=np.uint8)
+        self.targets = np.zeros_like(self.sources)
+        sizes, positions = np.full(3, 4 * n), np.full(3, position)
+        rows = Rows(self.addresses(self.sources), sizes, positions, self.sources)
+        expected = np.array([fingerprint(row, position) for row in self.sources], np.uint64)
+        self.copies = Copies(rows, self.addresses(self.targets), expected)
+        self.source, self.target = self.sources[1], self.targets[1]
+
+    @staticmethod
+    def addresses(array):
+        return np.array([row.ctypes.data for row in array], np.int64)
+
+    @property
+    def proven(self):
+        return self.copies.proven.tolist()
+
+    def retry(self):
+        self.copies.retry()
+        return self.proven[1]
+
+
+def test_copies_that_nothing_disturbs_are_proven():
+    copied = Copied(position=8 * 12345)
+    assert copied.proven == [False] * 3
+    copied.copies.run(slice(0, 2))
+    assert copied.proven == [True, True, False]
+    copied.copies.run(ALL)
+    assert copied.proven == [True] * 3
+    assert (copied.targets == copied.sources).all()
 
 
 @given(st.integers(0, 999), st.integers(0, 3), st.integers(1, 255))
 def test_one_bit_changed_between_boundary_and_copy_is_seen(element, byte, flip):
-    copy = copy_of()
-    copy.source[4 * element + byte] ^= flip
-    copy.run()
-    assert not copy.proven
-    assert not copy.retry()
-    copy.source[4 * element + byte] ^= flip  # back to what it was: the boundary can be copied after all
-    assert copy.retry()
-    assert (copy.target == copy.source).all()
+    copied = Copied()
+    copied.source[4 * element + byte] ^= flip
+    copied.copies.run(ALL)
+    assert copied.proven == [True, False, True]
+    assert not copied.retry()
+    copied.source[4 * element + byte] ^= flip  # back to what it was: the boundary can be copied after all
+    assert copied.retry()
+    assert (copied.targets == copied.sources).all()
 
 
 def test_a_change_after_the_copy_does_not_matter():
-    copy = copy_of()
-    copy.run()
-    before = copy.source.copy()
-    copy.source[:] = 0
-    assert copy.proven
-    assert copy.retry()
-    assert (copy.target == before).all()
+    copied = Copied()
+    copied.copies.run(ALL)
+    before = copied.source.copy()
+    copied.source[:] = 0
+    assert copied.proven == [True] * 3
+    assert copied.retry()
+    assert (copied.target == before).all()
 
 
 def test_a_torn_copy_is_seen_although_the_source_is_back():
     """Half of the bytes were copied while another value stood there (an EMA swap around eval)."""
-    copy = copy_of()
-    copy.run()
-    copy.target[:2000] = 0
-    copy.arrived = fingerprint(copy.target)
-    assert not copy.proven
-    assert copy.retry()
-    assert (copy.target == copy.source).all()
+    copied = Copied()
+    copied.copies.run(ALL)
+    copied.target[:2000] = 0
+    copied.copies.arrived[1] = fingerprint(copied.target)
+    assert copied.proven == [True, False, True]
+    assert copied.retry()
+    assert (copied.target == copied.source).all()
+
+
+@given(st.lists(st.integers(0, 300), max_size=12), st.integers(1, 400))
+def test_tables_are_divided_in_order_and_into_parts_of_some_size(sizes, nbytes):
+    column = np.array(sizes, np.int64)
+    parts = list(Rows(column, column, column, None).parts(nbytes))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(sizes)))
+    for part, after in itertools.pairwise(parts):
+        assert part.stop - part.start == 1 or sum(sizes[part]) <= nbytes
+        assert sum(sizes[part.start : after.start + 1]) > nbytes
 
 
 # -- batches and the thread

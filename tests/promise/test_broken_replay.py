@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import numpy as np
@@ -195,17 +196,19 @@ class Torn:
     """A copy that brings wrong bytes the first ``times`` times, as if something wrote meanwhile."""
 
     def __init__(self, monkeypatch, times):
-        self.real, self.left, self.lock = host_stager.copy_fingerprint, times, threading.Lock()
-        monkeypatch.setattr(host_stager, "copy_fingerprint", self)
+        self.real, self.left, self.lock = host_stager.copy_fingerprints, times, threading.Lock()
+        monkeypatch.setattr(host_stager, "copy_fingerprints", self)
 
-    def __call__(self, src, dst, position=0):
-        found = self.real(src, dst, position)
-        with self.lock:
-            self.left -= 1
-            tear = self.left >= 0
-        if tear:
-            dst[: dst.size // 2] ^= 255
-            found = host_stager.fingerprint(dst, position)
+    def __call__(self, sources, targets, nbytes, positions):
+        found = self.real(sources, targets, nbytes, positions)
+        for row in range(found.size):
+            with self.lock:
+                self.left -= 1
+                tear = self.left >= 0
+            if tear:
+                half = (ctypes.c_ubyte * (int(nbytes[row]) // 2)).from_address(int(targets[row]))
+                np.ctypeslib.as_array(half)[:] ^= 255
+                found[row] = host_stager.fingerprints(targets, nbytes, positions)[row]
         return found
 
 

@@ -140,14 +140,14 @@ def test_what_another_thread_changes_during_the_call_is_captured_again(harness, 
     model = torch.nn.Linear(80, 80)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     update(model, optimizer)
-    original, times = host_stager.copy_fingerprint, iter([1])
+    original, times = host_stager.copy_fingerprints, iter([1])
 
     def change_once(source, target, *more):
         if next(times, None):
             model.weight.data.mul_(2)
         return original(source, target, *more)
 
-    monkeypatch.setattr(host_stager, "copy_fingerprint", change_once)
+    monkeypatch.setattr(host_stager, "copy_fingerprints", change_once)
     path = harness.directory()
     handle = gockpt.save_overlapped(model, optimizer, path, step=5)
     expected = copy.deepcopy(model.state_dict())

@@ -30,7 +30,7 @@ def link(monkeypatch):
     """
     found = SimpleNamespace(slow=False, in_main=None, copies=0, open=threading.Event())
     found.open.set()
-    original = host_stager.copy_fingerprint
+    original = host_stager.copy_fingerprints
 
     def copy(*args):
         if threading.current_thread() is threading.main_thread():
@@ -44,7 +44,7 @@ def link(monkeypatch):
         found.copies += 1
         return original(*args)
 
-    monkeypatch.setattr(host_stager, "copy_fingerprint", copy)
+    monkeypatch.setattr(host_stager, "copy_fingerprints", copy)
     return found
 
 
@@ -248,8 +248,8 @@ def test_ctrl_c_right_after_a_copy_was_lost(harness, monkeypatch):
     path = harness.directory()
     saver = gockpt.Checkpointer(model, optimizer, path, every=1, options=gockpt.Options(window=1))
     held = threading.Event()
-    original = host_stager.copy_fingerprint
-    monkeypatch.setattr(host_stager, "copy_fingerprint", lambda *args: (held.wait(20), original(*args))[1])
+    original = host_stager.copy_fingerprints
+    monkeypatch.setattr(host_stager, "copy_fingerprints", lambda *args: (held.wait(20), original(*args))[1])
     update(model, optimizer)
     saver.after_step(1)
     with torch.no_grad():

@@ -114,14 +114,14 @@ def test_an_embedding_that_renormalises_in_forward(harness, monkeypatch):
 
     A copy behind the closing tick would lose that race, all the more over a slow link.
     """
-    original = host_stager.copy_fingerprint
+    original = host_stager.copy_fingerprints
 
-    def copy_fingerprint(*args):
+    def copy_fingerprints(*args):
         if threading.current_thread() is not threading.main_thread():
             sleep(0.01)
         return original(*args)
 
-    monkeypatch.setattr(host_stager, "copy_fingerprint", copy_fingerprint)
+    monkeypatch.setattr(host_stager, "copy_fingerprints", copy_fingerprints)
 
     def build():
         model = nn.Sequential(nn.Embedding(200, 16, max_norm=0.5), nn.Linear(16, 1))

@@ -56,7 +56,7 @@ def resized_buffer(case):
 
 
 def resized_in_place(case):
-    case.model[1].running_mean.resize_(9)
+    case.model[1].running_mean.resize_(9).fill_(1)  # no view of it must have made its storage fixed
 
 
 def replaced_buffer(case):
@@ -294,9 +294,7 @@ def test_no_tensor_or_module_is_kept():
     assert not [reference for reference in held if reference() is not None]
 
 
-@pytest.mark.parametrize(
-    "change", [c for c in CHANGES if c is not resized_in_place], ids=lambda c: c.__name__
-)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_the_next_save_holds_the_change(change, tmp_path):
     case = Case()
     for step in (1, 2):
