@@ -19,9 +19,20 @@ class State(Enum):
 
     IDLE = "idle"
     OPEN = "open"
+    BROKEN = "broken"
     CLOSING = "closing"
     CAPTURED = "captured"
     VOID = "void"
+
+    @property
+    def phase(self) -> str:
+        """Name of the state for users: to them, a window is open until its closing tick."""
+        return State.OPEN.value if self is State.BROKEN else self.value
+
+    @property
+    def needs_tick(self) -> bool:
+        """Whether only a tick leads on from here."""
+        return self in (State.OPEN, State.BROKEN, State.VOID)
 
 
 class Event(Enum):
@@ -29,6 +40,7 @@ class Event(Enum):
 
     OPENED = "a window starts"
     TICKED = "a tick inside the window"
+    SPOILED = "what was copied early can't be used"
     DUE = "the closing tick"
     ARRIVED = "every copy is proven"
     TORN = "a copy was overtaken by a change"
@@ -65,9 +77,15 @@ TABLE: dict[tuple[State, Event], Transition] = {
     (_S.IDLE, _E.OPENED): Transition(_S.OPEN, (_C.SEND_PART,)),
     (_S.IDLE, _E.DUE): Transition(_S.CLOSING, (_C.SEND_REST,)),
     (_S.OPEN, _E.TICKED): Transition(_S.OPEN, (_C.SEND_PART,)),
+    (_S.OPEN, _E.SPOILED): Transition(_S.BROKEN),
     (_S.OPEN, _E.DUE): Transition(_S.CLOSING, (_C.SEND_REST,)),
     (_S.OPEN, _E.ABORTED): _LOST,
     (_S.OPEN, _E.FAILED): _LOST,
+    (_S.BROKEN, _E.SPOILED): Transition(_S.BROKEN),
+    (_S.BROKEN, _E.TICKED): Transition(_S.BROKEN),
+    (_S.BROKEN, _E.DUE): Transition(_S.CLOSING, (_C.SEND_REST,)),
+    (_S.BROKEN, _E.ABORTED): _LOST,
+    (_S.BROKEN, _E.FAILED): _LOST,
     (_S.CLOSING, _E.ARRIVED): Transition(_S.CAPTURED, (_C.HAND_OVER,)),
     (_S.CLOSING, _E.TORN): Transition(_S.VOID, (_C.QUARANTINE, _C.DISCARD)),
     (_S.CLOSING, _E.FAILED): _LOST,

@@ -56,7 +56,7 @@ class AroundUpdates:
                 self._guard(lambda: self._save.let_overwrite(optimizer))
             elif attempt is not None and self._stagers.capturing():
                 attempt.graphed = True  # nothing runs now
-            elif state is State.OPEN and attempt is not None and attempt.broken is None:
+            elif state is State.OPEN and attempt is not None:
                 self._guard(lambda: in_window(attempt))
             else:
                 return
@@ -76,7 +76,7 @@ class AroundUpdates:
             if captured and attempt is not None:
                 attempt.graphed = True  # nothing runs now
                 return
-            if self._save.state is not State.OPEN or attempt is None or attempt.broken is not None:
+            if self._save.state is not State.OPEN or attempt is None:
                 return
             self._guard(lambda: attempt.after_update(optimizer))
             self._save.trace.span("stall", began, perf_counter(), step=self._step + 1, what="after update")
@@ -85,8 +85,7 @@ class AroundUpdates:
         try:
             action()
         except BaseException as error:
-            if self._save.attempt is not None:
-                self._save.attempt.broken = f"{type(error).__name__} while an update was watched: {error}"
+            self._save.spoil(f"{type(error).__name__} while an update was watched: {error}")
             if self._save.state is State.CLOSING:
                 self._save.fail(as_save_error(error), Event.FAILED)
             if not isinstance(error, Exception):

@@ -44,11 +44,9 @@ class Attempt:
 
     Attributes:
         ticks: Ticks it was spread over so far.
-        proven: Whether all of the last copies equal the state at their boundary.
-        lost: Names of arrays whose last copies don't.
+        lost: Names of arrays whose copies at the closing tick don't equal the state at their boundary.
         variant: How a device's stager copies, in a few words; ``None`` if there is nothing to say.
         graphed: Whether an update was captured into a graph, which may run unseen.
-        broken: Why the attempt can't go on (an update that ended in an exception); else ``None``.
     """
 
     def __init__(
@@ -76,9 +74,7 @@ class Attempt:
         self.plan = plan
         self.job = job
         self.graphed = False
-        self.broken: str | None = None
         self.ticks = 0
-        self.proven = False
         self.lost: list[Name] = []
         self._overtaken = overtaken
         self._ring = ring
@@ -216,7 +212,6 @@ class Attempt:
         # Added, not replaced: after an interrupt below this is what the next call goes by.
         for capture in self._captures:
             self.lost = [*self.lost, *capture.settle()]
-        self.proven = not self.lost
 
     def cancel(self) -> None:
         """Stop copying; afterwards this attempt no longer writes into the arena."""

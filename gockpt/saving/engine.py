@@ -128,7 +128,7 @@ class Engine(AroundUpdates, WithoutTick):
     @property
     def window_open(self) -> bool:
         """Whether the save in flight still needs ticks."""
-        return self._save.state in (State.OPEN, State.VOID)
+        return self._save.state.needs_tick
 
     @property
     def of_this_process(self) -> bool:
@@ -158,8 +158,8 @@ class Engine(AroundUpdates, WithoutTick):
             self._pace.tick(began, idle=not self.busy)
             step = self._step + 1 if step is None else step
             self._step = step
-            if self._hooks.reset() and self._save.attempt is not None:
-                self._save.attempt.broken = "an optimizer step ended in an exception"
+            if self._hooks.reset():
+                self._save.spoil("an optimizer step ended in an exception")
             self._cadence, moment = self._cadence.tick(step)
             last, self._seen = self._last.boundary, True
             if last is not None:
@@ -329,7 +329,7 @@ class Engine(AroundUpdates, WithoutTick):
         elif moment.due:
             self._hooks.assert_order()
             save.close(self._collect(), boundary, seen=self._seen)
-        elif save.state is State.OPEN:
+        elif save.state in (State.OPEN, State.BROKEN):
             save.go_on(self._collect(), boundary)
         else:
             self._maybe_open(boundary, moment)

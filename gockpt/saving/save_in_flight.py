@@ -84,6 +84,7 @@ class SaveInFlight:
         self._voided: Attempt | None = None
         self._boosted = False
         self._settling = False
+        self._spoiled = ""
         self._warnings = Warnings(options)
         self._commands: dict[Command, Callable[[Any], None]] = {
             Command.SEND_PART: self._send_part,
@@ -134,6 +135,13 @@ class SaveInFlight:
     def _settle_if_ended(self) -> None:
         if self.attempt is not None and self.state is State.CLOSING and self.attempt.rest_ended:
             self.settle()
+
+    def spoil(self, why: str) -> None:
+        """Record that what was copied early in an open window can't be used; no effect outside of one."""
+        with self._lock:
+            if self.state in (State.OPEN, State.BROKEN):
+                self._spoiled = self._spoiled or why
+                self._run(Event.SPOILED)
 
     def hurry(self) -> None:
         """Help the worker with a thread of normal priority: it is late."""
@@ -205,7 +213,7 @@ class SaveInFlight:
     def _hand_over(self, _: object) -> None:
         attempt, job, handle = self._started()
         capture = self._capture
-        if capture is None or not attempt.proven:
+        if capture is None or attempt.lost or not attempt.rest_ended:
             msg = "commit requested before the capture was verified"
             raise WorkerError(msg)
         # They may be known only now that all has arrived.

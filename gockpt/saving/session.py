@@ -102,16 +102,17 @@ class Save(SaveInFlight):
     def open(self, live: LiveState, plan: Plan, due: int, moment: Boundary) -> None:
         """Start a window that will close at step ``due``; the first part is copied now."""
         self._clear()
+        self._spoiled = ""
         self._begin(live, plan, due, moment)
         self._run(Event.OPENED, live)
         self._remember(live, moment)
 
     def go_on(self, live: LiveState, moment: Boundary) -> None:
         """Send the next part of an open window."""
-        attempt = self.attempt
-        if attempt is None or self._broken(live):
-            return
+        self._compare_shape(live)
         self._run(Event.TICKED, live)
+        if self.state is State.BROKEN:
+            return
         self.looked_at = None
         if sum(a.layout.spec.nbytes for a in self._additions) <= MOST_REMEMBERED:
             self._remember(live, moment)
@@ -119,7 +120,9 @@ class Save(SaveInFlight):
     def stands_at_tick(self, live: LiveState) -> bool:
         """Whether the state still is what it was at the last tick, as far as this save looked at it."""
         attempt = self.attempt or self._voided
-        return attempt is not None and not self._broken(live) and attempt.stands_at_tick(live)
+        if attempt is None or self.state is State.BROKEN:
+            return False
+        return self.shape_of(live).key is attempt.shape_key and attempt.stands_at_tick(live)
 
     def close(
         self,
@@ -139,13 +142,12 @@ class Save(SaveInFlight):
         """
         handle, step = None, moment.step
         self._clear()
-        if self.state is State.OPEN and self.attempt is not None:
-            why = self._broken(live)
-            if why is not None:
-                # What left early is dropped; all of it leaves at this closing tick. Nothing is lost.
-                handle = self.handle
-                self._note(f"all of step {step} leaves at the closing tick: {why}")
-                self.drop()
+        self._compare_shape(live)
+        if self.state is State.BROKEN:
+            # What left early is dropped; all of it leaves at this closing tick. Nothing is lost.
+            handle = self.handle
+            self._note(f"all of step {step} leaves at the closing tick: {self._spoiled}")
+            self.drop()
         if self.attempt is None:
             self._begin(live, self._plan_now(live), step, moment, handle=handle, at_once=not seen)
         if addition is not None:
@@ -180,7 +182,7 @@ class Save(SaveInFlight):
                 return Progress("captured", self.job.written_bytes, self.job.total_bytes, skipped)
             done = 0 if self.attempt is None else self.attempt.copied_bytes
             total = 0 if self.shape is None else self.shape.nbytes
-            return Progress(self.state.value, done, total, skipped)
+            return Progress(self.state.phase, done, total, skipped)
 
     # -- the parts of a save -----------------------------------------------------------------
 
@@ -222,14 +224,10 @@ class Save(SaveInFlight):
     def _plan_now(self, live: LiveState) -> Plan:
         return self._planning.plan_now(live, self.shape_of(live), self.excluded)
 
-    def _broken(self, live: LiveState) -> str | None:
-        """Return why the parts copied earlier can no longer be used, or ``None``."""
-        attempt = self.attempt or self._voided
-        if attempt is None:
-            return None
-        if attempt.broken is None and self.shape_of(live).key is not attempt.shape_key:
-            attempt.broken = "parameters, buffers or states were added, removed or reshaped"
-        return attempt.broken
+    def _compare_shape(self, live: LiveState) -> None:
+        """Spoil the window if the state's geometry is no longer the one that it was opened with."""
+        if self.attempt is not None and self.shape_of(live).key is not self.attempt.shape_key:
+            self.spoil("parameters, buffers or states were added, removed or reshaped")
 
     def _remember(self, live: LiveState, moment: Boundary) -> None:
         """Keep what only this tick knows, in case the window has to be closed here after all."""

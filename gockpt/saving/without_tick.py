@@ -88,7 +88,7 @@ class WithoutTick:
 
     def only_waits(self) -> bool:
         """Whether ``wait`` would take no state, or the last tick's."""
-        takes_none = self._save.state not in (State.OPEN, State.VOID) and self._last.left_out is None
+        takes_none = not self._save.state.needs_tick and self._last.left_out is None
         return takes_none or self.at_rest()
 
     def finishes(self) -> bool:
@@ -182,7 +182,7 @@ class WithoutTick:
                 state, job = self._save.state, self._save.job
                 if state is State.CLOSING:
                     self._save.settle()
-                elif state in (State.OPEN, State.VOID):
+                elif state.needs_tick:
                     self._close_at_last_tick()
                 elif state is State.CAPTURED and job is not None and not job.closed:
                     self._save.fail(SaveAborted("interrupted while it was handed over"), Event.FAILED)
@@ -266,6 +266,5 @@ class WithoutTick:
             save.give_up(error, None)
         except BaseException:
             # The next tick may go on, but not with what was half closed here.
-            if save.state is State.OPEN and save.attempt is not None:
-                save.attempt.broken = "closing it at the last call was interrupted"
+            save.spoil("closing it at the last call was interrupted")
             raise

@@ -50,9 +50,25 @@ def test_whatever_is_under_way_can_fail(state):
     assert transition.commands == (Command.DISCARD, Command.FAIL)
 
 
-@pytest.mark.parametrize("state", [State.OPEN, State.CLOSING, State.VOID])
+@pytest.mark.parametrize("state", [State.OPEN, State.BROKEN, State.CLOSING, State.VOID])
 def test_what_is_not_captured_can_be_given_up(state):
     assert advance(state, Event.ABORTED).commands == (Command.DISCARD, Command.FAIL)
+
+
+def test_a_window_can_be_spoiled_and_is_still_open_to_users():
+    """It only leads on to the closing tick, which copies all."""
+    assert advance(State.OPEN, Event.SPOILED).state is State.BROKEN
+    assert State.BROKEN.phase == State.OPEN.phase == "open"
+    for event in (Event.SPOILED, Event.TICKED):
+        transition = advance(State.BROKEN, event)
+        assert (transition.state, transition.commands) == (State.BROKEN, ())
+    assert advance(State.BROKEN, Event.DUE) == advance(State.OPEN, Event.DUE)
+    assert [state for state in State if (state, Event.SPOILED) in TABLE] == [State.OPEN, State.BROKEN]
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_what_needs_a_tick_leads_on_by_one(state):
+    assert state.needs_tick == (state is not State.IDLE and (state, Event.DUE) in TABLE)
 
 
 def test_every_event_and_every_command_is_used():
