@@ -330,7 +330,7 @@ def find_entry(data: bytes, name: str) -> CentralEntry | None:
     encoded = name.encode("ascii", "replace")
     length = _SHORT.pack(len(encoded))
     name_at = len(data)
-    while (name_at := data.rfind(encoded, 0, name_at)) >= 0:
+    while encoded and (name_at := data.rfind(encoded, 0, name_at)) >= 0:
         at = name_at - _CENTRAL.size
         if at >= 0 and data[at : at + 4] == _CENTRAL_MARK and data[at + 28 : at + 30] == length:
             return _record(data, at)[0]

@@ -4,7 +4,10 @@ import io
 import shutil
 import struct
 import subprocess
+import sys
 import zipfile
+import zlib
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -123,6 +126,50 @@ def test_the_crc_of_the_central_record_is_at_its_constant_offset():
     record = zip_archive.central_record("model/w/c.0", 5, 0x01020304, GIB4)
     (found,) = struct.unpack_from("<L", record, zip_archive.CENTRAL_CRC_AT)
     assert found == 0x01020304
+
+
+@pytest.fixture
+def chosen_anew():
+    """Choose the function that computes CRC-32s in the test, and once more after it."""
+    zip_archive._crc32.cache_clear()
+    yield
+    zip_archive._crc32.cache_clear()
+
+
+def test_without_isal_it_is_told_once_and_zlib_computes(chosen_anew, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "isal", None)
+    monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
+    with caplog.at_level("INFO", logger="gockpt"):
+        assert zip_archive.archive_crc32(b"6789", zip_archive.archive_crc32(b"12345")) == 0xCBF43926
+    (record,) = caplog.records
+    assert (record.levelname, "isal" in record.getMessage()) == ("INFO", True)
+
+
+def test_with_isal_that_computes(chosen_anew, monkeypatch, caplog):
+    calls = []
+    fast = SimpleNamespace(crc32=lambda data, crc: calls.append(data) or zlib.crc32(data, crc))
+    monkeypatch.setitem(sys.modules, "isal", SimpleNamespace(isal_zlib=fast))
+    monkeypatch.setitem(sys.modules, "isal.isal_zlib", fast)
+    with caplog.at_level("INFO", logger="gockpt"):
+        assert zip_archive.archive_crc32(b"123456789") == 0xCBF43926
+    assert (calls, caplog.records) == ([b"123456789"], [])
+
+
+@given(st.binary(max_size=200), st.integers(0, 2**32 - 1))
+def test_it_is_the_crc_32_of_zlib(data, crc):
+    assert zip_archive.archive_crc32(memoryview(data), crc) == zlib.crc32(data, crc)
+
+
+def test_an_entry_is_found_by_its_name_alone():
+    names = ["a/zarr.json", "zarr.json", "PK\1\2", "b/zarr.json", "ar.json"]
+    directory = b"".join(zip_archive.central_record(name, n, n, n) for n, name in enumerate(names))
+    for n, name in enumerate(names):
+        assert zip_archive.find_entry(directory, name) == CentralEntry(name, n, n, n)
+    for name in ("", "json", "zarr.jso", "a/zarr.json/b", "é"):
+        assert zip_archive.find_entry(directory, name) is None
+    assert zip_archive.find_entry(directory + directory, "zarr.json").nbytes == 1
+    damaged = directory.replace(b"PK\1\2", b"PK\1\3", 2)
+    assert zip_archive.find_entry(damaged, "zarr.json") is None
 
 
 def test_the_tail_is_found_by_its_length_alone():
