@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import zarr
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gockpt
+from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.object_store.client import Objects
 
 TRIALS = {}
@@ -399,6 +401,39 @@ def _that_manifest_damaged(lab):
     lab.Run().saved().saved()
     damage("ckpts/step-0000000002/gockpt.json")
     gockpt.open("ckpts", step=2)
+
+
+@when("The newest checkpoint is of a later version of the format")
+def _later_version(lab):
+    options = gockpt.Options(window=1, when_busy="wait", layout="directory")
+    run = lab.Run().saved(options=options).saved(options=options)
+    path = Path("ckpts/step-0000000002/gockpt.json")
+    line = path.read_bytes().splitlines(keepends=True)[0].replace(b'"version":1', b'"version":9')
+    path.write_bytes(line + b'{"crc32c": "%08x"}\n' % crc32c(line))
+    assert gockpt.load("ckpts", run.model, run.opt, step=1).step == 1
+    gockpt.load("ckpts", run.model, run.opt)
+
+
+@when("A checkpoint in one file is damaged between its entries: in headers or padding")
+def _between_entries(lab):
+    run = lab.Run().saved()
+    gockpt.pack("ckpts", "a.zip")
+    data = bytearray(Path("a.zip").read_bytes())
+    data[10] ^= 1  # the time in the first local header
+    Path("a.zip").write_bytes(data)
+    (problem,) = gockpt.verify("a.zip").problems
+    assert "local header" in problem.what
+    assert gockpt.load("a.zip", run.model, run.opt).step == 1
+    run.check()
+
+
+@when("A checkpoint in one file is deleted while it is being read")
+def _unlinked(lab):
+    run = lab.Run().saved()
+    gockpt.pack("ckpts", "a.zip")
+    held = gockpt.open("a.zip")
+    os.remove("a.zip")
+    assert torch.equal(held["model/0.weight"][...], run.model[0].weight)
 
 
 @when("A checkpoint is deleted while it is being read")
