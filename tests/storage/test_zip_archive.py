@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +223,19 @@ def test_a_name_must_not_come_twice():
     data = archive([FILES[0], FILES[0], FILES[-1]])
     with pytest.raises(CheckpointCorrupt, match="twice"):
         parse(data, len(data))
+
+
+def test_the_directory_must_fit_the_tail():
+    data = archive(FILES)
+    tail, _ = parse(data, len(data))
+    directory = data[tail.directory_at : tail.directory_at + tail.directory_nbytes]
+    with pytest.raises(CheckpointCorrupt, match="longer than its 6 records"):
+        zip_archive.parse_directory(directory + b"x", tail, where="x")
+    with pytest.raises(CheckpointCorrupt, match="record 6 of the central directory"):
+        zip_archive.parse_directory(directory, replace(tail, entries=7), where="x")
+    other = replace(tail, manifest=replace(tail.manifest, crc32=0))
+    with pytest.raises(CheckpointCorrupt, match="not the last entry"):
+        zip_archive.parse_directory(directory, other, where="x")
 
 
 def test_an_entry_must_not_reach_into_the_directory():

@@ -153,6 +153,22 @@ def test_what_comes_to_the_target_meanwhile_is_not_replaced(convert, written, tm
 
 
 @pytest.mark.parametrize("convert", [pack, unpack])
+def test_where_the_system_has_no_rename_that_replaces_nothing_it_is_renamed(convert, written, tmp_path):
+    class Old(Filesystem):
+        def rename_new(self, source, target, *, dir_fd):
+            raise OSError(22, "Invalid argument")
+
+    assert load(convert(written.path, tmp_path / "x", fs=Old())) == load(written.path)
+
+
+def test_a_chunk_too_large_for_an_entry_is_refused_before_anything_is_written(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(zip_archive, "MAX_ENTRY_NBYTES", 50_000)
+    with pytest.raises(UsageError, match="'model/large' has a chunk of 2 GiB or more"):
+        pack(written.path, tmp_path / "a.zip")
+    assert os.listdir(tmp_path) == [written.path.name]
+
+
+@pytest.mark.parametrize("convert", [pack, unpack])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_failing_disk_leaves_no_target(convert, call, written, tmp_path):
     class Failing(Filesystem):
