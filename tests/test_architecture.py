@@ -68,7 +68,7 @@ ORDER = {
         optimizer_forms optimizers state_document collect collection
     """,
     "staging": """
-        arena gradient_ring stager host_stager pack_launch device cuda pinned_memory copy_batches
+        arena gradient_ring task_thread stager host_stager pack_launch device cuda pinned_memory copy_batches
         device_budget in_flight staging_buffers copy_pipeline device_queue device_stager
     """,
     "replay": """

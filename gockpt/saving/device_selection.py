@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gockpt.options import Options
     from gockpt.staging.arena import Arena
     from gockpt.staging.device import Device
-    from gockpt.staging.host_stager import Transfer
+    from gockpt.staging.task_thread import TaskThread
     from gockpt.state.live_state import LiveState
 
 __all__ = ["CudaDevices", "DeviceStagers", "Devices"]
@@ -121,7 +121,7 @@ class DeviceStagers:
                 return stager if self._devices.find(live.entries.values()) == self._device else None
         return None
 
-    def prepare(self, live: LiveState, arena: Arena, transfer: Transfer) -> None:
+    def prepare(self, live: LiveState, arena: Arena, tasks: TaskThread) -> None:
         """Set up a stager into ``arena`` in the background, if ``device_memory`` and a device are there."""
         with self._lock:
             if self._limit is None or self._given_up or self._wanted is arena:
@@ -131,7 +131,7 @@ class DeviceStagers:
                 return
             self._wanted = arena
         nbytes = sum(tensor.nbytes for tensor in live.entries.values() if tensor.device == device)
-        transfer.submit([lambda: self._make(device, arena, nbytes)])
+        tasks.submit([lambda: self._make(device, arena, nbytes)])
 
     def capturing(self) -> bool:
         """Whether what the calling thread queues on a device now would go into a graph instead."""
@@ -156,7 +156,7 @@ class DeviceStagers:
             return f"state on {device} can't be copied behind training"
         return f"copying from {device} behind training is being set up"
 
-    def reach(self, stager: DeviceStager, ring: Arena, transfer: Transfer) -> str | None:
+    def reach(self, stager: DeviceStager, ring: Arena, tasks: TaskThread) -> str | None:
         """Return why gradients can't be copied into ``ring`` by that stager now; ``None`` if they can.
 
         The first time, the ring is registered behind the caller.
@@ -165,7 +165,7 @@ class DeviceStagers:
             if stager.detour or self._ring is ring:
                 return self._hindrance(stager)
             self._ring, self._no_ring = ring, None
-        transfer.submit([lambda: self._admit(stager, ring)])
+        tasks.submit([lambda: self._admit(stager, ring)])
         return REGISTERING
 
     def hindrance(self, stager: DeviceStager) -> str | None:

@@ -33,7 +33,7 @@ from gockpt.saving.lock import Lock
 from gockpt.saving.optimizer_hooks import Hooks
 from gockpt.saving.session import Save
 from gockpt.saving.without_tick import WithoutTick
-from gockpt.staging.host_stager import Transfer
+from gockpt.staging.task_thread import TaskThread
 from gockpt.state.collection import Collection
 from gockpt.state.optimizers import find_optimizers
 
@@ -88,14 +88,14 @@ class Engine(AroundUpdates, WithoutTick):
         self._cadence = Cadence(FIRST if isinstance(every, str) else every or 1)
         self._pid = os.getpid()
         self._changed = Lock()
-        self._transfer = Transfer()
+        self._tasks = TaskThread()
         self._background = background
         self._pace = Pace()
         self._stagers = DeviceStagers(options, devices)
         self._save = Save(
             options=options,
             lock=self._changed,
-            transfer=self._transfer,
+            tasks=self._tasks,
             background=background,
             pace=self._pace,
             drive=self.drive,
@@ -281,7 +281,7 @@ class Engine(AroundUpdates, WithoutTick):
                 self._save.drop()
         self._held = None
         self._hooks.remove()
-        self._transfer.close()
+        self._tasks.close()
         try:
             self._background.close()
         finally:
@@ -380,7 +380,7 @@ class Engine(AroundUpdates, WithoutTick):
                 warm(self.options.grad_dtype)
             elif self.options.window == "auto":
                 # Whether there will be a window is not known yet, so nobody waits for it.
-                self._transfer.submit([lambda: warm(self.options.grad_dtype)])
+                self._tasks.submit([lambda: warm(self.options.grad_dtype)])
         ticks = moment.ticks_left + 1
         if ticks > self._window_ticks():
             return

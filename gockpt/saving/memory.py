@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gockpt.saving.write_items import Cut
     from gockpt.staging.arena import Arena
     from gockpt.staging.device_stager import DeviceStager
-    from gockpt.staging.host_stager import Transfer
+    from gockpt.staging.task_thread import TaskThread
     from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Background
     from gockpt.workers.job_client import JobClient, Outcome
@@ -76,13 +76,13 @@ class Memory:
         """State, ring and additions."""
         return tuple(self._arena(use, 0) for use in ArenaId)
 
-    def prepare(self, live: LiveState, shape: Shape, transfer: Transfer) -> None:
+    def prepare(self, live: LiveState, shape: Shape, tasks: TaskThread) -> None:
         """Reserve the state's arena, and in the background touch its pages and set up its device stager."""
         self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
         self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: 0, ArenaId.EXTRA: 0})
         arena = self._arena(ArenaId.STATE, shape.layout.nbytes)
-        transfer.submit([arena.prefault])
-        self._stagers.prepare(live, arena, transfer)
+        tasks.submit([arena.prefault])
+        self._stagers.prepare(live, arena, tasks)
 
     def admission(self) -> Callable[[int], None]:
         """Return what is to be told of each array of the extras before it is copied.
@@ -127,7 +127,7 @@ class Memory:
         return self._stagers.hindrance(device)
 
     def reach(
-        self, device: DeviceStager, shape: Shape, plans: Sequence[tuple[Cut, Plan]], transfer: Transfer
+        self, device: DeviceStager, shape: Shape, plans: Sequence[tuple[Cut, Plan]], tasks: TaskThread
     ) -> str | None:
         """Return why gradients can't follow off a device in any of these plans; ``None`` if they can.
 
@@ -141,7 +141,7 @@ class Memory:
         self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: nbytes, ArenaId.EXTRA: 0})
         if not device.reaches(self._held[ArenaId.STATE]):
             return "copying from the device has to be set up anew"
-        return self._stagers.reach(device, self._arena(ArenaId.RING, nbytes), transfer)
+        return self._stagers.reach(device, self._arena(ArenaId.RING, nbytes), tasks)
 
     def attempt(
         self,
@@ -151,7 +151,7 @@ class Memory:
         *,
         excluded: frozenset[str],
         overtaken: frozenset[tuple[str, ...]] | None,
-        transfer: Transfer,
+        tasks: TaskThread,
         outcome: Outcome,
         trace: Trace,
         afresh: bool,
@@ -198,9 +198,9 @@ class Memory:
                 stay = "its gradients can't follow now"
             else:
                 break
-        self._stagers.prepare(live, arena, transfer)
+        self._stagers.prepare(live, arena, tasks)
         if self._kept(ArenaId.RING) < ring_bytes + samples:
-            transfer.submit([self._arena(ArenaId.RING, ring_bytes + samples).prefault])
+            tasks.submit([self._arena(ArenaId.RING, ring_bytes + samples).prefault])
         room = Ring(0, ring_bytes)
         job = self._background.job(
             # Not the third: what is added may yet need a larger one, and the job would keep this one alive.
@@ -211,7 +211,7 @@ class Memory:
             trace=trace,
         )
         ring_arena = self._arena(ArenaId.RING, ring_bytes + samples)
-        host = HostStager(transfer, (arena, ring_arena))
+        host = HostStager(tasks, (arena, ring_arena))
         attempt = Attempt(
             live=live,
             shape=shape,

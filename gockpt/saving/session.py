@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gockpt.saving.device_selection import DeviceStagers
     from gockpt.saving.last_tick import Addition
     from gockpt.saving.lock import Lock
-    from gockpt.staging.host_stager import Transfer
+    from gockpt.staging.task_thread import TaskThread
     from gockpt.state.live_state import LiveState
     from gockpt.workers.executor import Background
 
@@ -60,7 +60,7 @@ class Save(SaveInFlight):
         *,
         options: Options,
         lock: Lock,
-        transfer: Transfer,
+        tasks: TaskThread,
         background: Background[Any],
         pace: Pace,
         drive: Callable[[SaveHandle, Callable[[], bool], float | None], None],
@@ -73,11 +73,11 @@ class Save(SaveInFlight):
         )
         self.shape: Shape | None = None
         self.looked_at: Boundary | None = None
-        self._transfer = transfer
+        self._tasks = tasks
         self._drive = drive
         self._document: dict[str, Any] = {}
         self._additions: tuple[ArrayPlace, ...] = ()
-        self._planning = WindowPlanning(options, pace, memory, transfer)
+        self._planning = WindowPlanning(options, pace, memory, tasks)
 
     # -- from outside ------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Save(SaveInFlight):
 
     def prepare(self, live: LiveState) -> None:
         """Reserve the memory a save of ``live`` takes, behind the caller."""
-        self.memory.prepare(live, self.shape_of(live), self._transfer)
+        self.memory.prepare(live, self.shape_of(live), self._tasks)
 
     def shape_of(self, live: LiveState) -> Shape:
         """Return the geometry of ``live`` and remember it."""
@@ -209,7 +209,7 @@ class Save(SaveInFlight):
             plan,
             excluded=self.excluded,
             overtaken=None if at_once else self.overtaken,
-            transfer=self._transfer,
+            tasks=self._tasks,
             outcome=self,
             trace=self.trace,
             afresh=afresh,

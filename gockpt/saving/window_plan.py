@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gockpt.planning.rates import Pace
     from gockpt.saving.facts import Shape
     from gockpt.saving.memory import Memory
-    from gockpt.staging.host_stager import Transfer
+    from gockpt.staging.task_thread import TaskThread
     from gockpt.state.live_state import LiveState
 
 __all__ = ["WindowPlanning"]
@@ -25,12 +25,12 @@ __all__ = ["WindowPlanning"]
 class WindowPlanning:
     """Makes the plans of one saver's saves."""
 
-    def __init__(self, options: Options, pace: Pace, memory: Memory, transfer: Transfer) -> None:
-        """Plan with these options and measured rates; what is slow is done behind ``transfer``."""
+    def __init__(self, options: Options, pace: Pace, memory: Memory, tasks: TaskThread) -> None:
+        """Plan with these options and measured rates; what is slow is done behind ``tasks``."""
         self._options = options
         self._pace = pace
         self._memory = memory
-        self._transfer = transfer
+        self._tasks = tasks
 
     def plan_now(self, live: LiveState, shape: Shape, excluded: frozenset[str]) -> Plan:
         """Return the plan for a save whose closing tick is this one."""
@@ -77,7 +77,7 @@ class WindowPlanning:
                 )
                 for p in plans
             ]
-            why = self._memory.reach(device, shape, list(zip(cuts, plans, strict=True)), self._transfer)
+            why = self._memory.reach(device, shape, list(zip(cuts, plans, strict=True)), self._tasks)
         else:
             why = self._memory.hindrance(device)
         if why is None:

@@ -277,7 +277,7 @@ class DeviceQueue:
             try:
                 result.tell()
             except Exception:  # noqa: BLE001 - the others must be told
-                _log.exception("what follows a refused transfer failed")
+                _log.exception("what follows a refused copy failed")
 
     def _drop_waiting(self) -> None:
         """Forget what has not left, with the lock held."""
@@ -330,16 +330,16 @@ class DeviceQueue:
 
 def _serve(owner: weakref.ref[DeviceQueue], changed: threading.Condition) -> None:
     while True:
-        transfer = owner()
-        if transfer is None:
+        queue = owner()
+        if queue is None:
             return
-        while transfer._work():  # noqa: SLF001 - its own thread
+        while queue._work():  # noqa: SLF001 - its own thread
             pass
         with changed:
-            if transfer.closed:
+            if queue.closed:
                 return
-            if transfer.idle:
-                del transfer
+            if queue.idle:
+                del queue
                 changed.wait(IDLE)
 
 

@@ -1,17 +1,10 @@
-"""Stager of host memory: copies tensors into the arena behind the training step.
-
-A :class:`Batch` is a set of small tasks. One background thread works on it while the step computes;
-whoever must have it finished (the next update) helps and so never waits for more than one task.
-"""
+"""Stager of host memory: copies tensors into the arena behind the training step."""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +18,7 @@ from gockpt.staging.stager import CopyRequest, CopyResult, Urgency
 from gockpt.tensor_memory import as_bytes, dense_range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
     import numpy.typing as npt
     import torch
@@ -33,10 +26,11 @@ if TYPE_CHECKING:
     from gockpt.staging.arena import Arena
     from gockpt.staging.gradient_ring import Ring
     from gockpt.staging.stager import Source
+    from gockpt.staging.task_thread import TaskBatch, TaskThread
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Batch", "Copies", "HostStager", "Rows", "Transfer"]
+__all__ = ["Copies", "HostStager", "Rows"]
 
 TASK_BYTES = 1 << 20
 """Bytes of the fingerprints of one task, if there are so many: enough that starting one costs nothing."""
@@ -122,134 +116,6 @@ class Copies:
             self.run(again)
 
 
-@dataclass(slots=True)
-class Batch:
-    """Tasks that are finished together.
-
-    Attributes:
-        done: Set when every task ended.
-        nbytes: Bytes they move, for the measured rate.
-        errors: What tasks raised.
-    """
-
-    tasks: deque[Callable[[], None]]
-    nbytes: int = 0
-    on_done: Callable[[], None] | None = None
-    done: threading.Event = field(default_factory=threading.Event)
-    errors: list[BaseException] = field(default_factory=list)
-    started: float = 0.0
-    ended: float = 0.0
-    _left: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self._left = len(self.tasks)
-        self.started = perf_counter()
-        if not self._left:
-            self.ended = self.started
-            self.done.set()
-
-    def work(self) -> bool:
-        """Run one task in the calling thread; ``False`` when none is left to take."""
-        try:
-            task = self.tasks.popleft()
-        except IndexError:
-            return False
-        try:
-            task()
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the batch
-            self.errors.append(error)
-        finally:
-            ended = perf_counter()
-            with self._lock:
-                self._left -= 1
-                last = self._left == 0
-            if last:
-                self.ended = ended
-                # Whoever is told may know the batch: no cycle may keep memory alive.
-                on_done, self.on_done = self.on_done, None
-                self.done.set()
-                if on_done is not None:
-                    on_done()
-        return True
-
-    def cancel(self) -> None:
-        """Drop what was not begun and wait for what was: afterwards no task touches any memory."""
-        self.on_done = None
-        dropped = 0
-        while self.tasks:
-            try:
-                self.tasks.popleft()
-            except IndexError:  # the background thread took the last one
-                break
-            dropped += 1
-        with self._lock:
-            self._left -= dropped
-            if self._left == 0:
-                self.done.set()
-        self.done.wait()
-
-    def finish(self) -> None:
-        """Help until nothing is left, then wait for tasks under way; raise what a task raised."""
-        while self.work():
-            pass
-        self.done.wait()
-        if self.errors:
-            raise self.errors[0]
-
-
-class Transfer:
-    """One background thread that works on batches. Started when first needed."""
-
-    def __init__(self) -> None:
-        self._queue: deque[Batch] = deque()
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def submit(
-        self,
-        tasks: Iterable[Callable[[], None]],
-        *,
-        nbytes: int = 0,
-        on_done: Callable[[], None] | None = None,
-    ) -> Batch:
-        """Start working on ``tasks`` behind the caller. ``on_done`` runs on whichever thread ends last."""
-        batch = Batch(deque(tasks), nbytes, on_done)
-        if batch.done.is_set():
-            batch.on_done = None
-            if on_done is not None:
-                on_done()
-            return batch
-        with self._wake:
-            self._queue.append(batch)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_serve, args=(weakref.ref(self), self._queue, self._wake), name="gockpt-transfer"
-                )
-                self._thread.daemon = True
-                self._thread.start()
-            self._wake.notify()
-        return batch
-
-    def run(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Run ``tasks`` now, on the background thread and the calling one together."""
-        self.submit(tasks).finish()
-
-    def close(self) -> None:
-        """End the thread once its queue is empty."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closed
-
-
 class _Result(CopyResult):
     """Copies of one call in host memory; ``fingerprints`` are those of sources, by tensor and bytes."""
 
@@ -258,7 +124,7 @@ class _Result(CopyResult):
         self.asked: Sequence[CopyRequest] = self.requests
         self.copies: Copies | None = None
         self.behind = False
-        self.batch: Batch | None = None
+        self.batch: TaskBatch | None = None
         self.fingerprints: dict[tuple[int, int, int], int] = {}
 
     @property
@@ -296,7 +162,7 @@ class HostStager:
     behind = Urgency.STATE
     waits_for_room = True
 
-    def __init__(self, thread: Transfer, arenas: Sequence[Arena]) -> None:
+    def __init__(self, thread: TaskThread, arenas: Sequence[Arena]) -> None:
         """Copy into ``arenas``, by index."""
         self._thread = thread
         self._arenas = arenas
@@ -473,23 +339,3 @@ def _rows_of(sources: Sequence[Source]) -> Rows:
     ).reshape(-1, 3)
     addresses, nbytes, positions = np.ascontiguousarray(table.T)
     return Rows(addresses, nbytes, positions, [*memory.values()])
-
-
-def _serve(owner: weakref.ref[Transfer], queue: deque[Batch], wake: threading.Condition) -> None:
-    while True:
-        with wake:
-            while not queue:
-                transfer = owner()
-                if transfer is None or transfer.closed:
-                    return
-                del transfer
-                # The timeout lets the thread notice that its owner was dropped without close().
-                wake.wait(1.0)
-            batch = queue[0]
-        while batch.work():
-            pass
-        with wake:
-            if queue and queue[0] is batch:
-                queue.popleft()
-        # A waiting thread must not keep the tensors of its last batch alive.
-        del batch

@@ -25,16 +25,16 @@ __all__ = ["CopyRequest", "CopyResult", "Source", "Stager", "Urgency"]
 
 
 class Urgency(IntEnum):
-    """When the sources of a copy may be overwritten; more urgent copies go first."""
+    """Moment from which the sources of a copy may be overwritten; more urgent copies go first."""
 
     BUFFER = 0
-    """When the call returns: before the next forward pass."""
+    """From the end of the call: before the next forward pass."""
     GRADIENT = 1
-    """When the call returns: before the next backward pass."""
+    """From the end of the call: before the next backward pass."""
     STATE = 2
     """After :meth:`Stager.guard`: before the next update."""
     SNAPSHOT = 3
-    """When the call returns, as far as there is device memory for a snapshot; the rest is ``STATE``."""
+    """From the end of the call, as far as device memory allows a snapshot; the rest is ``STATE``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,7 +153,7 @@ class Stager(Protocol):
 
     @property
     def variant(self) -> str | None:
-        """How the bytes get into the arena, in a few words; ``None`` if there is nothing to say."""
+        """Way of the bytes into the arena, in a few words; ``None`` if there is nothing to say."""
 
     @property
     def behind(self) -> Urgency:

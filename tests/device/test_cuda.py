@@ -290,7 +290,7 @@ def test_saves_of_a_model_on_a_device_are_the_boundary(cuda, memory):
                 moments[step] |= {f"optimizer/{names[id(p)]}/{k}": v.cpu() for k, v in state.items()}
             save = saver.after_step(step)
             if step == 1:  # the stager is set up behind it
-                assert saver._engine._transfer.submit([lambda: None]).done.wait(60)
+                assert saver._engine._tasks.submit([lambda: None]).done.wait(60)
         assert "off the device: staging and the copy engine" in save.plan.explain()
     assert gockpt.steps("ckpts") == list(range(1, 7))
     for step, moment in moments.items():
@@ -360,7 +360,7 @@ class Training:
             self.update()
             self.tick()
             if settle:  # what is made behind training is there for the next tick
-                assert self.saver._engine._transfer.submit([lambda: None]).done.wait(60)
+                assert self.saver._engine._tasks.submit([lambda: None]).done.wait(60)
         return self
 
     def finish(self):

@@ -535,7 +535,7 @@ def test_all_have_ended_before_anyone_is_told(scene, caplog):
     with pytest.raises(SaveError, match="synchronize refused"):
         s.stager.finish(first)
     assert seen == [True, "second"]
-    assert "what follows a refused transfer failed" in caplog.text
+    assert "what follows a refused copy failed" in caplog.text
     assert isinstance(second.error, SaveError)
 
 

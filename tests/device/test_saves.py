@@ -35,7 +35,7 @@ class Run:
 
     def get_ready(self):
         """Wait until the stager, which is set up behind training, is ready."""
-        assert self.saver._engine._transfer.submit([lambda: None]).done.wait(60)
+        assert self.saver._engine._tasks.submit([lambda: None]).done.wait(60)
 
     def update(self):
         for p in self.model.parameters():

@@ -146,7 +146,7 @@ def closed_and_changed(lab):
     run.train()
     (saver,) = registry.opened
     gate = threading.Event()
-    batch = saver._engine._transfer.submit([gate.wait])
+    batch = saver._engine._tasks.submit([gate.wait])
     run.tick(every=4, options=lab.WINDOW)
     run.model[1].weight.data.mul_(2)
     gate.set()

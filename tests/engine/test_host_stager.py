@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gockpt.kernels.fingerprint_numba import fingerprint
-from gockpt.staging.host_stager import Batch, Copies, Rows, Transfer
+from gockpt.staging.host_stager import Copies, Rows
+from gockpt.staging.task_thread import TaskBatch, TaskThread
 from gockpt.tensor_memory import dense_bytes, expect_dense_bytes
 
 DTYPES = [
@@ -32,7 +33,7 @@ DTYPES = [
 
 @pytest.fixture
 def transfer():
-    made = Transfer()
+    made = TaskThread()
     yield made
     made.close()
 
@@ -189,7 +190,7 @@ def test_tables_are_divided_in_order_and_into_parts_of_some_size(sizes, nbytes):
 
 @given(st.integers(0, 50))
 def test_every_task_runs_once(count):
-    transfer = Transfer()
+    transfer = TaskThread()
     try:
         ran = []
         ended = threading.Event()
@@ -255,13 +256,13 @@ def test_done_is_told_once_by_whoever_ends_last(transfer):
 
 
 def test_an_empty_batch_is_done_at_once():
-    batch = Batch(tasks=deque())
+    batch = TaskBatch(tasks=deque())
     assert batch.done.is_set()
     batch.finish()
 
 
 def test_the_thread_starts_with_the_first_batch_and_ends_with_close():
-    transfer = Transfer()
+    transfer = TaskThread()
     assert transfer._thread is None
     transfer.run([int])
     thread = transfer._thread
@@ -274,14 +275,14 @@ def test_the_thread_starts_with_the_first_batch_and_ends_with_close():
 
 
 def test_close_without_a_batch_and_twice():
-    transfer = Transfer()
+    transfer = TaskThread()
     transfer.close()
     transfer.close()
     assert transfer.closed
 
 
 def test_the_thread_ends_when_its_owner_is_dropped():
-    transfer = Transfer()
+    transfer = TaskThread()
     transfer.run([int])
     thread = transfer._thread
     del transfer
@@ -291,7 +292,7 @@ def test_the_thread_ends_when_its_owner_is_dropped():
 
 
 def test_what_was_submitted_before_close_is_done_by_then():
-    transfer = Transfer()
+    transfer = TaskThread()
     ran = []
     batch = transfer.submit([lambda: ran.append(1)] * 100)
     transfer.close()

@@ -307,7 +307,7 @@ class DeviceLoop(Loop):
     def boundary(self, *, save=True):
         handle = super().boundary(save=save)
         for saver in registry.open_here():
-            assert saver._engine._transfer.submit([lambda: None]).done.wait(60)
+            assert saver._engine._tasks.submit([lambda: None]).done.wait(60)
         return handle
 
 

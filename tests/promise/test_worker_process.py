@@ -206,7 +206,7 @@ def test_a_worker_killed_while_the_capture_is_handed_over(fixture):
         save.settle()
         assert save.job.closed
     fails(run, "killed by signal 9 (SIGKILL); out of memory?")
-    assert engine._transfer._thread.is_alive()
+    assert engine._tasks._thread.is_alive()
     run.goes_on()
 
 

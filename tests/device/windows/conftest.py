@@ -75,7 +75,7 @@ class Run:
 
     def get_ready(self):
         """Wait until what is made behind training has been made."""
-        assert self.saver._engine._transfer.submit([lambda: None]).done.wait(60)
+        assert self.saver._engine._tasks.submit([lambda: None]).done.wait(60)
 
     def let_arrive(self):
         """Wait until nothing is on its way."""

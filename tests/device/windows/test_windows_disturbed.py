@@ -245,6 +245,22 @@ def test_a_device_that_refuses_memory_is_done_without(devices, runs, waits, name
     waits.clear()  # what the device has begun is awaited when it refuses, once
 
 
+def test_an_error_while_an_update_is_noted_costs_what_left_early(devices, runs, monkeypatch):
+    """The hook raises nothing, and the closing tick copies all."""
+    run = runs.Run().ticks(4)
+
+    def refused(optimizer):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "updated", refused)
+        run.tick()
+    assert run.handles[-1].progress().phase == "open"
+    run.tick()
+    saved = run.finish()[-1]
+    assert (saved.step, saved.window, saved.attempts) == (12, 1, 1)
+
+
 # -- ends
 
 
