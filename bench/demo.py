@@ -65,9 +65,7 @@ def main() -> int:
     seconds = perf_counter() - began
     screen.claims(checked)
     screen.say(f"\n{'All of it holds' if well else 'NOT ALL OF IT HOLDS'}; {seconds:.0f} seconds in all.")
-    screen.say(
-        f"The checkpoints stay in {settings.checkpoints}; gockpt.open() and zarr.open_group() read them."
-    )
+    screen.say(f"The checkpoints stay in {settings.checkpoints}; gockpt.open() and zarr read them.")
     if arguments.json:
         summary = {
             "demo": "train, kill, resume, compare",

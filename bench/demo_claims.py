@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import zarr
+from zarr.storage import ZipStore
 
 import gockpt
 
@@ -140,8 +141,9 @@ def _of_the_files(settings: Settings, reference: Run) -> list[Claim]:
         report = gockpt.verify(settings.checkpoints)
         with gockpt.open(settings.checkpoints) as checkpoint:
             ours = checkpoint[name][first:stop].numpy()
-            directory = checkpoint.metadata.path
-        theirs = np.asarray(zarr.open_group(directory, mode="r")[name][first:stop])
+            archive = checkpoint.metadata.path
+        with ZipStore(archive, mode="r") as store:
+            theirs = np.asarray(zarr.open_group(store, mode="r")[name][first:stop])
     except (gockpt.GockptError, OSError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"
         return [_claim("verified", why, sound), _claim("slice", why, same)]

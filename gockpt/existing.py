@@ -9,11 +9,13 @@ import logging
 import os
 import secrets
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gockpt.core.runs import beginning, claim
 from gockpt.errors import CheckpointNotFound, ExistingCheckpoints, NotACheckpoint, UsageError
 from gockpt.state.lineage import origin_of, run_of, runs_of_process
+from gockpt.storage.format import step_names
 from gockpt.storage.format.manifest import MANIFEST_FILE
 from gockpt.storage.local.failures import storage_errors
 from gockpt.storage.local.filesystem import Filesystem
@@ -45,12 +47,15 @@ def permitted(path: str, model: Model, options: Options) -> Follow:
 
     Raises:
         ExistingCheckpoints: If another run's checkpoints are there.
-        UsageError: If the directory is a checkpoint itself.
+        UsageError: If it is a checkpoint itself.
         PathBusy: If another run's are there, and it is saving there right now.
         StorageError: If the directory can't be listed.
     """
-    if os.path.lexists(f"{path}/{MANIFEST_FILE}"):
-        msg = f"{path} is one checkpoint's own directory; pass the one above it, or another path"
+    known = step_names.parse(Path(path).name)
+    is_archive = known is not None and known.archive and Path(path).is_file()
+    if is_archive or os.path.lexists(f"{path}/{MANIFEST_FILE}"):
+        kind = "archive" if is_archive else "directory"
+        msg = f"{path} is one checkpoint's own {kind}; pass the directory above it, or another path"
         raise UsageError(msg)
     origin, run = origin_of(model), run_of(model)
     here = origin is not None and origin.path == path

@@ -137,7 +137,7 @@ class Options:
     overhead: float = 0.01
     grad_dtype: Literal["fp16", "bf16"] | None = None
     compression: Literal["zstd", "blosc", "auto"] | None = None
-    layout: Literal["auto", "file", "directory"] = "directory"
+    layout: Literal["auto", "file", "directory"] = "auto"
     worker: Literal["thread", "process"] = "thread"
     worker_timeout: float = 60.0
     remote: str | None = None

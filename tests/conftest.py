@@ -45,6 +45,16 @@ def _in_a_directory_of_its_own():
             os.chdir(before)
 
 
+@pytest.fixture(scope="module")
+def directories():
+    """Let saves write directories of files by default, for tests that look into them or damage them."""
+    from gockpt.options import Options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Options.__init__.__kwdefaults__, "layout", "directory")
+        yield
+
+
 def _close_what_is_left():
     """Close checkpointers that a test left open: the next test must not find them."""
     registry = sys.modules.get("gockpt.registry")

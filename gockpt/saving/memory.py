@@ -18,6 +18,8 @@ from gockpt.staging.arena import whole_pages
 from gockpt.staging.gradient_ring import Ring
 from gockpt.staging.host_stager import HostStager
 from gockpt.storage.local.compression import largest_encoded, memory_bound
+from gockpt.storage.local.page_writer import most_gathered
+from gockpt.storage.local.partial_archive import small_bytes
 from gockpt.workers.thread_pool import WRITERS
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Memory:
         self._passing = 0
         self._reordering = 0
         self._encoded = 0
+        self._small = 0
         self._replaying = 0
 
     @property
@@ -78,11 +81,20 @@ class Memory:
 
     def prepare(self, live: LiveState, shape: Shape, tasks: TaskThread) -> None:
         """Reserve the state's arena, and in the background touch its pages and set up its device stager."""
-        self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+        self._note_writing(shape)
         self._make_room({ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: 0, ArenaId.EXTRA: 0})
         arena = self._arena(ArenaId.STATE, shape.layout.nbytes)
         tasks.submit([arena.prefault])
         self._stagers.prepare(live, arena, tasks)
+
+    def _note_writing(self, shape: Shape) -> None:
+        """Find what writing a state takes beside the arenas."""
+        self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+        self._small = self._gathered_bytes(shape.layout)
+
+    def _gathered_bytes(self, layout: ArenaLayout) -> int:
+        """Return the bytes of small chunks that are gathered before they are written."""
+        return 0 if self._options.layout == "directory" else small_bytes(layout.arrays)
 
     def admission(self) -> Callable[[int], None]:
         """Return what is to be told of each array of the extras before it is copied.
@@ -106,7 +118,8 @@ class Memory:
         """
         encoded = largest_encoded(self._options.compression, layout.arrays)
         copies = sum(array.spec.nbytes for array in layout.arrays)
-        self._make_room({ArenaId.EXTRA: layout.nbytes}, copies=copies, encoded=encoded)
+        small = self._gathered_bytes(layout)
+        self._make_room({ArenaId.EXTRA: layout.nbytes}, copies=copies, encoded=encoded, small=small)
         return self._arena(ArenaId.EXTRA, layout.nbytes)
 
     def device_stager(self, live: LiveState) -> DeviceStager | None:
@@ -181,7 +194,7 @@ class Memory:
             self._passing, self._reordering = (
                 (0, 0) if shape.row_major else _rearranged(live, shape.layout, pieces, self._options)
             )
-            self._encoded = largest_encoded(self._options.compression, shape.layout.arrays)
+            self._note_writing(shape)
             ring_bytes = self._ring_bytes(pieces, plan, shape)
             needs = {ArenaId.STATE: shape.layout.nbytes, ArenaId.RING: ring_bytes + samples}
             self._make_room(needs | {ArenaId.EXTRA: 0} if afresh else needs)
@@ -264,18 +277,21 @@ class Memory:
             arena = self._held[use] = self._background.arena(nbytes)
         return arena
 
-    def _make_room(self, needs: dict[ArenaId, int], *, copies: int = 0, encoded: int = 0) -> None:
+    def _make_room(
+        self, needs: dict[ArenaId, int], *, copies: int = 0, encoded: int = 0, small: int = 0
+    ) -> None:
         """Refuse what can't fit; arenas that are larger than they need to be go first.
 
         Args:
             needs: Bytes of the arenas that may be replaced, by use; the others stay as they are.
             copies: Bytes of extras that are copied before they stand in their arena.
             encoded: The largest chunk of theirs that is encoded.
+            small: Bytes of their small chunks in an archive.
         """
         limit = self._options.host_memory
         if limit is None:
             return
-        beside = self._beside(copies, encoded)
+        beside = self._beside(copies, encoded, small)
 
         def total() -> int:
             uses = (max(self._kept(use), whole_pages(needs.get(use, 0))) for use in ArenaId)
@@ -290,10 +306,11 @@ class Memory:
             extras = copies and copies + needs[ArenaId.EXTRA]
             self._refuse(nbytes, limit, extras=extras, encoding=self._encoding(encoded))
 
-    def _beside(self, copies: int = 0, encoded: int = 0) -> int:
+    def _beside(self, copies: int = 0, encoded: int = 0, small: int = 0) -> int:
         """Return what a save takes beside the arenas; see :meth:`_make_room`."""
         # One after the other: extras are copied, the closing tick is compared, chunks are written.
-        return max(copies, self._passing, self._reordering + self._encoding(encoded)) + self._replaying
+        writing = self._reordering + self._encoding(encoded) + most_gathered(self._small + small)
+        return max(copies, self._passing, writing) + self._replaying
 
     def _encoding(self, encoded: int) -> int:
         """Return what encoding takes if a chunk of ``encoded`` bytes is among what is encoded."""

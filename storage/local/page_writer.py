@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gockpt.core.arena_layout import ALIGNMENT
+from gockpt.errors import WorkerError
 from gockpt.storage.local import files
 
 if TYPE_CHECKING:
@@ -25,15 +26,21 @@ if TYPE_CHECKING:
 
     from gockpt.storage.local.filesystem import Filesystem
 
-__all__ = ["DIRECT_FROM", "PageWriter"]
+__all__ = ["DIRECT_FROM", "PageWriter", "most_gathered"]
 
 DIRECT_FROM = 256 << 10
 """Shorter writes go through the page cache, where many leave as one; direct I/O waits for each."""
 
-_BLOCK = 4 << 20
-_SPARE = 4  # blocks kept for the next ones: fresh memory costs more than what is copied into it
-
+_GATHER_BELOW = 64 << 10
+_BLOCK = 1 << 20
+_BLOCKS = 4
 _JOIN_BELOW = 4096  # pieces that are shorter on average are joined first: that costs less than handling each
+
+
+def most_gathered(nbytes: int) -> int:
+    """Return the most memory that gathering ``nbytes`` takes, pages that two chunks share left aside."""
+    pages = -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return min(_BLOCKS * _BLOCK, pages + 2 * ALIGNMENT) if nbytes else 0
 
 
 class _Block:
@@ -48,9 +55,15 @@ class _Block:
 
 
 class PageWriter:
-    """Writes into one file, which it opens a second time for direct I/O."""
+    """Writes into one file, which it opens a second time for direct I/O.
 
-    def __init__(self, fs: Filesystem, dir_fd: int, name: str, fd: int, *, packed_at: int) -> None:
+    Attributes:
+        nbytes: Bytes that were handed in.
+    """
+
+    def __init__(
+        self, fs: Filesystem, dir_fd: int, name: str, fd: int, *, packed_at: int, packed_end: int
+    ) -> None:
         """Begin with an empty file.
 
         Args:
@@ -59,17 +72,23 @@ class PageWriter:
             name: The file.
             fd: Its open descriptor, for writing; the caller closes it.
             packed_at: From here on, everything is handed in, up to the end of the file, and mostly by less
-                than a page: it is gathered in blocks of 4 MiB instead of in pages.
+                than a page.
+            packed_end: From ``packed_at`` to here it is gathered in blocks of 1 MiB instead of in pages, four
+                at a time; what belongs to a fifth goes through the page cache.
 
         Raises:
             OSError: What the system says.
         """
+        self.nbytes = 0
         self._fs = fs
         self._fd = fd
         self._packed_at = -(-packed_at // ALIGNMENT) * ALIGNMENT
+        self._packed_end = packed_end // ALIGNMENT * ALIGNMENT
         self._mutex = threading.Lock()
         self._blocks: dict[int, _Block] = {}
         self._spare: list[memoryview] = []
+        self._taken = 0  # blocks of 1 MiB, spare ones included
+        self._ungathered: set[int] = set()  # starts of blocks that go through the page cache
         self._direct_fd = self._open_direct(dir_fd, name)
         self._direct = self._direct_fd >= 0
 
@@ -97,11 +116,14 @@ class PageWriter:
 
         Args:
             at: The offset.
-            data: The bytes; aligned pages among them are written from where they lie.
+            data: The bytes; if they are many, whole pages among them are written from where they lie.
         """
         end = at + data.nbytes
+        with self._mutex:
+            self.nbytes += data.nbytes
         first, last = -(-at // ALIGNMENT) * ALIGNMENT, end // ALIGNMENT * ALIGNMENT
-        if at >= self._packed_at or last - first < DIRECT_FROM or not _is_aligned(data, first - at):
+        in_blocks = at < self._packed_end and end > self._packed_at
+        if in_blocks or last - first < _GATHER_BELOW:
             self._gather(at, data)
             return
         self._gather(at, data[: first - at])
@@ -123,43 +145,58 @@ class PageWriter:
         while data.nbytes:
             start, size = self._block_of(at)
             n = min(start + size - at, data.nbytes)
-            with self._mutex:
-                block = self._blocks.get(start)
-                if block is None:
-                    block = self._blocks[start] = _Block(start, self._memory(size))
-            # Ranges don't overlap, so that threads may fill one block at the same time.
-            np.frombuffer(block.memory, np.uint8)[at - start : at - start + n] = np.frombuffer(
-                data[:n], np.uint8
-            )
-            with self._mutex:
-                block.filled += n
-                full = block.filled == size
-                if full:
-                    del self._blocks[start]
-            if full:
-                self._write_pages(start, block.memory)
-                with self._mutex:
-                    if size == _BLOCK and len(self._spare) < _SPARE:
-                        self._spare.append(block.memory)
+            block = self._opened(start, size)
+            if block is None:
+                files.write_all(self._fs, self._fd, data[:n], at)
+            else:
+                # Ranges don't overlap, so that threads may fill one block at the same time.
+                target = np.frombuffer(block.memory, np.uint8)
+                target[at - start : at - start + n] = np.frombuffer(data[:n], np.uint8)
+                self._count(block, n, size)
             at += n
             data = data[n:]
 
     def _block_of(self, at: int) -> tuple[int, int]:
         """Return the start and the length of the block that an offset lies in."""
-        if at < self._packed_at:
+        if not self._packed_at <= at < self._packed_end:
             return at // ALIGNMENT * ALIGNMENT, ALIGNMENT
         start = self._packed_at + (at - self._packed_at) // _BLOCK * _BLOCK
-        return start, _BLOCK
+        return start, min(_BLOCK, self._packed_end - start)
 
-    def _memory(self, size: int) -> memoryview:
-        """Return memory for a block: zeroed for one page, aligned for several."""
-        if size < _BLOCK:
-            return memoryview(bytearray(size))
-        return self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, size))
+    def _opened(self, start: int, size: int) -> _Block | None:
+        """Return the block of that start; ``None`` if its bytes go through the page cache."""
+        with self._mutex:
+            block = self._blocks.get(start)
+            if block is not None or start in self._ungathered:
+                return block
+            if size == ALIGNMENT:
+                memory = memoryview(bytearray(size))
+            elif self._spare:
+                memory = self._spare.pop()[:size]
+            elif self._taken < _BLOCKS:
+                self._taken += 1
+                memory = memoryview(mmap.mmap(-1, size))
+            else:
+                self._ungathered.add(start)
+                return None
+            block = self._blocks[start] = _Block(start, memory)
+            return block
+
+    def _count(self, block: _Block, nbytes: int, size: int) -> None:
+        """Note that so many bytes of a block are there, and write it if these are all."""
+        with self._mutex:
+            block.filled += nbytes
+            if block.filled < size:
+                return
+            del self._blocks[block.start]
+        self._write_pages(block.start, block.memory)
+        if size == _BLOCK:
+            with self._mutex:
+                self._spare.append(block.memory)
 
     def _write_pages(self, at: int, data: memoryview) -> None:
-        """Write whole pages, past the page cache if they are many."""
-        if self._direct and data.nbytes >= DIRECT_FROM:
+        """Write whole pages, past the page cache if they are many and aligned."""
+        if self._direct and data.nbytes >= DIRECT_FROM and _is_aligned(data):
             try:
                 files.write_all(self._fs, self._direct_fd, data, at)
             except OSError as error:
@@ -171,11 +208,18 @@ class PageWriter:
         files.write_all(self._fs, self._fd, data, at)
 
     def flush(self) -> None:
-        """Write what is gathered and is no whole block, when no other thread writes any more."""
+        """Write the pages that are not full, when no other thread writes any more.
+
+        Raises:
+            WorkerError: If bytes between ``packed_at`` and ``packed_end`` are missing.
+        """
         with self._mutex:
             blocks, self._blocks = self._blocks, {}
-        for start in sorted(blocks):
-            files.write_all(self._fs, self._fd, blocks[start].memory, start)
+        for start, block in sorted(blocks.items()):
+            if block.memory.nbytes > ALIGNMENT:
+                msg = f"{block.memory.nbytes - block.filled} bytes from {start} on were never handed in"
+                raise WorkerError(msg)
+            files.write_all(self._fs, self._fd, block.memory, start)
 
     def close(self) -> None:
         """Close the descriptor for direct I/O; whether all was written, the file's sync has told."""
@@ -185,6 +229,6 @@ class PageWriter:
                 self._fs.close(fd)
 
 
-def _is_aligned(data: memoryview, at: int) -> bool:
-    """Whether a byte of a buffer lies at the beginning of a page of memory."""
-    return (int(np.frombuffer(data, np.uint8).ctypes.data) + at) % ALIGNMENT == 0
+def _is_aligned(data: memoryview) -> bool:
+    """Whether a buffer begins at a page of memory."""
+    return bool(np.frombuffer(data, np.uint8).ctypes.data % ALIGNMENT == 0)

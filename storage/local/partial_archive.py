@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gockpt.core.arena_layout import CHECKSUM_BYTES
+from gockpt.core.arena_layout import CHECKSUM_BYTES, SMALL_LIMIT
+from gockpt.errors import WorkerError
 from gockpt.storage.format import checksum, zip_archive
 from gockpt.storage.format.manifest import MANIFEST_FILE
 from gockpt.storage.local import files
@@ -16,14 +17,16 @@ from gockpt.storage.local.page_writer import PageWriter
 from gockpt.storage.local.partial_files import StoredChunk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    from gockpt.core.arena_layout import ArrayLayout
     from gockpt.storage.format.archive_plan import ArchivePlan, Entry
     from gockpt.storage.local.filesystem import Filesystem
     from gockpt.storage.local.partial_files import Chunk
 
-__all__ = ["PartialArchive"]
+__all__ = ["PartialArchive", "small_bytes"]
 
+_HEADER = 30 + 2000 + 64  # of a local header: at most its fixed part, a path, and padding
 _RESERVE_FROM = 1 << 20
 _ZEROS = bytes(checksum.BLOCK)
 
@@ -54,12 +57,13 @@ class PartialArchive:
         self._mutex = threading.Lock()
         self._crcs = np.zeros(len(plan.chunks), np.uint32)
         self._end = plan.end  # of the entries that have a place
+        self._holes = 0  # bytes of them that are zero and not written
         self._records: list[bytes] = []  # central records of the entries without a planned place
         self._encoded = 0
         self._documents: dict[str, bytes] = {}
         if plan.end >= _RESERVE_FROM:
             files.reserve(fs, fd, plan.end)
-        self._pages = PageWriter(fs, dir_fd, name, fd, packed_at=plan.packed_at)
+        self._pages = PageWriter(fs, dir_fd, name, fd, packed_at=plan.packed_at, packed_end=plan.end)
 
     def write_chunks(self, chunks: Sequence[Chunk]) -> list[StoredChunk]:
         """Write each chunk's entry at its planned place, neighbours at once."""
@@ -103,6 +107,8 @@ class PartialArchive:
             self._pages.write(entry.header_at, memoryview(entry.sealed(crc32)))
             if real < whole:
                 # The zeros up to the whole chunk are a hole.
+                with self._mutex:
+                    self._holes += whole - real
                 self._pages.write(entry.data_at, buffer[:real])
                 self._pages.write(entry.data_at + whole, memoryview(trailer))
             else:
@@ -150,6 +156,10 @@ class PartialArchive:
         with storage_errors("write", self._where):
             self._pages.write_all(start, pieces)
             self._pages.flush()
+        if self._pages.nbytes != self._end - self._holes:
+            # Never so; said so that no manifest can follow.
+            msg = f"{self._pages.nbytes} bytes were written, {self._end - self._holes} planned"
+            raise WorkerError(msg)
 
     def complete(self, manifest: bytes) -> None:
         """Write the manifest, the central directory and the end, and make the whole file durable."""
@@ -175,6 +185,14 @@ class PartialArchive:
         entry = zip_archive.local_header(path, len(data), crc32, 0) + data
         self._end += len(entry)
         return entry
+
+
+def small_bytes(arrays: Iterable[ArrayLayout]) -> int:
+    """Return the most bytes of an archive that the small chunks of some arrays take, with their headers."""
+    small = (
+        slot.capacity + _HEADER for array in arrays for slot in array.slots if slot.capacity <= SMALL_LIMIT
+    )
+    return sum(small)
 
 
 def _checksums(data: memoryview, whole: int) -> tuple[bytes, int, int]:

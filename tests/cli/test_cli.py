@@ -19,6 +19,7 @@ import gockpt
 from gockpt.cli.output import byte_size, printable
 from gockpt.cli.run import run
 
+pytestmark = pytest.mark.usefixtures("directories")
 EVIL = "\x1b[31mred\x07\u202egnp.exe\u2028[bold]x\\"
 
 

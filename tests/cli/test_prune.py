@@ -16,6 +16,8 @@ import gockpt
 from gockpt.cli.run import run
 from gockpt.storage.format.checksum import crc32c
 
+pytestmark = pytest.mark.usefixtures("directories")
+
 
 def fill(path, steps, numbers=()):
     """Save some steps into a path; the first ones have these numbers as their loss."""

@@ -38,15 +38,17 @@ class Run:
             self.opt.step()
         self.step += 1
 
-    def tick(self, every=1, options=ONE, extra=None):
+    def tick(self, every=1, options=None, extra=None):
+        options = options or gockpt.Options(window=1, when_busy="wait")
         self.seen[self.step] = copy.deepcopy((self.model.state_dict(), self.opt and self.opt.state_dict()))
         self.save = gockpt.save_overlapped(
             self.model, self.opt, "ckpts", step=self.step, every=every, options=options, extra=extra
         )
         return self.save
 
-    def window(self, upto=8, between=None, options=WINDOW):
+    def window(self, upto=8, between=None, options=None):
         """Train and tick; windows of 4 end on the steps 4 and 8, ``between`` comes before tick 6."""
+        options = options or gockpt.Options(window=4, when_busy="wait")
         while self.step < upto:
             self.train()
             if between is not None and self.step == 6:

@@ -23,6 +23,7 @@ import gockpt
 from gockpt.storage.format.checksum import crc32c
 from gockpt.storage.object_store.client import Objects
 
+pytestmark = pytest.mark.usefixtures("directories")
 TRIALS = {}
 
 

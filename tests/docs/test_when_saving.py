@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -607,7 +608,7 @@ def _disk_full(lab):
 @when("No inodes are left on the disk")
 def _no_inodes(lab):
     free = os.statvfs_result((4096, 4096, 10**6, 10**5, 10**5, 1000, 0, 0, 0, 255))
-    fs = Refusing("mkdir", code=errno.ENOSPC, armed=False)
+    fs = Refusing("open", code=errno.ENOSPC, armed=False)
     lab.inject(fs)
     run = lab.Run().saved()
     fs.armed = True
@@ -1071,7 +1072,8 @@ def _compressed(lab):
         run.model[0].weight.data[:32] = 0  # so that it shrinks
         run.tick(options=gockpt.Options(window=1, compression=codec))
         run.check()
-        size[codec] = Path(f"ckpts/step-{run.step:010d}/model/0.weight/c.0.0").stat().st_size
+        with zipfile.ZipFile(f"ckpts/step-{run.step:010d}.zip") as archive:
+            size[codec] = archive.getinfo("model/0.weight/c.0.0").file_size
     assert max(size["zstd"], size["blosc"]) < size["auto"] == size[None] == 64 * 24 * 4 + 4
 
 
@@ -1299,8 +1301,11 @@ def _pruned_upload(lab):
 @when("A damaged checkpoint is uploaded")
 def _damaged_upload(lab):
     lab.Run().saved()
-    chunk = Path("ckpts/step-0000000001/model/0.weight/c.0.0")
-    chunk.write_bytes(b"x" + chunk.read_bytes()[1:])
+    archive = Path("ckpts/step-0000000001.zip")
+    with zipfile.ZipFile(archive) as entries:
+        at = entries.getinfo("model/0.weight/c.0.0").header_offset + 300
+    data = archive.read_bytes()
+    archive.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     with pytest.raises(gockpt.ChunkCorrupt) as caught:
         gockpt.upload("ckpts", there())
     assert gockpt.steps(there()) == []

@@ -200,7 +200,7 @@ class Faulty(Filesystem):
     [
         (("pwrite", "fallocate"), errno.ENOSPC, "free space"),
         (("fsync", "syncfs"), errno.EIO, "check it"),
-        (("mkdir",), errno.EDQUOT, "quota"),
+        (("pwrite",), errno.EDQUOT, "quota"),
         (("rename_new", "exchange"), errno.EROFS, "read-only"),
         (("open",), errno.EMFILE, "too many open files"),
     ],

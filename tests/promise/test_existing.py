@@ -80,7 +80,7 @@ def test_a_path_with_checkpoints_is_refused_before_anything_changes(another_proc
     Trainer().save(1, 2)
     another_process()
     # What a killed writer left would be swept up by the next one.
-    shutil.copytree("ckpts/step-0000000001", "ckpts/step-0000000003.partial-00ff00ff")
+    shutil.copy("ckpts/step-0000000001.zip", "ckpts/step-0000000003.partial-00ff00ff")
     before = files_below("ckpts")
     for call in (
         lambda options: gockpt.save_overlapped(torch.nn.Linear(2, 2), None, "ckpts", step=9, options=options),
@@ -131,10 +131,14 @@ def test_a_teacher_that_was_loaded_from_there_speaks_for_no_student(another_proc
         Trainer().save(1)
 
 
-def test_a_checkpoints_own_directory_is_no_path_to_save_into():
-    Trainer().save(1)
-    with pytest.raises(gockpt.UsageError, match="one checkpoint's own directory"):
-        Trainer("ckpts/step-0000000001").save(2)
+@pytest.mark.parametrize(
+    ("layout", "name", "kind"),
+    [("file", "step-0000000001.zip", "archive"), ("directory", "step-0000000001", "directory")],
+)
+def test_a_checkpoint_itself_is_no_path_to_save_into(layout, name, kind):
+    Trainer(layout=layout).save(1)
+    with pytest.raises(gockpt.UsageError, match=f"one checkpoint's own {kind}"):
+        Trainer(f"ckpts/{name}").save(2)
     assert gockpt.verify("ckpts").ok
 
 
@@ -161,7 +165,8 @@ def test_what_is_published_between_the_look_and_the_lock_is_seen(another_process
 
     def late(store, path, **more):
         if "follow" in more and not gockpt.steps("ckpts"):
-            shutil.copytree("other/step-0000000001", "ckpts/step-0000000001")
+            Path("ckpts").mkdir()
+            shutil.copy("other/step-0000000001.zip", "ckpts")
         inner(store, path, **more)
 
     monkeypatch.setattr(Store, "__init__", late)

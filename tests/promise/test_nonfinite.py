@@ -151,7 +151,7 @@ def test_integers_buffers_and_extras_do_not_count_as_state(tmp_path):
 
 
 def silent(path):
-    """Make a checkpoint one that says nothing of NaN, as those of earlier versions do."""
+    """Make a checkpoint one that says nothing of NaN, as those of earlier versions do: a directory."""
     import json
 
     from gockpt.storage.format import checksum
@@ -175,6 +175,8 @@ def silent(path):
 
 def test_one_that_does_not_say_is_read(history):
     for step in (2, 3, 4):
+        gockpt.unpack("ckpts", f"ckpts/step-{step:010}", step)
+        Path(f"ckpts/step-{step:010}.zip").unlink()
         silent(f"ckpts/step-{step:010}")
     assert [entry.finite for entry in gockpt.checkpoints("ckpts")] == [None] * 3
     assert gockpt.open("ckpts").metadata.nonfinite is None

@@ -13,6 +13,7 @@ import gockpt
 from gockpt.errors import RemoteError
 from gockpt.storage.object_store import upload as upload_module
 
+pytestmark = pytest.mark.usefixtures("directories")
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 

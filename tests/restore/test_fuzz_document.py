@@ -17,6 +17,8 @@ import gockpt
 from gockpt import CheckpointCorrupt, StateMismatch
 from gockpt.storage.format.checksum import crc32c
 
+pytestmark = pytest.mark.usefixtures("directories")
+
 FORMS = [
     *("$tensor", "$ndarray", "$tuple", "$set", "$frozenset", "$torch.Size", "$deque", "$list", "$dict"),
     *("$OrderedDict", "$Counter", "$defaultdict", "$int", "$float", "$complex", "$str", "$bytes"),

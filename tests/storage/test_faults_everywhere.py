@@ -52,6 +52,7 @@ def _makes_every_call_for_small_things(monkeypatch):
     monkeypatch.setattr("gockpt.storage.local.chunk_writer.DIRECT_FROM", 4096)
     monkeypatch.setattr("gockpt.storage.local.partial_archive._RESERVE_FROM", 4096)
     monkeypatch.setattr("gockpt.storage.local.page_writer.DIRECT_FROM", 4096)
+    monkeypatch.setattr("gockpt.storage.local.page_writer._GATHER_BELOW", 4096)
 
 
 @pytest.fixture

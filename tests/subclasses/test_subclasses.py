@@ -13,6 +13,7 @@ from torch import nn
 
 import gockpt
 
+pytestmark = pytest.mark.usefixtures("directories")
 WINDOW = gockpt.Options(window=4, when_busy="wait")
 
 

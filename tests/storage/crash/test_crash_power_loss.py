@@ -184,6 +184,7 @@ def test_a_protocol_without_one_of_its_syncs_is_caught(
     assert look.violations
 
 
+@pytest.mark.parametrize("layout", ["directory"], indirect=True)
 def test_a_length_set_after_the_sync_is_caught(small_sample, checker, power, scratch):
     class LateLength(power.Loss):
         late = ()
