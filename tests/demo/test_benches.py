@@ -140,6 +140,16 @@ def test_compression_bench(bench):
     assert printed.count("the best (bar 0.9)") == 2
 
 
+def test_scale_bench(bench):
+    result, printed = run(bench / "bench_scale.py")
+    assert [each["parameters"] for each in result["results"]] == [50, 100]
+    for each in result["results"]:
+        assert list(each["seconds"]) == ["call", "durable", "torch.save", "load", "torch.load"]
+        assert all(len(taken) == 1 and taken[0] > 0 for taken in each["seconds"].values())
+        assert each["first_call"] > 0
+    assert printed.count("of torch.save (bar 1)") == 2
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -148,6 +158,7 @@ def test_compression_bench(bench):
         "bench_store.py",
         "bench_load.py",
         "bench_compression.py",
+        "bench_scale.py",
         "bench_fingerprint.py",
         "bench_gpu.py",
         "demo.py",
