@@ -8,7 +8,7 @@ import pytest
 
 from gockpt.core.arena_layout import lay_out
 from gockpt.core.array_spec import ArraySpec
-from gockpt.saving.write_items import _loose_ranges, _ranges
+from gockpt.saving.write_items import _behind_ranges, _ranges
 
 LARGE = [
     ((100_000_001,), "uint8"),  # its second chunk begins inside a word
@@ -39,7 +39,7 @@ def layout_of(shape, dtype):
 @pytest.mark.parametrize("size", [65_552, 1 << 20])
 def test_pieces_begin_at_words_and_follow_each_other_within_a_chunk(shape, dtype, size):
     array = layout_of(shape, dtype)
-    stretches = list(_loose_ranges(array, size))
+    stretches = list(_behind_ranges(array, size))
     assert sum(s.nbytes for s in stretches) == array.spec.nbytes
     for stretch in stretches:
         assert stretch.position % 8 == 0
@@ -62,5 +62,5 @@ def test_a_chunk_may_begin_inside_a_word():
     first, second = layout_of(*LARGE[0]).slots
     assert (first.rows * 1) % 8
     assert (
-        next(s for s in _loose_ranges(layout_of(*LARGE[0]), 1 << 20) if s.offset == second.offset).start % 8
+        next(s for s in _behind_ranges(layout_of(*LARGE[0]), 1 << 20) if s.offset == second.offset).start % 8
     )
