@@ -67,6 +67,7 @@ class Job(JobClient):
         self._capture: Capture | None = None
         self._transaction: Transaction | None = None
         self._chunks: list[tuple[ArrayPlace, Slot]] = []
+        self._listed = False
         self._waiting: dict[tuple[str, ...], set[int]] = {}
         self._wrong: list[int] = []
         self._unproven = 0
@@ -111,10 +112,6 @@ class Job(JobClient):
                 owners[stretch.name].add(index)
         self._waiting = owners
         self._unproven = len(self._pieces)
-        chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
-        # By size, so that the largest go first on one side and the smallest on the other; those that are
-        # written several in a row, in the manifest's order: they may be neighbours in the file.
-        self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes if chunk[1].nbytes >= SMALL else 0)
         self._capture = capture
         self._notify_all()
         return taken
@@ -164,11 +161,23 @@ class Job(JobClient):
             while True:
                 if self._ended:
                     return None
+                self._list_chunks()
                 task = find()
                 if task is not None:
                     self._running += 1
                     return lambda: self._run(task)
                 changed.wait()
+
+    def _list_chunks(self) -> None:
+        """List the chunks to write, once they are known: of many arrays it takes long, so no caller waits."""
+        capture = self._capture
+        if capture is None or self._listed:
+            return
+        self._listed = True
+        chunks = ((place, slot) for place in capture.arrays for slot in place.layout.slots)
+        # By size, so that the largest go first on one side and the smallest on the other; those that are
+        # written several in a row, in the manifest's order: they may be neighbours in the file.
+        self._chunks = sorted(chunks, key=lambda chunk: chunk[1].nbytes if chunk[1].nbytes >= SMALL else 0)
 
     def _notify_all(self) -> None:
         """Wake every thread, with the lock held: chunks may be written now, or nothing any more."""

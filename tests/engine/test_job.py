@@ -434,6 +434,7 @@ def test_writers_take_the_large_proven_chunks_and_nothing_else(bench, monkeypatc
     monkeypatch.setattr(job_module, "LARGE", large)
     monkeypatch.setattr(job_module, "SMALL", large)
     made.close()
+    made.job._list_chunks()  # as each thread does first
     assert made.job._next_chunk(range(3), large) is None  # they are not proven yet
     for _ in made.pieces:
         made.job.take()()
