@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Lowest first: packages, and modules that stand in no package. A new one takes its place here.
 LAYERS = (
-    ("errors", "once", "options", "deferred_signals"),
+    ("errors", "once", "options", "deferred_signals", "garbage_collection"),
     ("core",),
     ("planning",),
     ("kernels", "storage"),
@@ -38,8 +38,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Lowest first: the modules of each package. A new one takes its place here.
 ORDER = {
     "core": """
-        shortened boxes array_spec arena_layout descriptors timeline exactness nonfinite runs retention
-        save_policy save_state step_number
+        shortened boxes array_spec arena_layout descriptors timeline exactness nonfinite
+        runs retention save_policy save_state step_number
     """,
     "planning": "rates planner save_interval",
     "kernels": """

@@ -22,6 +22,7 @@ import torch
 from gockpt.catalog import Metadata, metadata_of, state_of
 from gockpt.core.step_number import checked_step
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, UsageError
+from gockpt.garbage_collection import collection_paused
 from gockpt.loading.fill import Filler, Kept
 from gockpt.loading.fit import fit
 from gockpt.loading.fit_model import ModelFit, fit_mapping, saved_names
@@ -153,7 +154,7 @@ def load(
 
     grad = torch.is_grad_enabled()
     # Tensors made here must be usable in training, also if the call is made in inference mode.
-    with torch.inference_mode(mode=False), torch.set_grad_enabled(grad):
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(grad), collection_paused():
         return _load_from(path, wanted, restore, previous=on_damage == "previous", finite=finite)
 
 

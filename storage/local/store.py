@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gockpt.core.runs import Run, adopted
 from gockpt.errors import PathBusy, UsageError
+from gockpt.garbage_collection import collection_paused
 from gockpt.options import Keep
 from gockpt.storage.format import step_names
 from gockpt.storage.format.archive_plan import is_archivable
@@ -174,7 +175,8 @@ class Store:
         arrays = tuple(arrays)
         outline = self._outline
         if outline is None or outline.arrays != arrays:
-            self._outline = outline = Outline(arrays)
+            with collection_paused():
+                self._outline = outline = Outline(arrays)
         transaction = Transaction(
             self._place,
             self._catalog,

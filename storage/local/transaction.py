@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gockpt import __version__
 from gockpt.errors import SaveAborted, StorageError, UsageError
+from gockpt.garbage_collection import collection_paused
 from gockpt.storage.format import manifest, step_names
 from gockpt.storage.local import files, owner, publish
 from gockpt.storage.local.catalog import remove_entry
@@ -241,7 +242,7 @@ class Transaction:
             StorageError: If the disk refuses.
             UsageError: If readers would not take what the checkpoint was begun with.
         """
-        with _Work(self):
+        with _Work(self), collection_paused():
             self._draft.write_documents(self._tentatively)
 
     def commit(self) -> Published:
@@ -251,7 +252,7 @@ class Transaction:
             StorageError: If the disk refuses, or the place was taken by something else meanwhile.
             UsageError: If chunks are missing, or as for :meth:`write_documents`.
         """
-        with _Work(self, alone=True):
+        with _Work(self, alone=True), collection_paused():
             arrays, documents = self._draft.finish(self._tentatively)
             self._draft.sync()
             with self._catalog.turn:
