@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gockpt.core.array_spec import public_name
-
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from gockpt.core.array_spec import Name
-
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["as_bytes", "dense_bytes", "dense_range", "expect_dense_bytes", "is_dense"]
+__all__ = ["as_bytes", "dense_range", "is_dense"]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -47,21 +43,12 @@ def as_bytes(tensor: torch.Tensor) -> Bytes:
     return result
 
 
-def dense_bytes(tensor: torch.Tensor) -> Bytes | None:
-    """Return a tensor's memory as 1-D bytes in storage order, sharing it.
-
-    Returns:
-        ``None`` when the tensor is not dense, or not in CPU memory (views with holes, expanded or lazily
-        conjugated tensors, other layouts or devices).
-    """
-    return as_bytes(tensor) if tensor.device.type == "cpu" and is_dense(tensor) else None
-
-
 def dense_range(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Return the address and number of a tensor's bytes, in storage order; nothing holds them alive.
 
     Returns:
-        ``None`` as for :func:`dense_bytes`, and where the storage was made smaller than the tensor.
+        ``None`` where the tensor is not dense or not in CPU memory, and where its storage was made smaller
+        than it.
     """
     if not (tensor.is_cpu and is_dense(tensor)):
         return None
@@ -69,16 +56,3 @@ def dense_range(tensor: torch.Tensor) -> tuple[int, int] | None:
     if tensor.storage_offset() * itemsize + nbytes > tensor.untyped_storage().nbytes():
         return None
     return tensor.data_ptr(), nbytes
-
-
-def expect_dense_bytes(name: Name, tensor: torch.Tensor) -> Bytes:
-    """Return the memory of a tensor that was dense before as 1-D bytes in storage order, sharing it.
-
-    Raises:
-        ValueError: If it is no longer dense, or not in CPU memory; names it.
-    """
-    found = dense_bytes(tensor)
-    if found is None:
-        msg = f"{public_name(name)} is no longer contiguous in memory"
-        raise ValueError(msg)
-    return found

@@ -31,7 +31,7 @@ from gockpt.kernels.gradient_encoding import decode, glance, uncertainty
 from gockpt.replay.rounding_error import Sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from gockpt.core.descriptors import Gradient, ReplayPiece
 
@@ -40,7 +40,6 @@ __all__ = [
     "RUN",
     "Probes",
     "choose",
-    "choose_encoded",
     "elements",
     "most_elements",
     "spread",
@@ -75,16 +74,6 @@ def most_elements(count: int) -> int:
     return min(count, FEW if count < LARGE else MANY)
 
 
-def choose(gradient: np.ndarray) -> tuple[int, ...]:
-    """Return where the runs of 16 probes begin: half evenly spread, half where the gradient is large."""
-    return _choose(gradient.size, lambda step: gradient[::step])
-
-
-def choose_encoded(encoding: str | None, data: np.ndarray, count: int) -> tuple[int, ...]:
-    """Do as :func:`choose` for a gradient of ``count`` values that was encoded on a device."""
-    return _choose(count, lambda step: glance(encoding, data, count, step))
-
-
 def spread(count: int) -> tuple[int, ...]:
     """Return where as many runs begin if no gradient has been seen: evenly spread."""
     runs, wanted = -(-count // RUN), -(-most_elements(count) // RUN)
@@ -93,15 +82,21 @@ def spread(count: int) -> tuple[int, ...]:
     return tuple(sorted({round(i * (runs - 1) / (wanted - 1)) * RUN for i in range(wanted)}))
 
 
-def _choose(count: int, look: Callable[[int], np.ndarray]) -> tuple[int, ...]:
-    """Choose, given what tells every n-th value."""
+def choose(encoding: str | None, data: np.ndarray, count: int) -> tuple[int, ...]:
+    """Return the starts of the runs of 16 probes: half evenly spread, half where the gradient is large.
+
+    Args:
+        encoding: The gradient's encoding.
+        data: All of its bytes.
+        count: Its number of values.
+    """
     runs = -(-count // RUN)
     wanted = -(-most_elements(count) // RUN)
     if runs <= wanted:
         return tuple(range(0, count, RUN))
     chosen = {round(i * (runs - 1) / (wanted // 2 - 1)) for i in range(wanted // 2)}
     step = -(-runs // LOOKED_AT)
-    sizes = np.abs(look(RUN * step))
+    sizes = np.abs(glance(encoding, data, count, RUN * step))
     sizes[~np.isfinite(sizes)] = 0
     sizes[[run // step for run in chosen if run % step == 0]] = -1
     rest = wanted - len(chosen)

@@ -13,7 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gockpt.kernels.gradient_encoding import empty, incomplete
-from gockpt.replay.rounding_probes import choose_encoded, spread
+from gockpt.replay.rounding_probes import choose, spread
 from gockpt.saving.late_pieces import BROKEN, NOT_ARRIVED, OVERTAKEN
 from gockpt.saving.piece_updates import (
     STILL,
@@ -361,7 +361,7 @@ class UpdateOrder:
                 continue
             data = self._arena.view(gradient.offset, gradient.nbytes)
             if not empty(gradient.encoding, data, copied.count):
-                return choose_encoded(gradient.encoding, data, copied.count)
+                return choose(gradient.encoding, data, copied.count)
         return ()
 
     def _tear(self, piece: Piece) -> None:

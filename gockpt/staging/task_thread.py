@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,25 +23,19 @@ class TaskBatch:
 
     Attributes:
         done: Set when every task ended.
-        nbytes: Bytes they move, for the measured rate.
         errors: What tasks raised.
     """
 
     tasks: deque[Callable[[], None]]
-    nbytes: int = 0
     on_done: Callable[[], None] | None = None
     done: threading.Event = field(default_factory=threading.Event)
     errors: list[BaseException] = field(default_factory=list)
-    started: float = 0.0
-    ended: float = 0.0
     _left: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._left = len(self.tasks)
-        self.started = perf_counter()
         if not self._left:
-            self.ended = self.started
             self.done.set()
 
     def work(self) -> bool:
@@ -56,12 +49,10 @@ class TaskBatch:
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the batch
             self.errors.append(error)
         finally:
-            ended = perf_counter()
             with self._lock:
                 self._left -= 1
                 last = self._left == 0
             if last:
-                self.ended = ended
                 # Whoever is told may know the batch: no cycle may keep memory alive.
                 on_done, self.on_done = self.on_done, None
                 self.done.set()
@@ -107,11 +98,10 @@ class TaskThread:
         self,
         tasks: Iterable[Callable[[], None]],
         *,
-        nbytes: int = 0,
         on_done: Callable[[], None] | None = None,
     ) -> TaskBatch:
         """Start working on ``tasks`` behind the caller. ``on_done`` runs on whichever thread ends last."""
-        batch = TaskBatch(deque(tasks), nbytes, on_done)
+        batch = TaskBatch(deque(tasks), on_done)
         if batch.done.is_set():
             batch.on_done = None
             if on_done is not None:

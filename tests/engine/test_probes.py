@@ -29,6 +29,11 @@ def rows(kernel, updates, lr, first, decay):
     return found
 
 
+def chosen(gradient):
+    """Return the probes of a gradient in float32."""
+    return choose(None, gradient.view(np.uint8), gradient.size)
+
+
 class Mine:
     """Memory of one gradient alone."""
 
@@ -90,7 +95,7 @@ class Case:
             found = encode(self.encoding, values, take.allocate, take.view, take.free)
             messages.append(Gradient(0, 0, found.nbytes, row, found.encoding))
             data.append(memory[: found.nbytes])
-        starts = choose(self.gradients[0])
+        starts = chosen(self.gradients[0])
         probes = Probes(starts, saved)
         piece = ReplayPiece(0, kernel or self.kernel, (0, 0), (), tail=True)
         replay_encoded(piece, saved, messages, data, probes)
@@ -214,7 +219,7 @@ def test_what_is_not_finite_must_be_so_on_both_sides(value):
 def test_values_in_another_place_than_their_probes_are_caught():
     """The piece itself must have come to what its probes came to, and not only these to the live values."""
     case = Case("adam", 5000, 3, "fp16", "independent")
-    starts = choose(case.gradients[0])
+    starts = chosen(case.gradients[0])
     probes = Probes(starts, case.sent)
     at = elements(starts, 5000)
     live = np.concatenate([array[at] for array in case.live])
@@ -229,7 +234,7 @@ def test_probes_are_few_spread_and_where_the_gradient_is_large(count, seed):
     row = int(random.integers(0, count))
     values[row : row + 4096] = 5.0
     values[random.integers(0, count)] = np.nan
-    starts = choose(values)
+    starts = chosen(values)
     assert list(starts) == sorted(set(starts))
     assert all(start % 16 == 0 for start in starts)
     at = elements(starts, count)
@@ -282,7 +287,7 @@ def test_probes_between_the_rows_that_move_have_measured_nothing(kernel, encodin
 
 def test_an_array_of_which_no_probe_moved_has_not_been_measured():
     case = Case("momentum", 5000, 3, "fp16", "independent")
-    probes = Probes(choose(case.gradients[0]), case.sent)
+    probes = Probes(chosen(case.gradients[0]), case.sent)
     probes._touched = True
     moved, still = Sums(0.0, 0.0, 1.0, 1.0, 64, 5000), Sums(0.0, 0.0, 0.0, 1.0, 64, 5000)
     off = Sums(1e-9, 1e-18, 0.0, 1.0, 64, 5000)

@@ -422,11 +422,9 @@ def test_probes_stand_where_the_first_gradient_is_large_if_it_has_arrived(
     devices, runs, monkeypatch, grad_dtype
 ):
     spread, chosen = [], []
-    real, seen = update_order.spread, update_order.choose_encoded
+    real, seen = update_order.spread, update_order.choose
     monkeypatch.setattr(update_order, "spread", lambda count: spread.append(count) or real(count))
-    monkeypatch.setattr(
-        update_order, "choose_encoded", lambda *args: chosen.append(seen(*args)) or chosen[-1]
-    )
+    monkeypatch.setattr(update_order, "choose", lambda *args: chosen.append(seen(*args)) or chosen[-1])
     run = runs.Run("sgd", make=rows, update=few_rows, grad_dtype=grad_dtype)
     run.ticks(2)
     devices.gate.clear()  # nothing arrives any more
@@ -513,7 +511,7 @@ def test_a_gradient_of_zeros_places_no_probes(devices, runs, grad_dtype):
 @BOTH
 def test_a_gradient_of_a_skipped_update_places_no_probes(devices, runs, monkeypatch, grad_dtype):
     seen = []
-    real = update_order.choose_encoded
+    real = update_order.choose
 
     def choose(encoding, data, count):
         values = np.empty(count, np.float32)
@@ -521,7 +519,7 @@ def test_a_gradient_of_a_skipped_update_places_no_probes(devices, runs, monkeypa
         seen.append(bool(np.isfinite(values).all()))
         return real(encoding, data, count)
 
-    monkeypatch.setattr(update_order, "choose_encoded", choose)
+    monkeypatch.setattr(update_order, "choose", choose)
 
     def update(run):
         run.gradients()
