@@ -619,7 +619,7 @@ def test_replay_that_is_broken_is_caught(devices, runs, monkeypatch, grad_dtype)
 
 
 def test_a_mixed_model_is_sampled_on_both_sides(devices, runs):
-    devices.holds = lambda device, tensor: tensor.shape[:1] != (71,)  # b and its states stand on the host
+    devices.holds = lambda tensor: tensor.shape[:1] != (71,)  # b and its states stand on the host
     run = runs.Run("adam", grad_dtype="fp16").ticks(2 * EVERY)
     saved = finish(run)
     assert replayed_late(saved) == [(12, 4, 1, {"odd"}), (18, 4, 1, {"odd"})]
