@@ -45,6 +45,11 @@ def is_regular(layout: ArrayLayout) -> bool:
         return False
     if any(not 1 <= rows <= max(1, total) for rows, total in zip(chunk[:1], shape, strict=False)):
         return False
+    if len(layout.slots) == 1 and chunk == shape:
+        # One chunk, as small arrays have: what is derived below, sooner.
+        (slot,) = layout.slots
+        rows = shape[0] if shape else 1
+        return (slot.chunk, slot.row, slot.rows, slot.nbytes) == (0, 0, rows, layout.spec.nbytes)
     derived = chunked_layout(layout.spec, chunk).slots
     return [(slot.chunk, slot.row, slot.rows, slot.nbytes) for slot in layout.slots] == [
         (slot.chunk, slot.row, slot.rows, slot.nbytes) for slot in derived

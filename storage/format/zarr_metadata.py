@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
     from gockpt.core.array_spec import ArraySpec
 
-__all__ = ["array_document", "consolidated", "dimension_names", "dump", "group_document", "root"]
+__all__ = [
+    "MAX_CONSOLIDATED",
+    "array_document",
+    "consolidated",
+    "dimension_names",
+    "dump",
+    "group_document",
+    "root",
+]
+
+MAX_CONSOLIDATED = 1000
+"""Most arrays of a checkpoint whose documents are repeated in the root's."""
 
 
 def array_document(spec: ArraySpec, chunk_shape: tuple[int, ...], codec: str | None = None) -> dict[str, Any]:
@@ -72,15 +83,17 @@ def consolidated(
 ) -> bytes | None:
     """Return the documents of all arrays and groups but the root, by path, as one JSON object.
 
-    ``None`` unless every reader can take that: one dtype that zarr-python doesn't know, named in
-    consolidated metadata, makes it refuse the whole group; unconsolidated, it refuses that array only.
+    ``None`` unless every reader can take that, and gains by it. One dtype that zarr-python doesn't know,
+    named in consolidated metadata, makes it refuse the whole group; unconsolidated, it refuses that array
+    only. And it builds every array that consolidated metadata names when it opens the group: where there are
+    more than :data:`MAX_CONSOLIDATED`, that takes longer than it saves.
 
     Args:
         groups: Paths of all groups but the root.
         arrays: Each array's document by path.
         dtypes: The dtypes of all arrays.
     """
-    if not all(DTYPES[dtype].core for dtype in dtypes):
+    if len(arrays) > MAX_CONSOLIDATED or not all(DTYPES[dtype].core for dtype in dtypes):
         return None
     nothing = {"kind": "inline", "must_understand": False, "metadata": {}}
     group = dump({"attributes": {}, "zarr_format": 3, "consolidated_metadata": nothing, "node_type": "group"})

@@ -7,7 +7,7 @@ save (numbers, attributes, the choice of encoded arrays). Safe to use from sever
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import UsageError
 from gockpt.storage.format import array_paths, checksum, chunk_grid, manifest, zarr_metadata
@@ -81,6 +81,7 @@ class Outline:
         self.files = manifest.expected_files(self.paths)
         ends = len(GROUP_FILE) + 1
         self.groups = [path[:-ends] for path in self.files if path.endswith(f"/{GROUP_FILE}")]
+        self._texts: dict[tuple[Any, ...], tuple[bytes, int]] = {}
         self._documents: dict[tuple[tuple[str, ...], str | None], ArrayFile] = {}
         self._consolidated: tuple[tuple[str | None, ...], bytes | None] | None = None
         self._raw: dict[ArchivePlan | None, RawArrays] = {}
@@ -98,13 +99,18 @@ class Outline:
             if not chunk_grid.is_regular(array):
                 msg = f"{array.spec.public_name!r} is not cut on a regular grid: {array}"
                 raise UsageError(msg)
-            text = zarr_metadata.dump(zarr_metadata.array_document(array.spec, array.chunk_shape, codec))
-            entry = FileEntry(f"{self.paths[name]}/{GROUP_FILE}", len(text), checksum.crc32c(text))
-            self._documents[name, codec] = made = ArrayFile(codec, text, entry)
+            # The document doesn't name its array: thousands of the same shape have the same one.
+            kind = (array.spec.shape, array.spec.dtype, array.chunk_shape, codec)
+            known = self._texts.get(kind)
+            if known is None:
+                text = zarr_metadata.dump(zarr_metadata.array_document(array.spec, array.chunk_shape, codec))
+                known = self._texts[kind] = text, checksum.crc32c(text)
+            entry = FileEntry(f"{self.paths[name]}/{GROUP_FILE}", len(known[0]), known[1])
+            self._documents[name, codec] = made = ArrayFile(codec, known[0], entry)
         return made
 
     def consolidated(self, codecs: tuple[str | None, ...]) -> bytes | None:
-        """Return all documents in one, for the root's; ``None`` if a reader would refuse that.
+        """Return all documents in one, for the root's; ``None`` if readers are better off without.
 
         Args:
             codecs: The codec of each array's chunks.

@@ -15,6 +15,7 @@ import pytest
 import tensorstore
 import zarr
 from zarr.codecs import Crc32cCodec
+from zarr.storage import ZipStore
 
 from gockpt.core.array_spec import DTYPES, ArraySpec
 from gockpt.storage.format import zarr_metadata
@@ -146,6 +147,18 @@ def test_zarr_python_opens_all_core_dtypes(core, core_sample):
         assert array.shape == layout.spec.shape
         assert array.dtype == layout.spec.dtype
         assert np.asarray(array[...]).tobytes() == expected(core_sample, layout)
+
+
+@pytest.mark.parametrize(("count", "is_there"), [(1000, True), (1001, False)])
+def test_many_arrays_are_not_consolidated(count, is_there, tmp_path, sampling):
+    """zarr-python would build all of them to open one."""
+    many = sampling.make([(("model", f"w{number}"), (2,), "float32", 2) for number in range(count)])
+    with Store(tmp_path, layout="file") as store:
+        path = many.save(store, 1, 1).path
+    with ZipStore(path, mode="r") as archive:
+        group = zarr.open_group(archive, mode="r")
+        assert (group.metadata.consolidated_metadata is not None) == is_there
+        assert group["model/w7"].shape == (2,)
 
 
 def test_zarr_python_opens_without_consolidated_metadata(everything, all_sample):
