@@ -121,13 +121,14 @@ def only_a(run):
 
 @BOTH
 def test_the_bound_of_host_memory_holds(devices, runs, grad_dtype):
+    options = {"window": 5, "grad_dtype": grad_dtype, "layout": "directory"}  # gathers nothing to write
     with runs.elsewhere(), pytest.raises(gockpt.OptionsError, match="host_memory=900000"):
-        runs.Run(window=5, grad_dtype=grad_dtype, host_memory=900_000)
+        runs.Run(**options, host_memory=900_000)
     with runs.elsewhere():
-        most = finish(runs.Run(window=5, grad_dtype=grad_dtype).ticks(EVERY))[-1].host_memory
+        most = finish(runs.Run(**options).ticks(EVERY))[-1].host_memory
     with runs.elsewhere():
         limit = most + 2 * SCRATCH_BYTES + 300_000  # what replay decodes into, and the probes
-        saved = finish(runs.Run(window=5, grad_dtype=grad_dtype, host_memory=limit).ticks(EVERY))[-1]
+        saved = finish(runs.Run(**options, host_memory=limit).ticks(EVERY))[-1]
         assert (saved.window, saved.attempts, saved.exact) == (5, 1, False)
         assert saved.host_memory <= limit
 
