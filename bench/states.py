@@ -1,7 +1,8 @@
 """The states that storage benches write and read: names, shapes, and values that no codec or cache can guess.
 
 A: the 148 parameters of GPT-2 124M with Adam's two moments, float32: 444 arrays, 1.5 GB, most of them small.
-B: 40 tensors of 16.8 to 419 MB, 3 GB. Tiny: a toy, for showing that something runs.
+B: 40 tensors of 16.8 to 419 MB, 3 GB. C: 15,000 tensors of 64 bytes. D: 20,000 tensors of 50 KB, 1 GB.
+Tiny: a toy, for showing that something runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["STATES", "filled"]
+__all__ = ["MANY", "STATES", "filled"]
 
 Shapes = dict[tuple[str, ...], tuple[int, ...]]
 
@@ -59,11 +60,21 @@ def _state_b() -> Shapes:
     return {("model", f"layers.{at}.weight"): (n, 2048) for at, n in enumerate(rows)}
 
 
+def _state_c() -> Shapes:
+    return {("model", f"layers.{at}.bias"): (16,) for at in range(15_000)}
+
+
+def _state_d() -> Shapes:
+    return {("model", f"layers.{at}.weight"): (100, 125) for at in range(20_000)}
+
+
 def _tiny() -> Shapes:
     return _with_moments(_gpt2(vocabulary=500, context=64, width=64, layers=2))
 
 
-STATES = {"A": _state_a, "B": _state_b, "tiny": _tiny}
+STATES = {"A": _state_a, "B": _state_b, "C": _state_c, "D": _state_d, "tiny": _tiny}
+MANY = ("C", "D")
+"""The states of very many tensors."""
 
 
 def filled(shapes: Shapes) -> dict[tuple[str, ...], torch.Tensor]:
