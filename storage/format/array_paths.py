@@ -12,6 +12,7 @@ and its hash.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
@@ -93,22 +94,23 @@ def escape_all(names: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
         {('model', 'D'): 'model/~44', ('model', 'd'): 'model/d'}
     """
     names = list(names)
-    children: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
-    for name in names:
+    plain = {component: escape(component) for component in set(itertools.chain(*names))}
+    folded = Counter(map(str.lower, plain.values()))
+    alike = {component for component, text in plain.items() if folded[text.lower()] > 1}
+    # Which of those have a sibling that differs only in case; the same component may have none elsewhere.
+    siblings: defaultdict[tuple[tuple[str, ...], str], set[str]] = defaultdict(set)
+    for name in names if alike else ():
         for depth, component in enumerate(name):
-            children[name[:depth]].add(component)
-    files: dict[tuple[str, ...], dict[str, str]] = {}
-    for parent, components in children.items():
-        escaped = {component: escape(component) for component in components}
-        folded = Counter(text.lower() for text in escaped.values())
-        files[parent] = {
-            component: escape(component, capitals=True) if folded[text.lower()] > 1 else text
-            for component, text in escaped.items()
-        }
-    paths = {
-        name: "/".join(files[name[:depth]][component] for depth, component in enumerate(name))
-        for name in names
-    }
+            if component in alike:
+                siblings[name[:depth], plain[component].lower()].add(component)
+    paths = {name: "/".join(map(plain.__getitem__, name)) for name in names}
+    for name in names if any(len(components) > 1 for components in siblings.values()) else ():
+        paths[name] = "/".join(
+            escape(component, capitals=True)
+            if len(siblings.get((name[:depth], plain[component].lower()), ())) > 1
+            else plain[component]
+            for depth, component in enumerate(name)
+        )
     for name, path in paths.items():
         if len(name) > MAX_COMPONENTS or len(path) > MAX_PATH_BYTES:
             shown = public_name(name)[:200]
@@ -128,9 +130,9 @@ def groups_of(names: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
         [(), ('model',), ('optimizer',), ('optimizer', 'w')]
     """
     groups: dict[tuple[str, ...], None] = {(): None}
-    for name in names:
-        for depth in range(1, len(name)):
-            groups[name[:depth]] = None
+    for parent in dict.fromkeys(name[:-1] for name in names):
+        for depth in range(1, len(parent) + 1):
+            groups[parent[:depth]] = None
     return list(groups)
 
 
@@ -144,6 +146,8 @@ def check_names(names: Iterable[tuple[str, ...]]) -> None:
     seen: dict[str, tuple[str, ...]] = {}
     names = list(names)
     groups = set(groups_of(names))
+    if len(set(map(public_name, names))) == len(names) and groups.isdisjoint(names):
+        return
     for name in names:
         public = public_name(name)
         if not name:

@@ -1,26 +1,33 @@
 """Typed access to the values of a parsed JSON document.
 
 Promise: a returned value has exactly the stated type (neither ``true`` nor ``1.0`` is an integer) and lies in
-the stated range. Any other value raises :class:`Broken`, whose message names the fault.
+the stated range. Any other value raises :class:`Broken`, whose message names the fault. The functions for
+columns check many values at once, and make no message unless one of them is refused.
 """
 
 from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 __all__ = [
     "MAX_INTEGER",
     "Broken",
     "Unknown",
     "crc",
+    "crc_column",
     "expect",
     "fields",
     "identifier",
     "integer",
+    "integer_column",
     "items",
     "text",
+    "text_column",
     "time",
 ]
 
@@ -53,7 +60,7 @@ def fields(value: Any, what: str, keys: tuple[str, ...]) -> list[Any]:
         Broken: If it is no object, or lacks one.
     """
     expect(type(value) is dict, f"{what} is not an object")
-    if value.keys() != set(keys):
+    if len(value) != len(keys) or not all(map(value.__contains__, keys)):
         msg = f"{what} has the keys {sorted(value)} instead of {sorted(keys)}"
         raise Unknown(msg) if value.keys() > set(keys) else Broken(msg)
     return [value[key] for key in keys]
@@ -74,6 +81,14 @@ def integer(value: Any, what: str) -> int:
     return value
 
 
+def integer_column(values: Sequence[Any], what: Callable[[int], str]) -> None:
+    """Check that all values are integers from 0 to :data:`MAX_INTEGER`; ``what`` names one by its index."""
+    if {*map(type, values)} <= {int} and (not values or (min(values) >= 0 and max(values) <= MAX_INTEGER)):
+        return
+    for index, value in enumerate(values):
+        integer(value, what(index))
+
+
 def text(value: Any, what: str) -> str:
     """Return a text that has a UTF-8 form."""
     expect(type(value) is str, f"{what} is not a string")
@@ -82,10 +97,27 @@ def text(value: Any, what: str) -> str:
     return str(value)
 
 
+def text_column(values: Sequence[Any], what: Callable[[int], str]) -> None:
+    """Check that all values are texts that have a UTF-8 form; ``what`` names one by its index."""
+    if {*map(type, values)} <= {str} and all(map(str.isascii, values)):
+        return
+    for index, value in enumerate(values):
+        text(value, what(index))
+
+
 def crc(value: Any, what: str) -> int:
     """Return a checksum written as 8 lower-case hexadecimal digits."""
     expect(_CRC.fullmatch(text(value, what)), f"{what} is not 8 hexadecimal digits")
     return int(value, 16)
+
+
+def crc_column(values: Sequence[Any], what: Callable[[int], str]) -> list[int]:
+    """Return checksums, each written as 8 hexadecimal digits; ``what`` names one by its index."""
+    text_column(values, what)
+    if not all(map(_CRC.fullmatch, values)):
+        for index, value in enumerate(values):
+            crc(value, what(index))
+    return [int(value, 16) for value in values]
 
 
 def identifier(value: Any, what: str) -> str:

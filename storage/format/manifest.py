@@ -25,11 +25,11 @@ from gockpt.errors import FormatTooNew, ManifestCorrupt, UsageError
 from gockpt.storage.format import array_paths, checksum, json_fields, strict_json
 from gockpt.storage.format.json_fields import Broken, Unknown, expect
 from gockpt.storage.format.manifest_arrays import (
+    MAX_ARRAYS,
     MAX_CHUNKS,
-    check_places,
     dump,
     encode_arrays,
-    parse_array,
+    parse_arrays,
     version_of,
 )
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
@@ -67,8 +67,6 @@ STATE_FILE = "state.json"
 BLOCKS_FILE = "blocks.crc32c"
 GROUP_FILE = "zarr.json"
 """Every array and group directory has one; the root's too."""
-
-MAX_ARRAYS = 10**6
 
 _TOP_KEYS = (
     *("format", "version", "step", "seq", "attempt", "run", "parent", "exact", "created", "writer"),
@@ -176,11 +174,13 @@ def _fits(value: float) -> bool:
 
 def expected_files(paths: Mapping[tuple[str, ...], str]) -> list[str]:
     """Return the paths of every non-array file but the manifest, for the escaped paths of all arrays."""
-    directories = {""}
-    for path in paths.values():
-        parts = path.split("/")[:-1]
-        directories.update(f"{'/'.join(parts[:depth])}/" for depth in range(1, len(parts) + 1))
-    return [*(f"{directory}{GROUP_FILE}" for directory in sorted(directories)), STATE_FILE, BLOCKS_FILE]
+    directories = {path.rpartition("/")[0] for path in paths.values()} - {""}
+    above = directories
+    while above:
+        above = {path.rpartition("/")[0] for path in above} - directories - {""}
+        directories |= above
+    groups = ["", *sorted(f"{directory}/" for directory in directories)]
+    return [*(f"{directory}{GROUP_FILE}" for directory in groups), STATE_FILE, BLOCKS_FILE]
 
 
 def encode(manifest: Manifest, arrays: bytes | None = None) -> bytes:
@@ -324,22 +324,24 @@ def _expect_readable(document: Any, where: str) -> None:
         raise FormatTooNew(msg, seq=_seq(document))
 
 
-def _file(value: Any) -> FileEntry:
-    path, size, crc = json_fields.fields(value, "a file", ("path", "size", "crc32c"))
-    name = json_fields.text(path, "the path of a file")
-    return FileEntry(
-        name,
-        json_fields.integer(size, f"the size of {name!r}"),
-        json_fields.crc(crc, f"the crc32c of {name!r}"),
-    )
+def _files(value: Any) -> tuple[FileEntry, ...]:
+    values = json_fields.items(value, "files", MAX_ARRAYS)
+    rows = [json_fields.fields(one, "a file", ("path", "size", "crc32c")) for one in values]
+    names, sizes, given = zip(*rows, strict=True) if rows else ((), (), ())
+    json_fields.text_column(names, lambda _: "the path of a file")
+    json_fields.integer_column(sizes, lambda index: f"the size of {names[index]!r}")
+    crcs = json_fields.crc_column(given, lambda index: f"the crc32c of {names[index]!r}")
+    return tuple(map(FileEntry, names, sizes, crcs))
 
 
 def _check_set(arrays: Sequence[ArrayEntry], files: Sequence[FileEntry]) -> None:
-    array_paths.check_names(entry.spec.name for entry in arrays)
-    paths = array_paths.escape_all(entry.spec.name for entry in arrays)
-    for entry in arrays:
-        path = paths[entry.spec.name]
-        expect(entry.path == path, f"{entry.spec.public_name!r} is at {entry.path!r} instead of {path!r}")
+    names = [entry.spec.name for entry in arrays]
+    array_paths.check_names(names)
+    paths = array_paths.escape_all(names)
+    for entry, path in zip(arrays, paths.values(), strict=True):
+        if entry.path != path:
+            msg = f"{entry.spec.public_name!r} is at {entry.path!r} instead of {path!r}"
+            raise Broken(msg)
     found, expected = sorted(entry.path for entry in files), sorted(expected_files(paths))
     if found != expected:
         odd = sorted(set(found) ^ set(expected))[:8]
@@ -368,12 +370,9 @@ def _manifest(document: Any, where: str) -> Manifest:
     expect(type(writer) is dict, "writer is not an object")
     for value in writer.values():
         json_fields.text(value, "a value of writer")
-    entries = tuple(
-        parse_array(value, GROUP_FILE) for value in json_fields.items(arrays, "arrays", MAX_ARRAYS)
-    )
+    entries = parse_arrays(arrays, GROUP_FILE)
     expect(version == version_of(entries), f"version {version} is not the one for what it describes")
-    check_places(entries)
-    documents = tuple(_file(value) for value in json_fields.items(files, "files", MAX_ARRAYS))
+    documents = _files(files)
     _check_set(entries, documents)
     number = json_fields.integer(seq, "seq")
     origin = None if parent is None else json_fields.integer(parent, "parent")

@@ -8,25 +8,35 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gockpt.core.arena_layout import CHECKSUM_BYTES
+import numpy as np
+
 from gockpt.core.array_spec import DTYPES, MAX_NDIM, ArraySpec, public_name
 from gockpt.storage.format import array_paths, json_fields, zip_archive
+from gockpt.storage.format.chunk_grid import chunk_key
 from gockpt.storage.format.codecs import CODECS, MAX_CHUNK_NBYTES, Coded, most_nbytes
 from gockpt.storage.format.json_fields import Broken, Unknown, expect
 from gockpt.storage.format.manifest_entries import ArrayEntry, FileEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["MAX_CHUNKS", "check_places", "dump", "encode_arrays", "parse_array", "version_of"]
+__all__ = ["MAX_ARRAYS", "MAX_CHUNKS", "dump", "encode_arrays", "parse_arrays", "version_of"]
 
+MAX_ARRAYS = 10**6
 MAX_CHUNKS = 4 * 10**6
 
 _ARRAY_KEYS = ("name", "path", "shape", "dtype", "chunk", "meta")
 _CODED_KEYS = ("codec", "stored")
 _PLACE_KEYS = ("at",)
+_KEYS = {
+    (is_coded, is_placed): _ARRAY_KEYS + is_coded * _CODED_KEYS + is_placed * _PLACE_KEYS
+    for is_coded in (False, True)
+    for is_placed in (False, True)
+}
+_LENGTHS_CODED, _LENGTHS_PLACED = (8, 9), (7, 9)
 
 
 def encode_arrays(entries: Sequence[ArrayEntry]) -> bytes:
@@ -66,64 +76,86 @@ def _array_object(entry: ArrayEntry) -> dict[str, Any]:
     return array
 
 
-def parse_array(value: Any, document_name: str) -> ArrayEntry:
-    """Return an array of the list.
+def parse_arrays(value: Any, document_name: str) -> tuple[ArrayEntry, ...]:
+    """Return the arrays of the list.
+
+    Columns are checked as a whole, and what follows from shape, dtype and chunk shape once for all arrays
+    that share them.
 
     Args:
         value: The parsed JSON.
-        document_name: Name of its Zarr document.
+        document_name: Name of an array's Zarr document.
 
     Raises:
         Broken: If it breaks a rule.
-        UsageError: If its name is none that an array can have.
     """
+    values = json_fields.items(value, "arrays", MAX_ARRAYS)
+    rows = [json_fields.fields(one, "an array", _keys_of(one)) for one in values]
+    if not rows:
+        return ()
+    names, paths, given_shapes, dtypes, given_chunks, metas = zip(*(row[:6] for row in rows), strict=True)
+    for name in names:
+        json_fields.items(name, "a name", array_paths.MAX_COMPONENTS)
+    json_fields.text_column([*itertools.chain(*names)], lambda _: "a component of a name")
+
+    def what(index: int) -> str:
+        return f"the array {public_name(names[index])!r}"
+
+    shapes = _shape_column(given_shapes, "shape", what)
+    chunks = _shape_column(given_chunks, "chunk", what)
+    json_fields.text_column(dtypes, lambda index: f"the dtype of {what(index)}")
+    json_fields.text_column(paths, lambda index: f"the path of {what(index)}")
+    grids = [*zip(shapes, dtypes, chunks, strict=True)]
+    for grid, index in dict(zip(grids, range(len(grids)), strict=True)).items():
+        _check_grid(*grid, what(index))
+    sizes, given_crcs = zip(
+        *(json_fields.fields(meta, "the meta of an array", ("size", "crc32c")) for meta in metas), strict=True
+    )
+    json_fields.integer_column(sizes, lambda index: f"the meta size of {what(index)}")
+    crcs = json_fields.crc_column(given_crcs, lambda index: f"the meta crc32c of {what(index)}")
+    documents = map(FileEntry, (f"{path}/{document_name}" for path in paths), sizes, crcs)
+    specs = map(ArraySpec, map(tuple, names), shapes, dtypes)
+    entries = tuple(map(ArrayEntry, specs, paths, chunks, documents))
+    if any(len(row) in _LENGTHS_CODED for row in rows):
+        entries = tuple(
+            replace(entry, coded=_coded(entry, *row[6:8], what=what(index)))
+            if len(row) in _LENGTHS_CODED
+            else entry
+            for index, (entry, row) in enumerate(zip(entries, rows, strict=True))
+        )
+    placed = [row[-1] for row in rows if len(row) in _LENGTHS_PLACED]
+    expect(len(placed) in (0, len(rows)), "some arrays have offsets, and others have not")
+    return _placed(entries, placed, what) if placed else entries
+
+
+def _keys_of(value: Any) -> tuple[str, ...]:
+    """Return the keys that an array must have, by the optional ones among those it has."""
     has = value if type(value) is dict else {}
-    is_coded, is_placed = _CODED_KEYS[0] in has, _PLACE_KEYS[0] in has
-    keys = _ARRAY_KEYS + is_coded * _CODED_KEYS + is_placed * _PLACE_KEYS
-    name, path, shape, dtype, chunk, meta, *more = json_fields.fields(value, "an array", keys)
-    parts = json_fields.items(name, "a name", array_paths.MAX_COMPONENTS)
-    components = tuple(json_fields.text(part, "a component of a name") for part in parts)
-    what = f"the array {public_name(components)!r}"
-    extents = _integers(shape, "shape", what)
-    pieces = _integers(chunk, "chunk", what)
-    expect(
-        json_fields.text(dtype, f"the dtype of {what}") in DTYPES, f"{what} has the unknown dtype {dtype!r}"
-    )
-    spec = ArraySpec(components, extents, dtype)
+    return _KEYS["codec" in has, "at" in has]
+
+
+def _shape_column(values: Sequence[Any], which: str, what: Callable[[int], str]) -> list[tuple[int, ...]]:
+    """Return shapes; equal ones are one object."""
+    for index, value in enumerate(values):
+        if type(value) is not list or len(value) > MAX_NDIM:
+            json_fields.items(value, what(index), MAX_NDIM)
+    owners = [index for index, value in enumerate(values) for _ in value]
+    json_fields.integer_column([*itertools.chain(*values)], lambda at: f"a {which} of {what(owners[at])}")
+    same: dict[tuple[int, ...], tuple[int, ...]] = {}
+    return [same.setdefault(shape, shape) for shape in map(tuple, values)]
+
+
+def _check_grid(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], what: str) -> None:
+    """Check that an array can have this shape, dtype and chunk shape."""
+    expect(dtype in DTYPES, f"{what} has the unknown dtype {dtype!r}")
     # Empty dimensions count as one here: readers multiply the others in 64 bits.
-    whole = tuple(max(1, n) for n in extents)
-    expect(math.prod(whole) * spec.itemsize <= json_fields.MAX_INTEGER, f"{what} is larger than 2**63 bytes")
-    if (
-        len(pieces) != len(whole)
-        or pieces[1:] != whole[1:]
-        or not all(1 <= n <= whole[0] for n in pieces[:1])
-    ):
-        msg = f"{what} of shape {list(extents)} can't have chunks of shape {list(pieces)}"
-        is_grid = len(pieces) == len(whole) and all(1 <= n <= m for n, m in zip(pieces, whole, strict=True))
+    whole = tuple(max(1, n) for n in shape)
+    nbytes = math.prod(whole) * DTYPES[dtype].itemsize
+    expect(nbytes <= json_fields.MAX_INTEGER, f"{what} is larger than 2**63 bytes")
+    if len(chunk) != len(whole) or chunk[1:] != whole[1:] or not all(1 <= n <= whole[0] for n in chunk[:1]):
+        msg = f"{what} of shape {list(shape)} can't have chunks of shape {list(chunk)}"
+        is_grid = len(chunk) == len(whole) and all(1 <= n <= m for n, m in zip(chunk, whole, strict=True))
         raise Unknown(msg) if is_grid else Broken(msg)
-    size, crc = json_fields.fields(meta, f"the meta of {what}", ("size", "crc32c"))
-    directory = json_fields.text(path, f"the path of {what}")
-    document = FileEntry(
-        path=f"{directory}/{document_name}",
-        size=json_fields.integer(size, f"the meta size of {what}"),
-        crc32c=json_fields.crc(crc, f"the meta crc32c of {what}"),
-    )
-    entry = ArrayEntry(spec, directory, pieces, document)
-    if is_coded:
-        entry = ArrayEntry(spec, directory, pieces, document, _coded(entry, *more[:2], what=what))
-    if is_placed:
-        at = _places(entry, more[-1], what=what)
-        entry = ArrayEntry(spec, directory, pieces, document, entry.coded, at)
-    return entry
-
-
-def _integers(value: Any, which: str, what: str) -> tuple[int, ...]:
-    """Return the numbers of a shape; a message is only made for an error."""
-    numbers = json_fields.items(value, what, MAX_NDIM)
-    for n in numbers:
-        if type(n) is not int or not 0 <= n <= json_fields.MAX_INTEGER:
-            json_fields.integer(n, f"a {which} of {what}")
-    return tuple(numbers)
 
 
 def _coded(entry: ArrayEntry, codec: Any, stored: Any, *, what: str) -> Coded:
@@ -145,43 +177,60 @@ def _coded(entry: ArrayEntry, codec: Any, stored: Any, *, what: str) -> Coded:
     return Coded(codec, sizes)
 
 
-def _places(entry: ArrayEntry, value: Any, *, what: str) -> tuple[int, ...]:
-    """Return the offsets of the chunks of ``entry`` in an archive; those not aligned are refused."""
-    offsets = json_fields.items(value, f"the offsets of {what}", MAX_CHUNKS)
-    if len(offsets) != entry.chunks:
-        msg = f"{what} has {len(offsets)} offsets for {entry.chunks} chunks"
-        raise Broken(msg)
-    lengths = (
-        itertools.repeat(entry.chunk_nbytes + CHECKSUM_BYTES)
-        if entry.coded is None
-        else map(entry.file_nbytes, range(len(offsets)))
-    )
-    for offset, nbytes in zip(offsets, lengths, strict=False):
-        if nbytes > zip_archive.MAX_ENTRY_NBYTES:
-            msg = f"{what} has a chunk of {nbytes} bytes, too large for an archive"
-            raise Broken(msg)
-        if json_fields.integer(offset, "an offset of a chunk") % zip_archive.alignment(nbytes):
-            msg = f"{what} has a chunk of {nbytes} bytes at offset {offset}, which is not aligned"
-            raise Broken(msg)
-    return tuple(offsets)
-
-
-def check_places(arrays: Sequence[ArrayEntry]) -> None:
-    """Check that all or no arrays have offsets, and that chunks and their local headers don't overlap.
+def _placed(
+    entries: Sequence[ArrayEntry], values: Sequence[Any], what: Callable[[int], str]
+) -> tuple[ArrayEntry, ...]:
+    """Return the entries with the offsets of their chunks in an archive.
 
     Raises:
-        Broken: If they do.
+        Broken: If an offset is not aligned, or chunks and their local headers overlap.
     """
-    placed = [entry for entry in arrays if entry.at is not None]
-    expect(len(placed) in (0, len(arrays)), "some arrays have offsets, and others have not")
-    found = [
-        (offset, entry.file_nbytes(chunk), len(entry.chunk_path(chunk)))
-        for entry in placed
-        for chunk, offset in enumerate(entry.at or ())
-    ]
-    end = 0
-    for offset, nbytes, name_nbytes in sorted(found):
-        if offset < end + zip_archive.LOCAL_HEADER_NBYTES + name_nbytes:
-            msg = f"the chunk at offset {offset} overlaps another one, or has no room for its header"
+    lengths: list[int] = []
+    name_lengths: list[int] = []
+    owners: list[int] = []
+    for index, (entry, value) in enumerate(zip(entries, values, strict=True)):
+        chunks = entry.chunks
+        if type(value) is not list or len(value) != chunks:
+            found = len(json_fields.items(value, f"the offsets of {what(index)}", MAX_CHUNKS))
+            expect(found == chunks, f"{what(index)} has {found} offsets for {chunks} chunks")
+        if chunks == 1:
+            lengths.append(entry.file_nbytes(0))
+            name_lengths.append(len(entry.path) + len(chunk_key(0, len(entry.chunk_shape))) + 1)
+            owners.append(index)
+            continue
+        lengths += map(entry.file_nbytes, range(chunks))
+        name_lengths += (len(entry.chunk_path(chunk)) for chunk in range(chunks))
+        owners += [index] * chunks
+    offsets = [*itertools.chain(*values)]
+    json_fields.integer_column(offsets, lambda _: "an offset of a chunk")
+    if max(lengths, default=0) > zip_archive.MAX_ENTRY_NBYTES:
+        index, nbytes = next(
+            pair for pair in zip(owners, lengths, strict=True) if pair[1] > zip_archive.MAX_ENTRY_NBYTES
+        )
+        msg = f"{what(index)} has a chunk of {nbytes} bytes, too large for an archive"
+        raise Broken(msg)
+    alignments = {nbytes: zip_archive.alignment(nbytes) for nbytes in set(lengths)}
+    for index, offset, nbytes in zip(owners, offsets, lengths, strict=True):
+        if offset % alignments[nbytes]:
+            msg = f"{what(index)} has a chunk of {nbytes} bytes at offset {offset}, which is not aligned"
             raise Broken(msg)
-        end = offset + nbytes
+    _check_apart(offsets, lengths, name_lengths)
+    return tuple(map(_with_offsets, entries, map(tuple, values)))
+
+
+def _check_apart(offsets: Sequence[int], lengths: Sequence[int], name_lengths: Sequence[int]) -> None:
+    """Check that chunks and their local headers don't overlap."""
+    starts = np.array(offsets, np.uint64)
+    order = np.argsort(starts, kind="stable")
+    starts = starts[order]
+    # Below 2**64: an offset has 63 bits, a length 31, and a name is shorter than the manifest.
+    needed = np.zeros(len(starts), np.uint64)
+    needed[1:] = starts[:-1] + np.array(lengths, np.uint64)[order][:-1]
+    needed += np.array(name_lengths, np.uint64)[order] + np.uint64(zip_archive.LOCAL_HEADER_NBYTES)
+    if (tight := np.flatnonzero(starts < needed)).size:
+        msg = f"the chunk at offset {starts[tight[0]]} overlaps another one, or has no room for its header"
+        raise Broken(msg)
+
+
+def _with_offsets(entry: ArrayEntry, at: tuple[int, ...]) -> ArrayEntry:
+    return ArrayEntry(entry.spec, entry.path, entry.chunk_shape, entry.meta, entry.coded, at)
