@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from gockpt.core.boxes import Box
 from gockpt.errors import (
     CheckpointCorrupt,
     CheckpointPruned,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
     from gockpt.core.arena_layout import ArrayLayout
     from gockpt.core.array_spec import ArraySpec
+    from gockpt.core.boxes import Box
     from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.location import Files
 
@@ -227,21 +227,21 @@ class StoredCheckpoint:
             GockptError: As for :meth:`read_into`; the content of all that was begun is undefined then.
         """
         files = self._opened()
-        fitting = []
-        for one in wanted:
-            array = self._array(one.name)
-            box = _checked_box(array.spec, one.box)
-            _check_target(array.spec, box, one.out)
-            fitting.append((array, box, one.out))
-        blocks = self._block_crcs() if verify and any(box.numel for _, box, _ in fitting) else None
+        arrays = [self._array(one.name) for one in wanted]
+        for array, one in zip(arrays, wanted, strict=True):
+            if one.box is not None:
+                _check_box(array.spec, one.box)
+            _check_target(array.spec, one.box, one.out)
+        blocks = self._block_crcs() if verify and any(one.out.nbytes for one in wanted) else None
         tasks = []
-        for array, box, out in fitting:
+        for array, one in zip(arrays, wanted, strict=True):
             crcs = None if blocks is None else blocks[array.first_block :]
-            source = Source(files, array.entry, crcs)
-            plan = plan_reads(source.grid, box, verify=verify, piece=PIECE, max_gap=MAX_GAP)
-            tasks.append(Task(array.spec.public_name, source, box, plan, out))
+            tasks.append(Task(one.name, Source(files, array.entry, crcs), one.box, one.out))
         got = execute(
             tasks,
+            plan=lambda task: plan_reads(
+                task.source.grid, task.region, verify=verify, piece=PIECE, max_gap=MAX_GAP
+            ),
             threads=self._threads,
             explained=lambda name: self._explained(name, ChunkCorrupt),
             begun=begun,
@@ -346,28 +346,23 @@ def manifest_bytes(files: Files, path: str) -> bytes:
         raise ManifestCorrupt(msg) from error
 
 
-def _checked_box(spec: ArraySpec, box: Box | None) -> Box:
-    """Return the wanted region, which must lie inside the array."""
-    if box is None:
-        return Box(tuple(0 for _ in spec.shape), spec.shape)
+def _check_box(spec: ArraySpec, box: Box) -> None:
+    """Refuse a region that does not lie inside the array."""
     if len(box.shape) != len(spec.shape) or any(
         at + n > extent for at, n, extent in zip(box.start, box.shape, spec.shape, strict=True)
     ):
         msg = f"{box} does not lie inside {spec.public_name!r} of shape {spec.shape}"
         raise UsageError(msg)
-    return box
 
 
-def _check_target(spec: ArraySpec, box: Box, out: npt.NDArray[np.uint8]) -> None:
+def _check_target(spec: ArraySpec, box: Box | None, out: npt.NDArray[np.uint8]) -> None:
     """Refuse a target that isn't exactly the region's bytes."""
-    nbytes = box.numel * spec.itemsize
-    if (
-        out.dtype != np.uint8
-        or out.shape != (nbytes,)
-        or not (out.flags.c_contiguous and out.flags.writeable)
-    ):
+    nbytes = spec.nbytes if box is None else box.numel * spec.itemsize
+    flags = out.flags
+    if out.dtype != np.uint8 or out.shape != (nbytes,) or not (flags.c_contiguous and flags.writeable):
+        region = "all" if box is None else str(box)
         msg = (
-            f"reading {box} of {spec.public_name!r} ({spec.dtype}) needs a writable, contiguous uint8 array "
-            f"of shape ({nbytes},), got {out.dtype} of shape {out.shape}"
+            f"reading {region} of {spec.public_name!r} ({spec.dtype}) needs a writable, contiguous uint8 "
+            f"array of shape ({nbytes},), got {out.dtype} of shape {out.shape}"
         )
         raise UsageError(msg)

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gockpt.core.boxes import Box
 from gockpt.storage.format.checksum import BLOCK, crc32c, expect_blocks
 from gockpt.storage.read.decode import read_chunk
 from gockpt.storage.read.in_threads import in_threads
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from gockpt.core.boxes import Box
     from gockpt.storage.format.codecs import Coded
     from gockpt.storage.format.manifest_entries import ArrayEntry
     from gockpt.storage.read.location import File, Files
@@ -82,16 +82,27 @@ class Task:
     Attributes:
         name: What the array is called.
         source: Its files.
-        box: The wanted region.
-        plan: What to read, from :func:`~gockpt.storage.read.read_plan.plan_reads`.
-        out: The target: 1-D ``uint8``, C-contiguous, exactly the box's bytes; no other task's.
+        box: The wanted region; ``None`` for the whole array.
+        out: The target: 1-D ``uint8``, C-contiguous, exactly the region's bytes; no other task's.
     """
 
     name: str
     source: Source
-    box: Box
-    plan: tuple[ChunkRead, ...]
+    box: Box | None
     out: npt.NDArray[np.uint8]
+
+    @property
+    def region(self) -> Box:
+        """The wanted region, of whole arrays as well."""
+        shape = self.source.entry.spec.shape
+        return Box((0,) * len(shape), shape) if self.box is None else self.box
+
+    def place(self) -> int | None:
+        """Return the offset in the archive of a small array of one raw chunk that is wanted as a whole."""
+        entry = self.source.entry
+        if self.box is None and entry.at is not None and len(entry.at) == 1 and entry.coded is None:
+            return entry.at[0] if self.out.nbytes <= JOINED else None
+        return None
 
 
 class _Job:
@@ -100,33 +111,39 @@ class _Job:
     Attributes:
         task: The task.
         index: Its number.
-        read: The chunk to read of.
+        read: The chunk to read of; ``None`` for all of a small array, which needs no plan.
         ranges: Ranges of its file.
-        alone_at: Where its only range is in an archive, if it is all wanted and goes to one place, so that
-            it may be read with its neighbours; else ``None``.
+        at: Where its only range is in an archive, if it is all wanted and goes to one place, so that it may
+            be read with its neighbours; else ``None``.
+        target: Bytes of the task's target that this range goes to.
     """
 
-    __slots__ = ("alone_at", "index", "ranges", "read", "task")
+    __slots__ = ("at", "index", "ranges", "read", "target", "task")
 
-    def __init__(self, task: Task, index: int, read: ChunkRead, ranges: Sequence[ByteRange]) -> None:
+    def __init__(self, task: Task, index: int, read: ChunkRead | None, ranges: Sequence[ByteRange]) -> None:
         self.task = task
         self.index = index
         self.read = read
         self.ranges = ranges
-        self.alone_at: ByteRange | None = None
+        self.at: int | None = None
+        self.target = task.out.data
         entry = task.source.entry
-        if entry.at is not None and entry.coded is None and len(ranges) == 1 and ranges[0] == read.run:
-            self.alone_at = ByteRange(entry.at[read.chunk] + ranges[0].start, ranges[0].nbytes)
+        if read is None:
+            self.at = task.place()
+        elif entry.at is not None and entry.coded is None and len(ranges) == 1 and ranges[0] == read.run:
+            self.at = entry.at[read.chunk] + ranges[0].start
+            self.target = self.target[read.target : read.target + ranges[0].nbytes]
 
     @property
-    def target(self) -> npt.NDArray[np.uint8]:
-        """The bytes of the task's target that the range goes to."""
-        return self.task.out[self.read.target : self.read.target + self.ranges[0].nbytes]
+    def nbytes(self) -> int:
+        """Bytes that it reads."""
+        return self.target.nbytes if self.at is not None else sum(part.nbytes for part in self.ranges)
 
 
 def execute(
     tasks: Sequence[Task],
     *,
+    plan: Callable[[Task], Sequence[ChunkRead]],
     threads: int,
     explained: Callable[[str], AbstractContextManager[None]],
     begun: Callable[[int], None],
@@ -135,6 +152,7 @@ def execute(
 
     Args:
         tasks: What to read.
+        plan: Returns what to read for a task, by :func:`~gockpt.storage.read.read_plan.plan_reads`.
         threads: How many threads may work on a large plan.
         explained: Returns what is entered around each job, given the array's name: it may turn errors
             into others.
@@ -147,13 +165,23 @@ def execute(
         CheckpointCorrupt: If a file is not what it must be, or a block differs from its checksum.
         OSError: If a file isn't there or can't be opened.
     """
-    jobs = [
-        _Job(task, index, read, ranges) for index, task in enumerate(tasks) for read, ranges in _jobs(task)
-    ]
+    jobs: list[_Job] = []
+    for index, task in enumerate(tasks):
+        if task.place() is not None:
+            jobs.append(_Job(task, index, None, ()))
+        else:
+            jobs += (_Job(task, index, read, ranges) for read, ranges in _parts(task, plan(task)))
     groups = join_neighbours(
-        [job.alone_at for job in jobs], max_gap=MAX_GAP, most_nbytes=JOINED, most_parts=MOST_JOINED
+        [None if job.at is None else (job.at, job.target.nbytes) for job in jobs],
+        max_gap=MAX_GAP,
+        most_nbytes=JOINED,
+        most_parts=MOST_JOINED,
     )
     lock, total = threading.Lock(), 0
+
+    def alone(job: _Job, scratch: Scratch) -> int:
+        whole = plan(job.task)[0] if job.read is None else job.read
+        return _read_job(job.task, whole, job.ranges or whole.ranges, scratch)
 
     def work(group: list[int], scratch: Scratch) -> None:
         nonlocal total
@@ -162,24 +190,23 @@ def execute(
             begun(job.index)
         scratch.take(0)
         with explained(together[0].task.name):
-            got = _read_joined(together, scratch) if len(group) > 1 else _read_job(together[0], scratch)
+            got = _read_joined(together, scratch) if len(group) > 1 else alone(together[0], scratch)
         for job in together if len(group) > 1 else ():
             if not _is_right(job):
                 with explained(job.task.name):
-                    _read_job(job, scratch)  # says what is wrong
+                    alone(job, scratch)  # says what is wrong
         with lock:
             total += got
 
-    planned = sum(part.nbytes for job in jobs for part in job.ranges)
-    is_small = planned < PARALLEL_FROM and len(groups) < PARALLEL_JOBS
+    is_small = len(groups) < PARALLEL_JOBS and sum(job.nbytes for job in jobs) < PARALLEL_FROM
     threads = 1 if is_small else min(threads, len(groups))
     in_threads(work, groups, threads=threads, name="gockpt-read", memory=Scratch)
     return total
 
 
-def _jobs(task: Task) -> Iterator[tuple[ChunkRead, Sequence[ByteRange]]]:
+def _parts(task: Task, plan: Sequence[ChunkRead]) -> Iterator[tuple[ChunkRead, Sequence[ByteRange]]]:
     """Yield ranges of one chunk each, together at most a piece; of encoded arrays, all of a chunk."""
-    for read in task.plan:
+    for read in plan:
         if task.source.entry.coded is not None:
             yield read, read.ranges
             continue
@@ -194,37 +221,41 @@ def _jobs(task: Task) -> Iterator[tuple[ChunkRead, Sequence[ByteRange]]]:
         yield read, batch
 
 
-def _read_job(job: _Job, scratch: Scratch) -> int:
+def _read_job(task: Task, read: ChunkRead, ranges: Sequence[ByteRange], scratch: Scratch) -> int:
     """Read what one chunk has for a task."""
-    source, read = job.task.source, job.read
+    source = task.source
     with source.open(read.chunk, scratch) as file:
         if source.entry.coded is not None:
-            return _read_encoded(file, read, job.task, source.entry.coded)
-        return sum(_read(file, read, part, job.task, scratch) for part in job.ranges)
+            return _read_encoded(file, read, task, source.entry.coded)
+        return sum(_read(file, read, part, task, scratch) for part in ranges)
 
 
 def _read_joined(jobs: Sequence[_Job], scratch: Scratch) -> int:
     """Read neighbours of one archive straight into their targets, with the gaps between them."""
-    source = jobs[0].task.source
+    source, read = jobs[0].task.source, jobs[0].read
     gap = scratch.take(MAX_GAP).data
-    places = [job.alone_at for job in jobs if job.alone_at is not None]
-    first, views, at = places[0].start, list[memoryview](), places[0].start
-    for job, place in zip(jobs, places, strict=True):
-        views += [gap[: place.start - at], job.target.data]
-        at = place.stop
-    path = source.entry.chunk_path(jobs[0].read.chunk)
+    first = at = jobs[0].at or 0
+    views: list[memoryview] = []
+    for job in jobs:
+        start = job.at or 0
+        if start > at:
+            views.append(gap[: start - at])
+        views.append(job.target)
+        at = start + job.target.nbytes
+    path = source.entry.chunk_path(0 if read is None else read.chunk)
     with source.files.open(path, nbytes=at - first, scratch=scratch, at=first) as file:
         return file.read_into(views, 0)
 
 
 def _is_right(job: _Job) -> bool:
     """Whether the bytes of a job of one block, which are in their place, agree with their checksum."""
-    source, chunk = job.task.source, job.read.chunk
+    source, block = job.task.source, 0
     if source.crcs is None:
         return True
-    first = source.grid.first_block(chunk) if chunk else 0
-    known = int(source.crcs[first + job.ranges[0].start // BLOCK])
-    return job.ranges[0].nbytes <= BLOCK and crc32c(job.target.data) == known
+    if job.read is not None:
+        chunk = job.read.chunk
+        block = (source.grid.first_block(chunk) if chunk else 0) + job.ranges[0].start // BLOCK
+    return job.target.nbytes <= BLOCK and crc32c(job.target) == int(source.crcs[block])
 
 
 def _read(file: File, read: ChunkRead, part: ByteRange, task: Task, scratch: Scratch) -> int:
@@ -244,7 +275,7 @@ def _read(file: File, read: ChunkRead, part: ByteRange, task: Task, scratch: Scr
         known = source.crcs[source.grid.first_block(read.chunk) + part.start // BLOCK :]
         expect_blocks(views, known, where=file.path, start=part.start)
     if read.run is None:
-        scatter(source.grid, task.box, read, part.start, views[0], out)
+        scatter(source.grid, task.region, read, part.start, views[0], out)
     return got
 
 
@@ -260,5 +291,5 @@ def _read_encoded(file: File, read: ChunkRead, task: Task, coded: Coded) -> int:
     if run is not None:
         out[read.target : read.target + run.nbytes] = chunk[run.start : run.stop]
     else:
-        scatter(source.grid, task.box, read, 0, chunk[: source.grid.real_nbytes(read.chunk)], out)
+        scatter(source.grid, task.region, read, 0, chunk[: source.grid.real_nbytes(read.chunk)], out)
     return file.nbytes

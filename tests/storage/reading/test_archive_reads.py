@@ -21,7 +21,6 @@ from gockpt.storage.read.direct_io import ReadCalls
 from gockpt.storage.read.find import open_checkpoint
 from gockpt.storage.read.local_location import LocalArchive
 from gockpt.storage.read.read_join import join_neighbours
-from gockpt.storage.read.read_plan import ByteRange
 
 
 def pack(source, target):
@@ -119,17 +118,16 @@ def test_of_what_is_read_together_the_damaged_is_named(write, tmp_path, threads)
     st.integers(1, 5),
 )
 def test_every_part_is_in_one_group(places, max_gap, most_nbytes, most_parts):
-    parts = [None if place is None else ByteRange(*place) for place in places]
-    groups = join_neighbours(parts, max_gap=max_gap, most_nbytes=most_nbytes, most_parts=most_parts)
-    assert sorted(itertools.chain(*groups)) == list(range(len(parts)))
+    groups = join_neighbours(places, max_gap=max_gap, most_nbytes=most_nbytes, most_parts=most_parts)
+    assert sorted(itertools.chain(*groups)) == list(range(len(places)))
     assert [min(group) for group in groups] == sorted(min(group) for group in groups)
     for group in groups:
-        members = [parts[index] for index in group]
+        members = [places[index] for index in group]
         assert len(group) <= most_parts
         if len(group) > 1:
-            assert members[-1].stop - members[0].start <= most_nbytes
+            assert sum(members[-1]) - members[0][0] <= most_nbytes
             for before, after in itertools.pairwise(members):
-                assert 0 <= after.start - before.stop <= max_gap
+                assert 0 <= after[0] - sum(before) <= max_gap
 
 
 class Cold(ReadCalls):
