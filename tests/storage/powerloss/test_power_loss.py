@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 
@@ -98,6 +99,7 @@ def look(scenario, sample, blank, work, disks, checker, fs, *, cuts=20, seeds=3)
     return count, wrong, newest_seen
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_previous_checkpoint_or_the_new_one(scenario, blank, work, disks, sampling, checker):
     sample = sampling.make(ARRAYS)
@@ -108,21 +110,36 @@ def test_the_previous_checkpoint_or_the_new_one(scenario, blank, work, disks, sa
     assert newest == {"first": {None, 9}, "prune": {2}}.get(scenario, {1, 9})
 
 
-MUTATIONS = {
-    "no data is synced": lambda name: (
-        name == "syncfs" or os.path.basename(name).startswith(("c", "zarr.json", "state.json", "blocks"))
-    ),
-    "the manifest is not synced": lambda name: name == "gockpt.json.tmp",
+EVERYWHERE = {
     "nothing is synced": lambda name: True,
     "only the path is synced": lambda name: not name.startswith("/"),
     "the path is not synced": lambda name: name.startswith("/"),
 }
+IN_ARCHIVES = {"the archive is not synced": lambda name: ".partial-" in name}
+IN_DIRECTORIES = {
+    "no data is synced": lambda name: (
+        name == "syncfs" or os.path.basename(name).startswith(("c", "zarr.json", "state.json", "blocks"))
+    ),
+    "the manifest is not synced": lambda name: name == "gockpt.json.tmp",
+}
+MUTATIONS = [
+    *itertools.product(("directory",), {**EVERYWHERE, **IN_DIRECTORIES}.items()),
+    *itertools.product(("file",), {**EVERYWHERE, **IN_ARCHIVES}.items()),
+]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_protocol_without_one_of_its_syncs_is_caught(mutation, blank, work, disks, sampling, checker):
+@pytest.mark.parametrize(
+    ("layout", "mutation"),
+    MUTATIONS,
+    indirect=["layout"],
+    ids=lambda one: one if type(one) is str else one[0],
+)
+def test_a_protocol_without_one_of_its_syncs_is_caught(
+    layout, mutation, blank, work, disks, sampling, checker
+):
     sample = sampling.make(ARRAYS)
-    fs = Forgetful(MUTATIONS[mutation])
+    mutation, forgets = mutation
+    fs = Forgetful(forgets)
     count, wrong, _ = look("next", sample, blank, work, disks, checker, fs, cuts=40, seeds=4)
     log.info("%s: %d of %d states are wrong", mutation, len(wrong), count)
     assert wrong
