@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,15 +81,14 @@ class OptimizerRestore:
 
     def _reader_to(self, device: torch.device) -> Callable[[Name], torch.Tensor]:
         """Return a function that reads an array as a new tensor on a device, in its saved memory order."""
+        return partial(self._read_to, device)
 
-        def read(name: Name) -> torch.Tensor:
-            public = public_name(name)
-            saved = self._plan.subclasses.get(public)
-            if saved is not None:
-                return make_subclass(saved, read, device, public)
-            return self._filler.read_as(name, self._plan.strides.get(public), device)
-
-        return read
+    def _read_to(self, device: torch.device, name: Name) -> torch.Tensor:
+        public = public_name(name)
+        saved = self._plan.subclasses.get(public)
+        if saved is not None:
+            return make_subclass(saved, self._reader_to(device), device, public)
+        return self._filler.read_as(name, self._plan.strides.get(public), device)
 
     def arrays(self) -> list[Fill | Create]:
         """Return the states that are arrays of their own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def test_one_call_reads_model_and_optimizer(save, same, calls, fresh):
     assert max(calls) == sum(calls) == 80 * 4  # a parameter, its two moments and its step
     same(dict(other.state_dict()), dict(model.state_dict()))
     same(loaded.state_dict(), optimizer.state_dict())
+
+
+def test_a_load_leaves_nothing_that_only_the_garbage_collector_frees(save):
+    model, optimizer = stepped(1)
+    save("ckpts", model, optimizer)
+    gockpt.load("ckpts", model, optimizer)
+    gc.collect()
+    gc.disable()
+    try:
+        gockpt.load("ckpts", model, optimizer)
+        left = [each for each in gc.get_objects() if isinstance(each, StoredCheckpoint | Fill)]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_what_is_not_contiguous_is_loaded_beside(save, calls):
