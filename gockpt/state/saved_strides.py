@@ -41,6 +41,8 @@ def order_of_state(
     if torch.nn.parameter.is_lazy(param) or spec.shape != tuple(param.shape):
         return strides  # a lazy parameter gets its size and memory when the model is loaded
     if of_param in arrays and strides == strides_saved(saved.strides, of_param, arrays[of_param]):
+        if param.is_contiguous() and param.stride() == strides:
+            return strides
         return torch.empty_like(param.detach(), device="meta").stride()
     return strides
 

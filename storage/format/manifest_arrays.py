@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +189,7 @@ def _placed(
     lengths: list[int] = []
     name_lengths: list[int] = []
     owners: list[int] = []
+    keys = [1 + len(chunk_key(0, ndim)) for ndim in range(MAX_NDIM + 1)]
     for index, (entry, value) in enumerate(zip(entries, values, strict=True)):
         chunks = entry.chunks
         if type(value) is not list or len(value) != chunks:
@@ -195,12 +197,12 @@ def _placed(
             expect(found == chunks, f"{what(index)} has {found} offsets for {chunks} chunks")
         if chunks == 1:
             lengths.append(entry.file_nbytes(0))
-            name_lengths.append(len(entry.path) + len(chunk_key(0, len(entry.chunk_shape))) + 1)
+            name_lengths.append(len(entry.path) + keys[len(entry.chunk_shape)])
             owners.append(index)
-            continue
-        lengths += map(entry.file_nbytes, range(chunks))
-        name_lengths += (len(entry.chunk_path(chunk)) for chunk in range(chunks))
-        owners += [index] * chunks
+        else:
+            lengths += map(entry.file_nbytes, range(chunks))
+            name_lengths += (len(entry.chunk_path(chunk)) for chunk in range(chunks))
+            owners += [index] * chunks
     offsets = [*itertools.chain(*values)]
     json_fields.integer_column(offsets, lambda _: "an offset of a chunk")
     if max(lengths, default=0) > zip_archive.MAX_ENTRY_NBYTES:
@@ -210,10 +212,12 @@ def _placed(
         msg = f"{what(index)} has a chunk of {nbytes} bytes, too large for an archive"
         raise Broken(msg)
     alignments = {nbytes: zip_archive.alignment(nbytes) for nbytes in set(lengths)}
-    for index, offset, nbytes in zip(owners, offsets, lengths, strict=True):
-        if offset % alignments[nbytes]:
-            msg = f"{what(index)} has a chunk of {nbytes} bytes at offset {offset}, which is not aligned"
-            raise Broken(msg)
+    if any(map(operator.mod, offsets, map(alignments.__getitem__, lengths))):
+        index, offset, nbytes = next(
+            each for each in zip(owners, offsets, lengths, strict=True) if each[1] % alignments[each[2]]
+        )
+        msg = f"{what(index)} has a chunk of {nbytes} bytes at offset {offset}, which is not aligned"
+        raise Broken(msg)
     _check_apart(offsets, lengths, name_lengths)
     return tuple(map(_with_offsets, entries, map(tuple, values)))
 

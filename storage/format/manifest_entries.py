@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from gockpt.core.arena_layout import CHECKSUM_BYTES
@@ -56,9 +57,7 @@ class ArrayEntry:
     @property
     def chunks(self) -> int:
         """Number of chunk files; 0 for an array without elements."""
-        if not self.spec.numel:
-            return 0
-        return -(-self.spec.shape[0] // self.chunk_shape[0]) if self.spec.shape else 1
+        return _chunk_count(self.spec.shape, self.chunk_shape)
 
     @property
     def codec(self) -> str | None:
@@ -99,10 +98,9 @@ class ArrayEntry:
     @property
     def block_count(self) -> int:
         """Number of this array's entries in the block checksums."""
-        nbytes = self.spec.nbytes
-        if self.coded is None and nbytes <= self.chunk_nbytes:  # one chunk, or none: the same, sooner
-            return checksum.block_count(nbytes)
-        return self.first_block(self.chunks)
+        if self.coded is not None:
+            return self.first_block(self.chunks)
+        return _raw_block_count(self.spec.shape, self.chunk_shape, self.spec.itemsize)
 
     def layout(self) -> ArrayLayout:
         """Return the geometry of its chunks; slot offsets count from 0."""
@@ -111,3 +109,18 @@ class ArrayEntry:
     def chunk_path(self, chunk: int) -> str:
         """Return the path of one chunk file, relative to the checkpoint's directory."""
         return f"{self.path}/{chunk_key(chunk, len(self.chunk_shape))}"
+
+
+# The same for all arrays of a shape, of which a model has few.
+@lru_cache(maxsize=1024)
+def _chunk_count(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> int:
+    if not math.prod(shape):
+        return 0
+    return -(-shape[0] // chunk_shape[0]) if shape else 1
+
+
+@lru_cache(maxsize=1024)
+def _raw_block_count(shape: tuple[int, ...], chunk_shape: tuple[int, ...], itemsize: int) -> int:
+    chunk_nbytes, nbytes = math.prod(chunk_shape) * itemsize, math.prod(shape) * itemsize
+    whole = max(0, _chunk_count(shape, chunk_shape) - 1)
+    return whole * checksum.block_count(chunk_nbytes) + checksum.block_count(nbytes - whole * chunk_nbytes)

@@ -327,10 +327,11 @@ def _behind_header(entry: CentralEntry) -> int:
 
 def _expected(manifest: Manifest) -> tuple[int, int]:
     """Return how many entries a checkpoint has, and the most bytes that their central records take."""
-    documents = [file.path for file in (*manifest.files, *(entry.meta for entry in manifest.arrays))]
-    entries, nbytes = 1 + len(documents), len(MANIFEST_FILE) + sum(map(len, documents))
+    entries, nbytes = 1 + len(manifest.files) + len(manifest.arrays), len(MANIFEST_FILE)
+    nbytes += sum(len(file.path) for file in manifest.files)
     for array in manifest.arrays:
-        entries += array.chunks
-        longest = len(array.path) + 1 + len(chunk_key(array.chunks, len(array.chunk_shape)))
-        nbytes += array.chunks * longest
+        chunks = array.chunks
+        entries += chunks
+        longest = len(array.path) + 1 + len(chunk_key(chunks, len(array.chunk_shape)))
+        nbytes += len(array.meta.path) + chunks * longest
     return entries, nbytes + entries * zip_archive.MAX_RECORD_NBYTES
