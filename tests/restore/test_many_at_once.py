@@ -67,7 +67,7 @@ def test_a_load_leaves_nothing_that_only_the_garbage_collector_frees(save):
     gc.disable()
     try:
         gockpt.load("ckpts", model, optimizer)
-        left = [each for each in gc.get_objects() if isinstance(each, StoredCheckpoint | Fill)]
+        left = [each for each in gc.get_objects() if type(each) in (StoredCheckpoint, Fill)]
     finally:
         gc.enable()
     assert not left
