@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from gockpt.errors import UsageError
+from gockpt.storage.format import step_names
 from gockpt.storage.object_store.client import objects_at
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def directory_to_save(path: Any) -> str:
         raise UsageError(msg)
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if isinstance(text, str) and _URL.match(text):
-        shown = re.sub(r"//[^/@]*@", "//", text)  # credentials have no place in a message
+        shown = _without_credentials(text)
         msg = (
             f"path={shown!r} is a URL: checkpoints are saved into a local directory, and copied to an object "
             f"store with Options(remote={shown!r}). For a directory of that name, pass {'./' + shown!r}"
@@ -78,12 +79,23 @@ def directory_to_save(path: Any) -> str:
     return os.path.realpath(local_path(path))
 
 
+def _without_credentials(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
 def store_to_write(where: Any) -> Objects:
     """Return the objects below a URL, or of an obstore store, that checkpoints are to be uploaded to.
 
     Raises:
-        UsageError: If it is no usable URL of an object store.
+        UsageError: If it is no usable URL of an object store, or that of an archive.
     """
+    above, _, name = where.rstrip("/").rpartition("/") if isinstance(where, str) else ("", "", "")
+    if "://" in above and any(
+        known is not None and known.archive
+        for known in (step_names.parse_uploaded(name), step_names.parse(name))
+    ):
+        msg = f"{_without_credentials(where)!r} names one checkpoint; pass the URL that stands above it"
+        raise UsageError(msg)
     objects = objects_at(where, make=True)
     if objects is None:
         msg = f"{where!r} is no URL of an object store, such as 's3://bucket/run' or 'gs://bucket/run'"

@@ -52,7 +52,7 @@ ORDER = {
         format.json_fields format.strict_json format.checksum format.codecs format.chunk_grid
         format.step_names format.array_paths format.zarr_dtypes format.zarr_metadata format.manifest_entries
         format.zip_archive format.archive_plan format.manifest_arrays format.manifest format.zarr_outline
-        object_store.client paths
+        object_store.made_ahead object_store.client paths
         local.stopwatch local.failures local.syscalls local.filesystem local.files local.owner
         local.writer_lock local.verified local.catalog local.chunk_writer local.compression local.durability
         local.partial_files local.page_writer local.partial_archive local.partial_directory local.draft

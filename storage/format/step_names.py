@@ -37,7 +37,7 @@ _NAME = re.compile(
     re.ASCII,
 )
 
-_UPLOADED = re.compile(r"step-([0-9]{10,19})-([0-9]{1,19})-([0-9a-f]{8,64})", re.ASCII)
+_UPLOADED = re.compile(r"step-([0-9]{10,19})-([0-9]{1,19})-([0-9a-f]{8,64})(\.zip)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +59,19 @@ class EntryName:
 
 @dataclass(frozen=True, slots=True)
 class UploadedName:
-    """Parts of an uploaded checkpoint's prefix.
+    """Parts of an uploaded checkpoint's name: the prefix of its files, or the key of its archive.
 
     Attributes:
         step: The step.
         seq: Its number among the path's publications.
         attempt: The attempt.
+        archive: Whether the name is an archive's.
     """
 
     step: int
     seq: int
     attempt: str
+    archive: bool = False
 
 
 def of_step(step: int, *, archive: bool = False) -> str:
@@ -124,25 +126,30 @@ def parse(name: str) -> EntryName | None:
     return EntryName(kind, step, match["attempt"], archive=bool(match["zip"]))
 
 
-def of_uploaded(step: int, seq: int, attempt: str) -> str:
-    """Return the prefix of a checkpoint in an object store, which nothing is ever renamed to or from.
+def of_uploaded(step: int, seq: int, attempt: str, *, archive: bool = False) -> str:
+    """Return the name of a checkpoint in an object store, which nothing is ever renamed to or from.
 
     Examples:
         >>> of_uploaded(1200, 12, "00ff00ff")
         'step-0000001200-12-00ff00ff'
+        >>> of_uploaded(1200, 12, "00ff00ff", archive=True)
+        'step-0000001200-12-00ff00ff.zip'
     """
-    return f"{of_step(step)}-{seq}-{attempt}"
+    return f"{of_step(step)}-{seq}-{attempt}{'.zip' if archive else ''}"
 
 
 def parse_uploaded(name: str) -> UploadedName | None:
-    """Return the parts of an uploaded checkpoint's prefix, or ``None`` if gockpt never makes such a one.
+    """Return the parts of an uploaded checkpoint's name, or ``None`` if gockpt never makes such a one.
 
     Examples:
         >>> parse_uploaded("step-0000001200-12-00ff00ff")
-        UploadedName(step=1200, seq=12, attempt='00ff00ff')
+        UploadedName(step=1200, seq=12, attempt='00ff00ff', archive=False)
+        >>> parse_uploaded("step-0000001200-12-00ff00ff.zip").archive
+        True
     """
     match = _UPLOADED.fullmatch(name)
     if not match:
         return None
-    found = UploadedName(int(match[1]), int(match[2]), match[3])
-    return found if of_uploaded(found.step, found.seq, found.attempt) == name else None
+    found = UploadedName(int(match[1]), int(match[2]), match[3], archive=bool(match[4]))
+    made = of_uploaded(found.step, found.seq, found.attempt, archive=found.archive)
+    return found if made == name else None

@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from gockpt.errors import CheckpointNotFound, RemoteError, UsageError
+from gockpt.storage.object_store.made_ahead import made_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "file")
 """URL schemes that are read and written through obstore."""
 
 CRC_ATTRIBUTE = "gockpt-crc32c"
-"""User metadata of every object but manifests: the crc32c of its bytes, 8 hexadecimal digits."""
+"""User metadata of a file's object, but for manifests: the crc32c of its bytes, 8 hexadecimal digits."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOST_SLASH = re.compile(rf"({'|'.join(SCHEMES)}):/[^/]")
@@ -104,9 +105,9 @@ class Objects:
     def put(
         self,
         path: str,
-        data: Callable[[], bytes | Iterator[bytearray]],
+        data: Callable[[], bytes | Iterator[bytes | bytearray]],
         *,
-        crc: int,
+        crc: int | None,
         part: int,
         parallel: int,
     ) -> None:
@@ -114,8 +115,9 @@ class Objects:
 
         Args:
             path: Where.
-            data: Gives all its bytes, or an iterator of pieces whose errors are raised as they are.
-            crc: Their checksum, to be noted at the object.
+            data: Gives all its bytes, or an iterator of pieces, which runs in a thread of its own and whose
+                errors are raised as they are.
+            crc: Their checksum, to be noted at the object; ``None`` notes nothing.
             part: Bytes of one part of a large upload.
             parallel: How many parts may be on their way at once.
 
@@ -124,17 +126,19 @@ class Objects:
         """
         import obstore
 
-        noted = {CRC_ATTRIBUTE: f"{crc:08x}"}
+        noted = None if crc is None else {CRC_ATTRIBUTE: f"{crc:08x}"}
         while True:
             content, attributes = data(), noted if self._attributes else None
-            with self._explained("write", path):
+            with self._explained("write", path), ExitStack() as stack:
+                in_parts = not isinstance(content, bytes)
+                given = content if isinstance(content, bytes) else stack.enter_context(made_ahead(content))
                 try:
                     obstore.put(
                         self._store,
                         path,
-                        content,
+                        given,
                         attributes=attributes,
-                        use_multipart=not isinstance(content, bytes),
+                        use_multipart=in_parts,
                         chunk_size=part,
                         max_concurrency=parallel,
                     )

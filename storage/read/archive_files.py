@@ -86,6 +86,11 @@ class ArchiveFiles:
         end = self._read(file.nbytes - nbytes, nbytes)
         self._tail = zip_archive.parse_tail(end, file.nbytes, where=file.path)
 
+    @property
+    def nbytes(self) -> int:
+        """Length of the archive when it was opened."""
+        return self._file.nbytes
+
     def accept(self, manifest: Manifest, *, where: str) -> None:
         """Learn what is in the archive.
 
@@ -123,17 +128,58 @@ class ArchiveFiles:
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the archive between its entries."""
         try:
-            entries = self._all_entries()
+            entries = self.entries()
         except CheckpointCorrupt as error:
             yield str(error)
             return
         at = 0
-        offsets = self._chunk_offsets()
-        for entry in sorted(entries.values(), key=lambda entry: entry.header_at):
+        for entry, start in entries:
             if entry.header_at != at:
                 yield f"the entry {entry.name} begins at byte {entry.header_at} instead of {at}"
-            start = offsets.get(entry.name, _behind_header(entry))
             at = start + entry.nbytes
+
+    def entries(self) -> list[tuple[CentralEntry, int]]:
+        """Return every entry and the offset of its data, in the order in which they stand in the archive.
+
+        Raises:
+            CheckpointCorrupt: If a record of the central directory is damaged, or there are too many or few.
+        """
+        manifest = self._manifest
+        offsets = {
+            array.chunk_path(chunk): offset
+            for array in (() if manifest is None else manifest.arrays)
+            for chunk, offset in enumerate(array.at or ())
+        }
+        found = sorted(self._all_entries().values(), key=lambda entry: entry.header_at)
+        return [(entry, offsets.get(entry.name, _behind_header(entry))) for entry in found]
+
+    def header(self, entry: CentralEntry, start: int) -> bytes:
+        """Return an entry's local header with its padding: all that stands before its data at ``start``.
+
+        Raises:
+            CheckpointCorrupt: If it is not the one that follows from the central directory and the manifest.
+        """
+        path, padding = entry.name, start - _behind_header(entry)
+        if padding not in range(zip_archive.MAX_PADDING_NBYTES + 1):
+            msg = f"{path}: the central directory and the manifest say different lengths or offsets"
+            raise CheckpointCorrupt(msg)
+        header = zip_archive.local_header(path, entry.nbytes, entry.crc32, padding)
+        if self._read(entry.header_at, len(header)) != header:
+            msg = f"{path}: its local header is not the one that follows from the central directory"
+            raise CheckpointCorrupt(msg)
+        return header
+
+    def end(self) -> bytes:
+        """Return all that stands behind the last entry: the central directory and the end records.
+
+        Raises:
+            CheckpointCorrupt: As :meth:`entries`.
+        """
+        self._all_entries()
+        tail = self._tail
+        return self._directory() + zip_archive.end_records(
+            tail.entries, tail.directory_at, tail.directory_nbytes
+        )
 
     def is_gone(self) -> bool:
         """Whether the archive was removed, or set aside to be."""
@@ -198,12 +244,6 @@ class ArchiveFiles:
                 raise self._entries
             return self._entries
 
-    def _chunk_offsets(self) -> dict[str, int]:
-        arrays = () if self._manifest is None else self._manifest.arrays
-        return {
-            entry.chunk_path(chunk): offset for entry in arrays for chunk, offset in enumerate(entry.at or ())
-        }
-
     def _read(self, start: int, nbytes: int) -> bytes:
         data = bytearray(nbytes)
         with self._file.open(self._file.path, nbytes, None) as file:
@@ -232,14 +272,10 @@ class _CheckedFiles(ArchiveFiles):
         """Open an entry, and compare its local header and padding with its central record."""
         start, size = self._place(path, nbytes, at)
         entry = self._tail.manifest if path == MANIFEST_FILE else self._entry(path)
-        padding = start - _behind_header(entry)
-        if entry.nbytes != size or padding not in range(zip_archive.MAX_PADDING_NBYTES + 1):
+        if entry.nbytes != size:
             msg = f"{path}: the central directory and the manifest say different lengths or offsets"
             raise CheckpointCorrupt(msg)
-        header = zip_archive.local_header(path, entry.nbytes, entry.crc32, padding)
-        if self._read(entry.header_at, len(header)) != header:
-            msg = f"{path}: its local header is not the one that follows from the central directory"
-            raise CheckpointCorrupt(msg)
+        self.header(entry, start)
         return _CheckedStretch(_Stretch(self._file.open(path, size, scratch), path, start, size), entry.crc32)
 
 

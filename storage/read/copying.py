@@ -1,4 +1,4 @@
-"""Every file of a checkpoint but its manifest, checked as it is read: what copies of it are made from.
+"""Bytes of a checkpoint, checked as they are read, for copies: its files but the manifest, or its archive.
 
 Promise: no byte is handed out that does not agree with the manifest, block by block. Memory stays within one
 piece for each chunk that is being read, whatever its size.
@@ -17,6 +17,7 @@ from gockpt.core.arena_layout import CHECKSUM_BYTES
 from gockpt.errors import CheckpointCorrupt, CheckpointPruned, ChunkCorrupt
 from gockpt.storage.format.checksum import BLOCK, block_count, chain, crc32c, crc32c_zeros, expect_blocks
 from gockpt.storage.format.manifest import BLOCKS_FILE, MANIFEST_FILE, parse
+from gockpt.storage.format.zip_archive import archive_crc32
 from gockpt.storage.read.location import GONE, MAX_MANIFEST_BYTES, read_document, read_small
 from gockpt.storage.read.read_execute import Source
 
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gockpt.storage.format.manifest_entries import FileEntry
+    from gockpt.storage.read.archive_files import ArchiveFiles
     from gockpt.storage.read.checkpoint import StoredCheckpoint
     from gockpt.storage.read.location import Files
 
-__all__ = ["PIECE", "StoredFile", "chunk_files", "document_files"]
+__all__ = ["PIECE", "StoredFile", "archive_pieces", "chunk_files", "document_files"]
 
 PIECE = 8 * BLOCK
 """Bytes that are read and handed out at once."""
@@ -75,10 +77,7 @@ def chunk_files(stored: StoredCheckpoint, verb: str) -> Iterator[StoredFile]:
     """
     manifest, files = stored.manifest, stored.files
     with _explained(files, stored.path, verb):
-        whole = read_small(files, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-        if parse(whole, where=f"{stored.path}/{MANIFEST_FILE}") != manifest:
-            msg = f"{stored.path}: its manifest is not the one it was opened with"
-            raise CheckpointCorrupt(msg)
+        _read_manifest(stored)
         crcs = np.frombuffer(read_document(files, manifest.file(BLOCKS_FILE)), "<u4")
     for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False):
         source = Source(files, entry, None)
@@ -99,6 +98,55 @@ def document_files(stored: StoredCheckpoint, verb: str) -> Iterator[StoredFile]:
     for file in (*(entry.meta for entry in manifest.arrays), *manifest.files):
         data = partial(_file_data, stored.files, stored.path, verb, file)
         yield StoredFile(file.path, file.size, file.crc32c, data)
+
+
+def archive_pieces(stored: StoredCheckpoint, archive: ArchiveFiles, verb: str) -> Iterator[bytes | bytearray]:
+    """Yield all bytes of an archive, in order, in pieces of any length.
+
+    Beside what the manifest says, each entry is compared with its local header, padding and CRC-32.
+
+    Args:
+        stored: The checkpoint; it must not be closed meanwhile.
+        archive: Its files.
+        verb: Past participle for messages, such as "uploaded".
+
+    Raises:
+        CheckpointCorrupt: If a byte is not as it was written; before the archive's end is yielded.
+        CheckpointPruned: If the checkpoint was removed meanwhile.
+    """
+    explained = partial(_explained, archive, stored.path, verb)
+    known = {file.path: file for file in (*document_files(stored, verb), *chunk_files(stored, verb))}
+    with explained():
+        for fault in archive.faults():
+            raise CheckpointCorrupt(fault)
+        whole, entries, end = _read_manifest(stored), archive.entries(), archive.end()
+    known[MANIFEST_FILE] = StoredFile(MANIFEST_FILE, len(whole), crc32c(whole), lambda: whole)
+    for entry, start in entries:
+        with explained():
+            file = known.get(entry.name)
+            if file is None or file.nbytes != entry.nbytes:
+                msg = f"{entry.name}: the central directory and the manifest say different files or lengths"
+                raise CheckpointCorrupt(msg)
+            header = archive.header(entry, start)
+        yield header
+        crc32 = 0
+        for piece in file.pieces():
+            crc32 = archive_crc32(piece, crc32)
+            yield piece
+        if crc32 != entry.crc32:
+            with explained():
+                msg = f"{entry.name}: its CRC-32 is {crc32:08x}, the ZIP says {entry.crc32:08x}"
+                raise CheckpointCorrupt(msg)
+    yield end
+
+
+def _read_manifest(stored: StoredCheckpoint) -> bytes:
+    """Return the manifest's file, which must say what it said when the checkpoint was opened."""
+    whole = read_small(stored.files, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    if parse(whole, where=f"{stored.path}/{MANIFEST_FILE}") != stored.manifest:
+        msg = f"{stored.path}: its manifest is not the one it was opened with"
+        raise CheckpointCorrupt(msg)
+    return whole
 
 
 def _file_data(files: Files, path: str, verb: str, file: FileEntry) -> bytes:

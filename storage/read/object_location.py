@@ -1,7 +1,8 @@
 """Checkpoints in an object store: one range request per read.
 
-Names of uploads say everything: the newest is found by one listing and one manifest, however many there are.
-Archives that somebody copied there keep their names, which don't say it: each one's manifest is read.
+Names of uploads, archives and prefixes alike, say everything: the newest is found by one listing and one
+manifest, however many there are. Archives that somebody copied there under the names they have on disk don't
+say it: each one's manifest is read.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class ObjectFiles:
     """The objects below one prefix, as the files of one checkpoint.
 
     Attributes:
-        is_copy: Always: checkpoints are saved into directories, and uploaded from there.
+        is_copy: Always: checkpoints are saved on disks, and uploaded from there.
     """
 
     is_copy = True
@@ -257,7 +258,7 @@ class ObjectLocation:
         self.path = objects.url
 
     def children(self) -> list[Child]:
-        """Return archives, highest step first, then uploads, newest publication first; itself if it is one.
+        """Return copied archives, highest step first, then uploads, newest first; itself if it is one.
 
         Raises:
             RemoteError: If the store refuses or can't be reached.
@@ -267,9 +268,9 @@ class ObjectLocation:
             return [Child("", self.path)]
         uploads, archives = [], []
         prefixes, names = self._objects.children()
-        for name in prefixes:
+        for name, archive in (*((name, False) for name in prefixes), *((name, True) for name in names)):
             known = step_names.parse_uploaded(name)
-            if known is not None:
+            if known is not None and known.archive == archive:
                 url = self._objects.url_of(name)
                 uploads.append(Child(name, url, known.step, known.seq, known.attempt))
         for name in names:
@@ -282,16 +283,18 @@ class ObjectLocation:
 
     def open(self, child: Child) -> ObjectFiles | ArchiveFiles:
         """Return a child's objects, of which nothing is asked yet, or open its archive."""
-        if child.name and child.seq is None:
+        if child.name.endswith(".zip"):
             return _open_archive(self._objects, child.name)
         return ObjectFiles(self._objects, child.name)
 
     def not_found(self) -> CheckpointNotFound | NotACheckpoint:
         """Return the error that says what stands there instead."""
         prefixes, names = self._objects.children()
-        if names or any(step_names.parse_uploaded(name) is None for name in prefixes):
-            other = (names or prefixes)[0]
-            return NotACheckpoint(f"{self.path!r} holds no uploaded checkpoints, but {other!r} and the like")
+        others = [name for name in (*names, *prefixes) if step_names.parse_uploaded(name) is None]
+        if others:
+            return NotACheckpoint(
+                f"{self.path!r} holds no uploaded checkpoints, but {others[0]!r} and the like"
+            )
         return CheckpointNotFound(f"no complete checkpoint in {self.path!r}")
 
     def close(self) -> None:

@@ -377,7 +377,7 @@ def test_a_remote_with_another_runs_checkpoints_is_refused(another_process, capl
 
 
 def test_a_remote_that_is_another_runs_checkpoint_is_refused(another_process):
-    Trainer("a").save(1)
+    Trainer("a", layout="directory").save(1)
     url = gockpt.upload("a", URL.format(Path.cwd())).url
     another_process()
     before = files_below("bucket")

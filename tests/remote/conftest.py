@@ -97,6 +97,19 @@ def quick(endpoint) -> Callable[..., S3Store]:
     return make
 
 
+@pytest.fixture(params=["file", "directory"])
+def layout(request, monkeypatch) -> str:
+    """Let saves make checkpoints of one form by default; tests run with each."""
+    monkeypatch.setitem(gockpt.Options.__init__.__kwdefaults__, "layout", request.param)
+    return request.param
+
+
+@pytest.fixture
+def suffix(layout) -> str:
+    """End of the names of checkpoints of that form."""
+    return ".zip" if layout == "file" else ""
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Arrays above 10 kB have several chunks."""
@@ -109,13 +122,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KILLED = """
 import os, signal, sys, torch, gockpt
 from gockpt.storage.object_store.client import Objects
-put, left = Objects.put, [{nth}]
-def counted(self, *given, **more):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    put(self, *given, **more)
-Objects.put = counted
+left = [{nth}]
+def counted(write):
+    def call(self, *given, **more):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, *given, **more)
+    return call
+Objects.put, Objects.create = counted(Objects.put), counted(Objects.create)
 """
 
 
@@ -139,7 +154,7 @@ def process() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def killed() -> Callable[..., None]:
-    """Run a script that is killed at the ``nth`` object it puts."""
+    """Run a script that is killed at the ``nth`` object it writes."""
 
     def do(script: str, *arguments: object, nth: int) -> None:
         done = run_process(KILLED.format(nth=nth) + script, *arguments)

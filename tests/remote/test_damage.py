@@ -18,6 +18,7 @@ import gockpt
 from gockpt.storage.object_store.client import _words as words_of
 from gockpt.storage.object_store.client import objects_at
 
+pytestmark = pytest.mark.usefixtures("directories")
 SECRETS = ("very-secret-text", "AKIAEXAMPLEKEY", "pa55word")
 
 

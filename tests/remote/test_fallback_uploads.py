@@ -5,22 +5,30 @@ from __future__ import annotations
 import pytest
 
 import gockpt
+from gockpt.storage.read.find import open_checkpoint
+
+pytestmark = pytest.mark.usefixtures("layout")
 
 
 @pytest.mark.parametrize("as_store", [True, False])
 @pytest.mark.parametrize("damage", ["chunk", "manifest"])
 def test_of_two_uploads_of_one_step_the_whole_one_is_loaded(
-    save, url, bucket, quick, s3, tmp_path, as_store, damage
+    save, url, bucket, quick, s3, tmp_path, as_store, damage, layout
 ):
     where = quick(bucket) if as_store else url
     held = save(tmp_path, 7, marker=1)
     gockpt.upload(tmp_path, where)
     save(tmp_path, 7, marker=2)
     newer = gockpt.upload(tmp_path, where)
-    file = {"chunk": "model/tall/c.1.0", "manifest": "gockpt.json"}[damage]
-    key = f"{newer.url.rstrip('/').rpartition('/')[2]}/{file}"
+    key, at = newer.url.rstrip("/").rpartition("/")[2], 10
+    if layout == "directory":
+        key += {"chunk": "/model/tall/c.1.0", "manifest": "/gockpt.json"}[damage]
     body = bytearray(s3.get_object(Bucket=bucket, Key=f"runs/one/{key}")["Body"].read())
-    body[10] ^= 4
+    if layout == "file":
+        with open_checkpoint(newer.url) as stored:
+            chunk = next(entry for entry in stored.manifest.arrays if entry.path == "model/tall").at[1]
+        at += chunk if damage == "chunk" else body.rindex(b"gockpt.json{") + len("gockpt.json")
+    body[at] ^= 4
     s3.put_object(Bucket=bucket, Key=f"runs/one/{key}", Body=bytes(body))
     target = {name: tensor.clone().zero_() for name, tensor in held.items()}
     restored = gockpt.load(where, target, on_damage="previous")

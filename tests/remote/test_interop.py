@@ -12,6 +12,8 @@ from zarr.storage import ObjectStore
 import gockpt
 from gockpt.storage import register_zarr
 
+pytestmark = pytest.mark.usefixtures("directories")
+
 
 @pytest.fixture
 def there(save, url, tmp_path):

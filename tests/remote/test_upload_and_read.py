@@ -14,6 +14,8 @@ from gockpt.state.tensors import DTYPE_OF
 from gockpt.storage.object_store.client import Objects
 from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("layout")
+
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -25,11 +27,11 @@ def equal(checkpoint: gockpt.Checkpoint, held: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def test_a_round_trip_keeps_every_bit(save, url, tmp_path):
+def test_a_round_trip_keeps_every_bit(save, url, tmp_path, suffix):
     held = save(tmp_path / "ckpts", 7)
     done = gockpt.upload(tmp_path / "ckpts", url)
     assert (done.step, done.sent) == (7, done.nbytes)
-    assert done.url == f"{url}/step-0000000007-1-{done.attempt}"
+    assert done.url == f"{url}/step-0000000007-1-{done.attempt}{suffix}"
     assert gockpt.steps(url) == [7]
     assert gockpt.latest(url) == 7
     for where in (url, url + "/", done.url):
@@ -41,10 +43,10 @@ def test_a_round_trip_keeps_every_bit(save, url, tmp_path):
     assert report.path == done.url
 
 
-def test_a_store_does_as_well_as_its_url(save, url, bucket, quick, tmp_path):
+def test_a_store_does_as_well_as_its_url(save, url, bucket, quick, tmp_path, suffix):
     held = save(tmp_path / "ckpts", 7)
     done = gockpt.upload(tmp_path / "ckpts", quick(bucket))
-    assert done.url == f"{url}/step-0000000007-1-{done.attempt}"
+    assert done.url == f"{url}/step-0000000007-1-{done.attempt}{suffix}"
     with gockpt.open(quick(bucket)) as checkpoint:
         assert equal(checkpoint, held)
         assert checkpoint.metadata.path == done.url
@@ -94,11 +96,11 @@ def test_a_slice_reads_its_blocks_and_no_more(save, watched, tmp_path, monkeypat
     gockpt.upload(tmp_path, store)
     stored = open_checkpoint(store)
     array = gockpt.Checkpoint(stored)["model/rows"]
-    before = store.read_bytes
+    array[:1]  # reads the central directory of an archive, and the block checksums
+    before, read = store.read_bytes, stored.bytes_read
     assert torch.equal(array[300:310], rows[300:310])
-    sidecar = stored.manifest.file("blocks.crc32c").size
-    assert stored.bytes_read == 1 << 20  # rows 256 to 511: one block
-    assert store.read_bytes - before == stored.bytes_read + sidecar
+    assert stored.bytes_read - read == 1 << 20  # rows 256 to 511: one block
+    assert store.read_bytes - before == 1 << 20
 
 
 def test_newest_is_the_one_published_last(save, url, tmp_path):
@@ -123,7 +125,7 @@ def test_the_newest_is_found_by_one_manifest(save, watched, tmp_path):
         seen = []
         store.before = lambda kind, path, seen=seen: seen.append((kind, path))
         assert find(store) == 4
-        read = {path for kind, path in seen if kind == "read" and path.endswith("gockpt.json")}
+        read = {path.split("/")[0] for kind, path in seen if kind == "read"}
         assert [path.split("-")[2] for path in read] == ["4"]
     store.before = lambda kind, path: None
 
@@ -173,7 +175,7 @@ def test_nothing_there(url, bucket, s3, tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["zstd", "blosc"])
-def test_compressed_chunks_travel_as_they_are(codec, url, tmp_path, s3, bucket, small_chunks):
+def test_compressed_chunks_travel_as_they_are(codec, url, tmp_path, s3, bucket, small_chunks, suffix):
     held = {"rows": torch.arange(100 * 64, dtype=torch.float32).reshape(100, 64), "none": torch.empty(0, 4)}
     options = gockpt.Options(compression=codec)
     with gockpt.Checkpointer(held, None, tmp_path, options=options) as saver:
@@ -184,9 +186,9 @@ def test_compressed_chunks_travel_as_they_are(codec, url, tmp_path, s3, bucket, 
         assert torch.equal(checkpoint["model/rows"][40:60, 3], held["rows"][40:60, 3])
     assert gockpt.verify(url).ok
     assert gockpt.upload(tmp_path, url).sent == 0
-    for file in (tmp_path / "step-0000000007").rglob("*"):
+    local = tmp_path / f"step-0000000007{suffix}"
+    for file in (local, *local.rglob("*")):
         if file.is_file():
-            key = (
-                f"{done.url.removeprefix(f's3://{bucket}/')}/{file.relative_to(tmp_path / 'step-0000000007')}"
-            )
+            below = "" if file == local else f"/{file.relative_to(local)}"
+            key = f"{done.url.removeprefix(f's3://{bucket}/')}{below}"
             assert s3.get_object(Bucket=bucket, Key=key)["Body"].read() == file.read_bytes()

@@ -15,6 +15,7 @@ import torch
 
 import gockpt
 from gockpt import registry
+from gockpt import uploads as uploads_module
 from gockpt.core.runs import Run
 from gockpt.errors import RemoteError
 from gockpt.storage.local.store import Store
@@ -25,6 +26,7 @@ from gockpt.storage.paths import store_to_write
 from gockpt.storage.read.find import list_checkpoints, open_checkpoint
 from gockpt.uploads import Uploads
 
+pytestmark = pytest.mark.usefixtures("layout")
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
@@ -60,7 +62,7 @@ def idle(uploads):
 
 
 class Gate:
-    """Holds uploads up at their first request until a test opens it, or lets them fail before or then."""
+    """Holds uploads up at their begin until a test opens it, or lets them fail before or then."""
 
     def __init__(self, monkeypatch):
         self.reached, self.open = threading.Event(), threading.Event()
@@ -68,10 +70,10 @@ class Gate:
         self.late: BaseException | None = None
         self.seen: list[str] = []
         self.threads: set[str] = set()
-        tree = Objects.tree
+        real = uploads_module.upload_checkpoint
 
-        def gated(objects, path):
-            self.seen.append(path)
+        def gated(stored, *given, **more):
+            self.seen.append(stored.path)
             self.threads.add(threading.current_thread().name)
             if self.error is not None:
                 raise self.error
@@ -79,9 +81,9 @@ class Gate:
             assert self.open.wait(60)
             if self.late is not None:
                 raise self.late
-            return tree(objects, path)
+            return real(stored, *given, **more)
 
-        monkeypatch.setattr(Objects, "tree", gated)
+        monkeypatch.setattr(uploads_module, "upload_checkpoint", gated)
 
 
 @pytest.fixture
@@ -147,12 +149,12 @@ def test_pruning_spares_what_is_being_uploaded(saver, url, gate, tmp_path):
     assert gockpt.steps(tmp_path) == [5, 6]
 
 
-def test_what_was_removed_before_its_upload_is_left_out(tmp_path, url, caplog, save):
+def test_what_was_removed_before_its_upload_is_left_out(tmp_path, url, caplog, save, suffix):
     save(tmp_path, 1)
     with Store(tmp_path) as store:
         uploads = Uploads(url, str(tmp_path / "empty"), store, store.run, nice=0)
         uploads.offer(7, 9, str(tmp_path / "step-0000000007"))
-        uploads.offer(7, 9, str(tmp_path / "step-0000000001"))  # another one in its place
+        uploads.offer(7, 9, str(tmp_path / f"step-0000000001{suffix}"))  # another one in its place
         uploads.wait()
     assert gockpt.steps(url) == []
     assert uploads.status.error is None
@@ -289,24 +291,27 @@ def test_a_run_that_moves_goes_on_with_higher_numbers(saver, url, tmp_path):
     assert gockpt.latest(url) == 1200
 
 
-def test_a_run_killed_while_it_uploads_goes_on_at_the_next_start(url, bucket, s3, tmp_path, killed):
+def test_a_run_killed_while_it_uploads_goes_on_at_the_next_start(url, bucket, s3, tmp_path, killed, layout):
     script = (
+        f"gockpt.Options.__init__.__kwdefaults__['layout'] = {layout!r}\n"
         "state = {'w': torch.full((50, 3), 7.0), 'v': torch.zeros(9)}\n"
         "options = gockpt.Options(remote=sys.argv[2])\n"
         "gockpt.save_overlapped(state, None, sys.argv[1], step=7, options=options)\n"
         "gockpt.wait()\n"
     )
-    killed(script, tmp_path, url, nth=7)
+    in_parts = layout == "directory"
+    killed(script, tmp_path, url, nth=7 if in_parts else 1)
     assert gockpt.steps(url) == []
     assert gockpt.steps(tmp_path) == [7]
-    assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] > 0
+    assert (s3.list_objects_v2(Bucket=bucket)["KeyCount"] > 0) == in_parts
     state = {"w": torch.zeros(50, 3), "v": torch.zeros(9)}
     gockpt.load(tmp_path, state)
     with gockpt.Checkpointer(state, None, tmp_path, options=gockpt.Options(remote=url)) as one:
         one.wait()
         newest = one.uploads.newest
     assert newest.step == 7
-    assert 0 < newest.sent < newest.nbytes
+    assert 0 < newest.sent <= newest.nbytes
+    assert (newest.sent < newest.nbytes) == in_parts
     assert gockpt.verify(url).ok
 
 
@@ -325,13 +330,16 @@ def test_leaving_the_program_finishes_the_upload(url, tmp_path, process):
 def test_its_threads_are_nice(url, tmp_path, save, monkeypatch):
     save(tmp_path, 1)
     seen = set()
-    put = Objects.put
 
-    def look(self, *given, **more):
-        seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        put(self, *given, **more)
+    def looked(write):
+        def call(self, *given, **more):
+            seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            write(self, *given, **more)
 
-    monkeypatch.setattr(Objects, "put", look)
+        return call
+
+    for name in ("put", "create"):
+        monkeypatch.setattr(Objects, name, looked(getattr(Objects, name)))
     with Store(tmp_path) as store:
         run = Run(list_checkpoints(tmp_path)[0].run)
         Uploads(url, str(tmp_path), store, run, nice=19).wait()
