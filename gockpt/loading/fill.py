@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,10 @@ from gockpt.loading.lazy_tensor import read_whole
 from gockpt.state.strides import allocate
 from gockpt.state.tensors import DTYPE_OF, is_subclass, may_alias_itself
 from gockpt.storage.read.checkpoint import Wanted
-from gockpt.tensor_memory import as_bytes
+from gockpt.tensor_memory import as_bytes, dense_range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from gockpt.loading.load_plan import Create
     from gockpt.state.strides import Strides
@@ -104,19 +105,19 @@ class Filler:
             self._targets.setdefault(fill.source, fill.target)
             fills.append((fill, id(part)))
         later = _overlapping([fill.target for fill, _ in fills])
-        straight = [
-            (fill, part)
-            for index, (fill, part) in enumerate(fills)
-            if index not in later and fill.target.numel() and _goes_straight(fill.target)
-        ]
-        wanted = [Wanted(fill.source, None, as_bytes(fill.target)) for fill, _ in straight]
+        straight: list[tuple[Fill, int]] = []
+        wanted: list[Wanted] = []
+        for index, (fill, identity) in enumerate(fills):
+            data = None if index in later else _bytes_in_place(fill.target)
+            if data is not None:
+                straight.append((fill, identity))
+                wanted.append(Wanted(fill.source, None, data))
         begun: dict[int, None] = {}  # in order and each once, though several threads add to it
         try:
             self._stored.read_many(wanted, begun=begun.setdefault)
         finally:
-            for index in begun:
-                self._written(straight[index][0])
-        self._filled.update(part for _, part in straight)
+            self._written([straight[index][0] for index in begun])
+        self._filled.update(identity for _, identity in straight)
 
     def fill(self, fill: Fill) -> None:
         """Overwrite live memory; directly if its bytes have the file's order."""
@@ -128,7 +129,7 @@ class Filler:
             try:
                 self._stored.read_into(fill.source, None, as_bytes(target))
             finally:
-                self._written(fill)
+                self._written([fill])
             return
         self.overwritten.append(fill.name)
         if fill.name in self._staged:
@@ -166,12 +167,13 @@ class Filler:
             return torch.empty_like(create.like, dtype=dtype, device=create.device, requires_grad=False)
         return torch.empty(spec.shape, dtype=dtype, device=create.device)
 
-    def _written(self, fill: Fill) -> None:
-        """Note that a tensor's bytes were written behind autograd's back, or begun to be."""
-        self.overwritten.append(fill.name)
-        if not fill.target.is_inference():
-            # Autograd must notice if it saved this tensor for backward.
-            torch.autograd.graph.increment_version(fill.target)
+    def _written(self, fills: Sequence[Fill]) -> None:
+        """Note that tensors' bytes were written behind autograd's back, or begun to be."""
+        self.overwritten += (fill.name for fill in fills)
+        # Autograd must notice if it saved these tensors for backward.
+        torch.autograd.graph.increment_version(
+            [fill.target for fill in fills if not fill.target.is_inference()]
+        )
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -229,25 +231,40 @@ def _goes_straight(target: torch.Tensor) -> bool:
     return target.device.type == "cpu" and target.is_contiguous()
 
 
-def _overlapping(targets: list[torch.Tensor]) -> set[int]:
+def _bytes_in_place(target: torch.Tensor) -> Bytes | None:
+    """Return the memory of a tensor that has the byte order of an array's file; the tensor keeps it alive.
+
+    Returns:
+        ``None`` if it is empty, not row-major, or not in CPU memory.
+    """
+    found = dense_range(target) if target.is_contiguous() else None
+    if found is None or not all(found):
+        return None
+    address, nbytes = found
+    return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
+
+
+def _overlapping(targets: Sequence[torch.Tensor]) -> set[int]:
     """Return the indices of the targets that share memory with an earlier one.
 
     Targets that share memory only through a third one count as sharing it.
     """
     stretches = []
     for index, target in enumerate(targets):
-        if target.device.type == "cpu" and target.numel():
-            pairs = zip(target.shape, target.stride(), strict=True)
-            elements = 1 + sum((size - 1) * stride for size, stride in pairs)
+        if target.is_cpu and (elements := target.numel()):
+            if not target.is_contiguous():
+                pairs = zip(target.shape, target.stride(), strict=True)
+                elements = 1 + sum((size - 1) * stride for size, stride in pairs)
             start = target.data_ptr()
             stretches.append((start, start + elements * target.element_size(), index))
+    stretches.sort()
     later: set[int] = set()
     end, first = 0, -1
-    for start, stop, index in sorted(stretches):
-        if start < end:
-            later.add(max(first, index))
-            first = min(first, index)
-        else:
-            first = index
+    for start, stop, index in stretches:
+        if start >= end:
+            first, end = index, stop
+            continue
+        later.add(max(first, index))
+        first = min(first, index)
         end = max(end, stop)
     return later

@@ -197,6 +197,7 @@ class _Fitter:
         if not is_mapping(document):
             return Value(document, device)
         planned: list[tuple[Json, Fill | FillInner | Create | Value]] = []
+        of_param = self.resolve(public_name(param.name))
         for key, value in items(document):
             array = array_name(value)
             if array is None:
@@ -210,12 +211,11 @@ class _Fitter:
             label = f"optimizer/{param.owner}/{key}"
             there = _device(key, spec, param.param, options)
             tensor = param.state.get(key) if isinstance(key, str) else None
-            of_param = self.resolve(public_name(param.name))
             order = order_of_state(self.saved, self.arrays, source, param.param, of_param)
             if (
                 tensor is not None
                 and not is_subclass(tensor)
-                and tuple(tensor.shape) == spec.shape
+                and tensor.shape == spec.shape
                 and tensor.dtype == DTYPE_OF[spec.dtype]
                 and tensor.device == there
                 and (order is None or has_strides(tensor, order))

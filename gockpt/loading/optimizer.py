@@ -57,8 +57,9 @@ class OptimizerRestore:
         # The keys of each parameter's states, in the plan's order.
         self._keys: list[list[Any]] = []
         for param in plan.params:
-            self._keys.append([self._decode_key(key) for key, _ in _parts(param)])
-            for _, part in _parts(param):
+            parts = _parts(param)
+            self._keys.append([self._decode_key(key) for key, _ in parts])
+            for _, part in parts:
                 if isinstance(part, Value):
                     self._values[id(part)] = decode(part.document, self._reader_to(part.device))
         filler.stage(part for part in self.arrays() if isinstance(part, Fill))

@@ -6,6 +6,7 @@ QR factor, ``channels_last``), so a resumed run is bit-identical only if the str
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -28,6 +29,11 @@ def row_major(shape: Sequence[int]) -> Strides:
         >>> row_major((2, 3, 4))
         (12, 4, 1)
     """
+    return _row_major(tuple(shape))
+
+
+@lru_cache(maxsize=1024)
+def _row_major(shape: tuple[int, ...]) -> Strides:
     strides = []
     step = 1
     for size in reversed(shape):
@@ -45,7 +51,7 @@ def strides_of(tensor: torch.Tensor) -> Strides | None:
 
 def has_strides(tensor: torch.Tensor, strides: Strides) -> bool:
     """Whether each element of a tensor has the offset that these strides give it."""
-    if not tensor.numel():
+    if not tensor.numel() or tensor.stride() == strides:
         return True
     return all(
         size == 1 or one == other

@@ -135,6 +135,8 @@ def may_alias_itself(tensor: torch.Tensor) -> bool:
 
     Never ``False`` for a tensor that overlaps; ``True`` for some unusual ``as_strided`` views that don't.
     """
+    if tensor.is_contiguous():
+        return False
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 0:

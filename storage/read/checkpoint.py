@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from gockpt.core.array_spec import public_name
 from gockpt.errors import (
     CheckpointCorrupt,
     CheckpointPruned,
@@ -110,7 +111,7 @@ class StoredCheckpoint:
         self.manifest = manifest
         self.arrays: Mapping[str, StoredArray] = MappingProxyType(
             {
-                entry.spec.public_name: StoredArray(entry, first)
+                public_name(entry.spec.name): StoredArray(entry, first)
                 for entry, first in zip(manifest.arrays, manifest.first_blocks(), strict=False)
             }
         )

@@ -13,11 +13,12 @@ from torch import nn
 
 import gockpt
 from gockpt import ChunkCorrupt
-from gockpt.loading.fill import Filler
+from gockpt.loading.fill import Filler, _bytes_in_place
 from gockpt.loading.fit_model import Fill
 from gockpt.loading.load_plan import Create
 from gockpt.storage.read.checkpoint import StoredCheckpoint
 from gockpt.storage.read.find import open_checkpoint
+from gockpt.tensor_memory import as_bytes
 
 
 @pytest.fixture
@@ -84,6 +85,20 @@ def test_what_is_not_contiguous_is_loaded_beside(save, calls):
     gockpt.load("ckpts", targets, rng=False)
     assert calls == [1, 1, 1]
     assert all(torch.equal(targets[name], values[name]) for name in values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+def test_bytes_in_place_are_the_tensor_s_memory(dtype):
+    tensor = torch.zeros(3, 1, 4, dtype=dtype)
+    for whole in (tensor, tensor[1:], nn.Parameter(tensor) if dtype.is_floating_point else tensor):
+        data = _bytes_in_place(whole)
+        data[:] = 1
+        assert np.array_equal(data, as_bytes(whole))
+        assert data.ctypes.data == whole.data_ptr()
+    empty, freed = torch.empty(0, 4, dtype=dtype), torch.zeros(5, dtype=dtype)
+    freed.untyped_storage().resize_(0)
+    for other in (empty, freed, tensor.transpose(0, 2), tensor.expand(2, 3, 1, 4), tensor.to("meta")):
+        assert _bytes_in_place(other) is None
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
