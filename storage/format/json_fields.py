@@ -60,10 +60,11 @@ def fields(value: Any, what: str, keys: tuple[str, ...]) -> list[Any]:
         Broken: If it is no object, or lacks one.
     """
     expect(type(value) is dict, f"{what} is not an object")
-    if len(value) != len(keys) or not all(map(value.__contains__, keys)):
+    found = [value[key] for key in keys if key in value]
+    if len(found) != len(keys) or len(value) != len(keys):
         msg = f"{what} has the keys {sorted(value)} instead of {sorted(keys)}"
         raise Unknown(msg) if value.keys() > set(keys) else Broken(msg)
-    return [value[key] for key in keys]
+    return found
 
 
 def items(value: Any, what: str, limit: int) -> list[Any]:

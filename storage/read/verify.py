@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gockpt.core.arena_layout import CHECKSUM_BYTES
+from gockpt.core.array_spec import ArraySpec
 from gockpt.errors import CheckpointCorrupt
 from gockpt.storage.format import strict_json, zarr_metadata
 from gockpt.storage.format.checksum import BLOCK, crc32c, expect_blocks, expect_checksum
@@ -45,6 +46,8 @@ _OPTIONAL: dict[str, Any] = {"attributes": {}, "storage_transformers": []}
 
 MAX_PROBLEMS = 1000
 """Problems that a report names; those beyond are only counted."""
+
+_MAX_REMEMBERED = 8 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +288,9 @@ def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
         return "its consolidated metadata is no object"
     arrays = {entry.path: entry for entry in manifest.arrays}
     for path, entry in arrays.items():
-        if (key := _differing_array(metadata.get(path), entry)) is not None:
+        spec = entry.spec
+        key = _differing_array(metadata.get(path), spec.shape, spec.dtype, entry.chunk_shape, entry.codec)
+        if key is not None:
             return f"its consolidated metadata has another {key} for {path} than the manifest"
     known = {file.path.removesuffix(f"/{GROUP_FILE}") for file in manifest.files} | arrays.keys()
     surplus = sorted(metadata.keys() - known)
@@ -293,14 +298,25 @@ def _check_consolidated(consolidated: Any, manifest: Manifest) -> str | None:
 
 
 def _check_array_document(files: Files, entry: ArrayEntry, _: object) -> str | None:
-    document = strict_json.loads(read_document(files, entry.meta), what="it")
-    key = _differing_array(document, entry)
+    data = read_document(files, entry.meta)
+    # Larger ones than are ever written must not stay in memory.
+    differing = _differing_bytes if len(data) <= _MAX_REMEMBERED else _differing_bytes.__wrapped__
+    key = differing(data, entry.spec.shape, entry.spec.dtype, entry.chunk_shape, entry.codec)
     return None if key is None else f"its {key} is not the one that follows from the manifest"
 
 
-def _differing_array(document: Any, entry: ArrayEntry) -> str | None:
+@lru_cache(maxsize=256)  # arrays of one shape have the same document
+def _differing_bytes(
+    data: bytes, shape: tuple[int, ...], dtype: str, chunk_shape: tuple[int, ...], codec: str | None
+) -> str | None:
+    return _differing_array(strict_json.loads(data, what="it"), shape, dtype, chunk_shape, codec)
+
+
+def _differing_array(
+    document: Any, shape: tuple[int, ...], dtype: str, chunk_shape: tuple[int, ...], codec: str | None
+) -> str | None:
     """Return the first key that an array's document has otherwise than its entry calls for, or ``None``."""
-    expected = zarr_metadata.array_document(entry.spec, entry.chunk_shape, entry.codec)
+    expected = zarr_metadata.array_document(ArraySpec((), shape, dtype), chunk_shape, codec)
     # Zarr lets dimensions have no names, as in checkpoints written before they had.
     absent = type(document) is dict and document.get("dimension_names") is None
     return _differing(document, expected, ("dimension_names",) if absent else ())
