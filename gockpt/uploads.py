@@ -39,8 +39,9 @@ LOOK = 0.1
 def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
     """Copy one complete checkpoint into an object store and return when it is complete there.
 
-    Every byte is compared with its checksum before it is sent, and the manifest goes last: after an
-    interruption no reader finds a checkpoint there, and the next call sends only the missing objects.
+    Every byte is compared with its checksum before it is sent. An archive becomes one object; of a directory
+    the manifest goes last. After an interruption no reader finds a checkpoint there; the next call sends an
+    archive again, of a directory only the missing objects.
 
     Args:
         path: Where checkpoints are saved, or one checkpoint's own directory or archive.
@@ -50,7 +51,7 @@ def upload(path: Where, url: Where, step: int | None = None) -> Uploaded:
     Raises:
         CheckpointNotFound: If there is no complete checkpoint, or none of that step.
         CheckpointCorrupt: If it is damaged; it is not uploaded then.
-        RemoteError: If the store refuses or can't be reached; call again to continue.
+        RemoteError: If the store refuses or can't be reached (call again), or has another object of its name.
         UsageError: If the URL can't be used, or holds checkpoints of another run.
     """
     with open_checkpoint(path, checked_step(step)) as stored:

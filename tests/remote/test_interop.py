@@ -48,3 +48,20 @@ def test_tensorstore_reads_an_array(there, endpoint, bucket):
     }
     array = tensorstore.open(spec, read=True).result()
     assert np.array_equal(array[30:80].read().result(), held["tall"][30:80].numpy())
+
+
+def test_tensorstore_reads_an_array_of_an_archive(save, url, endpoint, bucket, tmp_path):
+    held = save(tmp_path / "directory", 7)
+    gockpt.pack(tmp_path / "directory/step-0000000007", tmp_path / "packed.zip")
+    done = gockpt.upload(tmp_path / "packed.zip", url)
+    assert done.url.endswith(".zip")
+    base = {
+        "driver": "s3",
+        "bucket": bucket,
+        "path": done.url.removeprefix(f"s3://{bucket}/"),
+        "endpoint": endpoint,
+        "aws_region": "us-east-1",
+    }
+    spec = {"driver": "zarr3", "kvstore": {"driver": "zip", "base": base, "path": "model/tall/"}}
+    array = tensorstore.open(spec, read=True).result()
+    assert np.array_equal(array[30:80].read().result(), held["tall"][30:80].numpy())
