@@ -144,8 +144,12 @@ class Uploads:
         self._failure: BaseException | None = None
         self._newest: Uploaded | None = None
         self._progress = (0, 0)
-        there = ObjectLocation(self._objects).children()
+        location = ObjectLocation(self._objects)
+        there = location.children()
         highest = max((other.seq or 0 for other in there), default=0)
+        if any(other.seq is None for other in there):  # archives that were copied there by other means
+            newest = newest_manifest(location)
+            highest = highest if newest is None else max(highest, newest.seq)
         store.continue_after(highest)
         mine = list_checkpoints(path)[-1:]
         for entry in mine:

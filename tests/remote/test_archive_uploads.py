@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import obstore
 import pytest
 import torch
 from obstore.store import MemoryStore
 
 import gockpt
+from gockpt.cli.run import run as run_cli
 from gockpt.errors import RemoteError
-from gockpt.storage.object_store.client import Objects
+from gockpt.storage.object_store.client import Objects, TakenError
 from gockpt.storage.object_store.made_ahead import made_ahead
 from gockpt.storage.read.find import open_checkpoint
 
@@ -214,29 +215,72 @@ def test_another_checkpoint_of_that_number_is_refused(forms, watched, tmp_path):
     assert store.tree("") == before
 
 
-def test_one_that_vanishes_while_it_is_uploaded(saved, watched):
-    store = watched()
+def test_one_that_vanishes_while_it_is_uploaded(save, url, watched, bucket, s3, tmp_path, monkeypatch):
+    save(tmp_path, 7)
+    store, create = watched(url), Objects.create
+    store.before = lambda kind, path: kind == "create" and gockpt.upload(tmp_path, url)
+
+    def then_deleted(self, path, data):
+        try:
+            create(self, path, data)
+        except TakenError:
+            s3.delete_object(Bucket=bucket, Key=f"runs/one/{path}")
+            raise
+
+    monkeypatch.setattr(Objects, "create", then_deleted)
+    with pytest.raises(RemoteError, match="was there, and was removed meanwhile; try again"):
+        gockpt.upload(tmp_path, store)
+    store.before = lambda kind, path: None
+    assert gockpt.upload(tmp_path, store).sent
+    assert gockpt.verify(url).ok
+
+
+def test_ctrl_c_returns_at_once_and_nothing_is_completed(save_large, url, watched, bucket, s3, tmp_path):
+    save_large(tmp_path)
+    store, returned = watched(url), threading.Event()
+    caller = threading.get_ident()
 
     def before(kind, path):
-        if kind == "create":
-            obstore.put(store._store, path, b"x")
-        elif kind == "put":
-            raise Interrupted
-
-    real = Objects.create
-
-    def create(self, path, data):
-        try:
-            real(self, path, data)
-        finally:
-            obstore.delete(store._store, path)
+        if kind == "put":
+            signal.pthread_kill(caller, signal.SIGINT)
+            assert returned.wait(60)
 
     store.before = before
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Objects, "create", create)
-        with pytest.raises((RemoteError, Interrupted)):
-            gockpt.upload(saved, store)
-    assert store.tree("") == {}
+    with pytest.raises(KeyboardInterrupt):
+        gockpt.upload(tmp_path, store)
+    returned.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("gockpt-upload"):
+            thread.join(60)
+            assert not thread.is_alive()
+    assert keys(s3, bucket) == []
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)
+
+
+@pytest.mark.parametrize("what", ["flipped", "shorter", "longer"])
+def test_damage_in_the_store_is_found(what, save, url, bucket, s3, tmp_path):
+    save(tmp_path, 6)
+    gockpt.upload(tmp_path, url)
+    save(tmp_path, 7)
+    done = gockpt.upload(tmp_path, url)
+    key = done.url.removeprefix(f"s3://{bucket}/")
+    body = bytearray(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+    with open_checkpoint(url) as stored:
+        start = next(at for entry, at in stored.files.entries() if entry.name == "model/tall/c.1.0")
+    body[start + 10] ^= 4
+    changed = {"flipped": body, "shorter": body[:-9], "longer": body + b"x"}[what]
+    s3.put_object(Bucket=bucket, Key=key, Body=bytes(changed))
+    if what == "flipped":
+        assert [problem.path for problem in gockpt.verify(url).problems] == ["model/tall/c.1.0"]
+        with (
+            gockpt.open(url) as checkpoint,
+            pytest.raises(gockpt.ChunkCorrupt, match="differ from the checksum"),
+        ):
+            checkpoint["model/tall"][...]
+    else:
+        assert gockpt.steps(url) == [6]
+        with pytest.raises(gockpt.ManifestCorrupt):
+            gockpt.open(url, 7)
 
 
 def test_both_forms_in_one_bucket(url, tmp_path):
@@ -255,6 +299,7 @@ def test_both_forms_in_one_bucket(url, tmp_path):
     for step in (1, 2, 3, 4):
         assert float(gockpt.open(url, step)["model/w"][0, 0]) == step
         assert gockpt.verify(url, step).ok
+        assert run_cli(["show", url, "--step", str(step)]) == 0
     assert {one.name for one in gockpt.diff(url, url, step_a=1, step_b=2).changed} == {"model/w"}
     target = {"w": torch.zeros(100, 64)}
     assert gockpt.load(url, target).step == 4
@@ -300,6 +345,18 @@ def test_no_checkpoint_is_uploaded_below_an_archive(name, save, url, bucket, s3,
     with pytest.raises(gockpt.UsageError, match="names one checkpoint"):
         gockpt.Checkpointer({"w": torch.ones(3)}, None, tmp_path / "other", options=options)
     assert keys(s3, bucket) == []
+
+
+def test_numbers_go_on_above_an_archive_that_was_copied_by_hand(save, url, bucket, s3, tmp_path):
+    for step in (1, 2, 3):
+        held = save(tmp_path / "one", step)
+    body = (tmp_path / "one/step-0000000003.zip").read_bytes()
+    s3.put_object(Bucket=bucket, Key="runs/one/step-0000000003.zip", Body=body)
+    options = gockpt.Options(remote=url, existing="continue")
+    with gockpt.Checkpointer(held, None, tmp_path / "two", options=options) as saver:
+        saver.after_step(4)
+    assert gockpt.latest(url) == 4
+    assert gockpt.open(url).metadata.seq == 4
 
 
 def test_from_one_store_into_another(saved, url, tmp_path):
