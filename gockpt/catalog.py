@@ -21,6 +21,7 @@ from gockpt.core.shortened import shortened
 from gockpt.core.step_number import checked_step
 from gockpt.deferred_signals import deferred
 from gockpt.errors import CheckpointCorrupt, ManifestCorrupt, NotACheckpoint, UsageError
+from gockpt.garbage_collection import collection_paused
 from gockpt.options import Keep
 from gockpt.state.saved_document import SavedState, parse
 from gockpt.storage.format.manifest import MANIFEST_FILE, STATE_FILE
@@ -332,7 +333,8 @@ def verify(path: Where, step: int | None = None, *, on_progress: OnProgress | No
         NotACheckpoint: If the path is a file or directory that gockpt didn't write.
     """
     try:
-        stored = open_checkpoint(path, checked_step(step))
+        with collection_paused():
+            stored = open_checkpoint(path, checked_step(step))
     except ManifestCorrupt as error:
         problem = Problem(MANIFEST_FILE, None, str(error))
         unknown = -1

@@ -14,6 +14,7 @@ from gockpt.catalog import metadata_of, state_of
 from gockpt.core.array_spec import public_name
 from gockpt.core.step_number import checked_step
 from gockpt.errors import TensorNotFound, UsageError
+from gockpt.garbage_collection import collection_paused
 from gockpt.loading.lazy_tensor import LazyTensor, not_found, read_whole
 from gockpt.state.value_decoder import decode
 from gockpt.storage.read.find import open_checkpoint
@@ -135,7 +136,8 @@ def open(path: Where, step: int | None = None, *, verify: Literal["blocks", "non
     if verify not in ("blocks", "none"):
         msg = f'verify={verify!r}: expected "blocks" or "none"'
         raise UsageError(msg)
-    stored = open_checkpoint(path, checked_step(step))
+    with collection_paused():
+        stored = open_checkpoint(path, checked_step(step))
     try:
         return Checkpoint(stored, verify=verify == "blocks")
     except BaseException:

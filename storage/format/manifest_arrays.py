@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import operator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,19 +113,23 @@ def parse_arrays(value: Any, document_name: str) -> tuple[ArrayEntry, ...]:
     )
     json_fields.integer_column(sizes, lambda index: f"the meta size of {what(index)}")
     crcs = json_fields.crc_column(given_crcs, lambda index: f"the meta crc32c of {what(index)}")
-    documents = map(FileEntry, (f"{path}/{document_name}" for path in paths), sizes, crcs)
-    specs = map(ArraySpec, map(tuple, names), shapes, dtypes)
-    entries = tuple(map(ArrayEntry, specs, paths, chunks, documents))
-    if any(len(row) in _LENGTHS_CODED for row in rows):
-        entries = tuple(
-            replace(entry, coded=_coded(entry, *row[6:8], what=what(index)))
-            if len(row) in _LENGTHS_CODED
-            else entry
-            for index, (entry, row) in enumerate(zip(entries, rows, strict=True))
-        )
+    documents = [*map(FileEntry, (f"{path}/{document_name}" for path in paths), sizes, crcs)]
+    specs = [*map(ArraySpec, map(tuple, names), shapes, dtypes)]
+    coded: list[Coded | None] = [None] * len(rows)
+    for index, row in enumerate(rows):
+        if len(row) in _LENGTHS_CODED:
+            raw = ArrayEntry(specs[index], paths[index], chunks[index], documents[index])
+            coded[index] = _coded(raw, *row[6:8], what=what(index))
     placed = [row[-1] for row in rows if len(row) in _LENGTHS_PLACED]
     expect(len(placed) in (0, len(rows)), "some arrays have offsets, and others have not")
-    return _placed(entries, placed, what) if placed else entries
+    for index, at in enumerate(placed):
+        if type(at) is not list:
+            json_fields.items(at, f"the offsets of {what(index)}", MAX_CHUNKS)
+    offsets = map(tuple, placed) if placed else itertools.repeat(None)
+    entries = tuple(map(ArrayEntry, specs, paths, chunks, documents, coded, offsets))
+    if placed:
+        _check_places(entries, what)
+    return entries
 
 
 def _keys_of(value: Any) -> tuple[str, ...]:
@@ -178,23 +181,22 @@ def _coded(entry: ArrayEntry, codec: Any, stored: Any, *, what: str) -> Coded:
     return Coded(codec, sizes)
 
 
-def _placed(
-    entries: Sequence[ArrayEntry], values: Sequence[Any], what: Callable[[int], str]
-) -> tuple[ArrayEntry, ...]:
-    """Return the entries with the offsets of their chunks in an archive.
+def _check_places(entries: Sequence[ArrayEntry], what: Callable[[int], str]) -> None:
+    """Check the offsets of chunks in an archive.
 
     Raises:
-        Broken: If an offset is not aligned, or chunks and their local headers overlap.
+        Broken: If one is not aligned, or chunks and their local headers overlap.
     """
     lengths: list[int] = []
     name_lengths: list[int] = []
     owners: list[int] = []
     keys = [1 + len(chunk_key(0, ndim)) for ndim in range(MAX_NDIM + 1)]
-    for index, (entry, value) in enumerate(zip(entries, values, strict=True)):
+    places = [entry.at or () for entry in entries]
+    for index, (entry, at) in enumerate(zip(entries, places, strict=True)):
         chunks = entry.chunks
-        if type(value) is not list or len(value) != chunks:
-            found = len(json_fields.items(value, f"the offsets of {what(index)}", MAX_CHUNKS))
-            expect(found == chunks, f"{what(index)} has {found} offsets for {chunks} chunks")
+        if len(at) != chunks:
+            msg = f"{what(index)} has {len(at)} offsets for {chunks} chunks"
+            raise Broken(msg)
         if chunks == 1:
             lengths.append(entry.file_nbytes(0))
             name_lengths.append(len(entry.path) + keys[len(entry.chunk_shape)])
@@ -203,7 +205,7 @@ def _placed(
             lengths += map(entry.file_nbytes, range(chunks))
             name_lengths += (len(entry.chunk_path(chunk)) for chunk in range(chunks))
             owners += [index] * chunks
-    offsets = [*itertools.chain(*values)]
+    offsets = [*itertools.chain(*places)]
     json_fields.integer_column(offsets, lambda _: "an offset of a chunk")
     if max(lengths, default=0) > zip_archive.MAX_ENTRY_NBYTES:
         index, nbytes = next(
@@ -219,7 +221,6 @@ def _placed(
         msg = f"{what(index)} has a chunk of {nbytes} bytes at offset {offset}, which is not aligned"
         raise Broken(msg)
     _check_apart(offsets, lengths, name_lengths)
-    return tuple(map(_with_offsets, entries, map(tuple, values)))
 
 
 def _check_apart(offsets: Sequence[int], lengths: Sequence[int], name_lengths: Sequence[int]) -> None:
@@ -234,7 +235,3 @@ def _check_apart(offsets: Sequence[int], lengths: Sequence[int], name_lengths: S
     if (tight := np.flatnonzero(starts < needed)).size:
         msg = f"the chunk at offset {starts[tight[0]]} overlaps another one, or has no room for its header"
         raise Broken(msg)
-
-
-def _with_offsets(entry: ArrayEntry, at: tuple[int, ...]) -> ArrayEntry:
-    return ArrayEntry(entry.spec, entry.path, entry.chunk_shape, entry.meta, entry.coded, at)
