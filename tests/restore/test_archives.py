@@ -89,18 +89,21 @@ def test_the_newest_that_is_whole_is_loaded(run):
     assert restored.step == 1
 
 
-def test_an_upload_of_an_archive_is_that_of_its_directory(run):
+def test_an_upload_of_an_archive_is_one_object_and_that_of_a_directory_its_files(run):
     gockpt.unpack("ckpts", "unpacked", 2)
-    contents = []
-    for where in (NAMES[1], "unpacked"):
+    files = [path for path in Path("unpacked").rglob("*") if path.is_file()]
+    originals = [{"": Path(NAMES[1])}, {f"/{path.relative_to('unpacked')}": path for path in files}]
+    for where, original in zip((NAMES[1], "unpacked"), originals, strict=True):
         store = MemoryStore()
-        gockpt.upload(where, store)
+        done = gockpt.upload(where, store)
+        name = f"step-{done.step:010d}-{done.seq}-{done.attempt}{'.zip' if '' in original else ''}"
         found = [meta["path"] for batch in obstore.list(store) for meta in batch]
-        contents.append({path: bytes(obstore.get(store, path).bytes()) for path in found})
+        assert {path: bytes(obstore.get(store, path).bytes()) for path in found} == {
+            name + path: file.read_bytes() for path, file in original.items()
+        }
         with gockpt.open(store) as checkpoint:
             assert checkpoint.metadata.step == 2
         assert gockpt.verify(store).ok
-    assert contents[0] == contents[1]
 
 
 def test_a_packed_training_state_is_the_same():

@@ -191,7 +191,8 @@ FORK = """if True:
         else:
             sys.exit("was not refused")
 
-    write = lambda: transaction.write_chunk(array, array.slots[0], memoryview(bytearray(4096)))
+    slot = array.slots[0]
+    write = lambda: transaction.write_chunk(array, slot, memoryview(bytearray(slot.capacity)))
     child = os.fork()
     if child == 0:
         refused(UsageError, lambda: store.begin(2, [], state={}, attributes={}, exact=True))
