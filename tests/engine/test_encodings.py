@@ -119,7 +119,7 @@ def test_no_value_makes_a_warning():
         decode(found.encoding, data, values.size, 0, out)
         moved = uncertainty(found.encoding, data, values.size, np.arange(values.size), out)
         assert np.isfinite(moved).all()
-        choose(values)
+        choose(found.encoding, data, values.size)
 
 
 @pytest.mark.parametrize("encoding", [None, "fp16", "bf16"])

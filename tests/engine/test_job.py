@@ -214,7 +214,7 @@ def encoded_update(made, rng, piece, grad=None, starts=None):
     part = made.part(piece)
     np.subtract(part, np.float32(LR) * grad, out=part)
     found = encode("fp16", grad, made.ring.allocate, made.ring_arena.view, made.ring.free)
-    starts = choose(grad) if starts is None else starts
+    starts = choose(None, grad.view(np.uint8), grad.size) if starts is None else starts
     print_ = seal(piece.index, "fp16", made.ring_arena.view(found.offset, found.nbytes), 1, (LR,))
     where = (piece.index, found.offset, found.nbytes)
     made.job.gradients([Gradient(*where, (LR,), found.encoding, starts, print_, 1)])
