@@ -82,7 +82,13 @@ class DeviceCopyResult(CopyResult):
             self.expected = []
 
     def judge(self) -> None:
-        """Compare what arrived with what the device saw at the boundary, once all has arrived."""
+        """Compare what arrived with what the device saw at the boundary, once all has arrived.
+
+        Another thread may cancel it meanwhile, and so drop its requests: then nobody asks any longer.
+        """
+        requests = self.requests
+        if len(requests) != len(self._arrived):
+            return
         if self._look:
             self.expected = self.prints.values()
             return
@@ -90,11 +96,11 @@ class DeviceCopyResult(CopyResult):
             stood = iter(self.prints.values())
             self.expected = [
                 next(stood) if request.form is None else self._made[number]
-                for number, request in enumerate(self.requests)
+                for number, request in enumerate(requests)
             ]
         else:  # nothing had to be moved, so nothing was awaited
-            self.expected = [0] * len(self.requests)
-        rows = zip(self.requests, self.expected, self._arrived, strict=True)
+            self.expected = [0] * len(requests)
+        rows = zip(requests, self.expected, self._arrived, strict=True)
         self.lost = [request for request, expected, arrived in rows if expected != arrived]
 
 

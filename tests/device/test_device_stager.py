@@ -10,6 +10,7 @@ import contextlib
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -709,6 +710,27 @@ def test_a_thread_and_a_cancellation_get_along(fakes, options, count):
         at.device.drain()
         assert (at.arena.data == 5).all()
     at.end_well()
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+def test_a_result_that_is_dropped_while_it_is_judged(scene, moment):
+    """A cancellation on another thread drops the requests at any moment."""
+    at = scene()
+    sent = at.stager.copy(at.tensors(3, KB), Urgency.STATE)
+    values = sent.prints.values
+
+    def drop():
+        found = values()
+        sent.end()
+        return found
+
+    if moment == "before":
+        sent.end()
+    else:
+        sent.prints = SimpleNamespace(values=drop)
+    sent.judge()
+    assert sent.requests == ()
+    at.stager.cancel()
 
 
 def test_a_thread_ends_with_its_owner(scene, monkeypatch):
