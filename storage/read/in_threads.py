@@ -13,6 +13,8 @@ __all__ = ["in_threads"]
 Task = TypeVar("Task")
 Memory = TypeVar("Memory")
 
+_BRIEF = 0.5
+
 
 def in_threads(
     work: Callable[[Task, Memory], object],
@@ -60,7 +62,9 @@ def in_threads(
         for thread in crew:
             thread.start()
         for thread in crew:
-            thread.join()
+            while thread.is_alive():
+                # A signal that comes right before a wait begins does not interrupt it: the next one sees it.
+                thread.join(_BRIEF)
     except BaseException as error:  # Ctrl-C arrives here, and a system that has no more threads
         with lock:
             errors.append(error)

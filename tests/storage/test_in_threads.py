@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import queue
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -121,3 +124,19 @@ def test_an_interrupt_begins_no_other_task(told, patient):
     for thread in left():
         thread.join()
     assert sorted(finished) == sorted(begun) == [0, 1]
+
+
+def test_a_signal_that_interrupts_no_wait_is_seen_all_the_same():
+    """As one does that comes right before the caller begins to wait."""
+    returned, ended, caller = threading.Event(), queue.SimpleQueue(), threading.get_ident()
+
+    def work(task, _):
+        while sys._current_frames()[caller].f_code.co_name not in ("join", "_wait_for_tstate_lock"):
+            time.sleep(0)
+        _thread.interrupt_main(signal.SIGINT)
+        ended.put(returned.wait(60))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(work, [1], 2, patient=False)
+    returned.set()
+    assert ended.get(timeout=60)
