@@ -167,7 +167,7 @@ class GradientCapture:
     # -- gradients and scalars ---------------------------------------------------------------
 
     def _rows(self, units: Sequence[Unit], scalars: ScalarCapture) -> dict[int, Row | PendingScalars | str]:
-        """Return each unit's scalars of the update that has just run, or why there are none."""
+        """Return each unit's scalars of the update that has just run, or the reason for their absence."""
         groups: dict[tuple[int, Rule], list[Unit]] = {}
         for unit in units:
             groups.setdefault((unit.group_index, unit.rule), []).append(unit)

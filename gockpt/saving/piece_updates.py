@@ -84,7 +84,7 @@ class GradientCopy:
         row: The kernel's numbers; ``None`` while they are on their way.
         landed: Whether nothing is written to its place any longer.
         dropped: Whether it is no longer needed.
-        incomplete: Whether it has landed without blocks with an Inf or NaN, and so is none.
+        incomplete: Whether its blocks with an Inf or NaN are missing, so that it is no gradient.
         made: The fingerprint of its bytes, as the device took it, once it has landed.
     """
 
@@ -232,7 +232,7 @@ def blame(copied: CopiedPiece, why: str, *, torn: bool = False) -> None:
 
 
 def row_of(pending: PendingScalars, values: Row) -> tuple[Row | None, str]:
-    """Return the kernel's numbers, or why there are none."""
+    """Return the kernel's numbers, or the reason for their absence."""
     try:
         return pending.row(values), OPTIONS
     except Exception as error:  # noqa: BLE001 - whatever a rule raises: the piece leaves at the close

@@ -81,9 +81,8 @@ class PartialArchive:
             real, whole = chunk.slot.nbytes, chunk.layout.chunk_nbytes
             data = chunk.buffer[:real]
             rows = data if real == whole else bytes(data) + bytes(whole - real)
-            blocks, crc, crc32 = _checksums(data, whole)
-            trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
-            crc32 = self._crcs[entry.index] = zip_archive.archive_crc32(trailer, crc32)
+            blocks, trailer, crc32 = _checksums(data, whole)
+            self._crcs[entry.index] = crc32
             run += entry.sealed(crc32), rows, trailer
             run_end = entry.data_at + whole + CHECKSUM_BYTES
             stored.append(StoredChunk(blocks, real + CHECKSUM_BYTES, entry.data_at))
@@ -100,9 +99,8 @@ class PartialArchive:
         """Write an entry whose data begins at a page, from where it lies."""
         real, whole = chunk.slot.nbytes, chunk.layout.chunk_nbytes
         buffer = chunk.buffer
-        blocks, crc, crc32 = _checksums(buffer[:real], whole)
-        trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
-        crc32 = self._crcs[entry.index] = zip_archive.archive_crc32(trailer, crc32)
+        blocks, trailer, crc32 = _checksums(buffer[:real], whole)
+        self._crcs[entry.index] = crc32
         with storage_errors("write", self._where, chunk.path):
             self._pages.write(entry.header_at, memoryview(entry.sealed(crc32)))
             if real < whole:
@@ -119,9 +117,7 @@ class PartialArchive:
     def write_encoded(self, path: str, data: bytes) -> StoredChunk:
         """Write an encoded chunk's entry behind those that have a place."""
         view = memoryview(data)
-        blocks, crc, crc32 = _checksums(view, view.nbytes)
-        trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
-        crc32 = zip_archive.archive_crc32(trailer, crc32)
+        blocks, trailer, crc32 = _checksums(view, view.nbytes)
         nbytes = view.nbytes + CHECKSUM_BYTES
         with self._mutex:
             header_at = self._end
@@ -195,7 +191,7 @@ def small_bytes(arrays: Iterable[ArrayLayout]) -> int:
     return sum(small)
 
 
-def _checksums(data: memoryview, whole: int) -> tuple[bytes, int, int]:
+def _checksums(data: memoryview, whole: int) -> tuple[bytes, bytes, int]:
     """Return the checksums of a chunk, each block read once while it is in the cache.
 
     Args:
@@ -203,11 +199,11 @@ def _checksums(data: memoryview, whole: int) -> tuple[bytes, int, int]:
         whole: Length of the chunk with the zeros behind them.
 
     Returns:
-        crc32c of each block of the data, and crc32c and CRC-32 of the whole chunk.
+        crc32c of each block of the data; that of the whole chunk, as it stands behind it; CRC-32 of both.
     """
     if data.nbytes == whole <= checksum.BLOCK:
-        crc = checksum.crc32c(data)
-        return crc.to_bytes(CHECKSUM_BYTES, "little"), crc, zip_archive.archive_crc32(data)
+        trailer = checksum.crc32c(data).to_bytes(CHECKSUM_BYTES, "little")
+        return trailer, trailer, zip_archive.archive_crc32(trailer, zip_archive.archive_crc32(data))
     blocks = []
     crc32 = 0
     for at in range(0, data.nbytes, checksum.BLOCK):
@@ -218,4 +214,5 @@ def _checksums(data: memoryview, whole: int) -> tuple[bytes, int, int]:
     crc = checksum.crc32c_zeros(zeros, checksum.chain(blocks, data.nbytes))
     for at in range(0, zeros, checksum.BLOCK):
         crc32 = zip_archive.archive_crc32(memoryview(_ZEROS)[: zeros - at], crc32)
-    return np.array(blocks, "<u4").tobytes(), crc, crc32
+    trailer = crc.to_bytes(CHECKSUM_BYTES, "little")
+    return np.array(blocks, "<u4").tobytes(), trailer, zip_archive.archive_crc32(trailer, crc32)

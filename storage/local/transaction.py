@@ -174,12 +174,12 @@ class Transaction:
                 opened.append(self._fd)
                 self._inode = _inode(fs.fstat(self._fd))
                 plan = outline.archive(compression.codec_for) if archive else None
-                self._files: PartialFiles = (
+                partial: PartialFiles = (
                     PartialDirectory(fs, self._fd, where)
                     if plan is None
                     else PartialArchive(fs, place.fd, self._partial, self._fd, where, plan)
                 )
-                self._draft = Draft(self._files, compression, outline, contents, plan)
+                self._draft = Draft(partial, compression, outline, contents, plan)
         except BaseException:
             for fd in opened:
                 with suppress(OSError):
