@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DIRECTORY",
     "NEW_FILE",
+    "UNKNOWN_FLAG",
     "opened_regular",
     "read_exactly",
     "read_small_file",
     "remove_tree",
+    "rename_new",
     "reserve",
     "sync_directory",
     "write_all",
@@ -30,6 +32,8 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _FILES = frozenset({"c", "zarr.json", "state.json", "gockpt.json", "blocks.crc32c"})
 _NO_RESERVATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
+UNKNOWN_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""The errors of ``renameat2`` where its flags are not known."""
 _PIECE = 1 << 30  # Linux writes at most 0x7ffff000 bytes at once
 
 
@@ -107,6 +111,26 @@ def read_exactly(fs: Filesystem, fd: int, nbytes: int, offset: int) -> bytes:
     while len(data) < nbytes and (piece := fs.pread(fd, nbytes - len(data), offset + len(data))):
         data += piece
     return data
+
+
+def rename_new(fs: Filesystem, source: str, target: str, *, dir_fd: int) -> None:
+    """Rename unless the new name is taken, also where the system has no call for that.
+
+    There, a name that is taken between the look and the renaming is not seen.
+
+    Raises:
+        FileExistsError: If it is taken.
+        OSError: What the system says.
+    """
+    try:
+        fs.rename_new(source, target, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in UNKNOWN_FLAG:
+            raise
+        with suppress(FileNotFoundError):
+            fs.stat(target, dir_fd=dir_fd)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
+        fs.rename(source, target, dir_fd=dir_fd)
 
 
 def read_small_file(fs: Filesystem, dir_fd: int, name: str, *, limit: int) -> bytes:

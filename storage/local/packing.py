@@ -7,7 +7,6 @@ is that directory, byte for byte; ``pack`` of what ``unpack`` made of an archive
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 from contextlib import closing, contextmanager, suppress
@@ -213,7 +212,7 @@ def _new(fs: Filesystem, target: str) -> Iterator[tuple[int, str]]:
         try:
             yield parent, name
             with storage_errors("rename a copy to", target):
-                _rename_new(fs, parent, name, last)
+                files.rename_new(fs, name, last, dir_fd=parent)
                 fs.fsync(parent)
         except BaseException:
             with suppress(OSError):
@@ -221,16 +220,3 @@ def _new(fs: Filesystem, target: str) -> Iterator[tuple[int, str]]:
             raise
     finally:
         fs.close(parent)
-
-
-def _rename_new(fs: Filesystem, parent: int, name: str, last: str) -> None:
-    """Rename unless the new name is taken, also where the system has no call for that."""
-    try:
-        fs.rename_new(name, last, dir_fd=parent)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        with suppress(FileNotFoundError):
-            fs.stat(last, dir_fd=parent)
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), last) from error
-        fs.rename(name, last, dir_fd=parent)

@@ -6,13 +6,13 @@ step or the new one, whole; nothing is deleted before the new one is durable.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gockpt.errors import StorageError
 from gockpt.storage.format import step_names
+from gockpt.storage.local import files
 from gockpt.storage.local.catalog import identify
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from gockpt.storage.local.catalog import Place
 
 __all__ = ["Replaced", "expect_replaceable", "expect_step_replaceable", "publish", "set_aside"]
-
-_UNKNOWN_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 Replaced = list[tuple[str, "Identity"]]
 """Replaced checkpoints that still exist: their present names and their identities."""
@@ -87,17 +85,10 @@ def publish(place: Place, partial: str, step: int, owns: Owns, *, archive: bool)
     beside = expect_replaceable(place, other, owns)
     replaced: Replaced = [] if beside is None else [(other, beside)]
     try:
-        place.fs.rename_new(partial, target, dir_fd=place.fd)
+        # Where that is a look and a rename, the writer lock keeps the name free between them.
+        files.rename_new(place.fs, partial, target, dir_fd=place.fd)
     except FileExistsError:
         replaced += _replace(place, partial, target, step, owns)
-    except OSError as error:
-        if error.errno not in _UNKNOWN_FLAG:
-            raise
-        # The writer lock keeps the name free between the look and the rename.
-        if place.has(target):
-            replaced += _replace(place, partial, target, step, owns)
-        else:
-            place.fs.rename(partial, target, dir_fd=place.fd)
     place.fs.fsync(place.fd)
     return replaced
 
@@ -110,7 +101,7 @@ def _replace(place: Place, partial: str, target: str, step: int, owns: Owns) -> 
     try:
         place.fs.exchange(partial, target, dir_fd=place.fd)
     except OSError as error:
-        if error.errno not in _UNKNOWN_FLAG:
+        if error.errno not in files.UNKNOWN_FLAG:
             raise
     else:
         return [(partial, previous)]
